@@ -1,0 +1,234 @@
+"""The Reka chat format: how a conversation becomes text and ids, and how a completion is read back.
+
+    human: What is 2+2? <sep> assistant: <reasoning>
+    Two and two.
+    </reasoning>
+
+    4 <sep>
+
+Neither `<sep>` nor the reasoning tags are tokens: they are text, and their ids depend on their neighbours. So the
+trained mask is made where the ids are made, and what was sampled is never re-tokenised (data/stop.py).
+`tests/test_chat.py` holds the format against the published template's own outputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, NotRequired, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+from data.errors import InputError
+
+STOP = "<sep>"
+END_OF_TEXT = "<|endoftext|>"
+REASONING_OPEN = "<reasoning>"
+REASONING_CLOSE = "</reasoning>"
+TURN_SEPARATOR = f" {STOP} "
+GENERATION_PROMPT = "assistant:"
+# The model card fixes the tags; the white space after the closing tag is not published, hence one constant.
+AFTER_REASONING = "\n\n"
+IGNORED_LABEL = -100
+
+EndOfTurn = Literal["sep", "sep_eos", "eos"]
+
+
+class Message(TypedDict):
+    """One turn. `reasoning_content` is an assistant's thought where it is stored apart from the answer."""
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+
+
+class Ending(StrEnum):
+    """How a completion ended: it wrote `<sep>`, it sampled the eos token, or it was cut off."""
+
+    STOP = "stop"
+    EOS = "eos"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRow:
+    """Ids of a prompt and its trained turn; labels are the ids of that turn and -100 before it (equal lengths)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedCompletion:
+    """A completion taken apart; `reasoning` is None where it did not open with a reasoning block."""
+
+    reasoning: str | None
+    answer: str
+    ending: Ending
+
+
+def render_prompt(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """Text that the model reads for `messages`, equal to Reka's published chat template.
+
+    Earlier assistant turns lose their reasoning. A conversation that ends with an assistant turn is left open, so that
+    the model continues that turn. Checking for text that forges a turn is `check_messages`, not done here.
+    """
+    if not messages:
+        raise InputError("a conversation needs at least one message")
+    first, *rest = messages
+    if first["role"] == "system":
+        if not rest:
+            raise InputError("a conversation of only a system message has nothing to answer; add a user message")
+        folded: Message = {"role": rest[0]["role"], "content": f"{first['content']} {rest[0]['content']}"}
+        messages = [folded, *rest[1:]]
+    turns = [f"{_label(message['role'])}: {_without_reasoning(message)}" for message in messages]
+    if add_generation_prompt and messages[-1]["role"] != "assistant":
+        turns.append(GENERATION_PROMPT)
+    return TURN_SEPARATOR.join(turns)
+
+
+def render_completion(reasoning: str | None, answer: str) -> str:
+    """Text of a trained turn, from the space after `assistant:` up to its `<sep>`; inverse of `parse_completion`.
+
+    >>> render_completion("Two and two.", "4")
+    ' <reasoning>\\nTwo and two.\\n</reasoning>\\n\\n4 <sep>'
+    """
+    return f"{_turn_body(reasoning, answer)} {STOP}"
+
+
+def parse_completion(text: str) -> ParsedCompletion:
+    """Take a completion's text apart; text after the first `<sep>` does not belong to it.
+
+    An unclosed block is all reasoning and no answer. Tags anywhere else than around the opening block stay in the
+    text they stand in, for a reward to see.
+    """
+    body, found, _ = text.partition(STOP)
+    ending = Ending.STOP if found else Ending.LENGTH
+    if not found and body.endswith(END_OF_TEXT):
+        body, ending = body.removesuffix(END_OF_TEXT), Ending.EOS
+    body = body.strip()
+    if not body.startswith(REASONING_OPEN):
+        return ParsedCompletion(reasoning=None, answer=body, ending=ending)
+    reasoning, _, answer = body.removeprefix(REASONING_OPEN).partition(REASONING_CLOSE)
+    return ParsedCompletion(reasoning=reasoning.strip(), answer=answer.strip(), ending=ending)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation whose text would forge a turn or trip the chat template.
+
+    The format has no escape: a literal `<sep>` ends a turn wherever it stands, and an assistant's `</reasoning>` with
+    no opening tag makes the template keep the thought and repeat the answer.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError("messages must be a list with at least one message")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number} must be an object with a role and a content")
+        role = message["role"]
+        if not role.isidentifier():
+            raise InputError(f"message {number} has the role {role!r}; a role is one word, such as user or assistant")
+        if message.get("reasoning_content") is not None and role != "assistant":
+            raise InputError(f"message {number} ({role}) has a reasoning_content, which only an assistant message has")
+        for text in (message.get("content"), message.get("reasoning_content") or ""):
+            if not isinstance(text, str):
+                raise InputError(f"message {number} ({role}): a message holds text, not {type(text).__name__}")
+            if STOP in text:
+                raise InputError(f"message {number} ({role}) holds a literal {STOP}, which would end its turn")
+        if role == "assistant" and (fault := _reasoning_fault(message, is_last=number == len(messages))):
+            raise InputError(f"message {number} (assistant) {fault}")
+    first_turn = messages[1:2] if messages[0]["role"] == "system" else messages[:1]
+    if not first_turn or first_turn[0]["role"] in ("system", "assistant"):
+        raise InputError("a conversation begins with a user message, before it at most one system message")
+
+
+def neutralise_messages(messages: Sequence[Message]) -> list[Message]:
+    """Copies of `messages` in which text that `check_messages` would refuse is broken by a space (`< sep>`)."""
+    neutral: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        broken = STOP.replace("<", "< ")
+        copied: Message = {**message, "content": message["content"].replace(STOP, broken)}
+        if thought := message.get("reasoning_content"):
+            copied["reasoning_content"] = _break_tags(thought.replace(STOP, broken))
+        if copied["role"] == "assistant" and _reasoning_fault(copied, is_last=number == len(messages)):
+            copied["content"] = _break_tags(copied["content"])
+        neutral.append(copied)
+    return neutral
+
+
+def assistant_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Yield the conversation cut after each of its assistant turns: one training row for each."""
+    for end, message in enumerate(messages, start=1):
+        if message["role"] == "assistant":
+            yield list(messages[:end])
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of plain text: a special token's name in the text becomes ordinary ids, and nothing is added around it."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_row(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn = "sep"
+) -> EncodedRow:
+    """Encode a conversation that ends with the assistant turn to train; only that turn and its stop carry labels.
+
+    `end_of_turn`: the turn ends with ` <sep>`, with ` <sep>` and the eos token, or with the eos token alone.
+    """
+    check_messages(messages)
+    *history, last = messages
+    if last["role"] != "assistant" or not history:
+        raise InputError("a training row must end with an assistant message that answers something")
+    reasoning, answer = _split_turn(last)
+    if not answer:
+        raise InputError("the assistant message to train has no answer")
+    history = [{**turn, "content": _split_turn(turn)[1]} if turn["role"] == "assistant" else turn for turn in history]
+    prompt_ids = encode_text(render_prompt(history), tokenizer)
+    text = _turn_body(reasoning, answer) if end_of_turn == "eos" else render_completion(reasoning, answer)
+    completion_ids = encode_text(text, tokenizer)
+    if end_of_turn != "sep":
+        completion_ids.append(tokenizer.eos_token_id)
+    return EncodedRow(input_ids=prompt_ids + completion_ids, labels=[IGNORED_LABEL] * len(prompt_ids) + completion_ids)
+
+
+def _label(role: str) -> str:
+    return "human" if role == "user" else role
+
+
+def _without_reasoning(message: Message) -> str:
+    content = message["content"]
+    if message["role"] != "assistant" or REASONING_CLOSE not in content:
+        return content
+    return content.split(REASONING_OPEN)[0] + content.split(REASONING_CLOSE)[-1]
+
+
+def _turn_body(reasoning: str | None, answer: str) -> str:
+    if reasoning is None:
+        return f" {answer}"
+    return f" {REASONING_OPEN}\n{reasoning}\n{REASONING_CLOSE}{AFTER_REASONING}{answer}"
+
+
+def _split_turn(message: Message) -> tuple[str | None, str]:
+    parsed = parse_completion(message["content"])
+    reasoning = (message.get("reasoning_content") or "").strip() or parsed.reasoning
+    return reasoning or None, parsed.answer
+
+
+def _break_tags(text: str) -> str:
+    return text.replace(REASONING_OPEN, "< reasoning>").replace(REASONING_CLOSE, "< /reasoning>")
+
+
+def _reasoning_fault(message: Message, *, is_last: bool) -> str | None:
+    """What is wrong with an assistant message's reasoning; a last message may hold an open block, to be continued."""
+    content, thought = message["content"], (message.get("reasoning_content") or "").strip()
+    opened, closed = content.count(REASONING_OPEN), content.count(REASONING_CLOSE)
+    if REASONING_OPEN in thought or REASONING_CLOSE in thought:
+        return "has a reasoning_content that holds the reasoning tags themselves"
+    if thought and (opened or closed):
+        return "has reasoning both in content and in reasoning_content"
+    if (opened, closed) == (0, 0) or (is_last and (opened, closed) == (1, 0)):
+        return None
+    if (opened, closed) == (1, 1) and content.lstrip().startswith(REASONING_OPEN):
+        return None
+    return (
+        f"has {opened} {REASONING_OPEN} and {closed} {REASONING_CLOSE} in its content: "
+        "write one block, opened first and closed, before the answer"
+    )

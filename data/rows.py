@@ -1,0 +1,26 @@
+"""A row: one conversation with what its rewards need, and where it was read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.chat import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversation.
+
+    messages: the turns, checked by `check_messages`; a last assistant turn is the reference response
+    columns:  what reward functions are given by name (`answer`, ...), JSON values
+    where:    "train.jsonl:17", for messages about this row
+    """
+
+    messages: list[Message]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The turns that a completion answers: all but a last assistant turn."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages

@@ -1,0 +1,73 @@
+"""Tokenizer loading in one place, with a self-check on golden ids.
+
+transformers 5 gives a cl100k_base tokenizer whose files name `GPT2Tokenizer` GPT-2's pre-tokenizer: other ids, no error,
+and a ruined run (huggingface/transformers#44254, #45812). So the fast tokenizer is loaded by its own file, and a
+tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
+"""
+
+import logging
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from data.chat import END_OF_TEXT, encode_text
+from data.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Ids of OpenAI's tiktoken for cl100k_base. The first text differs under GPT-2's pre-tokenizer, the second where runs of
+# digits are not cut into threes, the third where a typed special token is taken for the real one.
+CL100K_GOLDEN_IDS: dict[str, list[int]] = {
+    "human: Hi <sep> assistant: <reasoning>\nOkay\n</reasoning>\n\n42 <sep>": [
+        *(26380, 25, 21694, 366, 29136, 29, 18328, 25, 366, 20489, 287, 397, 33413, 198),
+        *(524, 20489, 287, 1363, 2983, 366, 29136, 29),
+    ],
+    "1234567": [4513, 10961, 22],
+    END_OF_TEXT: [27, 91, 8862, 728, 428, 91, 29],
+}
+CL100K_EOS_ID = 100257
+# Far apart in the ranks, so that a vocabulary which has all three is cl100k_base or made from it.
+CL100K_MARKS = {"assistant": 78191, "Ġassistant": 18328, "Ġreasoning": 33811}
+
+
+def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a folder's or a hub model's fast tokenizer and check it.
+
+    Raises InputError where there is none, where it has no usable eos token, or where a cl100k_base tokenizer does not
+    give the golden ids. Another family's tokenizer is accepted, and that is logged.
+    """
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer could be loaded from {pretrained_model_name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError unless the eos token is usable and, for cl100k_base, the golden ids come out."""
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None or not 0 <= eos_id < len(tokenizer):
+        raise InputError(
+            f"the tokenizer's eos token {tokenizer.eos_token!r} has id {eos_id}, outside its {len(tokenizer)} ids: "
+            "set eos_token in tokenizer_config.json"
+        )
+    if not is_cl100k(tokenizer):
+        logger.info("tokenizer: %d ids, not cl100k_base, so Reka's golden ids do not apply", len(tokenizer))
+        return
+    if eos_id != CL100K_EOS_ID:
+        raise InputError(f"the tokenizer is cl100k_base but its eos id is {eos_id}, not {CL100K_EOS_ID}")
+    for text, golden_ids in CL100K_GOLDEN_IDS.items():
+        ids = encode_text(text, tokenizer)
+        if ids != golden_ids:
+            raise InputError(
+                f"the tokenizer has cl100k_base's vocabulary but encodes {text!r} as {ids}, not {golden_ids}: "
+                "its tokenizer.json lacks cl100k_base's pre-tokenizer regex; take the file that the model was published with"
+            )
+    logger.info("tokenizer: cl100k_base, golden ids equal")
+
+
+def is_cl100k(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the vocabulary is cl100k_base's, however it splits text."""
+    return all(tokenizer.convert_tokens_to_ids(token) == token_id for token, token_id in CL100K_MARKS.items())

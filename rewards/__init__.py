@@ -1,0 +1,1 @@
+"""How a completion is judged: the scorers, and their composition into the one number that RLOO maximises."""

@@ -1,0 +1,1 @@
+"""How weights move: recipes, model loading, SFT, RLOO, evaluation and export."""

@@ -1,0 +1,114 @@
+"""The command line: `rekatrain COMMAND ...`, the same as `python -m trainer COMMAND ...`.
+
+Errors of the user's are one line and exit status 2; anything else is a bug of ours and shows its traceback.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.errors import InputError
+from trainer.recipe import Recipe, load_recipe
+
+RECIPE_HELP = "the recipe, a YAML file"
+OVERRIDES_HELP = "values set over the recipe's, as in rloo.beta=0.1; null takes a section out"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit with 2 and one line where its input is wrong."""
+    options = _parser().parse_args(arguments)
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
+    for chatty in ("accelerate", "httpx", "datasets", "transformers", "DeepSpeed", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    sys.path.insert(0, "")  # a recipe's `module:function` reward is looked for in the current folder
+    try:
+        options.run(options)
+    except InputError as error:
+        if is_main_process:
+            print(f"rekatrain: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rekatrain: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# Each command imports what it needs when it runs: torch takes seconds, and a wrong recipe should be told at once.
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    if options.dry_run:
+        from trainer.dry_run import dry_run
+
+        dry_run(recipe)
+    elif recipe.stage == "sft":
+        from trainer.sft import train
+
+        train(recipe, resume=options.resume)
+    else:
+        from trainer.rloo.loop import train
+
+        train(recipe, resume=options.resume)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from trainer.rloo.show import sample
+
+    sample(_recipe(options), num_prompts=options.num_prompts)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from trainer.evaluate import evaluate
+
+    evaluate(_recipe(options), out=options.out)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from trainer.export import export
+
+    export(options.run_folder, options.out, checkpoint=options.checkpoint, max_shard_size=options.max_shard_size)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return load_recipe(options.recipe, options.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rekatrain", description="SFT and RLOO for Reka Flash 3 and its like.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run the recipe's stage")
+    _add_recipe(train)
+    train.add_argument("--dry-run", action="store_true", help="check all, print the resolved recipe and one row, stop")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in output_dir; start where there is none",
+    )
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="roll out groups for a few rows and show their rewards; trains nothing")
+    _add_recipe(sample)
+    sample.add_argument("--num-prompts", type=int, default=2, help="rows to roll out (default 2)")
+    sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy on eval_dataset with a 95 %% interval")
+    _add_recipe(evaluate)
+    evaluate.add_argument("--out", type=Path, help="a JSON file for the result and every answer")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a run's weights as a folder that transformers and vLLM serve")
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or one checkpoint's folder in it")
+    export.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    export.add_argument("--max-shard-size", default="5GB", help="of one weights file (default 5GB)")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)

@@ -1,0 +1,135 @@
+"""Model loading in one place: what is checked before a weight is read, and how it is read."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.errors import InputError
+from data.tokenizer import load_tokenizer
+from trainer.recipe import Recipe, check_keywords
+from trainer.run_folder import RECIPE_FILE, newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model's files are: `folder` holds the tokenizer, `base` the weights, `adapter` what goes on top."""
+
+    folder: str
+    base: str
+    adapter: str | None
+
+
+def find_source(pretrained_model_name_or_path: str) -> Source:
+    """Tell a run folder (its newest checkpoint), an adapter folder and a model (folder or hub id) apart."""
+    path = Path(pretrained_model_name_or_path)
+    if (path / RECIPE_FILE).exists():
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise InputError(f"the run {str(path)!r} has no checkpoint yet")
+        path = checkpoint
+    elif not path.exists() and pretrained_model_name_or_path.startswith((".", "/", "~", "runs/")):
+        raise InputError(f"no model folder at {pretrained_model_name_or_path!r}")
+    if (path / "adapter_config.json").exists():
+        base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        return Source(folder=str(path), base=str(base), adapter=str(path))
+    return Source(folder=str(path), base=str(path), adapter=None)
+
+
+def load_model(
+    pretrained_model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`."""
+    source = find_source(pretrained_model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.base, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+    )
+    return PeftModel.from_pretrained(model, source.adapter) if source.adapter else model
+
+
+def load_model_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the recipe's model, checked."""
+    check_keywords("model", recipe.model, load_model)
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
+    return load_tokenizer(source.folder, revision=recipe.model.get("revision"))
+
+
+def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Everything about the model that can be wrong, found from its config and a build without weights.
+
+    Raises InputError for a model that is not there, a vocabulary smaller than the tokenizer's, an eos id that the
+    tokenizer does not have, and LoRA targets that the architecture does not have.
+    """
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
+    if config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the model has {config.vocab_size} embedding rows but the tokenizer {len(tokenizer)} ids: "
+            f"{source.folder!r} holds the tokenizer of another model"
+        )
+    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in eos_ids:
+        raise InputError(
+            f"config.json names eos id {config.eos_token_id}, the tokenizer {tokenizer.eos_token_id} "
+            f"({tokenizer.eos_token}): a model with the wrong eos never stops; set both to the same id"
+        )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    if recipe.lora is not None:
+        skeleton = add_adapter(skeleton, recipe.lora)
+    logger.info("model: %s", _describe(skeleton, source.base))
+    return config
+
+
+def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
+    """Raise InputError for a start that cannot be trained as the recipe asks.
+
+    has_master_weights: whether the launcher keeps float32 copies of bfloat16 weights (DeepSpeed does).
+    """
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
+    if source.adapter:
+        raise InputError(
+            f"{source.folder!r} is an adapter on {source.base!r}; make one model of them first: rekatrain export RUN OUT"
+        )
+    is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
+    if recipe.lora is None and is_bfloat16 and not has_master_weights:
+        raise InputError(
+            "full fine-tuning of bfloat16 weights rounds small updates away: set model.dtype to float32 "
+            "(and bf16: true for bfloat16 arithmetic), launch with DeepSpeed, or add a lora: section"
+        )
+
+
+def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> PeftModel:
+    """Put a fresh LoRA adapter on the model; only the adapter is trained."""
+    check_keywords("lora", lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"lora: {str(error).splitlines()[0]}") from error
+
+
+def load_policy(recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """The model to train: the recipe's weights, with a fresh adapter where the recipe has a `lora:` section."""
+    model = load_model(**recipe.model)
+    if recipe.lora is not None:
+        return add_adapter(model, recipe.lora)
+    return model
+
+
+def _describe(model: torch.nn.Module, name: str) -> str:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{name}, {total:,} parameters, {trained:,} trained"

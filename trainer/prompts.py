@@ -1,0 +1,75 @@
+"""Prompts: rows of a data set as the model reads them, and who samples which when."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from data.chat import encode_text, render_prompt
+from data.errors import InputError
+from data.rows import Row
+from data.sources import load_rows
+from trainer.recipe import check_keywords
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A row's prompt: its text, its ids, and the row that its rewards read."""
+
+    text: str
+    ids: list[int]
+    row: Row
+
+
+def load_prompts(
+    section: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+    max_completion_length: int,
+    name: str = "dataset",
+) -> list[Prompt]:
+    """Read a data set's prompts; each must leave room for a whole completion within the model's context."""
+    check_keywords(name, section, load_rows)
+    prompts = []
+    too_long = []
+    for row in load_rows(**section).rows:
+        text = render_prompt(row.prompt)
+        prompt = Prompt(text=text, ids=encode_text(text, tokenizer), row=row)
+        if len(prompt.ids) + max_completion_length > model_config.max_position_embeddings:
+            too_long.append(
+                f"{row.where}: the prompt has {len(prompt.ids)} tokens; with max_completion_length "
+                f"{max_completion_length} it exceeds the model's context of {model_config.max_position_embeddings}"
+            )
+        else:
+            prompts.append(prompt)
+    if too_long and section.get("bad_rows", "refuse") == "refuse":
+        raise InputError(f"{too_long[0]}; shorten it, or set {name}.bad_rows to skip")
+    if too_long:
+        logger.warning("%s: %d prompts too long, skipped; the first: %s", name, len(too_long), too_long[0])
+    if not prompts:
+        raise InputError(f"{name}: no prompt fits the model's context")
+    return prompts
+
+
+def step_prompts(num_prompts: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
+    """Which prompts step `step` (from 0) samples, in an order shuffled anew each pass over the data.
+
+    A function of its arguments alone, so that a resumed run neither repeats nor skips a prompt.
+    """
+    positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)
+        for epoch in {position // num_prompts for position in positions}
+    }
+    return [int(orders[position // num_prompts][position % num_prompts]) for position in positions]
+
+
+def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Columns of the rows as reward functions take them: one list a column, None where a row lacks it."""
+    names = sorted({name for row in rows for name in row.columns})
+    return {name: [row.columns.get(name) for row in rows] for name in names}

@@ -1,0 +1,1 @@
+"""RLOO: sample groups of completions, score them, and take one on-policy step (arXiv 2402.14740)."""

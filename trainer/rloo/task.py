@@ -1,0 +1,43 @@
+"""All of an RLOO run that can be wrong without a weight being loaded."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from data.errors import InputError
+from rewards.compose import RewardFunction, build_reward_functions, check_columns
+from trainer.models import check_model, load_model_tokenizer
+from trainer.prompts import Prompt, load_prompts, reward_columns
+from trainer.recipe import Recipe, check_keywords
+from trainer.rloo.config import RLOOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOTask:
+    """A checked run: its settings, its prompts and its rewards."""
+
+    config: RLOOConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    rewards: list[RewardFunction]
+
+
+def prepare(recipe: Recipe) -> RLOOTask:
+    """Check the recipe against its data, its rewards and its model's config; InputError says what is wrong."""
+    check_keywords("rloo", recipe.rloo, RLOOConfig)
+    config = RLOOConfig(**recipe.rloo)
+    rewards = build_reward_functions(recipe.rewards)
+    tokenizer = load_model_tokenizer(recipe)
+    model_config = check_model(recipe, tokenizer)
+    _check_no_dropout(recipe, model_config)
+    prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
+    check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
+    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards)
+
+
+def _check_no_dropout(recipe: Recipe, model_config: PretrainedConfig) -> None:
+    if recipe.lora and recipe.lora.get("lora_dropout", 0) != 0:
+        raise InputError("lora.lora_dropout must be 0 in stage rloo: with it the trained policy is not the sampled one")
+    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if getattr(model_config, key, 0):
+            raise InputError(f"the model's config.json has {key}: set it to 0, RLOO trains the policy that it samples")

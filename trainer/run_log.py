@@ -1,0 +1,89 @@
+"""What a run tells while it goes on: metrics.jsonl, a progress line, and Weights & Biases where the recipe asks for it."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.tracking import WandBTracker
+from tqdm import tqdm
+
+from trainer.recipe import Recipe
+from trainer.run_folder import METRICS_FILE, RunFolder
+
+logger = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int | None]
+
+
+class RunLog:
+    """Takes the metrics of each step; made on the main process only."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, *, first_step: int, max_steps: int) -> None:
+        self._run = run
+        self._first_step, self._max_steps = first_step, max_steps
+        self._started = time.monotonic()
+        self._tracker = _start_wandb(recipe)
+        self._bar = tqdm(total=max_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
+
+    def step(self, step: int, metrics: Metrics, *, headline: list[str]) -> None:
+        """Record a step; `headline` names the metrics of the progress line."""
+        self._run.append(METRICS_FILE, [{"step": step, **metrics}])
+        shown = " ".join(
+            f"{name.removeprefix('reward/')} {_short(metrics[name])}" for name in headline if name in metrics
+        )
+        if self._bar.disable:
+            seconds_a_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+            eta = _duration(seconds_a_step * (self._max_steps - step))
+            print(f"step {step}/{self._max_steps} {shown} eta {eta}", file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix_str(shown)
+            self._bar.update(step - self._bar.n)
+        self._track({name: value for name, value in metrics.items() if value is not None}, step)
+
+    def close(self) -> None:
+        """End the progress line and the tracked run."""
+        self._bar.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def _track(self, metrics: dict[str, Any], step: int) -> None:
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.log(metrics, step=step)
+        # Whatever a tracking service does wrong, it must not end a run of days: it is said once, and the run goes on.
+        except Exception as error:
+            logger.warning("wandb stopped: %s; metrics go on in %s", error, METRICS_FILE)
+            self._tracker = None
+
+
+def _start_wandb(recipe: Recipe) -> WandBTracker | None:
+    if recipe.wandb is None:
+        return None
+    section = {"project": "rekatrain", **recipe.wandb}
+    if "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ:
+        section.setdefault("mode", "offline")
+    try:
+        tracker = WandBTracker(section.pop("project"), **section)
+        tracker.start()
+    # No key, no route, a wrong entity: none of them is worth a run. wandb raises several unrelated classes.
+    except Exception as error:
+        logger.warning("wandb could not start: %s; the run goes on without it", error)
+        return None
+    tracker.store_init_configuration({"stage": recipe.stage, "seed": recipe.seed, "model": recipe.model})
+    return tracker
+
+
+def _short(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
