@@ -1,9 +1,10 @@
-"""Log-probabilities of completions under a model, with the LM head on completion positions only.
+"""Log-probabilities of completions under a model: each prompt computed once, LM head on completion positions only.
 
-Rows are padded on the right and need no mask: a causal model's real tokens never see what comes after them, so each
-row's values are exactly those of the row alone, on every attention backend.
+Prompts are padded on the left and completions on the right, so that the two meet. Nothing that is padding is ever seen
+by a real token: left padding is masked, and what comes after a token a causal model does not look at.
 
-Shapes: N rows, L tokens of the longest row, T tokens of all completions laid end to end.
+Shapes: P prompts, G completions a prompt, N = P * G rows, C tokens of the longest completion, D the hidden size,
+V the tokenizer's ids, T tokens of all completions laid end to end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,53 +13,65 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Prompts with their completions.
+    """Prompts with their groups of completions.
 
-    input_ids:  [N, L], padded on the right
-    row, place: [T], where in input_ids stands the token whose output predicts each completion token
-    targets:    [T], ids of the completion tokens
-    lengths:    [N], tokens of each completion
+    prompts, prompt_mask: [P, longest prompt], padded on the left; the mask is 1 on real tokens
+    completions:          [N, C], padded on the right, group after group
+    lengths:              [N], tokens of each completion
     """
 
-    input_ids: Tensor
-    row: Tensor
-    place: Tensor
-    targets: Tensor
+    prompts: Tensor
+    prompt_mask: Tensor
+    completions: Tensor
     lengths: Tensor
 
+    @property
+    def is_token(self) -> Tensor:
+        """[N, C], true on completion tokens and false on padding."""
+        return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
-def make_rows(prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device) -> Rows:
-    """Lay out rows of a prompt and its completion, neither of them empty.
 
-    >>> rows = make_rows([[5, 6], [5]], [[7, 8], [9]], torch.device("cpu"))
-    >>> rows.input_ids.tolist(), rows.row.tolist(), rows.place.tolist(), rows.targets.tolist()
-    ([[5, 6, 7, 8], [5, 9, 0, 0]], [0, 0, 1], [1, 2, 0], [7, 8, 9])
+def make_rows(prompts: Sequence[list[int]], groups: Sequence[Sequence[list[int]]], device: torch.device) -> Rows:
+    """Lay out prompts and their equally large groups of completions; no prompt and no completion is empty.
+
+    >>> rows = make_rows([[5, 6], [4]], [[[7]], [[8, 9]]], torch.device("cpu"))
+    >>> rows.prompts.tolist(), rows.completions.tolist()
+    ([[5, 6], [0, 4]], [[7, 0], [8, 9]])
     """
-    longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
-    padded, row, place, targets = [], [], [], []
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        padded.append([*prompt, *completion, *[0] * (longest - len(prompt) - len(completion))])
-        row += [number] * len(completion)
-        place += range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-        targets += completion
+    prompt_mask, padded_prompts = left_padded(prompts, device)
+    completions = [completion for group in groups for completion in group]
+    longest = max(map(len, completions))
+    padded = [completion + [0] * (longest - len(completion)) for completion in completions]
     return Rows(
-        input_ids=torch.tensor(padded, device=device),
-        row=torch.tensor(row, device=device),
-        place=torch.tensor(place, device=device),
-        targets=torch.tensor(targets, device=device),
+        prompts=padded_prompts,
+        prompt_mask=prompt_mask,
+        completions=torch.tensor(padded, device=device),
         lengths=torch.tensor([len(completion) for completion in completions], device=device),
     )
+
+
+def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mask and ids of prompts that end in the same column, both [P, longest prompt]."""
+    longest = max(map(len, prompts))
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    return torch.tensor(mask, device=device), torch.tensor(ids, device=device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones of its row; 0 on left padding."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class CompletionLogprobs(nn.Module):
     """A policy as a function from rows to log-probabilities.
 
-    A module, so that what wraps models (data parallel, DeepSpeed) wraps this one call and sees every use of the weights.
+    A module, so that what wraps models (data parallel, DeepSpeed) wraps this one call and all uses of the weights in it.
     """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, *, temperature: float, num_tokens: int) -> None:
@@ -71,10 +84,57 @@ class CompletionLogprobs(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
         causal_lm = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
-        hidden_NLD = causal_lm.get_decoder()(input_ids=rows.input_ids, use_cache=False).last_hidden_state
-        logits_TV = causal_lm.get_output_embeddings()(hidden_NLD[rows.row, rows.place])
+        # Activation checkpointing runs a layer again in the backward pass and allows no cache in it.
+        hidden = _hidden_of_each_row if causal_lm.is_gradient_checkpointing else _hidden_with_shared_prompts
+        is_token_NC = rows.is_token
+        logits_TV = causal_lm.get_output_embeddings()(hidden(causal_lm.get_decoder(), rows)[is_token_NC])
         logits_TV = logits_TV[:, : self.num_tokens].float() / self.temperature
-        return logits_TV.gather(1, rows.targets[:, None])[:, 0] - logits_TV.logsumexp(dim=1)
+        targets_T1 = rows.completions[is_token_NC][:, None]
+        return logits_TV.gather(1, targets_T1)[:, 0] - logits_TV.logsumexp(dim=1)
+
+
+def _hidden_with_shared_prompts(decoder: nn.Module, rows: Rows) -> Tensor:
+    """Outputs that predict each completion token, [N, C, D]; a prompt is computed once and its cache forked, with gradient."""
+    group_size = len(rows.completions) // len(rows.prompts)
+    cache = DynamicCache(config=decoder.config)
+    prompt_PLD = decoder(
+        input_ids=rows.prompts,
+        attention_mask=rows.prompt_mask,
+        position_ids=positions(rows.prompt_mask),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    first_N1D = prompt_PLD[:, -1:].repeat_interleave(group_size, dim=0)
+    if rows.completions.shape[1] == 1:
+        return first_N1D
+    cache.batch_repeat_interleave(group_size)
+    mask = _whole_mask(rows, group_size)
+    following_NCD = decoder(
+        input_ids=rows.completions[:, :-1],
+        attention_mask=mask,
+        position_ids=positions(mask)[:, rows.prompts.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([first_N1D, following_NCD], dim=1)
+
+
+def _hidden_of_each_row(decoder: nn.Module, rows: Rows) -> Tensor:
+    """The same outputs, [N, C, D], from rows that each carry their prompt."""
+    group_size = len(rows.completions) // len(rows.prompts)
+    mask = _whole_mask(rows, group_size)
+    hidden = decoder(
+        input_ids=torch.cat([rows.prompts.repeat_interleave(group_size, dim=0), rows.completions[:, :-1]], dim=1),
+        attention_mask=mask,
+        position_ids=positions(mask),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, rows.prompts.shape[1] - 1 :]
+
+
+def _whole_mask(rows: Rows, group_size: int) -> Tensor:
+    prompt_mask = rows.prompt_mask.repeat_interleave(group_size, dim=0)
+    return torch.cat([prompt_mask, torch.ones_like(rows.completions[:, :-1])], dim=1)
 
 
 def micro_batches(row_lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:

@@ -28,7 +28,7 @@ from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, Rows, micro_batches
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, rollout_records, step_metrics
 from trainer.rloo.objective import leave_one_out_advantages, policy_gradient_loss, regularised_rewards, sequence_sums
-from trainer.rloo.rollouts import group_rows, sample_groups, score_groups
+from trainer.rloo.rollouts import Group, group_rows, sample_groups, score_groups
 from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
@@ -60,6 +60,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     scheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
@@ -133,7 +134,8 @@ def take_step(
     num_scorable = int(accelerator.reduce(torch.tensor(num_scorable, device=accelerator.device), "sum"))
     clock.lap("reward")
 
-    records: list[RolloutRecord] = []
+    groups, idle = (groups, []) if reference else without_idle_groups(groups)
+    records = rollout_records(step + 1, idle, torch.zeros(len(idle) * config.num_generations), None, None)
     batches = list(micro_batches([group.row_lengths for group in groups], config.micro_batch_tokens))
     for number, places in enumerate(batches, start=1):
         batch = [groups[place] for place in places]
@@ -143,16 +145,30 @@ def take_step(
         with nullcontext() if number == len(batches) else accelerator.no_sync(model):
             logprobs_T = model(rows)
             logprobs_N = sequence_sums(logprobs_T, rows.lengths)
-            kl_T = torch.zeros_like(logprobs_T) if reference_T is None else logprobs_T.detach() - reference_T
-            kl_N = sequence_sums(kl_T.detach(), rows.lengths)
+            kl_N = None if reference_T is None else sequence_sums(logprobs_T.detach() - reference_T, rows.lengths)
             rewards_PG = torch.tensor([group.rewards for group in batch], device=accelerator.device)
-            regularised_PG = regularised_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
-            advantages_N = leave_one_out_advantages(regularised_PG).flatten()
+            if kl_N is not None:
+                rewards_PG = regularised_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
+            advantages_N = leave_one_out_advantages(rewards_PG).flatten()
             loss = policy_gradient_loss(logprobs_N, advantages_N, num_scorable)
             # Data-parallel gradients are averaged over processes; the denominator has counted them all already.
             accelerator.backward(loss * accelerator.num_processes)
-        records += rollout_records(step + 1, batch, logprobs_N, kl_N, advantages_N)
+        records += rollout_records(step + 1, batch, advantages_N, logprobs_N, kl_N)
     return records
+
+
+def without_idle_groups(groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """Split off the groups whose advantages are all 0: without a KL they move no weight, and need no forward.
+
+    One group always stays, so that every process takes part in the backward pass.
+    """
+    advantages_PG = leave_one_out_advantages(torch.tensor([group.rewards for group in groups]))
+    is_busy = (advantages_PG != 0).any(dim=1).tolist()
+    if not any(is_busy):
+        is_busy[0] = True
+    busy = [group for group, moves in zip(groups, is_busy, strict=True) if moves]
+    idle = [group for group, moves in zip(groups, is_busy, strict=True) if not moves]
+    return busy, idle
 
 
 def make_accelerator(config: RLOOConfig) -> Accelerator:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -16,11 +16,17 @@ HEADLINE = ["reward", "kl", "completion_length", "share_stop", "tokens_per_secon
 
 
 def rollout_records(
-    step: int, groups: Sequence[Group], logprobs_N: Tensor, kl_N: Tensor, advantages_N: Tensor
+    step: int, groups: Sequence[Group], advantages_N: Tensor, logprobs_N: Tensor | None, kl_N: Tensor | None
 ) -> list[RolloutRecord]:
-    """A JSON-ready record for each completion of the groups; the tensors are sequence sums in the groups' order."""
+    """A JSON-ready record for each completion of the groups, in order.
+
+    logprobs_N, kl_N: sequence sums under the trained policy and their difference to the reference, None where the
+    groups were not run
+    """
     members = [(group, place) for group in groups for place in range(len(group.completions))]
-    sums = zip(logprobs_N.tolist(), kl_N.tolist(), advantages_N.tolist(), strict=True)
+    nothing: list[float | None] = [None] * len(members)
+    logprobs = nothing if logprobs_N is None else logprobs_N.tolist()
+    kls = nothing if kl_N is None else kl_N.tolist()
     return [
         {
             "step": step,
@@ -37,7 +43,7 @@ def rollout_records(
             "logprob": logprob,
             "sampler_logprob": sum(group.completions[place].logprobs),
         }
-        for (group, place), (logprob, kl, advantage) in zip(members, sums, strict=True)
+        for (group, place), advantage, logprob, kl in zip(members, advantages_N.tolist(), logprobs, kls, strict=True)
     ]
 
 
@@ -47,9 +53,9 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     reward, reward/NAME:    mean over the completions that have one (None: nobody has); reward_std likewise
     none/NAME:              share of completions to which a reward does not apply
     share_zero_variance:    share of groups whose rewards are all equal, which teach nothing but the KL
-    kl:                     mean over completions of the sequence sum, nats
+    kl:                     mean over completions of the sequence sum, nats; None without a reference
     entropy:                mean of -log p over the sampled tokens, nats a token; its fall is the policy narrowing
-    sampler_mismatch:       mean over completions of |log p when sampled - log p when trained|, nats; rounding when on-policy
+    sampler_mismatch:       mean over trained completions of |log p when sampled - log p when trained|, nats
     share_stop, _eos, _length: how completions ended
     """
     lengths = [len(record["completion_ids"]) for record in records]
@@ -58,21 +64,28 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     for record in records:
         groups.setdefault(record["slot"], set()).add(record["reward"])
     metrics: dict[str, float | int | None] = {
-        "reward": fmean(rewards) if rewards else None,
+        "reward": _mean(rewards),
         "reward_std": pstdev(rewards) if rewards else None,
     }
     for name in records[0]["rewards"]:
-        given = [record["rewards"][name] for record in records if record["rewards"][name] is not None]
-        metrics[f"reward/{name}"] = fmean(given) if given else None
-        metrics[f"none/{name}"] = 1 - len(given) / len(records)
+        values = [record["rewards"][name] for record in records]
+        metrics[f"reward/{name}"] = _mean(values)
+        metrics[f"none/{name}"] = values.count(None) / len(records)
     metrics["share_zero_variance"] = sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
-    metrics["kl"] = fmean(record["kl"] for record in records)
-    metrics["entropy"] = -sum(record["logprob"] for record in records) / sum(lengths)
-    metrics["sampler_mismatch"] = fmean(abs(record["sampler_logprob"] - record["logprob"]) for record in records)
+    metrics["kl"] = _mean(record["kl"] for record in records)
+    metrics["entropy"] = -sum(record["sampler_logprob"] for record in records) / sum(lengths)
+    metrics["sampler_mismatch"] = _mean(
+        abs(record["sampler_logprob"] - record["logprob"]) for record in records if record["logprob"] is not None
+    )
     metrics["completion_length"] = fmean(lengths)
     for ending in Ending:
         metrics[f"share_{ending}"] = sum(record["ending"] == ending for record in records) / len(records)
     return metrics
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return fmean(given) if given else None
 
 
 class Clock:

@@ -79,6 +79,6 @@ def score_groups(
 
 
 def group_rows(groups: Sequence[Group], device: torch.device) -> Rows:
-    """Rows of all completions of the groups, in order."""
-    members = [(group.prompt.ids, completion.ids) for group in groups for completion in group.completions]
-    return make_rows([prompt for prompt, _ in members], [completion for _, completion in members], device)
+    """The groups laid out for the model, in order."""
+    completions = [[completion.ids for completion in group.completions] for group in groups]
+    return make_rows([group.prompt.ids for group in groups], completions, device)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import Ending
 from data.stop import StopSearch
+from trainer.rloo.logprobs import left_padded, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,12 @@ class Sampler:
         self, prompts: Sequence[list[int]], uniforms: np.ndarray, num_generations: int
     ) -> list[Completion]:
         device = self.model.device
-        input_ids, mask = _left_padded(prompts, self._eos_id, device)
+        mask, input_ids = left_padded(prompts, device)
         cache = DynamicCache(config=self.model.config)
         logits = self.model(
             input_ids=input_ids,
             attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            position_ids=positions(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -145,13 +146,6 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Ten
         # The first id whose running sum exceeds the target has a probability above zero.
         ids_R1 = torch.searchsorted(cumulative_RV, targets_R1, right=True).clamp(max=logits_RV.shape[1] - 1)
     return ids_R1[:, 0], logprobs_RV.gather(1, ids_R1)[:, 0]
-
-
-def _left_padded(prompts: Sequence[list[int]], filler_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[filler_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    return input_ids, mask
 
 
 @contextmanager
