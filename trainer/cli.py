@@ -70,7 +70,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from trainer.export import export
 
-    export(options.run_folder, options.out, checkpoint=options.checkpoint, max_shard_size=options.max_shard_size)
+    export(options.run_folder, options.out, dtype=options.dtype, max_shard_size=options.max_shard_size)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's weights as a folder that transformers and vLLM serve")
     export.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or one checkpoint's folder in it")
     export.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the stored weights (default: the recipe's)"
+    )
     export.add_argument("--max-shard-size", default="5GB", help="of one weights file (default 5GB)")
     export.set_defaults(run=_export)
     return parser

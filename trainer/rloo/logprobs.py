@@ -85,7 +85,7 @@ class CompletionLogprobs(nn.Module):
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
         causal_lm = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
         # Activation checkpointing runs a layer again in the backward pass and allows no cache in it.
-        hidden = _hidden_of_each_row if causal_lm.is_gradient_checkpointing else _hidden_with_shared_prompts
+        hidden = _hidden_of_each_row if causal_lm.is_activation_checkpointing else _hidden_with_shared_prompts
         is_token_NC = rows.is_token
         logits_TV = causal_lm.get_output_embeddings()(hidden(causal_lm.get_decoder(), rows)[is_token_NC])
         logits_TV = logits_TV[:, : self.num_tokens].float() / self.temperature

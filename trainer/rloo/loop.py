@@ -50,7 +50,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
     policy = load_policy(recipe).to(accelerator.device)
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable()
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(task.tokenizer)).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.
     reference = make_reference(model, config)

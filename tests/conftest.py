@@ -1,0 +1,80 @@
+"""Shared fixtures: a tokenizer and a Llama made on the spot, and real data where it lies beside the project."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+CORPUS = [
+    "human: What is 2+2? <sep> assistant: <reasoning>\nTwo and two make four.\n</reasoning>\n\n4 <sep>",
+    "human: Be brief. Name a colour. <sep> assistant: Blue, as in the sky. <sep> human: 17 + 25 = <sep> assistant: 42 <sep>",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, as Reka's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    """A random float32 Llama of two layers whose embeddings, as Reka's, have more rows than the tokenizer has ids."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A fresh tiny model, the same in every test."""
+    return tiny_llama(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model and its tokenizer as a folder; read only."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data sets in {SHARED}")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def cl100k(shared_data: Path) -> PreTrainedTokenizerFast:
+    """Reka's tokenizer: cl100k_base with eos `<|endoftext|>` and no pad token."""
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(shared_data / "cl100k" / "tokenizer.json"), eos_token="<|endoftext|>"
+    )

@@ -1,0 +1,59 @@
+"""`rekatrain train --dry-run`: every check that needs no weights, the resolved recipe, and one row as it is trained."""
+
+import sys
+
+from data.chat import IGNORED_LABEL, render_completion
+from rewards.compose import score_completions
+from trainer.prompts import reward_columns
+from trainer.recipe import Recipe, dump_recipe
+from trainer.run_folder import RunFolder
+
+TRAINED = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print what a run of the recipe would start from; writes nothing and loads no weights."""
+    RunFolder(recipe.output_dir).check(recipe, resume=True)
+    print(dump_recipe(recipe))
+    if recipe.stage == "sft":
+        _show_sft(recipe)
+    else:
+        _show_rloo(recipe)
+
+
+def _show_sft(recipe: Recipe) -> None:
+    from trainer.sft import prepare
+
+    task = prepare(recipe)
+    lengths = [len(row.input_ids) for row in task.rows]
+    trained = sum(label != IGNORED_LABEL for row in task.rows for label in row.labels)
+    print(f"# {len(task.rows)} rows, {sum(lengths):,} tokens, {trained:,} of them trained; longest row {max(lengths)}")
+    first = task.rows[0]
+    num_prompt = first.labels.count(IGNORED_LABEL)
+    decode = task.tokenizer.decode
+    prompt, completion = decode(first.input_ids[:num_prompt]), decode(first.input_ids[num_prompt:])
+    print(f"# the first row; trained tokens are marked\n{prompt}{TRAINED[0]}{completion}{TRAINED[1]}")
+
+
+def _show_rloo(recipe: Recipe) -> None:
+    from trainer.rloo.task import prepare
+
+    task = prepare(recipe)
+    config = task.config
+    num_completions = config.prompts_per_step * config.num_generations
+    print(
+        f"# {len(task.prompts)} prompts; a step samples {config.prompts_per_step} x {config.num_generations} = "
+        f"{num_completions} completions; {config.max_steps} steps pass over the prompts "
+        f"{config.max_steps * config.prompts_per_step / len(task.prompts):.2f} times"
+    )
+    first = task.prompts[0]
+    print(f"# the first prompt\n{first.text}{TRAINED[0]} ...what the policy samples is trained{TRAINED[1]}")
+    response = first.row.messages[-1]
+    if response["role"] == "assistant":
+        text = render_completion(response.get("reasoning_content"), response["content"])
+        columns = reward_columns([first.row])
+        scores = score_completions(
+            task.rewards, prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns
+        )
+        earned = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
+        print(f"# its reference response earns {earned}\n{text}")

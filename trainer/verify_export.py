@@ -1,0 +1,59 @@
+"""Check an exported folder from a fresh process: `python -m trainer.verify_export FOLDER REFERENCE`.
+
+REFERENCE is a safetensors file with probe ids and the log-probabilities that the exporting process computed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.chat import STOP, Message, render_prompt
+from data.tokenizer import check_tokenizer
+
+# Each renders a rule of the format: system folding, reasoning of earlier turns, an open last turn, a literal role.
+CONVERSATIONS: list[list[Message]] = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "human", "content": "def f(x):\n    return x\n"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " <reasoning>\nA greeting.\n</reasoning>\n\nHello!"},
+        {"role": "user", "content": "Bye"},
+    ],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<reasoning>\nThe user"}],
+    [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "{}"}],
+]
+
+
+def probe_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of every next token after each of `ids` [1, L] -> [L, V] float32."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits[0].float().log_softmax(dim=-1)
+
+
+def main() -> None:
+    """Print what was verified; an AssertionError says what was not."""
+    folder, reference_file = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer)
+    for messages in CONVERSATIONS:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered == render_prompt(messages), f"the chat template renders {rendered!r}"
+    generation = json.loads((Path(folder) / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id and generation["stop_strings"] == [STOP], generation
+
+    reference = load_file(reference_file)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
+    # The same weights in the same arithmetic: only the order of sums may differ.
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    assert error <= tolerance, f"a log-probability differs by {error} from the training model's"
+    print(f"verified in another process: tokenizer, template, stop, log-probabilities within {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
