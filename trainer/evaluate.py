@@ -106,8 +106,9 @@ def wilson_interval(*, num_right: int, num_graded: int) -> Accuracy:
     centre = share + z * z / (2 * num_graded)
     spread = z * math.sqrt(share * (1 - share) / num_graded + z * z / (4 * num_graded**2))
     scale = 1 + z * z / num_graded
-    low, high = (centre - spread) / scale, (centre + spread) / scale
-    return Accuracy(num_right=num_right, num_graded=num_graded, accuracy=share, low=max(low, 0.0), high=min(high, 1.0))
+    # At shares of 0 and 1 one end is the share itself, which rounding would step over.
+    low, high = min((centre - spread) / scale, share), max((centre + spread) / scale, share)
+    return Accuracy(num_right=num_right, num_graded=num_graded, accuracy=share, low=low, high=high)
 
 
 def _held_out(prompts: list[Prompt], trained_on: list[Prompt]) -> list[Prompt]:

@@ -8,6 +8,7 @@ in objective.py. Each process samples and trains its share of a step's prompts; 
 """
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from peft import PeftModel
 from torch import Tensor
 from transformers import get_scheduler
 
+from data.errors import InputError
 from trainer.models import check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
@@ -33,6 +35,8 @@ from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from trainer.run_log import RunLog
+
+logger = logging.getLogger(__name__)
 
 Reference = Callable[[Rows], Tensor]
 
@@ -172,17 +176,31 @@ def without_idle_groups(groups: list[Group]) -> tuple[list[Group], list[Group]]:
 
 
 def make_accelerator(config: RLOOConfig) -> Accelerator:
-    """Accelerate as the launcher configured it; processes without a GPU talk through gloo.
+    """Accelerate as the launcher configured it; what it really is gets logged, and must be what was launched.
 
-    `Accelerator(cpu=True)` would turn a DeepSpeed launch into plain data parallelism without a word.
+    Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, and
+    `Accelerator(cpu=True)` would turn a DeepSpeed launch into plain data parallelism, both without a word.
     """
-    has_company = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if has_company and not torch.cuda.is_available() else []
-    return Accelerator(
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    has_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=not has_gpu and not is_deepspeed,
         mixed_precision="bf16" if config.bf16 else None,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=gloo,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    is_connected = launched == 1 or accelerator.distributed_type != DistributedType.NO
+    if accelerator.num_processes != launched or not is_connected:
+        raise InputError(f"{launched} processes were launched but Accelerate runs {accelerator.distributed_type}")
+    logger.info(
+        "engine: %s, %d processes, %s, %s arithmetic",
+        accelerator.distributed_type.value,
+        accelerator.num_processes,
+        accelerator.device.type,
+        "bfloat16" if config.bf16 else "the weights'",
+    )
+    return accelerator
 
 
 def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:

@@ -1,0 +1,13 @@
+# Sourced by recipes/quickstart.sh and tests/run.sh: makes .venv, installs the project with one extra ($1), activates it.
+# Tested versions come from tests/constraints.txt; a second call with nothing changed takes no time.
+if [ ! -x .venv/bin/python ]; then
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+fi
+wanted=$(cat pyproject.toml tests/constraints.txt | sha256sum | cut -d' ' -f1)
+if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing rekatrain[$1] into .venv (a few minutes)"
+    .venv/bin/pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e ".[$1]"
+    echo "$wanted" >".venv/installed-$1"
+fi
+source .venv/bin/activate

@@ -1,0 +1,41 @@
+"""Show what the quickstart came to: accuracies with their intervals, and three answers of the exported folder.
+
+    python recipes/smollm2/summary.py runs/quickstart
+
+The answers come from transformers' own `generate`, with nothing of this project in between: chat template, stop and
+tokenizer are those of the exported folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    """Print the table and the answers."""
+    folder = Path(sys.argv[1])
+    print(f"{'model':8} held-out accuracy, 95 % interval")
+    for name in ("base", "sft", "rloo"):
+        result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        print(
+            f"{name:8} {result['accuracy']:6.1%}  [{result['low']:.1%}, {result['high']:.1%}]  of {result['num_graded']}"
+        )
+    held_out = json.loads((folder / "rloo.json").read_text(encoding="utf-8"))["answers"][:3]
+
+    export = folder / "rloo-export"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    for answer in held_out:
+        question = answer["prompt"].removeprefix("human: ").removesuffix(" <sep> assistant:")
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        # The stop string is in the folder's generation config; transformers asks for the tokenizer to look for it.
+        output = model.generate(**prompt, tokenizer=tokenizer, max_new_tokens=64, do_sample=False)
+        print(f"\n{tokenizer.decode(output[0])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The main job through the real command line: SFT, export, RLOO, export, and the exported folder asked by transformers."""
+
+import json
+import operator
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.chat import STOP, encode_text, render_prompt
+from trainer.cli import main
+from trainer.recipe import dump_recipe, load_recipe
+
+PROJECT = Path(__file__).parents[2]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+# A reward that a random model varies in, so that every step moves the weights.
+REWARD = '''
+def letters(completions, **kwargs):
+    """Share of letters; the empty group members and the answers decide nothing."""
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+'''
+
+
+def write_recipe(folder: Path, name: str, model: Path, **sections: object) -> Path:
+    """A small recipe of either stage in `folder`, with a run folder of the same name."""
+    tree = {
+        "output_dir": str(folder / name),
+        "seed": 3,
+        "model": {"pretrained_model_name_or_path": str(model), "dtype": "float32"},
+        **sections,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
+
+
+def rloo_recipe(folder: Path, name: str, model: Path, *, rloo: dict | None = None, **sections: object) -> Path:
+    settings = {"max_steps": 3, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 12}
+    settings |= {"beta": 0.1, "learning_rate": 1e-3, "save_steps": 1} | (rloo or {})
+    return write_recipe(
+        folder,
+        name,
+        model,
+        stage="rloo",
+        dataset={"path": str(folder / "sums.jsonl"), "format": "prompt_answer"},
+        eval_dataset={"path": str(folder / "held_out.jsonl"), "format": "prompt_answer"},
+        rewards={"my_rewards:letters": {"weight": 1.0}, "math_answer": {"weight": 1.0}},
+        rloo=settings,
+        evaluate={"max_completion_length": 12},
+        **sections,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with rows and a user's reward in it."""
+    for name, first in (("sums", 1), ("held_out", 50)):
+        rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in range(first, first + 6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sys.modules.pop("my_rewards", None)
+    return tmp_path
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
+    """A process of its own, in the working folder."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    (file,) = (run / "checkpoints" / f"checkpoint-{step}").glob("*model.safetensors")
+    return load_file(file)
+
+
+def records(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def test_sft_rloo_export_and_the_exported_model_answers(
+    folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft = write_recipe(
+        folder,
+        "sft",
+        model_folder,
+        stage="sft",
+        lora=LORA,
+        dataset={"path": str(folder / "sums.jsonl"), "format": "prompt_answer"},
+        sft={"max_steps": 60, "per_device_train_batch_size": 6, "learning_rate": 3e-2, "logging_steps": 10},
+    )
+    main(["train", str(sft)])
+    losses = [record["loss"] for record in records(folder / "sft", "metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+    main(["export", str(folder / "sft"), str(folder / "sft-export")])
+
+    rloo = rloo_recipe(folder, "rloo", folder / "sft-export", lora=LORA)
+    main(["train", str(rloo), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "[[ ...what the policy samples is trained]]" in shown and "math_answer 1.0" in shown
+    main(["sample", str(rloo), "--num-prompts", "1"])
+    assert capsys.readouterr().out.count("advantage") == 4
+    assert not (folder / "rloo").exists()
+
+    main(["train", str(rloo)])
+    metrics = records(folder / "rloo", "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3]
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5) and metrics[2]["kl"] != 0
+    assert max(record["sampler_mismatch"] for record in metrics) < 1e-3
+    rollouts = records(folder / "rloo", "rollouts.jsonl")
+    assert len(rollouts) == 3 * 2 * 4
+    for slot in (0, 1):
+        group = [record["advantage"] for record in rollouts if record["step"] == 1 and record["slot"] == slot]
+        assert sum(group) == pytest.approx(0, abs=1e-5) and any(group)
+    assert load_recipe(folder / "rloo" / "recipe.yaml") == load_recipe(rloo)
+    assert dump_recipe(load_recipe(rloo)) == (folder / "rloo" / "recipe.yaml").read_text()
+
+    export = folder / "rloo-export"
+    main(["export", str(folder / "rloo"), str(export), "--max-shard-size", "20KB"])
+    assert len(list(export.glob("*.safetensors"))) > 1
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in export.iterdir())
+
+    # As a user of the folder: nothing of this project in between.
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    served = AutoModelForCausalLM.from_pretrained(export)
+    messages = [{"role": "human", "content": "3 + 3 ="}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    assert prompt["input_ids"][0].tolist() == encode_text(render_prompt(messages), tokenizer)
+    output = served.generate(**prompt, tokenizer=tokenizer, max_new_tokens=60, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+    assert answer.startswith(" <reasoning>\n") and answer.rstrip().endswith(STOP)
+
+    # The run folder (base and adapter) and the export (merged) are one model.
+    results = []
+    for model in (folder / "rloo", export):
+        out = folder / "result.json"
+        override = f"model.pretrained_model_name_or_path={model}"
+        main(["evaluate", str(rloo), override, "evaluate.max_completion_length=40", "--out", str(out)])
+        results.append(json.loads(out.read_text()))
+    assert results[0]["answers"] == results[1]["answers"] and results[0]["num_graded"] == 6
+    assert 0 <= results[0]["low"] <= results[0]["accuracy"] <= results[0]["high"] <= 1
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_killed_rloo_run_goes_on_bit_for_bit(folder: Path, model_folder: Path, lora: dict | None) -> None:
+    whole = rloo_recipe(folder, "whole", model_folder, lora=lora, rloo={"max_steps": 4})
+    main(["train", str(whole)])
+
+    killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo={"max_steps": 4})
+    process = start(folder, "-m", "trainer", "train", str(killed))
+    wait_for(lambda: (folder / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    main(["train", str(killed), "--resume"])
+
+    for step in (2, 4):
+        expected, found = weights(folder / "whole", step), weights(folder / "killed", step)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert records(folder / "whole", "rollouts.jsonl") == records(folder / "killed", "rollouts.jsonl")
+    assert [record["step"] for record in records(folder / "killed", "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path) -> None:
+    def recipe(name: str) -> str:
+        settings = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
+        settings |= {"lr_scheduler_type": "constant", "logging_steps": 1}
+        dataset = {"path": str(folder / "sums.jsonl"), "format": "prompt_answer"}
+        return str(write_recipe(folder, name, model_folder, stage="sft", lora=LORA, dataset=dataset, sft=settings))
+
+    main(["train", recipe("whole")])
+    main(["train", recipe("stopped"), "sft.max_steps=2"])
+    main(["train", recipe("stopped"), "--resume"])
+    expected, found = weights(folder / "whole", 4), weights(folder / "stopped", 4)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [r["loss"] for r in records(folder / "whole", "metrics.jsonl")] == [
+        r["loss"] for r in records(folder / "stopped", "metrics.jsonl")
+    ]
+
+
+def test_two_processes_take_the_steps_of_one(folder: Path, model_folder: Path) -> None:
+    one = rloo_recipe(folder, "one", model_folder, lora=LORA)
+    two = rloo_recipe(folder, "two", model_folder, lora=LORA)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    process = start(folder, *launch, "train", str(two))
+    main(["train", str(one)])
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
+    ours, theirs = records(folder / "one", "rollouts.jsonl"), records(folder / "two", "rollouts.jsonl")
+    by_place = operator.itemgetter("step", "slot")  # the sort is stable: a group keeps its order
+    for mine, other in zip(sorted(ours, key=by_place), sorted(theirs, key=by_place), strict=True):
+        assert mine["completion_ids"] == other["completion_ids"]
+        assert mine["advantage"] == pytest.approx(other["advantage"], abs=1e-5)
+    expected, found = weights(folder / "one", 3), weights(folder / "two", 3)
+    assert all(torch.allclose(expected[name], found[name], atol=1e-5) for name in expected)
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.02)
