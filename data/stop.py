@@ -1,4 +1,4 @@
-"""Sampled ids: where they stop, and how they read. The ids are the truth: they are cut and decoded, never re-tokenised."""
+"""Sampled ids: where they stop, and how they read. Ids are the truth: they are cut and decoded, never re-tokenised."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from data.chat import END_OF_TEXT, STOP
 def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of sampled ids for rewards and people; a final eos token reads `<|endoftext|>` whatever its own name."""
     ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    text = tokenizer.decode(list(ids[:-1] if ended else ids), clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(list(ids[:-1] if ended else ids), clean_up_tokenization_spaces=False))
     return text + END_OF_TEXT if ended else text
 
 

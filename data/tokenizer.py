@@ -1,7 +1,7 @@
 """Tokenizer loading in one place, with a self-check on golden ids.
 
-transformers 5 gives a cl100k_base tokenizer whose files name `GPT2Tokenizer` GPT-2's pre-tokenizer: other ids, no error,
-and a ruined run (huggingface/transformers#44254, #45812). So the fast tokenizer is loaded by its own file, and a
+transformers 5 gives a cl100k_base tokenizer whose files name `GPT2Tokenizer` GPT-2's pre-tokenizer: other ids, no
+error, and a ruined run (huggingface/transformers#44254, #45812). So the fast tokenizer is loaded by its own file, and a
 tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
 """
 
@@ -36,7 +36,7 @@ def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None =
     give the golden ids. Another family's tokenizer is accepted, and that is logged.
     """
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise InputError(
             f"no tokenizer could be loaded from {pretrained_model_name_or_path!r}: {str(error).splitlines()[0]}"
@@ -63,7 +63,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         if ids != golden_ids:
             raise InputError(
                 f"the tokenizer has cl100k_base's vocabulary but encodes {text!r} as {ids}, not {golden_ids}: "
-                "its tokenizer.json lacks cl100k_base's pre-tokenizer regex; take the file that the model was published with"
+                "its tokenizer.json lacks cl100k_base's pre-tokenizer regex; take the one the model was published with"
             )
     logger.info("tokenizer: cl100k_base, golden ids equal")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -69,6 +69,8 @@ NASTY_TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
 TEXTS = NASTY_TEXTS | st.text(max_size=12)
 # Texts that a trained turn can hold: no tag, no stop, no white space at the ends.
 CLEAN_TEXTS = TEXTS.map(str.strip).filter(lambda text: not any(tag in text for tag in ("<sep>", "reasoning>")))
+# A busy machine is not a fault of the code.
+UNHURRIED = settings(deadline=None)
 ROLES = st.sampled_from(["user", "human", "tool", "assistant", "system"])
 CONVERSATIONS = st.lists(st.builds(lambda role, content: {"role": role, "content": content}, ROLES, TEXTS), min_size=1)
 
@@ -85,6 +87,11 @@ def golden() -> list[dict]:
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """The tiny tokenizer and, where it is at hand, Reka's."""
     return request.getfixturevalue({"tiny": "tokenizer", "cl100k": "cl100k"}[request.param])
+
+
+@pytest.fixture(scope="module")
+def stop_search(any_tokenizer: PreTrainedTokenizerFast) -> StopSearch:
+    return StopSearch(any_tokenizer)
 
 
 # Prompts: published vectors and the template
@@ -129,6 +136,7 @@ def test_without_a_generation_prompt_only_the_turns_are_rendered():
     assert render_prompt([user("Hi")], add_generation_prompt=False) == "human: Hi"
 
 
+@UNHURRIED
 @given(messages=CONVERSATIONS, add_generation_prompt=st.booleans())
 @example(messages=[assistant("</reasoning>a<reasoning>b</reasoning>c"), user("Hi")], add_generation_prompt=True)
 @example(messages=[system("a"), assistant("b</reasoning>c")], add_generation_prompt=True)
@@ -161,6 +169,7 @@ def test_a_completion_is_exactly_this_text():
     assert render_completion("Two.", "4") == " <reasoning>\nTwo.\n</reasoning>\n\n4 <sep>"
 
 
+@UNHURRIED
 @given(reasoning=st.none() | CLEAN_TEXTS, answer=CLEAN_TEXTS)
 def test_a_rendered_completion_is_parsed_back(reasoning, answer):
     parsed = parse_completion(render_completion(reasoning, answer))
@@ -194,6 +203,7 @@ def test_a_completion_is_read_as(text, reasoning, answer, ending):
     assert parse_completion(text) == ParsedCompletion(reasoning=reasoning, answer=answer, ending=Ending(ending))
 
 
+@UNHURRIED
 @given(messages=CONVERSATIONS, reasoning=st.none() | CLEAN_TEXTS, answer=CLEAN_TEXTS, ends_in_user=TEXTS)
 def test_ids_of_prompt_and_completion_are_the_ids_of_the_whole(
     any_tokenizer, messages, reasoning, answer, ends_in_user
@@ -231,7 +241,8 @@ def test_only_the_last_turn_and_its_stop_are_trained(any_tokenizer, end_of_turn,
         user("4+4?"),
         assistant(" <reasoning>Four and four.</reasoning>8\n"),
     ]
-    prompt = "human: Be brief. 2+2? <sep> assistant: 4 <sep> human: 3+3? <sep> assistant: 6 <sep> human: 4+4? <sep> assistant:"
+    first_turns = "human: Be brief. 2+2? <sep> assistant: 4 <sep> human: 3+3? <sep> assistant: 6 <sep> "
+    prompt = first_turns + "human: 4+4? <sep> assistant:"
     encoded = encode_row(row, any_tokenizer, end_of_turn)
     trained = [label for label in encoded.labels if label != IGNORED_LABEL]
     num_prompt = len(encoded.labels) - len(trained)
@@ -275,20 +286,24 @@ def test_a_typed_end_of_text_has_these_ids(cl100k):
     assert encode_text(END_OF_TEXT, cl100k) == [27, 91, 8862, 728, 428, 91, 29]
 
 
-@pytest.mark.parametrize(
-    "typed", ["<|endoftext|>", "a<|endoftext|>b", "It is <|endoftext|>", "<|endoftext|><|endoftext|>."]
-)
 @pytest.mark.parametrize("end_of_turn", ["sep", "sep_eos", "eos"])
-def test_a_typed_end_of_text_is_never_the_eos_id_and_reads_back(any_tokenizer, typed, end_of_turn):
-    encoded = encode_row(
-        [user(typed), assistant(typed), user(typed), assistant(typed, typed)], any_tokenizer, end_of_turn
-    )
+def test_a_typed_end_of_text_is_never_the_eos_id_and_reads_back(any_tokenizer, end_of_turn):
+    typed = f"{END_OF_TEXT}a{END_OF_TEXT}{END_OF_TEXT}."
+    row = [user(typed), assistant(typed), user(typed), assistant(typed, typed)]
+    encoded = encode_row(row, any_tokenizer, end_of_turn)
     ids = encoded.input_ids if end_of_turn == "sep" else encoded.input_ids[:-1]
     assert any_tokenizer.eos_token_id not in ids
     stop = "" if end_of_turn == "eos" else " <sep>"
     assert any_tokenizer.decode(ids) == (
         f"human: {typed} <sep> assistant: {typed} <sep> human: {typed} <sep> "
         f"assistant: <reasoning>\n{typed}\n</reasoning>\n\n{typed}{stop}"
+    )
+
+
+def test_an_answer_may_end_with_a_typed_end_of_text(tokenizer):
+    row = [user("Name it."), assistant(f"It is {END_OF_TEXT}"), user("Again."), assistant(END_OF_TEXT)]
+    assert tokenizer.decode(encode_row(row, tokenizer).input_ids) == (
+        f"human: Name it. <sep> assistant: It is {END_OF_TEXT} <sep> human: Again. <sep> assistant: {END_OF_TEXT} <sep>"
     )
 
 
@@ -396,6 +411,7 @@ NASTY_MESSAGES = st.one_of(
 )
 
 
+@UNHURRIED
 @given(
     first=st.just([]) | st.builds(lambda text: [system(text)], NASTY_TEXTS),
     question=NASTY_TEXTS,
@@ -463,15 +479,16 @@ def test_a_stop_is_found_when_each_character_is_a_token(tokenizer, text, kept):
     assert completes[:1] == ([len(kept)] if "<sep>" in text else [])
 
 
+@UNHURRIED
 @given(draw=st.data())
-def test_ids_are_cut_at_the_shortest_prefix_whose_text_has_the_stop(any_tokenizer, draw):
+def test_ids_are_cut_at_the_shortest_prefix_whose_text_has_the_stop(any_tokenizer, stop_search, draw):
     pieces = ["<", " <", ".<", "s", "e", "p", "sep", ">", ">\n", ">>", "<sep>", " <sep>", "é", END_OF_TEXT]
     written = st.sampled_from(pieces).map(lambda piece: encode_text(piece, any_tokenizer))
     anything = st.integers(0, len(any_tokenizer) - 1).map(lambda token: [token])
     ids = sum(draw.draw(st.lists(written | anything, max_size=12)), [])
     prefixes = (ids[:end] for end in range(len(ids) + 1))
     shortest = next((prefix for prefix in prefixes if "<sep>" in any_tokenizer.decode(prefix)), ids)
-    assert StopSearch(any_tokenizer).cut(ids) == shortest
+    assert stop_search.cut(ids) == shortest
 
 
 def test_a_final_eos_reads_as_end_of_text(any_tokenizer):
@@ -489,8 +506,9 @@ def test_a_final_eos_of_another_name_reads_as_end_of_text_too(tokenizer):
     assert decode_completion([other.eos_token_id, *ids], other) == "! 4"
 
 
+@UNHURRIED
 @given(reasoning=st.none() | CLEAN_TEXTS, answer=CLEAN_TEXTS)
-def test_a_completion_survives_encoding_stopping_and_decoding(any_tokenizer, reasoning, answer):
+def test_a_completion_survives_encoding_stopping_and_decoding(any_tokenizer, stop_search, reasoning, answer):
     ids = encode_text(render_completion(reasoning, answer) + "\n\n", any_tokenizer)
-    parsed = parse_completion(decode_completion(StopSearch(any_tokenizer).cut(ids), any_tokenizer))
+    parsed = parse_completion(decode_completion(stop_search.cut(ids), any_tokenizer))
     assert parsed == ParsedCompletion(reasoning=reasoning, answer=answer, ending=Ending.STOP)

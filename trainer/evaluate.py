@@ -69,9 +69,11 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
     prompts = _held_out(prompts, trained_on)
     check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(**recipe.model)
+    # transformers wraps `to` and loses its signature
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     sampler = Sampler(
-        load_model(**recipe.model).to(device),
+        model,
         tokenizer,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,

@@ -1,4 +1,4 @@
-"""`rekatrain export RUN OUT`: a run's weights as a folder that transformers and vLLM serve, verified in another process.
+"""`rekatrain export RUN OUT`: a run's weights as a folder that transformers and vLLM serve, and proof that it loads.
 
 OUT holds sharded safetensors, the tokenizer with our chat template, and a generation config that stops at `<sep>`.
 """
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import STOP, encode_text, render_prompt
+from data.chat import STOP, Message, encode_text, render_prompt
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
 from trainer.models import find_source, load_model
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Merging is W + B A in float32; anything beyond rounding is a wrong merge.
 MERGE_TOLERANCE = 1e-3
-PROBE_MESSAGES = [{"role": "user", "content": "What is 2+2? Explain in one sentence why 1,234 is even."}]
+PROBE_MESSAGES: list[Message] = [{"role": "user", "content": "What is 2+2? Explain in one sentence why 1,234 is even."}]
 
 
 def export(run: Path, out: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:

@@ -16,6 +16,8 @@ from trainer.run_folder import RECIPE_FILE, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
+Policy = PreTrainedModel | PeftModel
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -48,7 +50,7 @@ def load_model(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     attn_implementation: str | None = None,
-) -> PreTrainedModel | PeftModel:
+) -> Policy:
     """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`."""
     source = find_source(pretrained_model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(
@@ -102,7 +104,7 @@ def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     if source.adapter:
         raise InputError(
-            f"{source.folder!r} is an adapter on {source.base!r}; make one model of them first: rekatrain export RUN OUT"
+            f"{source.folder!r} is an adapter on {source.base!r}; make one model of them: rekatrain export RUN OUT"
         )
     is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
     if recipe.lora is None and is_bfloat16 and not has_master_weights:
@@ -112,7 +114,7 @@ def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
         )
 
 
-def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> PeftModel:
+def add_adapter(model: Policy, lora: dict[str, Any]) -> PeftModel:
     """Put a fresh LoRA adapter on the model; only the adapter is trained."""
     check_keywords("lora", lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
     try:
@@ -121,7 +123,7 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> PeftModel:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
 
 
-def load_policy(recipe: Recipe) -> PreTrainedModel | PeftModel:
+def load_policy(recipe: Recipe) -> Policy:
     """The model to train: the recipe's weights, with a fresh adapter where the recipe has a `lora:` section."""
     model = load_model(**recipe.model)
     if recipe.lora is not None:

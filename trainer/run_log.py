@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, a progress line, and Weights & Biases where the recipe asks for it."""
+"""What a run tells while it goes on: metrics.jsonl, a progress line, and Weights & Biases where the recipe has it."""
 
 import logging
 import os

@@ -6,18 +6,21 @@ Packing is TRL's: rows lie end to end, and their position ids, which start again
 every attention backend (tests/test_sft.py holds packed and separate losses equal).
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
 from data.errors import InputError
@@ -25,7 +28,7 @@ from data.rows import Row
 from data.sources import load_rows
 from trainer.models import check_model, check_trainable, load_model_tokenizer, load_policy
 from trainer.recipe import Recipe, check_keywords
-from trainer.run_folder import RunFolder, checkpoint_step
+from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
 from trainer.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -107,13 +110,16 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
     check_trainable(recipe, has_master_weights=task.config.deepspeed_plugin is not None)
+    if checkpoint and _is_finished(checkpoint, task.config):
+        logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
+        return
     set_seed(recipe.seed)
     trainer = SFTTrainer(
         model=load_policy(recipe),
         args=task.config,
         train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),
         processing_class=task.tokenizer,
-        callbacks=[_KeepTokenizer(load_model_tokenizer(recipe))],
+        callbacks=[_KeepTokenizer(load_model_tokenizer(recipe), run)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -141,15 +147,21 @@ def _make_config(recipe: Recipe) -> SFTConfig:
         raise InputError(f"sft: {str(error).splitlines()[0]}") from error
 
 
+def _is_finished(checkpoint: Path, config: SFTConfig) -> bool:
+    # transformers' Trainer, resumed at its last step, would take one more.
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return state["global_step"] >= (config.max_steps if config.max_steps > 0 else state["max_steps"])
+
+
 class _KeepTokenizer(TrainerCallback):
     """Saves the tokenizer as it was loaded over the trainer's, which TRL has given a pad token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+        self._tokenizer, self._run = tokenizer, run
 
-    def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._tokenizer.save_pretrained(RunFolder(args.output_dir).path / f"checkpoint-{state.global_step}")
+            self._tokenizer.save_pretrained(self._run.checkpoint(state.global_step))
 
 
 class _Log(TrainerCallback):
@@ -158,14 +170,12 @@ class _Log(TrainerCallback):
     def __init__(self, run: RunFolder, recipe: Recipe, first_step: int) -> None:
         self._run, self._recipe, self._first_step = run, recipe, first_step
 
-    def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log = RunLog(self._run, self._recipe, first_step=self._first_step, max_steps=state.max_steps)
 
-    def on_log(
-        self, args: SFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        if "loss" in logs:  # the trainer's closing log is a summary, not a step
-            self._log.step(state.global_step, logs, headline=HEADLINE)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        if "loss" in event["logs"]:  # the trainer's closing log is a summary, not a step
+            self._log.step(state.global_step, event["logs"], headline=HEADLINE)
 
-    def on_train_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log.close()

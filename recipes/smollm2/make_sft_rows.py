@@ -1,6 +1,6 @@
 """Write the quickstart's SFT rows: worked two-digit sums, as messages JSONL.
 
-    python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
+python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
 """
 
 import argparse

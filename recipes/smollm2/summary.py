@@ -20,9 +20,8 @@ def main() -> None:
     print(f"{'model':8} held-out accuracy, 95 % interval")
     for name in ("base", "sft", "rloo"):
         result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        print(
-            f"{name:8} {result['accuracy']:6.1%}  [{result['low']:.1%}, {result['high']:.1%}]  of {result['num_graded']}"
-        )
+        interval = f"[{result['low']:.1%}, {result['high']:.1%}]"
+        print(f"{name:8} {result['accuracy']:6.1%}  {interval}  of {result['num_graded']}")
     held_out = json.loads((folder / "rloo.json").read_text(encoding="utf-8"))["answers"][:3]
 
     export = folder / "rloo-export"

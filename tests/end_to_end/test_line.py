@@ -63,7 +63,9 @@ def rloo_recipe(folder: Path, name: str, model: Path, *, rloo: dict | None = Non
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with rows and a user's reward in it."""
     for name, first in (("sums", 1), ("held_out", 50)):
-        rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in range(first, first + 6)]
+        rows = [
+            {"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in range(first, first + 6)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
@@ -181,6 +183,7 @@ def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path)
     main(["train", recipe("whole")])
     main(["train", recipe("stopped"), "sft.max_steps=2"])
     main(["train", recipe("stopped"), "--resume"])
+    main(["train", recipe("stopped"), "--resume"])  # finished: takes no further step
     expected, found = weights(folder / "whole", 4), weights(folder / "stopped", 4)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert [r["loss"] for r in records(folder / "whole", "metrics.jsonl")] == [

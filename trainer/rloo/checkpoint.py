@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import load_checkpoint_in_model
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from trainer.models import Policy
 from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
 
 
@@ -24,7 +25,7 @@ class Checkpointer:
     def __init__(
         self,
         accelerator: Accelerator,
-        policy: PreTrainedModel | PeftModel,
+        policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
     ) -> None:

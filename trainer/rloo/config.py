@@ -55,8 +55,8 @@ class RLOOConfig:
     def __post_init__(self) -> None:
         if self.per_device_generation_batch_size < self.num_generations:
             raise InputError(
-                f"rloo.per_device_generation_batch_size ({self.per_device_generation_batch_size}) must hold at least one "
-                f"group of rloo.num_generations ({self.num_generations}) completions"
+                f"rloo.per_device_generation_batch_size ({self.per_device_generation_batch_size}) must hold at least "
+                f"one group of rloo.num_generations ({self.num_generations}) completions"
             )
 
     def prompts_per_process(self, num_processes: int) -> int:

@@ -9,11 +9,14 @@ V the tokenizer's ids, T tokens of all completions laid end to end.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+
+from trainer.models import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +74,10 @@ def positions(mask: Tensor) -> Tensor:
 class CompletionLogprobs(nn.Module):
     """A policy as a function from rows to log-probabilities.
 
-    A module, so that what wraps models (data parallel, DeepSpeed) wraps this one call and all uses of the weights in it.
+    A module, so that what wraps models (data parallel, DeepSpeed) wraps this one call with all its uses of the weights.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, *, temperature: float, num_tokens: int) -> None:
+    def __init__(self, policy: Policy, *, temperature: float, num_tokens: int) -> None:
         """`num_tokens`: ids that can be sampled, the tokenizer's; the distribution is over those, as in sampling."""
         super().__init__()
         self.policy = policy
@@ -83,7 +86,8 @@ class CompletionLogprobs(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
-        causal_lm = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
+        policy = self.policy
+        causal_lm = cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
         # Activation checkpointing runs a layer again in the backward pass and allows no cache in it.
         hidden = _hidden_of_each_row if causal_lm.is_activation_checkpointing else _hidden_with_shared_prompts
         is_token_NC = rows.is_token
@@ -93,8 +97,8 @@ class CompletionLogprobs(nn.Module):
         return logits_TV.gather(1, targets_T1)[:, 0] - logits_TV.logsumexp(dim=1)
 
 
-def _hidden_with_shared_prompts(decoder: nn.Module, rows: Rows) -> Tensor:
-    """Outputs that predict each completion token, [N, C, D]; a prompt is computed once and its cache forked, with gradient."""
+def _hidden_with_shared_prompts(decoder: PreTrainedModel, rows: Rows) -> Tensor:
+    """Outputs that predict each completion token, [N, C, D]; a prompt is run once, its cache forked with gradient."""
     group_size = len(rows.completions) // len(rows.prompts)
     cache = DynamicCache(config=decoder.config)
     prompt_PLD = decoder(
@@ -119,7 +123,7 @@ def _hidden_with_shared_prompts(decoder: nn.Module, rows: Rows) -> Tensor:
     return torch.cat([first_N1D, following_NCD], dim=1)
 
 
-def _hidden_of_each_row(decoder: nn.Module, rows: Rows) -> Tensor:
+def _hidden_of_each_row(decoder: PreTrainedModel, rows: Rows) -> Tensor:
     """The same outputs, [N, C, D], from rows that each carry their prompt."""
     group_size = len(rows.completions) // len(rows.prompts)
     mask = _whole_mask(rows, group_size)

@@ -8,20 +8,18 @@ in objective.py. Each process samples and trains its share of a step's prompts; 
 """
 
 import copy
-import logging
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from torch import Tensor
 from transformers import get_scheduler
 
-from data.errors import InputError
+from trainer.launch import make_accelerator
 from trainer.models import check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
@@ -30,13 +28,11 @@ from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, Rows, micro_batches
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, rollout_records, step_metrics
 from trainer.rloo.objective import leave_one_out_advantages, policy_gradient_loss, regularised_rewards, sequence_sums
-from trainer.rloo.rollouts import Group, group_rows, sample_groups, score_groups
+from trainer.rloo.rollouts import group_rows, sample_groups, score_groups
 from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from trainer.run_log import RunLog
-
-logger = logging.getLogger(__name__)
 
 Reference = Callable[[Rows], Tensor]
 
@@ -47,12 +43,13 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
     config = task.config
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(bf16=config.bf16)
     check_trainable(recipe, has_master_weights=accelerator.state.deepspeed_plugin is not None)
     config.prompts_per_process(accelerator.num_processes)
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
-    policy = load_policy(recipe).to(accelerator.device)
+    policy = load_policy(recipe)
+    policy.to(accelerator.device)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(task.tokenizer)).train()
@@ -138,7 +135,10 @@ def take_step(
     num_scorable = int(accelerator.reduce(torch.tensor(num_scorable, device=accelerator.device), "sum"))
     clock.lap("reward")
 
-    groups, idle = (groups, []) if reference else without_idle_groups(groups)
+    # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
+    # in the backward pass.
+    idle = [] if reference else [group for group in groups[1:] if group.is_idle]
+    groups = [group for group in groups if group not in idle]
     records = rollout_records(step + 1, idle, torch.zeros(len(idle) * config.num_generations), None, None)
     batches = list(micro_batches([group.row_lengths for group in groups], config.micro_batch_tokens))
     for number, places in enumerate(batches, start=1):
@@ -159,48 +159,6 @@ def take_step(
             accelerator.backward(loss * accelerator.num_processes)
         records += rollout_records(step + 1, batch, advantages_N, logprobs_N, kl_N)
     return records
-
-
-def without_idle_groups(groups: list[Group]) -> tuple[list[Group], list[Group]]:
-    """Split off the groups whose advantages are all 0: without a KL they move no weight, and need no forward.
-
-    One group always stays, so that every process takes part in the backward pass.
-    """
-    advantages_PG = leave_one_out_advantages(torch.tensor([group.rewards for group in groups]))
-    is_busy = (advantages_PG != 0).any(dim=1).tolist()
-    if not any(is_busy):
-        is_busy[0] = True
-    busy = [group for group, moves in zip(groups, is_busy, strict=True) if moves]
-    idle = [group for group, moves in zip(groups, is_busy, strict=True) if not moves]
-    return busy, idle
-
-
-def make_accelerator(config: RLOOConfig) -> Accelerator:
-    """Accelerate as the launcher configured it; what it really is gets logged, and must be what was launched.
-
-    Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, and
-    `Accelerator(cpu=True)` would turn a DeepSpeed launch into plain data parallelism, both without a word.
-    """
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    has_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=not has_gpu and not is_deepspeed,
-        mixed_precision="bf16" if config.bf16 else None,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    is_connected = launched == 1 or accelerator.distributed_type != DistributedType.NO
-    if accelerator.num_processes != launched or not is_connected:
-        raise InputError(f"{launched} processes were launched but Accelerate runs {accelerator.distributed_type}")
-    logger.info(
-        "engine: %s, %d processes, %s, %s arithmetic",
-        accelerator.distributed_type.value,
-        accelerator.num_processes,
-        accelerator.device.type,
-        "bfloat16" if config.bf16 else "the weights'",
-    )
-    return accelerator
 
 
 def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:

@@ -1,5 +1,6 @@
 """Rollouts: the groups of one step, sampled, scored, and laid out for the model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from trainer.rloo.logprobs import Rows, make_rows
 from trainer.rloo.sampler import Completion, Sampler
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
     """One prompt of a step with its scored completions.
 
@@ -28,6 +29,11 @@ class Group:
     texts: list[str]
     rewards: list[float]
     rewards_by_name: dict[str, list[float | None]]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all scorable rewards are equal, so that without a KL every advantage is 0."""
+        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1
 
     @property
     def row_lengths(self) -> list[int]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from data.chat import Ending
 from data.stop import StopSearch
+from trainer.models import Policy
 from trainer.rloo.logprobs import left_padded, positions
 
 
@@ -40,7 +41,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Policy,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_completion_length: int,

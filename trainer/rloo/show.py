@@ -15,9 +15,11 @@ def sample(recipe: Recipe, *, num_prompts: int) -> None:
     """Print the first prompts of the run's first step with their completions, rewards and advantages (without a KL)."""
     task = prepare(recipe)
     config = task.config
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(recipe)
+    # transformers wraps `to` and loses its signature
+    policy.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     sampler = Sampler(
-        load_policy(recipe).to(device),
+        policy,
         task.tokenizer,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
