@@ -105,11 +105,8 @@ def parse_completion(text: str) -> ParsedCompletion:
     ending = Ending.STOP if found else Ending.LENGTH
     if not found and body.endswith(END_OF_TEXT):
         body, ending = body.removesuffix(END_OF_TEXT), Ending.EOS
-    body = body.strip()
-    if not body.startswith(REASONING_OPEN):
-        return ParsedCompletion(reasoning=None, answer=body, ending=ending)
-    reasoning, _, answer = body.removeprefix(REASONING_OPEN).partition(REASONING_CLOSE)
-    return ParsedCompletion(reasoning=reasoning.strip(), answer=answer.strip(), ending=ending)
+    reasoning, answer = _split_body(body)
+    return ParsedCompletion(reasoning=reasoning, answer=answer, ending=ending)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -161,6 +158,17 @@ def assistant_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
             yield list(messages[:end])
 
 
+def answers_only(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with each assistant turn cut down to its answer, as it is stored before the next question.
+
+    The template itself drops the reasoning of a stored turn but keeps the white space around it.
+    """
+    return [
+        {"role": "assistant", "content": _split_turn(turn)[1]} if turn["role"] == "assistant" else turn
+        for turn in messages
+    ]
+
+
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of plain text: a special token's name in the text becomes ordinary ids, and nothing is added around it."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -180,8 +188,7 @@ def encode_row(
     reasoning, answer = _split_turn(last)
     if not answer:
         raise InputError("the assistant message to train has no answer")
-    history = [{**turn, "content": _split_turn(turn)[1]} if turn["role"] == "assistant" else turn for turn in history]
-    prompt_ids = encode_text(render_prompt(history), tokenizer)
+    prompt_ids = encode_text(render_prompt(answers_only(history)), tokenizer)
     text = _turn_body(reasoning, answer) if end_of_turn == "eos" else render_completion(reasoning, answer)
     completion_ids = encode_text(text, tokenizer)
     if end_of_turn != "sep":
@@ -207,9 +214,17 @@ def _turn_body(reasoning: str | None, answer: str) -> str:
 
 
 def _split_turn(message: Message) -> tuple[str | None, str]:
-    parsed = parse_completion(message["content"])
-    reasoning = (message.get("reasoning_content") or "").strip() or parsed.reasoning
-    return reasoning or None, parsed.answer
+    # Not parse_completion: in a stored turn `<|endoftext|>` is text like any other.
+    inline, answer = _split_body(message["content"])
+    return (message.get("reasoning_content") or "").strip() or inline or None, answer
+
+
+def _split_body(text: str) -> tuple[str | None, str]:
+    body = text.strip()
+    if not body.startswith(REASONING_OPEN):
+        return None, body
+    reasoning, _, answer = body.removeprefix(REASONING_OPEN).partition(REASONING_CLOSE)
+    return reasoning.strip(), answer.strip()
 
 
 def _break_tags(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.chat import Message
+from data.chat import Message, answers_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +22,6 @@ class Row:
 
     @property
     def prompt(self) -> list[Message]:
-        """The turns that a completion answers: all but a last assistant turn."""
-        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+        """The turns that a completion answers: all but a last assistant turn, earlier ones without their reasoning."""
+        is_answered = self.messages[-1]["role"] == "assistant"
+        return answers_only(self.messages[:-1] if is_answered else self.messages)

@@ -37,7 +37,8 @@ def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None =
     """
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision or "main")
-    except (OSError, ValueError) as error:
+    # tokenizers raises the bare class for a tokenizer.json that it cannot read.
+    except Exception as error:
         raise InputError(
             f"no tokenizer could be loaded from {pretrained_model_name_or_path!r}: {str(error).splitlines()[0]}"
         ) from error

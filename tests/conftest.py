@@ -11,7 +11,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 CORPUS = [
     "human: What is 2+2? <sep> assistant: <reasoning>\nTwo and two make four.\n</reasoning>\n\n4 <sep>",
-    "human: Be brief. Name a colour. <sep> assistant: Blue, as in the sky. <sep> human: 17 + 25 = <sep> assistant: 42 <sep>",
+    "human: Be brief. Name a colour. <sep> assistant: Blue, as in the sky. <sep> human: 17 + 25 =",
+    "human: 17 + 25 = <sep> assistant: 42 <sep>",
 ]
 
 

@@ -19,7 +19,13 @@ OVERRIDES_HELP = "values set over the recipe's, as in rloo.beta=0.1; null takes 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit with 2 and one line where its input is wrong."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    # argparse takes no `key=value` after an option that follows the recipe.
+    if any(text.startswith("-") or "=" not in text for text in others) or (others and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.overrides += others
     is_main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
     for chatty in ("accelerate", "httpx", "datasets", "transformers", "DeepSpeed", "filelock"):
@@ -74,7 +80,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    return load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)
+    from trainer.sections import check_sections
+
+    check_sections(recipe)
+    return recipe
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from data.errors import InputError
 from rewards.compose import build_reward_functions, check_columns
 from trainer.models import check_model, load_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
-from trainer.recipe import Recipe, check_keywords
+from trainer.recipe import Recipe
 from trainer.rloo.rollouts import Group, sample_groups, score_groups
 from trainer.rloo.sampler import Sampler
 
@@ -56,7 +56,6 @@ class Accuracy:
 
 def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
     """Answer each held-out prompt once, print the accuracy, and write all answers to `out` where it is given."""
-    check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
     config = EvaluateConfig(**recipe.evaluate)
     if recipe.eval_dataset is None:
         raise InputError("the recipe has no eval_dataset section: name the held-out rows there")

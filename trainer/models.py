@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
-from trainer.recipe import Recipe, check_keywords
+from trainer.recipe import Recipe
 from trainer.run_folder import RECIPE_FILE, newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,17 @@ def load_model(
 ) -> Policy:
     """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`."""
     source = find_source(pretrained_model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.base, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.base, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
+    except OSError as error:
+        raise InputError(f"no weights could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
     return PeftModel.from_pretrained(model, source.adapter) if source.adapter else model
 
 
 def load_model_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with the recipe's model, checked."""
-    check_keywords("model", recipe.model, load_model)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     return load_tokenizer(source.folder, revision=recipe.model.get("revision"))
 
@@ -116,7 +118,6 @@ def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
 
 def add_adapter(model: Policy, lora: dict[str, Any]) -> PeftModel:
     """Put a fresh LoRA adapter on the model; only the adapter is trained."""
-    check_keywords("lora", lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
     try:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (ValueError, TypeError) as error:

@@ -12,7 +12,6 @@ from data.chat import encode_text, render_prompt
 from data.errors import InputError
 from data.rows import Row
 from data.sources import load_rows
-from trainer.recipe import check_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ def load_prompts(
     name: str = "dataset",
 ) -> list[Prompt]:
     """Read a data set's prompts; each must leave room for a whole completion within the model's context."""
-    check_keywords(name, section, load_rows)
     prompts = []
     too_long = []
     for row in load_rows(**section).rows:
@@ -63,7 +61,8 @@ def step_prompts(num_prompts: int, *, seed: int, step: int, prompts_per_step: in
     """
     positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
     orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)
+        # The 0 keeps this stream apart from those of the draws (rollouts.py), which begin with 1.
+        epoch: np.random.default_rng([0, seed, epoch]).permutation(num_prompts)
         for epoch in {position // num_prompts for position in positions}
     }
     return [int(orders[position // num_prompts][position % num_prompts]) for position in positions]

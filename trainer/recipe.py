@@ -80,7 +80,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel types it as None
-    yaml.dump({key: value for key, value in asdict(recipe).items() if value not in (None, {})}, text)
+    yaml.dump({key: value for key, value in asdict(recipe).items() if value is not None}, text)
     return text.getvalue()
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import wandb
 from accelerate.tracking import WandBTracker
 from tqdm import tqdm
 
@@ -41,19 +42,18 @@ class RunLog:
         else:
             self._bar.set_postfix_str(shown)
             self._bar.update(step - self._bar.n)
-        self._track({name: value for name, value in metrics.items() if value is not None}, step)
+        self._tell_tracker("log", {name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def close(self) -> None:
         """End the progress line and the tracked run."""
         self._bar.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        self._tell_tracker("finish")
 
-    def _track(self, metrics: dict[str, Any], step: int) -> None:
+    def _tell_tracker(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._tracker is None:
             return
         try:
-            self._tracker.log(metrics, step=step)
+            getattr(self._tracker, method)(*arguments, **options)
         # Whatever a tracking service does wrong, it must not end a run of days: it is said once, and the run goes on.
         except Exception as error:
             logger.warning("wandb stopped: %s; metrics go on in %s", error, METRICS_FILE)
@@ -63,18 +63,26 @@ class RunLog:
 def _start_wandb(recipe: Recipe) -> WandBTracker | None:
     if recipe.wandb is None:
         return None
-    section = {"project": "rekatrain", **recipe.wandb}
-    if "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ:
-        section.setdefault("mode", "offline")
+    section = {"project": "rekatrain", "dir": recipe.output_dir, **recipe.wandb}
+    if "WANDB_MODE" not in os.environ and "mode" not in section and not _is_logged_in():
+        section["mode"] = "offline"
     try:
         tracker = WandBTracker(section.pop("project"), **section)
         tracker.start()
+        tracker.store_init_configuration({"stage": recipe.stage, "seed": recipe.seed, "model": recipe.model})
     # No key, no route, a wrong entity: none of them is worth a run. wandb raises several unrelated classes.
     except Exception as error:
         logger.warning("wandb could not start: %s; the run goes on without it", error)
         return None
-    tracker.store_init_configuration({"stage": recipe.stage, "seed": recipe.seed, "model": recipe.model})
     return tracker
+
+
+def _is_logged_in() -> bool:
+    try:
+        return wandb.login(prompt=False)
+    except wandb.Error as error:
+        logger.warning("wandb: the key could not be verified (%s); tracking offline", str(error).splitlines()[0])
+        return False
 
 
 def _short(value: float | int | None) -> str:

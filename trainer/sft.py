@@ -8,6 +8,7 @@ every attention backend (tests/test_sft.py holds packed and separate losses equa
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +28,13 @@ from data.errors import InputError
 from data.rows import Row
 from data.sources import load_rows
 from trainer.models import check_model, check_trainable, load_model_tokenizer, load_policy
-from trainer.recipe import Recipe, check_keywords
+from trainer.recipe import Recipe
 from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
 from trainer.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
-# What the program itself passes to SFTConfig: where the run is, its seed, and how the rows come.
-RESERVED = (
-    "output_dir",
-    "seed",
-    "data_seed",
-    "report_to",
-    "use_cpu",
-    "disable_tqdm",
-    "dataset_kwargs",
-    "model_init_kwargs",
-)
-HEADLINE = ["loss", "mean_token_accuracy", "grad_norm", "learning_rate", "epoch"]
+HEADLINE = ["loss", "mean_token_accuracy", "grad_norm", "epoch", "tokens_per_second"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +48,6 @@ class SFTTask:
 
 def prepare(recipe: Recipe) -> SFTTask:
     """Check the recipe against its data and its model's config; InputError says what is wrong."""
-    check_keywords("sft", recipe.sft, SFTConfig, reserved=RESERVED)
-    check_keywords("chat", recipe.chat, encode_conversations, reserved=("rows", "tokenizer"))
-    check_keywords("dataset", recipe.dataset, load_rows)
     config = _make_config(recipe)
     tokenizer = load_model_tokenizer(recipe)
     context = check_model(recipe, tokenizer).max_position_embeddings
@@ -172,10 +159,16 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log = RunLog(self._run, self._recipe, first_step=self._first_step, max_steps=state.max_steps)
+        self._last, self._num_tokens = time.monotonic(), 0.0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        if "loss" in event["logs"]:  # the trainer's closing log is a summary, not a step
-            self._log.step(state.global_step, event["logs"], headline=HEADLINE)
+        logs = event["logs"]
+        if "loss" not in logs:  # the trainer's closing log is a summary, not a step
+            return
+        now = time.monotonic()
+        logs["tokens_per_second"] = (logs["num_tokens"] - self._num_tokens) / (now - self._last)
+        self._last, self._num_tokens = now, logs["num_tokens"]
+        self._log.step(state.global_step, logs, headline=HEADLINE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log.close()

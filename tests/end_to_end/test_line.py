@@ -1,4 +1,4 @@
-"""The main job through the real command line: SFT, export, RLOO, export, and the exported folder asked by transformers."""
+"""The main job through the real command line: SFT, export, RLOO, export, and the exported folder asked a question."""
 
 import json
 import operator

@@ -52,7 +52,7 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
 
     reward, reward/NAME:    mean over the completions that have one (None: nobody has); reward_std likewise
     none/NAME:              share of completions to which a reward does not apply
-    share_zero_variance:    share of groups whose rewards are all equal, which teach nothing but the KL
+    share_zero_variance:    share of groups whose scorable rewards are all equal, which teach nothing but the KL
     kl:                     mean over completions of the sequence sum, nats; None without a reference
     entropy:                mean of -log p over the sampled tokens, nats a token; its fall is the policy narrowing
     sampler_mismatch:       mean over trained completions of |log p when sampled - log p when trained|, nats
@@ -60,9 +60,10 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     """
     lengths = [len(record["completion_ids"]) for record in records]
     rewards = [record["reward"] for record in records if record["reward"] is not None]
-    groups: dict[int, set[float | None]] = {}
+    groups: dict[int, set[float]] = {record["slot"]: set() for record in records}
     for record in records:
-        groups.setdefault(record["slot"], set()).add(record["reward"])
+        if record["reward"] is not None:
+            groups[record["slot"]].add(record["reward"])
     metrics: dict[str, float | int | None] = {
         "reward": _mean(rewards),
         "reward_std": pstdev(rewards) if rewards else None,
@@ -71,7 +72,7 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
         values = [record["rewards"][name] for record in records]
         metrics[f"reward/{name}"] = _mean(values)
         metrics[f"none/{name}"] = values.count(None) / len(records)
-    metrics["share_zero_variance"] = sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
+    metrics["share_zero_variance"] = sum(len(different) <= 1 for different in groups.values()) / len(groups)
     metrics["kl"] = _mean(record["kl"] for record in records)
     metrics["entropy"] = -sum(record["sampler_logprob"] for record in records) / sum(lengths)
     metrics["sampler_mismatch"] = _mean(

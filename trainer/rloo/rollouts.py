@@ -45,7 +45,7 @@ def sample_groups(
     sampler: Sampler, prompts: Sequence[Prompt], slots: Sequence[int], *, seed: int, step: int, num_generations: int
 ) -> list[list[Completion]]:
     """Sample a group for each prompt; the draws follow from (seed, step, slot, place in the group) alone."""
-    keys = [(seed, step, slot) for slot in slots]
+    keys = [(1, seed, step, slot) for slot in slots]  # 1: not the streams that order the prompts
     return sampler.sample([prompt.ids for prompt in prompts], keys, num_generations)
 
 

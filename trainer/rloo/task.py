@@ -8,7 +8,7 @@ from data.errors import InputError
 from rewards.compose import RewardFunction, build_reward_functions, check_columns
 from trainer.models import check_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
-from trainer.recipe import Recipe, check_keywords
+from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
 
 
@@ -24,7 +24,6 @@ class RLOOTask:
 
 def prepare(recipe: Recipe) -> RLOOTask:
     """Check the recipe against its data, its rewards and its model's config; InputError says what is wrong."""
-    check_keywords("rloo", recipe.rloo, RLOOConfig)
     config = RLOOConfig(**recipe.rloo)
     rewards = build_reward_functions(recipe.rewards)
     tokenizer = load_model_tokenizer(recipe)

@@ -1,0 +1,44 @@
+"""Which callable each section of a recipe goes to. All are checked, whichever of them the command reads."""
+
+import wandb
+from peft import LoraConfig
+from trl.trainer.sft_config import SFTConfig
+
+from data.sources import load_rows
+from rewards.compose import build_reward_functions
+from trainer.evaluate import EvaluateConfig
+from trainer.models import load_model
+from trainer.recipe import Recipe, check_keywords
+from trainer.rloo.config import RLOOConfig
+from trainer.sft import encode_conversations
+
+# What the program itself passes: where the run is, its seed, how the rows come.
+SFT_RESERVED = (
+    "output_dir",
+    "seed",
+    "data_seed",
+    "report_to",
+    "use_cpu",
+    "disable_tqdm",
+    "dataset_kwargs",
+    "model_init_kwargs",
+)
+
+
+def check_sections(recipe: Recipe) -> None:
+    """Raise InputError for a key, a type or a reward that a section's callable does not know."""
+    check_keywords("model", recipe.model, load_model)
+    check_keywords("dataset", recipe.dataset, load_rows)
+    check_keywords("chat", recipe.chat, encode_conversations, reserved=("rows", "tokenizer"))
+    check_keywords("sft", recipe.sft, SFTConfig, reserved=SFT_RESERVED)
+    check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+    if recipe.stage == "rloo" or recipe.rloo:
+        check_keywords("rloo", recipe.rloo, RLOOConfig)
+    if recipe.eval_dataset is not None:
+        check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
+    if recipe.lora is not None:
+        check_keywords("lora", recipe.lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
+    if recipe.wandb is not None:
+        check_keywords("wandb", recipe.wandb, wandb.init)
+    if recipe.stage == "rloo" or recipe.rewards:
+        build_reward_functions(recipe.rewards)
