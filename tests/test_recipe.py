@@ -7,18 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
 from trl import SFTConfig
 
 from data.errors import InputError
-from data.sources import load_rows
-from rewards.compose import build_reward_functions
-from trainer import sft
-from trainer.evaluate import EvaluateConfig
-from trainer.models import load_model
 from trainer.recipe import Recipe, check_keywords, differing_keys, dump_recipe, load_recipe
-from trainer.rloo.config import RLOOConfig
 from trainer.run_folder import RECIPE_FILE, RunFolder
+from trainer.sections import SFT_RESERVED, check_sections
 
 ROOT = Path(__file__).parents[1]
 # recipes/accelerate holds launch files, which are Accelerate's.
@@ -292,10 +286,10 @@ def test_a_good_section_passes():
     check_keywords("s", {"learning_rate": 1, "steps": 2, "name": None}, target, reserved=["output"])
 
 
-@pytest.mark.parametrize("key", sft.RESERVED)
+@pytest.mark.parametrize("key", SFT_RESERVED)
 def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
     with pytest.raises(InputError, match=f"^sft.{key} is set by the program; take it out of the recipe$"):
-        check_keywords("sft", {key: None}, SFTConfig, reserved=sft.RESERVED)
+        check_keywords("sft", {key: None}, SFTConfig, reserved=SFT_RESERVED)
 
 
 # The shipped recipes
@@ -308,18 +302,7 @@ def test_there_are_shipped_recipes_of_both_stages():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_shipped_recipe_is_whole(path, tmp_path):
     recipe = load_recipe(path)
-    check_keywords("model", recipe.model, load_model)
-    check_keywords("dataset", recipe.dataset, load_rows)
-    check_keywords("eval_dataset", recipe.eval_dataset or recipe.dataset, load_rows)
-    check_keywords("lora", recipe.lora or {}, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
-    check_keywords("sft", recipe.sft, SFTConfig, reserved=sft.RESERVED)
-    check_keywords("chat", recipe.chat, sft.encode_conversations, reserved=("rows", "tokenizer"))
-    check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
-    EvaluateConfig(**recipe.evaluate)
-    if recipe.stage == "rloo":
-        check_keywords("rloo", recipe.rloo, RLOOConfig)
-        RLOOConfig(**recipe.rloo)
-        build_reward_functions(recipe.rewards)
+    check_sections(recipe)
     assert read(tmp_path, dump_recipe(recipe)) == recipe
 
 

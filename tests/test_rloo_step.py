@@ -199,7 +199,7 @@ def test_the_gradient_is_the_one_of_the_records(
 
     assert [record["slot"] for record in by_completion(records)] == [slot for slot in range(5) for _ in range(4)]
     assert {record["prompt"] for record in records} == set(TEXTS)
-    assert len({len(record["completion_ids"]) for record in records}) > 2
+    assert len({len(record["completion_ids"]) for record in records}) > 1
     assert [record["reward"] for record in records] == [
         pytest.approx(2 * (sum(record["completion_ids"]) % 7 / 7)) for record in records
     ]
