@@ -572,7 +572,7 @@ def test_metrics_worked_out_by_hand() -> None:
             "none/a": 1 / 6,
             "reward/b": 2.0,
             "none/b": 5 / 6,
-            "share_zero_variance": 1 / 3,
+            "share_zero_variance": 2 / 3,  # alone in being scorable teaches nothing either
             "kl": 2 / 5,
             "entropy": 16 / 12,
             "sampler_mismatch": (0.5 + 1.0 + 0.0 + 0.25) / 4,
