@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
     for chatty in ("accelerate", "httpx", "datasets", "transformers", "DeepSpeed", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    sys.path.insert(0, "")  # a recipe's `module:function` reward is looked for in the current folder
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, the libraries' bars are thousand-character lines
     try:
         options.run(options)
     except InputError as error:
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="roll out groups for a few rows and show their rewards; trains nothing")
     _add_recipe(sample)
-    sample.add_argument("--num-prompts", type=int, default=2, help="rows to roll out (default 2)")
+    sample.add_argument("--num-prompts", type=_positive, default=2, help="rows to roll out (default 2)")
     sample.set_defaults(run=_sample)
 
     evaluate = commands.add_parser("evaluate", help="accuracy on eval_dataset with a 95 %% interval")
@@ -120,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", default="5GB", help="of one weights file (default 5GB)")
     export.set_defaults(run=_export)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
