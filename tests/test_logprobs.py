@@ -138,6 +138,14 @@ def test_activation_checkpointing_recomputes_each_layer_in_the_backward_pass(
     assert len(num_calls) == (1 if is_on else 0)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_logits_in_pieces_of_any_size_give_the_same_values_and_gradients(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
+    assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature=0.7)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_adapter_is_scored_and_trained_as_one_row_at_a_time(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str

@@ -14,9 +14,15 @@ from typing import cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from trainer.models import Policy
+
+
+# Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
+# float32 logits take 0.4 GB a thousand positions, and the loss needs several of that size.
+LOGITS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +97,17 @@ class CompletionLogprobs(nn.Module):
         # Activation checkpointing runs a layer again in the backward pass and allows no cache in it.
         hidden = _hidden_of_each_row if causal_lm.is_activation_checkpointing else _hidden_with_shared_prompts
         is_token_NC = rows.is_token
-        logits_TV = causal_lm.get_output_embeddings()(hidden(causal_lm.get_decoder(), rows)[is_token_NC])
+        hidden_TD = hidden(causal_lm.get_decoder(), rows)[is_token_NC]
+        targets_T = rows.completions[is_token_NC]
+        if len(targets_T) <= LOGITS_AT_ONCE:
+            return self._score(hidden_TD, targets_T)
+        pieces = zip(hidden_TD.split(LOGITS_AT_ONCE), targets_T.split(LOGITS_AT_ONCE), strict=True)
+        return torch.cat([checkpoint(self._score, *piece, use_reentrant=False) for piece in pieces])
+
+    def _score(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        logits_TV = cast(nn.Module, self.policy.get_output_embeddings())(hidden_TD)
         logits_TV = logits_TV[:, : self.num_tokens].float() / self.temperature
-        targets_T1 = rows.completions[is_token_NC][:, None]
-        return logits_TV.gather(1, targets_T1)[:, 0] - logits_TV.logsumexp(dim=1)
+        return logits_TV.gather(1, targets_T[:, None])[:, 0] - logits_TV.logsumexp(dim=1)
 
 
 def _hidden_with_shared_prompts(decoder: PreTrainedModel, rows: Rows) -> Tensor:
