@@ -19,7 +19,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from trainer.models import Policy
 
-
 # Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
 # float32 logits take 0.4 GB a thousand positions, and the loss needs several of that size.
 LOGITS_AT_ONCE = 4096
