@@ -51,7 +51,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from trainer.dry_run import dry_run
 
-        dry_run(recipe)
+        dry_run(recipe, resume=options.resume)
     elif recipe.stage == "sft":
         from trainer.sft import train
 

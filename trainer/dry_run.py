@@ -11,9 +11,9 @@ from trainer.run_folder import RunFolder
 TRAINED = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
 
 
-def dry_run(recipe: Recipe) -> None:
+def dry_run(recipe: Recipe, *, resume: bool) -> None:
     """Print what a run of the recipe would start from; writes nothing and loads no weights."""
-    RunFolder(recipe.output_dir).check(recipe, resume=True)
+    RunFolder(recipe.output_dir).check(recipe, resume=resume)
     print(dump_recipe(recipe))
     if recipe.stage == "sft":
         _show_sft(recipe)

@@ -5,7 +5,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 
 from data.errors import InputError
 
@@ -13,18 +13,21 @@ logger = logging.getLogger(__name__)
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
-    """Accelerate as the launcher configured it; what it really is gets logged, and must be what was launched.
+    """Accelerate for one process or for data parallelism; what it really is gets logged, and must be what was launched.
 
-    Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, and
-    `Accelerator(cpu=True)` would turn a DeepSpeed launch into plain data parallelism, both without a word.
+    Raises InputError under DeepSpeed and FSDP, which shard what the in-process sampler needs whole.
     """
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    has_gpu = torch.cuda.is_available()
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
+            raise InputError(
+                f"stage rloo samples in its own processes and cannot run under {engine}; "
+                "launch it with recipes/accelerate/ddp.yaml and a lora: section"
+            )
     accelerator = Accelerator(
-        cpu=not has_gpu and not is_deepspeed,
+        # Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, silently.
+        cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if bf16 else None,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     is_connected = launched == 1 or accelerator.distributed_type != DistributedType.NO

@@ -44,7 +44,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     task = prepare(recipe)
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
-    check_trainable(recipe, has_master_weights=accelerator.state.deepspeed_plugin is not None)
+    check_trainable(recipe, has_master_weights=False)
     config.prompts_per_process(accelerator.num_processes)
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
