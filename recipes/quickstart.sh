@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # From nothing to a served RLOO policy, on two CPU cores:  bash recipes/quickstart.sh
 #
-# Fetches a real model (SmolLM2-135M), measures it, trains it by SFT and RLOO to add two-digit numbers in the Reka format,
+# Fetches a real model (SmolLM2-135M), measures it, trains it by SFT and RLOO to add two numbers in the Reka format,
 # exports it, measures again and lets the exported folder answer. Everything goes to runs/quickstart. Interrupted, it
 # goes on where it was when started again; to start over, delete that folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+started=$(date +%s)
 source recipes/environment.sh quickstart
 
 # glibc gives every large block back to the kernel, which then clears it page by page for the next matrix product.
@@ -13,7 +14,6 @@ export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLO
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
 out=runs/quickstart
-started=$(date +%s)
 say() { printf '\n== %s (minute %d)\n' "$1" $((($(date +%s) - started) / 60)); }
 measure() { # NAME MODEL: held-out accuracy, unless it is known already
     [ -f "$out/$1.json" ] || rekatrain evaluate recipes/smollm2/rloo.yaml \

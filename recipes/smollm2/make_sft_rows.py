@@ -1,4 +1,4 @@
-"""Write the quickstart's SFT rows: worked two-digit sums, as messages JSONL.
+"""Write the quickstart's SFT rows: worked sums, as messages JSONL.
 
 python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
 """
