@@ -32,9 +32,7 @@ class RunLog:
     def step(self, step: int, metrics: Metrics, *, headline: list[str]) -> None:
         """Record a step; `headline` names the metrics of the progress line."""
         self._run.append(METRICS_FILE, [{"step": step, **metrics}])
-        shown = " ".join(
-            f"{name.removeprefix('reward/')} {_short(metrics[name])}" for name in headline if name in metrics
-        )
+        shown = " ".join(f"{name} {_short(metrics[name])}" for name in headline if name in metrics)
         if self._bar.disable:
             seconds_a_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
             eta = _duration(seconds_a_step * (self._max_steps - step))

@@ -6,6 +6,7 @@ Packing is TRL's: rows lie end to end, and their position ids, which start again
 every attention backend (tests/test_sft.py holds packed and separate losses equal).
 """
 
+import copy
 import json
 import logging
 import time
@@ -106,7 +107,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         args=task.config,
         train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),
         processing_class=task.tokenizer,
-        callbacks=[_KeepTokenizer(load_model_tokenizer(recipe), run)],
+        callbacks=[_KeepTokenizer(copy.deepcopy(task.tokenizer), run)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -67,13 +67,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    sampler = Sampler(
-        policy,
-        task.tokenizer,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        batch_size=config.per_device_generation_batch_size,
-    )
+    sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
     log = None

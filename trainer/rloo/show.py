@@ -7,7 +7,6 @@ from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
 from trainer.rloo.objective import leave_one_out_advantages
 from trainer.rloo.rollouts import sample_groups, score_groups
-from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import prepare
 
 
@@ -18,13 +17,7 @@ def sample(recipe: Recipe, *, num_prompts: int) -> None:
     policy = load_policy(recipe)
     # transformers wraps `to` and loses its signature
     policy.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    sampler = Sampler(
-        policy,
-        task.tokenizer,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        batch_size=config.per_device_generation_batch_size,
-    )
+    sampler = task.make_sampler(policy)
     chosen = step_prompts(len(task.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
     prompts = [task.prompts[place] for place in chosen[:num_prompts]]
     slots = range(len(prompts))

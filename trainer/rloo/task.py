@@ -6,10 +6,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from data.errors import InputError
 from rewards.compose import RewardFunction, build_reward_functions, check_columns
-from trainer.models import check_model, load_model_tokenizer
+from trainer.models import Policy, check_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
+from trainer.rloo.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,16 @@ class RLOOTask:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     rewards: list[RewardFunction]
+
+    def make_sampler(self, policy: Policy) -> Sampler:
+        """The in-process sampler with this run's settings."""
+        return Sampler(
+            policy,
+            self.tokenizer,
+            max_completion_length=self.config.max_completion_length,
+            temperature=self.config.temperature,
+            batch_size=self.config.per_device_generation_batch_size,
+        )
 
 
 def prepare(recipe: Recipe) -> RLOOTask:
