@@ -54,14 +54,22 @@ def load_prompts(
     return prompts
 
 
-def step_prompts(num_prompts: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
+def step_prompts(num_prompts: int, *, seed: int, step: int, prompts_per_step: int, round_number: int = 0) -> list[int]:
     """Which prompts step `step` (from 0) samples, in an order shuffled anew each pass over the data.
 
-    A function of its arguments alone, so that a resumed run neither repeats nor skips a prompt.
+    A function of its arguments alone, so that a resumed run neither repeats nor skips a prompt. A round above 0 gives
+    the replacements of a step's prompts: drawn anew from the data, none of them a prompt of an earlier round as long as
+    there are others.
     """
+    if round_number:
+        first = step_prompts(num_prompts, seed=seed, step=step, prompts_per_step=prompts_per_step)
+        order = [int(place) for place in np.random.default_rng([2, seed, step]).permutation(num_prompts)]
+        fresh = [place for place in order if place not in set(first)] or order
+        start = (round_number - 1) * prompts_per_step
+        return [fresh[place % len(fresh)] for place in range(start, start + prompts_per_step)]
     positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
     orders = {
-        # The 0 keeps this stream apart from those of the draws (rollouts.py), which begin with 1.
+        # The 0 keeps this stream apart from those of the draws (rollouts.py), which begin with 1, and the 2 above.
         epoch: np.random.default_rng([0, seed, epoch]).permutation(num_prompts)
         for epoch in {position // num_prompts for position in positions}
     }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 from data.errors import InputError
 
@@ -14,21 +14,39 @@ class RLOOConfig:
 
     Counts are of the whole run, not of one process: the same recipe takes the same steps on any number of processes.
 
-    max_steps:                          updates in all
+    max_steps:                          batches of rollouts in all
     prompts_per_step:                   prompts a step, shared out among the processes
     num_generations:                    completions a prompt: the group, k in the paper
     max_completion_length:              tokens after which a completion is cut off
     temperature:                        divides the logits in sampling and in scoring alike
-    beta:                               weight of the KL to the reference inside the reward; 0 keeps no reference
+    beta:                               weight of the KL to the reference; 0 keeps no reference
     learning_rate:                      AdamW's peak rate; about ten times higher for LoRA than for full fine-tuning
     lr_scheduler_type, warmup_steps:    `transformers.get_scheduler`
     weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's others
     max_grad_norm:                      the gradient is scaled down to this norm
-    micro_batch_tokens:                 tokens in one forward and backward; a group is never split
+    micro_batch_tokens:                 tokens in one forward and backward; only a larger group or row is split or above
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
     save_steps, save_total_limit:       a checkpoint every so many steps and at the end, and how many are kept
+
+    Beyond the paper, all off by default; formulas in objective.py unless said here:
+
+    num_iterations:                     updates a batch; from the second on the ratio to the sampling policy is clipped
+    importance_sampling_level, epsilon: ratio and clip of the sequence or of each token; the clip's width
+    importance_sampling_correction:     weights for a sampler whose arithmetic differs, of tokens or of sequences
+    importance_sampling_cap:            where those weights are cut off
+    loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean
+    kl_estimator, kl_placement:         k1 in the reward or k2 in the loss; other pairs do not give the KL's gradient
+    truncated_completions:              what a completion that met max_completion_length does. keep: as any other;
+                                        penalise: reward - truncation_penalty; drop_from_loss: no term in the loss and
+                                        its denominator, but a part in its siblings' baseline; drop_from_group: neither
+    overlong_buffer, overlong_penalty:  reward + overlong_penalty * (0 falling to -1 over the last tokens of the cap)
+    dynamic_sampling_rounds:            times that a prompt whose rewards are all equal is replaced by a fresh one
+    grad_norm_quantile, grad_norm_window:  the gradient is scaled down to this quantile of the norms of recent updates
+    top_p, top_k:                       sampling from the likeliest tokens only; scored over the same tokens
+    reasoning_budget:                   tokens after which an open `<reasoning>` is closed for the policy, which is
+                                        not trained on the closing
     """
 
     max_steps: Annotated[int, Ge(1)]
@@ -52,11 +70,62 @@ class RLOOConfig:
     save_steps: Annotated[int, Ge(1)] = 50
     save_total_limit: Annotated[int, Ge(1)] | None = None
 
+    num_iterations: Annotated[int, Ge(1)] = 1
+    importance_sampling_level: Literal["sequence", "token"] = "sequence"
+    epsilon: Annotated[float, Gt(0), Lt(1)] = 0.2
+    importance_sampling_correction: Literal["token_truncate", "sequence_truncate"] | None = None
+    importance_sampling_cap: Annotated[float, Gt(0)] = 2.0
+    loss_type: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_placement: Literal["reward", "loss"] = "reward"
+    truncated_completions: Literal["keep", "penalise", "drop_from_loss", "drop_from_group"] = "keep"
+    truncation_penalty: Annotated[float, Gt(0)] = 1.0
+    overlong_buffer: Annotated[int, Ge(1)] | None = None
+    overlong_penalty: Annotated[float, Gt(0)] = 1.0
+    dynamic_sampling_rounds: Annotated[int, Ge(0)] = 0
+    grad_norm_quantile: Annotated[float, Gt(0), Le(1)] | None = None
+    grad_norm_window: Annotated[int, Ge(1)] = 100
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    top_k: Annotated[int, Ge(1)] | None = None
+    reasoning_budget: Annotated[int, Ge(1)] | None = None
+
     def __post_init__(self) -> None:
         if self.per_device_generation_batch_size < self.num_generations:
             raise InputError(
                 f"rloo.per_device_generation_batch_size ({self.per_device_generation_batch_size}) must hold at least "
                 f"one group of rloo.num_generations ({self.num_generations}) completions"
+            )
+        self._check_kl()
+        if self.importance_sampling_correction == "token_truncate" and self.importance_sampling_level == "sequence":
+            raise InputError(
+                "rloo.importance_sampling_correction token_truncate weighs tokens and importance_sampling_level "
+                "sequence has one ratio a sequence: set importance_sampling_level to token, or correct by "
+                "sequence_truncate"
+            )
+        for key in ("overlong_buffer", "reasoning_budget"):
+            value = getattr(self, key)
+            if value is not None and value >= self.max_completion_length:
+                raise InputError(
+                    f"rloo.{key} ({value}) must be smaller than rloo.max_completion_length "
+                    f"({self.max_completion_length})"
+                )
+        if self.num_iterations > 1 and (self.top_p < 1 or self.top_k is not None):
+            raise InputError(
+                "rloo.top_p and rloo.top_k go with num_iterations 1: after an update the policy's likeliest tokens are "
+                "no longer those that were sampled from"
+            )
+
+    def _check_kl(self) -> None:
+        pair = (self.kl_estimator, self.kl_placement)
+        if pair not in (("k1", "reward"), ("k2", "loss")):
+            raise InputError(
+                f"rloo.kl_estimator {self.kl_estimator} in the {self.kl_placement} does not have the gradient of the "
+                "KL: k1 belongs in the reward, k2 in the loss (kl_placement), k3 in neither"
+            )
+        if self.kl_placement == "loss" and self.num_iterations > 1:
+            raise InputError(
+                "rloo.kl_placement loss is exact only on policy: set num_iterations to 1, or kl_estimator k1 and "
+                "kl_placement reward"
             )
 
     def prompts_per_process(self, num_processes: int) -> int:

@@ -1,79 +1,96 @@
-"""Log-probabilities of completions under a model: each prompt computed once, LM head on completion positions only.
+"""Log-probabilities of completions under a model: no padding, each prompt once, LM head on completion positions only.
 
-Prompts are padded on the left and completions on the right, so that the two meet. Nothing that is padding is ever seen
-by a real token: left padding is masked, and what comes after a token a causal model does not look at.
-
-Shapes: P prompts, G completions a prompt, N = P * G rows, C tokens of the longest completion, D the hidden size,
-V the tokenizer's ids, T tokens of all completions laid end to end.
+Shapes: N completions, T tokens of the completions laid end to end, S tokens that the model is run on, D the hidden
+size, V the rows of the LM head.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.models import Policy
+from trainer.rloo.attention import PackedGroups, run_decoder
 
 # Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
-# float32 logits take 0.4 GB a thousand positions, and the loss needs several of that size.
-LOGITS_AT_ONCE = 4096
+# float32 logits take 0.4 GB a thousand positions.
+LOGITS_AT_ONCE = 2048
+# Rows of logits that are worked on at the same time, so that temporaries stay in the processor's cache.
+ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Prompts with their groups of completions.
+    """Prompts with their groups of completions, packed.
 
-    prompts, prompt_mask: [P, longest prompt], padded on the left; the mask is 1 on real tokens
-    completions:          [N, C], padded on the right, group after group
-    lengths:              [N], tokens of each completion
+    input_ids:  [1, S], groups end to end: a prompt, then its completions, each without its last token
+    layout:     who sees whom among them
+    predictors: [T], the place in S whose output predicts each completion token
+    targets:    [T], the completion tokens
+    lengths:    [N], tokens of each completion
+    floors:     [T], the log-probability below which a token could not be drawn; None where every token could
     """
 
-    prompts: Tensor
-    prompt_mask: Tensor
-    completions: Tensor
+    input_ids: Tensor
+    layout: PackedGroups
+    predictors: Tensor
+    targets: Tensor
     lengths: Tensor
-
-    @property
-    def is_token(self) -> Tensor:
-        """[N, C], true on completion tokens and false on padding."""
-        return torch.arange(self.completions.shape[1], device=self.lengths.device) < self.lengths[:, None]
+    floors: Tensor | None = None
 
 
-def make_rows(prompts: Sequence[list[int]], groups: Sequence[Sequence[list[int]]], device: torch.device) -> Rows:
-    """Lay out prompts and their equally large groups of completions; no prompt and no completion is empty.
+def make_rows(
+    prompts: Sequence[list[int]],
+    groups: Sequence[Sequence[list[int]]],
+    device: torch.device,
+    *,
+    is_shared: Sequence[bool] | None = None,
+    floors: Sequence[float] | None = None,
+) -> Rows:
+    """Pack prompts and their groups of completions; no prompt and no completion is empty.
 
-    >>> rows = make_rows([[5, 6], [4]], [[[7]], [[8, 9]]], torch.device("cpu"))
-    >>> rows.prompts.tolist(), rows.completions.tolist()
-    ([[5, 6], [0, 4]], [[7, 0], [8, 9]])
+    is_shared: for each group, whether its prompt is run once or with each completion; default once
+
+    >>> rows = make_rows([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
+    >>> rows.input_ids.tolist(), rows.predictors.tolist(), rows.targets.tolist()
+    ([[5, 6, 7, 4, 1]], [1, 2, 1, 3, 4], [7, 8, 9, 1, 2])
     """
-    prompt_mask, padded_prompts = left_padded(prompts, device)
-    completions = [completion for group in groups for completion in group]
-    longest = max(map(len, completions))
-    padded = [completion + [0] * (longest - len(completion)) for completion in completions]
+    input_ids: list[int] = []
+    predictors: list[int] = []
+    spans: list[tuple[int, list[int]]] = []
+    for prompt, completions, shared in zip(prompts, groups, is_shared or [True] * len(prompts), strict=True):
+        if shared:
+            input_ids += prompt
+            spans.append((len(prompt), [len(completion) - 1 for completion in completions]))
+        last_of_prompt = len(input_ids) - 1
+        for completion in completions:
+            if not shared:  # to attention, prompt and completion are then one causal text
+                input_ids += prompt
+                spans.append((len(prompt) + len(completion) - 1, []))
+                last_of_prompt = len(input_ids) - 1
+            predictors += [last_of_prompt, *range(len(input_ids), len(input_ids) + len(completion) - 1)]
+            input_ids += completion[:-1]
+    flat = [completion for completions in groups for completion in completions]
     return Rows(
-        prompts=padded_prompts,
-        prompt_mask=prompt_mask,
-        completions=torch.tensor(padded, device=device),
-        lengths=torch.tensor([len(completion) for completion in completions], device=device),
+        input_ids=torch.tensor([input_ids], device=device),
+        layout=PackedGroups(spans, device),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor([token for completion in flat for token in completion], device=device),
+        lengths=torch.tensor([len(completion) for completion in flat], device=device),
+        floors=None if floors is None else torch.tensor(floors, device=device),
     )
 
 
-def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mask and ids of prompts that end in the same column, both [P, longest prompt]."""
-    longest = max(map(len, prompts))
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    return torch.tensor(mask, device=device), torch.tensor(ids, device=device)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones of its row; 0 on left padding."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+def decoder_and_head(policy: Policy) -> tuple[PreTrainedModel, nn.Module]:
+    """A policy's two halves, with the adapter where it has one."""
+    causal_lm = cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
+    return causal_lm.get_decoder(), cast(nn.Module, causal_lm.get_output_embeddings())
 
 
 class CompletionLogprobs(nn.Module):
@@ -91,85 +108,75 @@ class CompletionLogprobs(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
-        policy = self.policy
-        causal_lm = cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
-        # Activation checkpointing runs a layer again in the backward pass and allows no cache in it.
-        hidden = _hidden_of_each_row if causal_lm.is_activation_checkpointing else _hidden_with_shared_prompts
-        is_token_NC = rows.is_token
-        hidden_TD = hidden(causal_lm.get_decoder(), rows)[is_token_NC]
-        targets_T = rows.completions[is_token_NC]
-        if len(targets_T) <= LOGITS_AT_ONCE:
-            return self._score(hidden_TD, targets_T)
-        pieces = zip(hidden_TD.split(LOGITS_AT_ONCE), targets_T.split(LOGITS_AT_ONCE), strict=True)
+        decoder, _ = decoder_and_head(self.policy)
+        hidden_SD = run_decoder(decoder, rows.input_ids, rows.layout.position_ids, rows.layout)[0]
+        arguments = (hidden_SD.index_select(0, rows.predictors), rows.targets, rows.floors)
+        if len(rows.targets) <= LOGITS_AT_ONCE:
+            return self._score(*arguments)
+        pieces = zip(*(_split(tensor, len(rows.targets)) for tensor in arguments), strict=True)
         return torch.cat([checkpoint(self._score, *piece, use_reentrant=False) for piece in pieces])
 
-    def _score(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        logits_TV = cast(nn.Module, self.policy.get_output_embeddings())(hidden_TD)
-        logits_TV = logits_TV[:, : self.num_tokens].float() / self.temperature
-        return logits_TV.gather(1, targets_T[:, None])[:, 0] - logits_TV.logsumexp(dim=1)
+    def _score(self, hidden_TD: Tensor, targets_T: Tensor, floors_T: Tensor | None) -> Tensor:
+        _, head = decoder_and_head(self.policy)
+        scored = TokenLogprobs.apply(head(hidden_TD), targets_T, floors_T, self.temperature, self.num_tokens)
+        return cast(Tensor, scored)
 
 
-def _hidden_with_shared_prompts(decoder: PreTrainedModel, rows: Rows) -> Tensor:
-    """Outputs that predict each completion token, [N, C, D]; a prompt is run once, its cache forked with gradient."""
-    group_size = len(rows.completions) // len(rows.prompts)
-    cache = DynamicCache(config=decoder.config)
-    prompt_PLD = decoder(
-        input_ids=rows.prompts,
-        attention_mask=rows.prompt_mask,
-        position_ids=positions(rows.prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    first_N1D = prompt_PLD[:, -1:].repeat_interleave(group_size, dim=0)
-    if rows.completions.shape[1] == 1:
-        return first_N1D
-    cache.batch_repeat_interleave(group_size)
-    mask = _whole_mask(rows, group_size)
-    following_NCD = decoder(
-        input_ids=rows.completions[:, :-1],
-        attention_mask=mask,
-        position_ids=positions(mask)[:, rows.prompts.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return torch.cat([first_N1D, following_NCD], dim=1)
+def _split(tensor: Tensor | None, length: int) -> Sequence[Tensor | None]:
+    return [None] * math.ceil(length / LOGITS_AT_ONCE) if tensor is None else tensor.split(LOGITS_AT_ONCE)
 
 
-def _hidden_of_each_row(decoder: PreTrainedModel, rows: Rows) -> Tensor:
-    """The same outputs, [N, C, D], from rows that each carry their prompt."""
-    group_size = len(rows.completions) // len(rows.prompts)
-    mask = _whole_mask(rows, group_size)
-    hidden = decoder(
-        input_ids=torch.cat([rows.prompts.repeat_interleave(group_size, dim=0), rows.completions[:, :-1]], dim=1),
-        attention_mask=mask,
-        position_ids=positions(mask),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[:, rows.prompts.shape[1] - 1 :]
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(z / temperature)[target] over the first `num_tokens` logits z, for each of T positions.
 
+    With floors, the softmax is over the target and the tokens whose log-probability reaches the floor: that of a
+    policy that samples from its likeliest tokens only, its choice of them held fixed.
 
-def _whole_mask(rows: Rows, group_size: int) -> Tensor:
-    prompt_mask = rows.prompt_mask.repeat_interleave(group_size, dim=0)
-    return torch.cat([prompt_mask, torch.ones_like(rows.completions[:, :-1])], dim=1)
-
-
-def micro_batches(row_lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Put groups of rows together so that each batch has at most `budget` padded tokens -> places of its groups.
-
-    Groups of like length come together. A group is never split; one that is above the budget is a batch of its own.
-
-    >>> list(micro_batches([[3, 2], [8, 1], [2, 2]], budget=12))
-    [[1], [0, 2]]
+    The gradient, (1[v = target] - p_v) / temperature, is written over the logits: the largest tensor of a step exists
+    once, where autograd would keep it, its quotient and its exponentials.
     """
-    batch: list[int] = []
-    num_rows = longest = 0
-    for place in sorted(range(len(row_lengths)), key=lambda place: max(row_lengths[place]), reverse=True):
-        num_rows += len(row_lengths[place])
-        if batch and num_rows * longest > budget:
-            yield batch
-            batch, num_rows = [], len(row_lengths[place])
-        if not batch:
-            longest = max(row_lengths[place])
-        batch.append(place)
-    if batch:
-        yield batch
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # autograd's own
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        floors_T: Tensor | None,
+        temperature: float,
+        num_tokens: int,
+    ) -> Tensor:
+        """-> [T], float32. The caller gives `logits_TV` away."""
+        chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
+        normalisers, lowest = [], []
+        for first in range(0, len(logits_TV), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            scaled = logits_TV[rows, :num_tokens].float() / temperature
+            normaliser = scaled.logsumexp(dim=1)
+            if floors_T is not None:
+                lowest.append(torch.minimum(normaliser + floors_T[rows], chosen_T[rows]))
+                normaliser = _only_from(scaled, lowest[-1]).logsumexp(dim=1)
+            normalisers.append(normaliser)
+        normalisers_T = torch.cat(normalisers)
+        ctx.save_for_backward(logits_TV, targets_T, normalisers_T, torch.cat(lowest) if lowest else None)
+        ctx.temperature, ctx.num_tokens = temperature, num_tokens
+        return chosen_T - normalisers_T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits, in their place."""
+        logits_TV, targets_T, normalisers_T, lowest_T = ctx.saved_tensors
+        scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
+        for first in range(0, len(logits_TV), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            piece = logits_TV[rows, : ctx.num_tokens]
+            scaled = piece.float() / ctx.temperature
+            if lowest_T is not None:
+                _only_from(scaled, lowest_T[rows])
+            piece.copy_(scaled.sub_(normalisers_T[rows, None]).exp_().mul_(-scaled_T1[rows]))
+        logits_TV[:, ctx.num_tokens :] = 0
+        logits_TV.scatter_add_(1, targets_T[:, None], scaled_T1.to(logits_TV.dtype))
+        return logits_TV, None, None, None, None
+
+
+def _only_from(scaled_TV: Tensor, lowest_T: Tensor) -> Tensor:
+    return scaled_TV.masked_fill_(scaled_TV < lowest_T[:, None], -torch.inf)

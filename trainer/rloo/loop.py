@@ -8,9 +8,9 @@ in objective.py. Each process samples and trains its share of a step's prompts; 
 """
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -23,12 +23,14 @@ from trainer.launch import make_accelerator
 from trainer.models import check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
+from trainer.rloo.batches import Batch, Totals, batch_loss, make_batches, set_advantages
 from trainer.rloo.checkpoint import Checkpointer
+from trainer.rloo.clipping import GradientClipper
 from trainer.rloo.config import RLOOConfig
-from trainer.rloo.logprobs import CompletionLogprobs, Rows, micro_batches
-from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, rollout_records, step_metrics
-from trainer.rloo.objective import leave_one_out_advantages, policy_gradient_loss, regularised_rewards, sequence_sums
-from trainer.rloo.rollouts import group_rows, sample_groups, score_groups
+from trainer.rloo.logprobs import CompletionLogprobs, Rows, decoder_and_head
+from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
+from trainer.rloo.packing import PassCost
+from trainer.rloo.rollouts import Group, sample_groups, score_groups
 from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
@@ -67,6 +69,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    clipper = GradientClipper(config)
+    accelerator.register_for_checkpointing(clipper)
     sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
@@ -75,22 +79,23 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         run.start(recipe, first_step)
         log = RunLog(run, recipe, first_step=first_step, max_steps=config.max_steps)
 
+    def update() -> None:
+        clipper.clip(accelerator, model)
+        optimizer.step()
+        optimizer.zero_grad()
+
     for step in range(first_step, config.max_steps):
         clock = Clock()
         local_records = take_step(
-            accelerator, model, reference, sampler, task, seed=recipe.seed, step=step, clock=clock
+            accelerator, model, reference, sampler, task, update, seed=recipe.seed, step=step, clock=clock
         )
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
         scheduler.step()
-        optimizer.zero_grad()
-        clock.lap("train")
 
         records: list[RolloutRecord] = gather_object(local_records)
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
-            metrics = {"grad_norm": float(grad_norm), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
+            metrics = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
             run.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**step_metrics(records), **metrics}, headline=HEADLINE)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
@@ -106,53 +111,111 @@ def take_step(
     reference: Reference | None,
     sampler: Sampler,
     task: RLOOTask,
+    update: Callable[[], None],
     *,
     seed: int,
     step: int,
     clock: Clock,
 ) -> list[RolloutRecord]:
-    """Sample, score and backpropagate this process's share of a step -> a record for each of its completions.
+    """Sample, score and train on this process's share of a step -> a record for each of its completions.
 
-    The gradient is left on the model for the optimizer. The policy is run once on each completion: its detached
-    log-probabilities give the KL and so the advantages, which weigh the same log-probabilities in the loss.
+    `update` is called with each update's gradient on the model. In the one update that is the default, the policy is
+    run once on each completion: its detached log-probabilities give the KL and so the advantages, which weigh the same
+    log-probabilities in the loss.
     """
     config = task.config
-    chosen = step_prompts(len(task.prompts), seed=seed, step=step, prompts_per_step=config.prompts_per_step)
     share = config.prompts_per_process(accelerator.num_processes)
     slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    prompts = [task.prompts[chosen[slot]] for slot in slots]
-    sampled = sample_groups(sampler, prompts, slots, seed=seed, step=step, num_generations=config.num_generations)
-    clock.lap("sample")
-
-    groups = score_groups(task.rewards, task.tokenizer, prompts, slots, sampled)
-    num_scorable = sum(not math.isnan(reward) for group in groups for reward in group.rewards)
-    num_scorable = int(accelerator.reduce(torch.tensor(num_scorable, device=accelerator.device), "sum"))
-    clock.lap("reward")
+    groups, replaced = roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
+    totals = count_in_loss(accelerator, groups)
 
     # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
     # in the backward pass.
     idle = [] if reference else [group for group in groups[1:] if group.is_idle]
-    groups = [group for group in groups if group not in idle]
-    records = rollout_records(step + 1, idle, torch.zeros(len(idle) * config.num_generations), None, None)
-    batches = list(micro_batches([group.row_lengths for group in groups], config.micro_batch_tokens))
-    for number, places in enumerate(batches, start=1):
-        batch = [groups[place] for place in places]
-        rows = group_rows(batch, accelerator.device)
-        reference_T = reference(rows) if reference else None
-        # Gradients travel between processes once a step, with the last micro-batch.
-        with nullcontext() if number == len(batches) else accelerator.no_sync(model):
-            logprobs_T = model(rows)
-            logprobs_N = sequence_sums(logprobs_T, rows.lengths)
-            kl_N = None if reference_T is None else sequence_sums(logprobs_T.detach() - reference_T, rows.lengths)
-            rewards_PG = torch.tensor([group.rewards for group in batch], device=accelerator.device)
-            if kl_N is not None:
-                rewards_PG = regularised_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
-            advantages_N = leave_one_out_advantages(rewards_PG).flatten()
-            loss = policy_gradient_loss(logprobs_N, advantages_N, num_scorable)
-            # Data-parallel gradients are averaged over processes; the denominator has counted them all already.
-            accelerator.backward(loss * accelerator.num_processes)
-        records += rollout_records(step + 1, batch, advantages_N, logprobs_N, kl_N)
-    return records
+    trained = [group for group in groups if group not in idle]
+    decoder, _ = decoder_and_head(accelerator.unwrap_model(model).policy)
+    cost = PassCost.of(decoder)
+    batches = list(make_batches(trained, config.micro_batch_tokens, cost, accelerator.device))
+    if reference is None or config.kl_placement == "loss":
+        set_advantages(batches, config)
+    else:
+        # The advantages of a group that no micro-batch holds whole need a pass over it of their own.
+        split = [batch for batch in batches if batch.is_split]
+        with torch.no_grad():
+            for batch in split:
+                first_pass(batch, model(batch.rows), reference)
+        set_advantages(split, config)
+
+    for _ in range(config.num_iterations):
+        for number, batch in enumerate(batches, start=1):
+            # Gradients travel between processes once an update, with the last micro-batch.
+            with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+                logprobs_T = model(batch.rows)
+                if batch.old_logprobs is None:
+                    first_pass(batch, logprobs_T.detach(), reference)
+                if not len(batch.advantages):
+                    set_advantages([batch], config)
+                loss = batch_loss(batch, logprobs_T, config, totals)
+                # Data-parallel gradients are averaged over processes; the totals have counted them all already.
+                accelerator.backward(loss * accelerator.num_processes)
+        update()
+    clock.lap("train")
+    return [
+        *idle_records(step + 1, [*replaced, *idle]),
+        *(record for batch in batches for record in batch_records(step + 1, batch)),
+    ]
+
+
+def roll_out(
+    sampler: Sampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
+) -> tuple[list[Group], list[Group]]:
+    """Sample and score a group for each slot -> those to train on, and those that dynamic sampling replaced.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476) gives a slot whose rewards are all equal another prompt, at most
+    `dynamic_sampling_rounds` times. A round's slots are numbered on from the last one's, and prompts and draws follow
+    from the number: they depend neither on the other slots nor on the processes.
+    """
+    config = task.config
+    groups: dict[int, Group] = {}
+    replaced = []
+    for number in range(1 + config.dynamic_sampling_rounds):
+        slots = [slot for slot in slots if slot not in groups or groups[slot].is_idle]
+        if not slots:
+            break
+        replaced += [groups[slot] for slot in slots if slot in groups]
+        chosen = step_prompts(
+            len(task.prompts), seed=seed, step=step, prompts_per_step=config.prompts_per_step, round_number=number
+        )
+        prompts = [task.prompts[chosen[slot]] for slot in slots]
+        numbered = [slot + number * config.prompts_per_step for slot in slots]
+        sampled = sample_groups(
+            sampler, prompts, numbered, seed=seed, step=step, num_generations=config.num_generations
+        )
+        clock.lap("sample")
+        scored = score_groups(task.rewards, task.tokenizer, prompts, numbered, sampled, config)
+        groups.update(zip(slots, scored, strict=True))
+        clock.lap("reward")
+    return list(groups.values()), replaced
+
+
+def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> Totals:
+    """Completions and trained tokens in the loss of a step, over all processes."""
+    counted = [
+        len(completion.ids) - len(completion.forced)
+        for group in groups
+        for completion, is_in_loss in zip(group.completions, group.is_in_loss, strict=True)
+        if is_in_loss
+    ]
+    local = torch.tensor([len(counted), sum(counted)], device=accelerator.device)
+    num_completions, num_tokens = accelerator.reduce(local, "sum").tolist()
+    return Totals(num_completions=num_completions, num_tokens=num_tokens)
+
+
+def first_pass(batch: Batch, logprobs_T: Tensor, reference: Reference | None) -> None:
+    """Keep what a batch's updates are measured against; `logprobs_T` carry no gradient."""
+    batch.old_logprobs = logprobs_T
+    if reference is not None:
+        batch.reference_logprobs = reference(batch.rows)
 
 
 def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:
@@ -168,6 +231,6 @@ def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference |
     def reference_logprobs(rows: Rows) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
         with torch.no_grad(), without_adapter:
-            return frozen(rows)
+            return frozen(replace(rows, floors=None))  # every token, whatever the sampler left out
 
     return reference_logprobs

@@ -6,45 +6,58 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from torch import Tensor
-
 from data.chat import Ending
+from trainer.rloo.batches import Batch
 from trainer.rloo.rollouts import Group
 
 RolloutRecord = dict[str, Any]
 HEADLINE = ["reward", "kl", "completion_length", "share_stop", "tokens_per_second"]
 
 
-def rollout_records(
-    step: int, groups: Sequence[Group], advantages_N: Tensor, logprobs_N: Tensor | None, kl_N: Tensor | None
-) -> list[RolloutRecord]:
-    """A JSON-ready record for each completion of the groups, in order.
-
-    logprobs_N, kl_N: sequence sums under the trained policy and their difference to the reference, None where the
-    groups were not run
-    """
-    members = [(group, place) for group in groups for place in range(len(group.completions))]
-    nothing: list[float | None] = [None] * len(members)
-    logprobs = nothing if logprobs_N is None else logprobs_N.tolist()
-    kls = nothing if kl_N is None else kl_N.tolist()
+def batch_records(step: int, batch: Batch) -> list[RolloutRecord]:
+    """A JSON-ready record for each completion of a trained batch, in order."""
+    assert batch.old_logprobs is not None
+    log_ratios_T = batch.old_logprobs - batch.sampler_logprobs
+    values = {
+        "advantage": batch.advantages,
+        "kl": batch.kl,
+        "logprob": batch.sums(batch.old_logprobs),
+        "sampler_kl": batch.sums(log_ratios_T.exp() - 1 - log_ratios_T),
+        "clipped": batch.clipped,
+    }
+    columns = {name: [None] * len(batch.members) if N is None else N.tolist() for name, N in values.items()}
     return [
-        {
-            "step": step,
-            "slot": group.slot,
-            "row": group.prompt.row.where,
-            "prompt": group.prompt.text,
-            "completion": group.texts[place],
-            "completion_ids": group.completions[place].ids,
-            "ending": group.completions[place].ending.value,
-            "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
-            "reward": None if math.isnan(group.rewards[place]) else group.rewards[place],
-            "advantage": advantage,
-            "kl": kl,
-            "logprob": logprob,
-            "sampler_logprob": sum(group.completions[place].logprobs),
-        }
-        for (group, place), advantage, logprob, kl in zip(members, advantages_N.tolist(), logprobs, kls, strict=True)
+        _record(step, group, place, **{name: column[row] for name, column in columns.items()})
+        for row, (group, place) in enumerate(batch.members)
     ]
+
+
+def idle_records(step: int, groups: Sequence[Group]) -> list[RolloutRecord]:
+    """The same for groups that were sampled and not trained on."""
+    return [
+        _record(step, group, place, advantage=0.0, kl=None, logprob=None, sampler_kl=None, clipped=None)
+        for group in groups
+        for place in range(len(group.completions))
+    ]
+
+
+def _record(step: int, group: Group, place: int, **trained: float | None) -> RolloutRecord:
+    completion = group.completions[place]
+    reward = group.rewards[place]
+    return {
+        "step": step,
+        "slot": group.slot,
+        "row": group.prompt.row.where,
+        "prompt": group.prompt.text,
+        "completion": group.texts[place],
+        "completion_ids": completion.ids,
+        "num_forced": len(completion.forced),
+        "ending": completion.ending.value,
+        "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
+        "reward": None if math.isnan(reward) else reward,
+        "sampler_logprob": sum(completion.logprobs),
+        **trained,
+    }
 
 
 def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | None]:
@@ -56,6 +69,9 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     kl:                     mean over completions of the sequence sum, nats; None without a reference
     entropy:                mean of -log p over the sampled tokens, nats a token; its fall is the policy narrowing
     sampler_mismatch:       mean over trained completions of |log p when sampled - log p when trained|, nats
+    sampler_kl:             KL of the trainer's arithmetic from the sampler's, nats a token (the k3 estimate)
+    clip_fraction:          share of ratios (of sequences, or of a sequence's tokens) that the last update's clip held
+    share_forced:           share of completions whose reasoning was closed for them
     share_stop, _eos, _length: how completions ended
     """
     lengths = [len(record["completion_ids"]) for record in records]
@@ -74,10 +90,16 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
         metrics[f"none/{name}"] = values.count(None) / len(records)
     metrics["share_zero_variance"] = sum(len(different) <= 1 for different in groups.values()) / len(groups)
     metrics["kl"] = _mean(record["kl"] for record in records)
-    metrics["entropy"] = -sum(record["sampler_logprob"] for record in records) / sum(lengths)
+    num_drawn = sum(lengths) - sum(record["num_forced"] for record in records)
+    metrics["entropy"] = -sum(record["sampler_logprob"] for record in records) / num_drawn
     metrics["sampler_mismatch"] = _mean(
         abs(record["sampler_logprob"] - record["logprob"]) for record in records if record["logprob"] is not None
     )
+    trained = [record for record in records if record["sampler_kl"] is not None]
+    num_trained = sum(len(record["completion_ids"]) - record["num_forced"] for record in trained)
+    metrics["sampler_kl"] = sum(record["sampler_kl"] for record in trained) / num_trained if num_trained else None
+    metrics["clip_fraction"] = _mean(record["clipped"] for record in trained)
+    metrics["share_forced"] = sum(record["num_forced"] > 0 for record in records) / len(records)
     metrics["completion_length"] = fmean(lengths)
     for ending in Ending:
         metrics[f"share_{ending}"] = sum(record["ending"] == ending for record in records) / len(records)
@@ -97,9 +119,9 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """End a phase."""
+        """End a phase, or one more part of it."""
         now = time.perf_counter()
-        self._phases[phase] = now - self._last
+        self._phases[phase] = self._phases.get(phase, 0.0) + now - self._last
         self._last = now
 
     def metrics(self, num_tokens: int) -> dict[str, float]:

@@ -1,16 +1,17 @@
-"""Rollouts: the groups of one step, sampled, scored, and laid out for the model."""
+"""Rollouts: the groups of one step, sampled and scored."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from data.chat import Ending
 from data.stop import decode_completion
 from rewards.compose import RewardFunction, score_completions
 from trainer.prompts import Prompt, reward_columns
-from trainer.rloo.logprobs import Rows, make_rows
+from trainer.rloo.config import RLOOConfig
+from trainer.rloo.objective import overlong_penalty
 from trainer.rloo.sampler import Completion, Sampler
 
 
@@ -21,6 +22,7 @@ class Group:
     slot:            the prompt's place in the step
     rewards:         weighted sum for each completion, nan where it cannot be scored
     rewards_by_name: what each reward function gave, None where it does not apply
+    is_in_loss:      whether each completion has a term in the loss
     """
 
     slot: int
@@ -28,17 +30,13 @@ class Group:
     completions: list[Completion]
     texts: list[str]
     rewards: list[float]
-    rewards_by_name: dict[str, list[float | None]]
+    rewards_by_name: Mapping[str, Sequence[float | None]]
+    is_in_loss: list[bool]
 
     @property
     def is_idle(self) -> bool:
         """Whether all scorable rewards are equal, so that without a KL every advantage is 0."""
         return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1
-
-    @property
-    def row_lengths(self) -> list[int]:
-        """Tokens of prompt and completion, for each completion."""
-        return [len(self.prompt.ids) + len(completion.ids) for completion in self.completions]
 
 
 def sample_groups(
@@ -55,8 +53,9 @@ def score_groups(
     prompts: Sequence[Prompt],
     slots: Sequence[int],
     sampled: Sequence[list[Completion]],
+    config: RLOOConfig | None = None,
 ) -> list[Group]:
-    """Score every completion of a step in one call of each reward function."""
+    """Score every completion of a step in one call of each reward function, and treat its length as `config` says."""
     flat = [(prompt, completion) for prompt, group in zip(prompts, sampled, strict=True) for completion in group]
     texts = [decode_completion(completion.ids, tokenizer) for _, completion in flat]
     scores = score_completions(
@@ -70,21 +69,46 @@ def score_groups(
     first = 0
     for slot, prompt, completions in zip(slots, prompts, sampled, strict=True):
         members = slice(first, first + len(completions))
-        groups.append(
-            Group(
-                slot=slot,
-                prompt=prompt,
-                completions=completions,
-                texts=texts[members],
-                rewards=scores.total[members],
-                rewards_by_name={name: values[members] for name, values in scores.by_name.items()},
-            )
+        rewards = scores.total[members]
+        group = Group(
+            slot=slot,
+            prompt=prompt,
+            completions=completions,
+            texts=texts[members],
+            rewards=rewards,
+            rewards_by_name={name: values[members] for name, values in scores.by_name.items()},
+            is_in_loss=[not math.isnan(reward) for reward in rewards],
         )
+        groups.append(group if config is None else judge_lengths(group, config))
         first = members.stop
     return groups
 
 
-def group_rows(groups: Sequence[Group], device: torch.device) -> Rows:
-    """The groups laid out for the model, in order."""
-    completions = [[completion.ids for completion in group.completions] for group in groups]
-    return make_rows([group.prompt.ids for group in groups], completions, device)
+def judge_lengths(group: Group, config: RLOOConfig) -> Group:
+    """Add the penalties on long and truncated completions to the rewards, each under its name, or drop the latter."""
+    lengths = [len(completion.ids) for completion in group.completions]
+    is_truncated = [completion.ending is Ending.LENGTH for completion in group.completions]
+    penalties: dict[str, list[float]] = {}
+    if config.overlong_buffer is not None:
+        penalties["overlong_penalty"] = [
+            config.overlong_penalty
+            * overlong_penalty(
+                length, max_completion_length=config.max_completion_length, buffer=config.overlong_buffer
+            )
+            for length in lengths
+        ]
+    if config.truncated_completions == "penalise":
+        penalties["truncation_penalty"] = [-config.truncation_penalty if is_cut else 0.0 for is_cut in is_truncated]
+    rewards = [math.fsum(parts) for parts in zip(group.rewards, *penalties.values(), strict=True)]
+    if config.truncated_completions == "drop_from_group":
+        rewards = [math.nan if is_cut else reward for reward, is_cut in zip(rewards, is_truncated, strict=True)]
+    is_dropped = config.truncated_completions in ("drop_from_loss", "drop_from_group")
+    return replace(
+        group,
+        rewards=rewards,
+        rewards_by_name={**group.rewards_by_name, **penalties},
+        is_in_loss=[
+            not math.isnan(reward) and not (is_dropped and is_cut)
+            for reward, is_cut in zip(rewards, is_truncated, strict=True)
+        ],
+    )

@@ -7,19 +7,23 @@ the other rows of its batch nor on the number of processes.
 Shapes: P prompts, R rows (completions being sampled), V tokens of the tokenizer.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from data.chat import Ending
-from data.stop import StopSearch
+from data.chat import AFTER_REASONING, REASONING_CLOSE, REASONING_OPEN, Ending, encode_text
+from data.stop import StopSearch, decode_completion
 from trainer.models import Policy
-from trainer.rloo.logprobs import left_padded, positions
+from trainer.rloo.attention import run_decoder
+from trainer.rloo.draw import draw
+from trainer.rloo.kv_cache import ForkedCache
+from trainer.rloo.logprobs import decoder_and_head
+from trainer.rloo.weight_first import weight_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +33,15 @@ class Completion:
     ids:      sampled ids, up to and including the one that ended it
     logprobs: log-probability that each id was drawn with, at the sampling temperature (same length)
     ending:   `<sep>` was completed, the eos token was drawn, or the length ran out
+    forced:   places of ids that were not drawn but forced by the reasoning budget; their log-probability reads 0
+    floors:   for each id, the log-probability below which no token could be drawn; empty where every token could
     """
 
     ids: list[int]
     logprobs: list[float]
     ending: Ending
+    forced: range = range(0)
+    floors: list[float] = field(default_factory=list)
 
 
 class Sampler:
@@ -47,12 +55,25 @@ class Sampler:
         max_completion_length: int,
         temperature: float,
         batch_size: int,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        reasoning_budget: int | None = None,
     ) -> None:
-        """`temperature` 0 is greedy; `batch_size` is the number of completions sampled at the same time."""
+        """Set how completions are drawn.
+
+        temperature:      0 is greedy
+        batch_size:       completions sampled at the same time
+        top_p, top_k:     draw from the likeliest tokens only
+        reasoning_budget: tokens after which `</reasoning>` is forced where `<reasoning>` is still open
+        """
         self.model = model
         self.max_completion_length = max_completion_length
         self.temperature = temperature
         self.batch_size = batch_size
+        self.top_p, self.top_k = top_p, top_k
+        self.reasoning_budget = reasoning_budget
+        self._tokenizer = tokenizer
+        self._closing_ids = encode_text(f"\n{REASONING_CLOSE}{AFTER_REASONING}", tokenizer)
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
         # Embeddings are padded beyond the tokenizer (Reka Flash 3 by 75 rows): those ids mean nothing.
@@ -64,7 +85,7 @@ class Sampler:
         """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt."""
         prompts_at_once = max(1, self.batch_size // num_generations)
         groups: list[list[Completion]] = []
-        with torch.no_grad(), _eval_mode(self.model):
+        with torch.no_grad(), _eval_mode(self.model), weight_first(self.model):
             for first in range(0, len(prompts), prompts_at_once):
                 chunk = slice(first, first + prompts_at_once)
                 uniforms = [
@@ -80,73 +101,76 @@ class Sampler:
         self, prompts: Sequence[list[int]], uniforms: np.ndarray, num_generations: int
     ) -> list[Completion]:
         device = self.model.device
-        mask, input_ids = left_padded(prompts, device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        cache.batch_repeat_interleave(num_generations)
-        mask = mask.repeat_interleave(num_generations, dim=0)
-        logits = logits.repeat_interleave(num_generations, dim=0)
+        decoder, head = decoder_and_head(self.model)
+        cache = ForkedCache([len(prompt) for prompt in prompts], num_generations, self.max_completion_length, device)
+        prompt_ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
+        hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
+        last_of_prompts = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0) - 1
+        logits_RV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
         uniforms_RT = torch.from_numpy(uniforms).to(device)
 
-        num_rows = len(uniforms)
-        ids: list[list[int]] = [[] for _ in range(num_rows)]
-        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
-        endings = [Ending.LENGTH] * num_rows
-        live = list(range(num_rows))
+        rows = [_Row() for _ in uniforms]
+        live = list(range(len(rows)))
         for length in range(1, self.max_completion_length + 1):
-            drawn, drawn_logprobs = draw(logits[:, : self._num_tokens], uniforms_RT[live, length - 1], self.temperature)
-            going_on = []
-            for place, (row, token, logprob) in enumerate(
-                zip(live, drawn.tolist(), drawn_logprobs.tolist(), strict=True)
-            ):
-                ids[row].append(token)
-                logprobs[row].append(logprob)
-                if self._stop.completes_at(ids[row], length):
-                    endings[row] = Ending.STOP
-                elif token == self._eos_id:
-                    endings[row] = Ending.EOS
-                else:
-                    going_on.append(place)
+            drawn, logprobs, floors = draw(
+                logits_RV[:, : self._num_tokens],
+                uniforms_RT[live, length - 1],
+                self.temperature,
+                self.top_p,
+                self.top_k,
+            )
+            floors_of_rows = [None] * len(live) if floors is None else floors.tolist()
+            for row, *token in zip(live, drawn.tolist(), logprobs.tolist(), floors_of_rows, strict=True):
+                self._append(rows[row], *token)
+            going_on = [place for place, row in enumerate(live) if rows[row].ending is None]
             if not going_on or length == self.max_completion_length:
                 break
             if len(going_on) < len(live):
-                kept = torch.tensor(going_on, device=device)
-                cache.batch_select_indices(kept)
-                mask, drawn = mask[kept], drawn[kept]
-                live = [live[place] for place in going_on]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self.model(
-                input_ids=drawn[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-        return [Completion(ids=ids[row], logprobs=logprobs[row], ending=endings[row]) for row in range(num_rows)]
+                live = [live[place] for place in cache.keep(going_on)]
+            last_ids = torch.tensor([[rows[row].ids[-1]] for row in live], device=device)
+            logits_RV = head(run_decoder(decoder, last_ids, cache.position_ids, cache)[:, 0])
+            cache.advance()
+        return [row.completion() for row in rows]
+
+    def _append(self, row: "_Row", drawn: int, logprob: float, floor: float | None) -> None:
+        """Add the drawn token, or the one that is forced in its place, and see whether the row ends with it."""
+        if row.to_force:
+            drawn, logprob, floor = row.to_force.pop(0), 0.0, None if floor is None else -math.inf
+            row.num_forced += 1
+        row.ids.append(drawn)
+        row.logprobs.append(logprob)
+        if floor is not None:
+            row.floors.append(floor)
+        if self._stop.completes_at(row.ids, len(row.ids)):
+            row.ending = Ending.STOP
+        elif drawn == self._eos_id:
+            row.ending = Ending.EOS
+        elif len(row.ids) == self.reasoning_budget:
+            text = decode_completion(row.ids, self._tokenizer)
+            if REASONING_OPEN in text and REASONING_CLOSE not in text:
+                row.to_force, row.forced_from = list(self._closing_ids), len(row.ids)
 
 
-def draw(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at its uniform in [0, 1) -> ids [R], logprobs [R].
+@dataclass(kw_only=True)
+class _Row:
+    """A completion that is being sampled."""
 
-    Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1.
-    """
-    logprobs_RV = torch.log_softmax(logits_RV.float() / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        ids_R1 = logprobs_RV.argmax(dim=-1, keepdim=True)
-    else:
-        # In float64: the tail of a large vocabulary is lost in a float32 running sum.
-        cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
-        targets_R1 = uniforms_R.double()[:, None] * cumulative_RV[:, -1:]
-        # The first id whose running sum exceeds the target has a probability above zero.
-        ids_R1 = torch.searchsorted(cumulative_RV, targets_R1, right=True).clamp(max=logits_RV.shape[1] - 1)
-    return ids_R1[:, 0], logprobs_RV.gather(1, ids_R1)[:, 0]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
+    to_force: list[int] = field(default_factory=list)
+    num_forced: int = 0
+    forced_from: int = 0
+    ending: Ending | None = None
+
+    def completion(self) -> Completion:
+        return Completion(
+            ids=self.ids,
+            logprobs=self.logprobs,
+            ending=self.ending or Ending.LENGTH,
+            forced=range(self.forced_from, self.forced_from + self.num_forced),
+            floors=self.floors,
+        )
 
 
 @contextmanager

@@ -30,6 +30,9 @@ class RLOOTask:
             max_completion_length=self.config.max_completion_length,
             temperature=self.config.temperature,
             batch_size=self.config.per_device_generation_batch_size,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            reasoning_budget=self.config.reasoning_budget,
         )
 
 

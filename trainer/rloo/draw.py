@@ -1,0 +1,62 @@
+"""One token a row from logits, by one uniform number a row: the inverse of the cumulative distribution.
+
+Shapes: R rows, V tokens of the tokenizer, B blocks of them.
+"""
+
+import torch
+from torch import Tensor
+
+# Running sums are kept by block: only the block that holds the token is looked at token by token.
+BLOCK = 256
+
+
+def draw(
+    logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw at uniforms in [0, 1) -> ids [R], their log-probabilities [R], floors [R].
+
+    Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
+    k likeliest tokens can be drawn, with top_p then only the likeliest ones that reach that probability together; their
+    log-probabilities are among each other, and the floor lies between the last of them and the first that is left out.
+    Without either, floors is None.
+    """
+    scaled_RV = logits_RV.float() / (temperature or 1.0)
+    floors_R = None
+    if top_p < 1 or top_k is not None:
+        logprobs_RV = scaled_RV.log_softmax(dim=1)
+        floors_R = _floors(logprobs_RV, top_p, top_k)
+        scaled_RV = logprobs_RV.masked_fill(logprobs_RV < floors_R[:, None], -torch.inf)
+    highest_R1 = scaled_RV.amax(dim=1, keepdim=True)
+    weights_RV = (scaled_RV - highest_R1).exp_()
+    # In float64: the tail of a large vocabulary is lost in a float32 running sum.
+    blocks_RB = torch.nn.functional.pad(weights_RV, (0, -weights_RV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums_RB = blocks_RB.sum(dim=2, dtype=torch.float64)
+    ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(blocks_RB, sums_RB, uniforms_R)
+    normalisers_R1 = highest_R1 + sums_RB.sum(dim=1, keepdim=True).log().float()
+    return ids_R1[:, 0], (scaled_RV.gather(1, ids_R1) - normalisers_R1)[:, 0], floors_R
+
+
+def _invert(blocks_RBv: Tensor, sums_RB: Tensor, uniforms_R: Tensor) -> Tensor:
+    """The first token whose running sum exceeds its row's uniform share of the total -> [R, 1]."""
+    running_RB = sums_RB.cumsum(dim=1)
+    targets_R1 = uniforms_R.double()[:, None] * running_RB[:, -1:]
+    block_R1 = torch.searchsorted(running_RB, targets_R1, right=True).clamp(max=sums_RB.shape[1] - 1)
+    before_R1 = running_RB.gather(1, block_R1) - sums_RB.gather(1, block_R1)
+    within_Rv = blocks_RBv[torch.arange(len(block_R1), device=block_R1.device), block_R1[:, 0]].double().cumsum(dim=1)
+    place_R1 = torch.searchsorted(within_Rv, targets_R1 - before_R1, right=True)
+    # Rounding may put the target at or behind the block's last token with a weight: that token is then the one.
+    last_R1 = torch.searchsorted(within_Rv, within_Rv[:, -1:].contiguous())
+    return block_R1 * BLOCK + torch.minimum(place_R1, last_R1)
+
+
+def _floors(logprobs_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    sorted_RV = logprobs_RV.sort(dim=1, descending=True).values
+    num_tokens = sorted_RV.shape[1]
+    num_kept = min(top_k or num_tokens, num_tokens)
+    shares_RV = sorted_RV[:, :num_kept].softmax(dim=1).double()
+    # A token stays if those before it do not reach top_p; the likeliest always does.
+    stays_RV = shares_RV.cumsum(dim=1) - shares_RV < top_p
+    last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
+    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, (kept_R1 + dropped_R1) / 2)
+    return floors_R1[:, 0]

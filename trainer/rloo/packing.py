@@ -1,0 +1,98 @@
+"""Which completions share a micro-batch, and whether a group's prompt is run once or with each of its completions.
+
+Lengths are those of the tokens that a model is run on: a prompt's, and a completion's less its last token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Arithmetic of one forward pass, in multiplications.
+
+    token: for each token, in the linear layers
+    pair:  for each query and key that are multiplied, over all layers
+    sees_half: whether rows under a mask are charged for what it hides, as without a GPU, where only a row of its own
+               can leave out the half of the square above the diagonal
+    """
+
+    token: float
+    pair: float
+    sees_half: bool
+
+    @classmethod
+    def of(cls, decoder: PreTrainedModel) -> "PassCost":
+        """The cost of a decoder, adapters included."""
+        config = decoder.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            token=float(sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))),
+            pair=2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+            sees_half=decoder.device.type != "cuda",
+        )
+
+    def shares_prompt(self, prompt: int, completions: Sequence[int]) -> bool:
+        """Whether a prompt run once for its completions costs less than one run with each.
+
+        >>> cost = PassCost(token=100.0, pair=1.0, sees_half=True)
+        >>> cost.shares_prompt(50, [10, 10]), cost.shares_prompt(1, [1000, 1000])
+        (True, False)
+        """
+        plain = [prompt + completion for completion in completions]
+        half = 1.0 if self.sees_half else 0.5
+        shared_pairs = prompt**2 / 2 + sum(prompt * own + half * own**2 for own in completions)
+        plain_pairs = sum(length**2 / 2 for length in plain)
+        shared = self.token * (prompt + sum(completions)) + self.pair * shared_pairs
+        return shared <= self.token * sum(plain) + self.pair * plain_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Completions of one group that are run together: all of them, unless the group is above the budget.
+
+    group:      the group's place
+    members:    places of the completions in it
+    is_shared:  whether its prompt is run once for them
+    """
+
+    group: int
+    members: range
+    is_shared: bool
+
+
+def num_tokens(prompt: int, completions: Sequence[int], is_shared: bool) -> int:
+    """Tokens that a piece is run on."""
+    return sum(completions) + prompt * (1 if is_shared else len(completions))
+
+
+def pack(groups: Sequence[tuple[int, Sequence[int]]], budget: int, cost: PassCost) -> list[list[Piece]]:
+    """Put groups together, in order, into micro-batches of at most `budget` tokens.
+
+    groups: for each, its prompt's length and its completions'. A group above the budget is cut into pieces within it;
+    a single row above it is a micro-batch of its own.
+
+    >>> cost = PassCost(token=1.0, pair=0.0, sees_half=True)
+    >>> [[(piece.group, list(piece.members)) for piece in batch] for batch in pack([(2, [3, 3]), (1, [9, 4])], 9, cost)]
+    [[(0, [0, 1])], [(1, [0])], [(1, [1])]]
+    """
+    batches: list[list[Piece]] = []
+    room = 0
+    for place, (prompt, completions) in enumerate(groups):
+        is_shared = cost.shares_prompt(prompt, completions)
+        first = 0
+        while first < len(completions):
+            end = len(completions)
+            while end > first + 1 and num_tokens(prompt, completions[first:end], is_shared) > budget:
+                end -= 1
+            needed = num_tokens(prompt, completions[first:end], is_shared)
+            if needed > room or not batches:
+                batches.append([])
+                room = budget
+            batches[-1].append(Piece(group=place, members=range(first, end), is_shared=is_shared))
+            room -= needed
+            first = end
+    return batches
