@@ -23,7 +23,7 @@ from trainer.rloo.attention import run_decoder
 from trainer.rloo.draw import draw
 from trainer.rloo.kv_cache import ForkedCache
 from trainer.rloo.logprobs import decoder_and_head
-from trainer.rloo.weight_first import weight_first
+from trainer.rloo.packed_weights import packed_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,8 @@ class Sampler:
         """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt."""
         prompts_at_once = max(1, self.batch_size // num_generations)
         groups: list[list[Completion]] = []
-        with torch.no_grad(), _eval_mode(self.model), weight_first(self.model):
+        num_rows = min(self.batch_size, len(prompts) * num_generations)
+        with torch.no_grad(), _eval_mode(self.model), packed_weights(self.model, num_rows):
             for first in range(0, len(prompts), prompts_at_once):
                 chunk = slice(first, first + prompts_at_once)
                 uniforms = [
