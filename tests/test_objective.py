@@ -1,5 +1,6 @@
 """The objective gives the gradient of the expected reward; policies small enough are enumerated, in float64."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,10 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.rloo.objective import (
+    clipped_surrogates,
+    k2_loss,
     leave_one_out_advantages,
-    policy_gradient_loss,
+    overlong_penalty,
     regularised_rewards,
     sequence_sums,
+    sequence_weights,
+    truncated_importance_weights,
 )
 
 NAN = math.nan
@@ -36,7 +41,20 @@ def theta() -> Tensor:
 
 
 def gradient(objective: Tensor, parameter: Tensor) -> Tensor:
-    return torch.autograd.grad(objective, parameter)[0]
+    return torch.autograd.grad(objective, parameter, retain_graph=True)[0]
+
+
+def loss_on_policy(
+    logprobs_T: Tensor, advantages_N: Tensor, lengths_N: Tensor | None = None, num_completions: int | None = None
+) -> Tensor:
+    """The default loss, as a step makes it of the functions on the page; lengths are 1 unless given."""
+    lengths_N = torch.ones(len(advantages_N), dtype=torch.long) if lengths_N is None else lengths_N
+    surrogates_N, _ = clipped_surrogates(
+        logprobs_T - logprobs_T.detach(), advantages_N, lengths_N, level="sequence", epsilon=torch.inf
+    )
+    num_completions = len(advantages_N) if num_completions is None else num_completions
+    weights_N = sequence_weights(lengths_N, "sequence_sum", num_completions=num_completions, num_tokens=0)
+    return -(surrogates_N * weights_N).sum()
 
 
 def expected_gradient(
@@ -48,7 +66,7 @@ def expected_gradient(
     chances_P1 = logprobs.detach()[draws_PG].sum(dim=1, keepdim=True).exp()
     # The loss is linear in the advantages, so a draw's chance can be put there.
     weighted_PG = advantages(rewards[draws_PG]) * chances_P1
-    return -gradient(policy_gradient_loss(logprobs[draws_PG].flatten(), weighted_PG.flatten(), group_size), theta)
+    return -gradient(loss_on_policy(logprobs[draws_PG].flatten(), weighted_PG.flatten(), None, group_size), theta)
 
 
 def centred(rewards_PG: Tensor) -> Tensor:
@@ -126,40 +144,39 @@ TWO_STEPS = {
 
 
 def two_step_gradients() -> dict[str, Tensor]:
-    """Expected gradients on groups of two by how tokens make a completion's term, and the exact one."""
+    """Expected gradients on groups of two by the type of the loss, and the exact one."""
     logits = doubles([[0.3, -0.2, 0.1], [0.6, -0.4, 0.0], [-0.5, 0.2, 0.4]]).requires_grad_()
     token_logprobs = torch.log_softmax(logits, dim=1).flatten()
     rewards_Y = doubles([reward for reward, _ in TWO_STEPS.values()])
-    lengths_Y = torch.tensor([len(tokens) for _, tokens in TWO_STEPS.values()])
-    tokens_T = torch.tensor([token for _, tokens in TWO_STEPS.values() for token in tokens])
-    logprobs_Y = sequence_sums(token_logprobs[tokens_T], lengths_Y)
+    tokens_Y = [torch.tensor(tokens) for _, tokens in TWO_STEPS.values()]
+    logprobs_Y = torch.stack([token_logprobs[tokens].sum() for tokens in tokens_Y])
 
-    draws_PG = torch.cartesian_prod(torch.arange(len(TWO_STEPS)), torch.arange(len(TWO_STEPS)))
-    chances_P1 = logprobs_Y.detach()[draws_PG].sum(dim=1, keepdim=True).exp()
-    advantages_PG = leave_one_out_advantages(rewards_Y[draws_PG]) * chances_P1
-    lengths_PG = lengths_Y[draws_PG]
-    terms = {
-        "sequence sum": logprobs_Y[draws_PG],
-        "sequence mean": logprobs_Y[draws_PG] / lengths_PG,
-        "token mean": logprobs_Y[draws_PG] * 2 / lengths_PG.sum(dim=1, keepdim=True),
-    }
-    gradients = {
-        name: -gradient_kept(policy_gradient_loss(terms_PG.flatten(), advantages_PG.flatten(), 2), logits)
-        for name, terms_PG in terms.items()
-    }
-    return gradients | {"exact": gradient_kept((logprobs_Y.exp() * rewards_Y).sum(), logits)}
-
-
-def gradient_kept(objective: Tensor, parameter: Tensor) -> Tensor:
-    return torch.autograd.grad(objective, parameter, retain_graph=True)[0]
+    gradients = {"exact": gradient((logprobs_Y.exp() * rewards_Y).sum(), logits)}
+    for loss_type in ("sequence_sum", "sequence_mean", "token_mean"):
+        losses = []
+        for pair in itertools.product(range(len(TWO_STEPS)), repeat=2):
+            logprobs_T = token_logprobs[torch.cat([tokens_Y[y] for y in pair])]
+            lengths_N = torch.tensor([len(tokens_Y[y]) for y in pair])
+            surrogates_N, _ = clipped_surrogates(
+                logprobs_T - logprobs_T.detach(),
+                leave_one_out_advantages(rewards_Y[list(pair)][None])[0],
+                lengths_N,
+                level="sequence",
+                epsilon=torch.inf,
+            )
+            weights_N = sequence_weights(lengths_N, loss_type, num_completions=2, num_tokens=int(lengths_N.sum()))
+            chance = logprobs_Y[list(pair)].sum().exp().detach()
+            losses.append(-chance * (surrogates_N * weights_N).sum())
+        gradients[loss_type] = -gradient(torch.stack(losses).sum(), logits)
+    return gradients
 
 
 def test_only_the_sum_over_a_sequence_gives_the_gradient_where_lengths_vary() -> None:
     gradients = two_step_gradients()
     errors = {name: (found - gradients["exact"]).abs().max().item() for name, found in gradients.items()}
-    assert errors["sequence sum"] <= 1e-12
-    assert errors["sequence mean"] > 1e-2
-    assert errors["token mean"] > 1e-2
+    assert errors["sequence_sum"] <= 1e-12
+    assert errors["sequence_mean"] > 1e-2
+    assert errors["token_mean"] > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -231,13 +248,11 @@ def test_leave_one_out_is_centring_times_g_over_g_minus_one(group: list[float]) 
 
 
 def test_the_loss_and_its_gradient_worked_out_by_hand() -> None:
-    logprobs = doubles([-1, -2, -3]).requires_grad_()
-    advantages = doubles([2, 0, -1]).requires_grad_()
-    loss = policy_gradient_loss(logprobs, advantages, num_scorable=2)
-    assert loss.item() == -(2 * -1 + -1 * -3) / 2
+    logprobs = doubles([-1, -2, -3, -5]).requires_grad_()
+    loss = loss_on_policy(logprobs, doubles([2, 0, -1]), torch.tensor([1, 1, 2]), num_completions=2)
+    assert loss.item() == -(2 * 1 + -1 * 1) / 2  # every ratio is 1
     loss.backward()
-    assert logprobs.grad.tolist() == [-1, 0, 0.5]
-    assert advantages.grad is None
+    assert logprobs.grad.tolist() == [-1, 0, 0.5, 0.5]
 
 
 def test_the_denominator_counts_scorable_completions_only() -> None:
@@ -245,33 +260,125 @@ def test_the_denominator_counts_scorable_completions_only() -> None:
     rewards = doubles([[1, NAN, 0, 0]])
     advantages = leave_one_out_advantages(rewards).flatten()
     num_scorable = int((~rewards.isnan()).sum())
-    found = gradient(policy_gradient_loss(logprobs, advantages, num_scorable), logprobs)
+    found = gradient(loss_on_policy(logprobs, advantages, num_completions=num_scorable), logprobs)
     torch.testing.assert_close(found, doubles([-1 / 3, 0, 0.5 / 3, 0.5 / 3]), rtol=0, atol=1e-15)
 
 
 def test_a_step_without_a_scorable_completion_has_loss_and_gradient_zero() -> None:
     logprobs = doubles([-1, -2]).requires_grad_()
-    loss = policy_gradient_loss(logprobs, leave_one_out_advantages(doubles([[NAN, NAN]])).flatten(), 0)
+    advantages = leave_one_out_advantages(doubles([[NAN, NAN]])).flatten()
+    loss = loss_on_policy(logprobs, advantages, num_completions=0)
     assert loss.item() == 0
     assert gradient(loss, logprobs).tolist() == [0, 0]
 
 
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), st.data())
-def test_micro_batches_with_one_denominator_sum_to_the_whole(pairs: list[tuple[float, float]], data: st.DataObject):
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(pairs)))) | {0, len(pairs)})
-    advantages = doubles([advantage for _, advantage in pairs])
-    whole = doubles([logprob for logprob, _ in pairs]).requires_grad_()
-    loss = policy_gradient_loss(whole, advantages, num_scorable=7)
-    loss.backward()
+@pytest.mark.parametrize("loss_type", ["sequence_sum", "sequence_mean", "token_mean"])
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@given(sequences=st.lists(st.tuples(numbers, st.integers(1, 4)), min_size=1, max_size=8), data=st.data())
+def test_micro_batches_with_one_denominator_sum_to_the_whole(
+    level: str, loss_type: str, sequences: list[tuple[float, int]], data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(sequences)))) | {0, len(sequences)})
+    num_tokens = sum(length for _, length in sequences)
+    ratios = data.draw(st.lists(st.floats(-1, 1), min_size=num_tokens, max_size=num_tokens))
 
+    def terms(part: list[tuple[float, int]], log_ratios_T: Tensor) -> Tensor:
+        lengths = torch.tensor([length for _, length in part])
+        advantages = doubles([advantage for advantage, _ in part])
+        surrogates, _ = clipped_surrogates(log_ratios_T, advantages, lengths, level=level, epsilon=0.2)
+        surrogates_N = sequence_sums(surrogates, lengths) if level == "token" else surrogates
+        weights_N = sequence_weights(lengths, loss_type, num_completions=7, num_tokens=29)
+        return -(surrogates_N * weights_N).sum()
+
+    whole = doubles(ratios).requires_grad_()
+    loss = terms(sequences, whole)
     parts = whole.detach().clone().requires_grad_()
     losses = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
-        part = policy_gradient_loss(parts[first:last], advantages[first:last], num_scorable=7)
+    for first, last in itertools.pairwise(cuts):
+        at, end = (sum(length for _, length in sequences[:cut]) for cut in (first, last))
+        part = terms(sequences[first:last], parts[at:end])
         part.backward()
         losses.append(part.item())
-    assert math.fsum(losses) == pytest.approx(loss.item(), rel=1e-12, abs=1e-9)
-    assert torch.equal(parts.grad, whole.grad)
+    assert math.fsum(losses) == pytest.approx(loss.item(), rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(parts.grad, gradient(loss, whole), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "surrogate", "slope"),
+    [
+        (1.0, 1.0, 1.0, 1.0),
+        (1.0, 1.1, 1.1, 1.1),
+        (1.0, 1.5, 1.2, 0.0),  # held at 1 + epsilon: no more of what is already likelier
+        (1.0, 0.5, 0.5, 0.5),  # never held on the side that has to come back
+        (-1.0, 1.0, -1.0, -1.0),
+        (-1.0, 0.5, -0.8, 0.0),
+        (-1.0, 1.5, -1.5, -1.5),
+        (-2.0, 0.25, -1.6, 0.0),
+        (0.0, 3.0, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_the_clip_worked_out_by_hand(
+    level: str, advantage: float, ratio: float, surrogate: float, slope: float
+) -> None:
+    log_ratio = doubles([math.log(ratio)]).requires_grad_()
+    found, is_clipped = clipped_surrogates(log_ratio, doubles([advantage]), torch.tensor([1]), level=level, epsilon=0.2)
+    assert found.item() == pytest.approx(surrogate, rel=1e-12)
+    assert gradient(found.sum(), log_ratio).item() == pytest.approx(slope, rel=1e-12)
+    assert is_clipped.item() == (slope == 0 and advantage != 0)
+
+
+def test_a_sequence_is_clipped_by_its_product_and_a_token_by_itself() -> None:
+    log_ratios, lengths = doubles([0.15, 0.15, -0.5, 0.5]).requires_grad_(), torch.tensor([2, 2])
+    advantages = doubles([1, 1])
+    sequences, is_clipped = clipped_surrogates(log_ratios, advantages, lengths, level="sequence", epsilon=0.2)
+    torch.testing.assert_close(sequences, doubles([1.2, 1.0]))
+    assert is_clipped.tolist() == [True, False]
+    tokens, is_clipped = clipped_surrogates(log_ratios, advantages, lengths, level="token", epsilon=0.2)
+    torch.testing.assert_close(tokens, doubles([math.exp(0.15)] * 2 + [math.exp(-0.5), 1.2]))
+    assert is_clipped.tolist() == [False, False, False, True]
+
+
+def test_weights_are_cut_off_at_the_cap_and_carry_no_gradient() -> None:
+    log_ratios = doubles([-1, 0, 0.5, 3]).requires_grad_()
+    weights = truncated_importance_weights(log_ratios, cap=2.0)
+    torch.testing.assert_close(weights, doubles([math.exp(-1), 1, math.exp(0.5), 2]))
+    assert not weights.requires_grad
+
+
+def test_denominators_worked_out_by_hand() -> None:
+    lengths = torch.tensor([1, 4, 0])
+
+    def weights(loss_type: str) -> list[float]:
+        return sequence_weights(lengths, loss_type, num_completions=10, num_tokens=40).tolist()
+
+    assert weights("sequence_sum") == pytest.approx([0.1, 0.1, 0.1])
+    assert weights("sequence_mean") == pytest.approx([0.1, 0.025, 0.1])  # without a trained token there is no sum
+    assert weights("token_mean") == pytest.approx([0.025] * 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(1, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0)]
+)
+def test_the_overlong_penalty_worked_out_by_hand(length: int, penalty: float) -> None:
+    assert overlong_penalty(length, max_completion_length=100, buffer=20) == pytest.approx(penalty)
+
+
+def log_ratios_to_reference(theta: Tensor) -> Tensor:
+    return torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS
+
+
+def test_of_the_estimators_of_the_kl_only_k2_has_its_gradient_in_the_loss(theta: Tensor) -> None:
+    chances = theta.softmax(dim=0).detach()
+    logprobs = torch.log_softmax(theta, dim=0)
+    exact = gradient(BETA * (logprobs.exp() * (logprobs - REFERENCE_LOGPROBS)).sum(), theta)
+    assert exact.norm() > 0.01
+    log_ratios = log_ratios_to_reference(theta)
+    # Drawn actions are constants: the expectation is over the draws, and their log-ratios carry the gradient.
+    k2 = gradient((chances * k2_loss(log_ratios, BETA)).sum(), theta)
+    assert (k2 - exact).abs().max() <= 1e-16
+    for estimate in (log_ratios, torch.expm1(-log_ratios) + log_ratios):
+        assert (gradient(BETA * (chances * estimate).sum(), theta) - exact).abs().max() > 1e-3
 
 
 def test_sequence_sums_worked_out_by_hand() -> None:
