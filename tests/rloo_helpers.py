@@ -20,6 +20,7 @@ from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, Rows
 from trainer.rloo.loop import make_reference, take_step
 from trainer.rloo.metrics import Clock, RolloutRecord
+from trainer.rloo.objective import clipped_surrogates, sequence_weights
 from trainer.rloo.sampler import Completion
 from trainer.rloo.task import RLOOTask
 
@@ -82,6 +83,34 @@ def perturb(policy: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+# The objective
+
+
+def doubles(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def gradient(objective: Tensor, parameter: Tensor) -> Tensor:
+    return torch.autograd.grad(objective, parameter, retain_graph=True)[0]
+
+
+def centred(rewards_PG: Tensor) -> Tensor:
+    return rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+
+
+def loss_on_policy(
+    logprobs_T: Tensor, advantages_N: Tensor, lengths_N: Tensor | None = None, num_completions: int | None = None
+) -> Tensor:
+    """The default loss, as a step makes it of the functions on the page; lengths are 1 unless given."""
+    lengths_N = torch.ones(len(advantages_N), dtype=torch.long) if lengths_N is None else lengths_N
+    surrogates_N, _ = clipped_surrogates(
+        logprobs_T - logprobs_T.detach(), advantages_N, lengths_N, level="sequence", epsilon=torch.inf
+    )
+    num_completions = len(advantages_N) if num_completions is None else num_completions
+    weights_N = sequence_weights(lengths_N, "sequence_sum", num_completions=num_completions, num_tokens=0)
+    return -(surrogates_N * weights_N).sum()
 
 
 # Steps
