@@ -60,3 +60,60 @@ def test_temperature_zero_takes_the_most_likely_token_and_its_logprob_at_one() -
         ids, logprobs, floors = draw(logits, torch.full((2,), uniform), 0)
         assert ids.tolist() == [1, 0]
         torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=1)[[0, 1], [1, 0]], rtol=0, atol=1e-6)
+
+
+LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.25]]).log()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 1, [1]),
+        (1.0, 2, [1, 4]),
+        (1.0, 4, [0, 1, 2, 4]),
+        (1.0, 5, [0, 1, 2, 3, 4]),
+        (1.0, 99, [0, 1, 2, 3, 4]),
+        (0.39, None, [1]),
+        (0.41, None, [1, 4]),  # the token that reaches top_p stays
+        (0.64, None, [1, 4]),
+        (0.66, None, [1, 2, 4]),
+        (0.96, None, [0, 1, 2, 3, 4]),
+        (0.6, 2, [1]),  # top_p is of what top_k leaves: 0.4 of 0.65
+        (0.62, 2, [1, 4]),
+        (0.7, 3, [1, 4]),
+        (0.8, 3, [1, 2, 4]),
+    ],
+)
+def test_the_likeliest_tokens_are_drawn_in_proportion(top_p: float, top_k: int | None, kept: list[int]) -> None:
+    num_points = 1000
+    ids, logprobs, floors = draw(LOGITS.expand(num_points, -1), grid(num_points), 1.0, top_p, top_k)
+    chances = LOGITS[0, kept].double().exp() / LOGITS[0, kept].double().exp().sum()
+    counts = torch.bincount(ids, minlength=5)
+    assert counts.nonzero()[:, 0].tolist() == kept
+    assert (counts[kept] - num_points * chances).abs().max() <= 1.01
+    torch.testing.assert_close(logprobs.exp().double(), chances[torch.searchsorted(torch.tensor(kept), ids)])
+    assert floors is not None
+    # The floor is among the log-probabilities of all tokens, so that it says which were kept.
+    assert (LOGITS[0].log_softmax(dim=0) >= floors[0]).nonzero()[:, 0].tolist() == kept
+
+
+def test_without_a_filter_there_is_no_floor() -> None:
+    assert draw(LOGITS, grid(1), 1.0)[2] is None
+    assert draw(LOGITS, grid(1), 1.0, 1.0, None)[2] is None
+
+
+def test_tokens_as_likely_as_the_last_one_stay() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 0.0]])
+    _, _, floors = draw(logits, grid(1), 1.0, 1.0, 2)
+    logprobs = logits.log_softmax(dim=1)
+    assert floors is not None
+    # Rounding moves no token over the floor.
+    for rounding in (-5e-6, 0.0, 5e-6):
+        assert (logprobs[0] + rounding >= floors).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_filters_change_nothing_about_a_greedy_draw(top_k: int | None) -> None:
+    ids, logprobs, _ = draw(LOGITS, torch.tensor([0.99]), 0, 1.0, top_k)
+    assert ids.tolist() == [1]
+    assert logprobs.exp().item() == pytest.approx(0.4 if top_k is None else 0.4 / 0.85)

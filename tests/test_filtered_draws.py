@@ -47,11 +47,21 @@ def filtered_logprobs(policy: Policy, task: RLOOTask, record: RolloutRecord) -> 
     return logits.masked_fill(~is_in, -torch.inf).log_softmax(dim=1)[range(len(completion)), completion]
 
 
+@pytest.mark.parametrize("at_once", [3, 2048], ids=["pieces", "whole"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.7, None), (1.0, 5), (0.8, 20), (1.0, 1), (0.01, None)])
 def test_filtered_draws_are_scored_and_trained_alike(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, top_p: float, top_k: int | None, beta: float
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    top_p: float,
+    top_k: int | None,
+    beta: float,
+    at_once: int,
 ) -> None:
+    monkeypatch.setattr("trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
+    if at_once == 3:
+        policy.activation_checkpointing_enable()
     is_greedy = top_k == 1 or top_p == 0.01
     task = make_task(tokenizer, top_p=top_p, top_k=top_k, beta=beta, micro_batch_tokens=150)
     initial = exact_copy(policy)
@@ -93,3 +103,14 @@ def test_draws_from_the_likeliest_tokens_have_their_distribution(
     num_tokens = int(is_in.sum())
     assert 3 <= num_tokens <= 8
     assert chi_squared < num_tokens - 1 + 4 * (2 * (num_tokens - 1)) ** 0.5  # mean and deviation; the draws are seeded
+
+
+@pytest.mark.parametrize("top_k", [5, 6])
+def test_tokens_that_are_equally_likely_are_kept_alike_by_sampler_and_trainer(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, top_k: int
+) -> None:
+    with torch.no_grad():  # every token has a twin
+        policy.lm_head.weight[1::2] = policy.lm_head.weight[::2]
+    records, _ = run_step(policy, make_task(tokenizer, top_k=top_k, max_completion_length=20))
+    for record in records:
+        assert record["logprob"] is None or record["sampler_logprob"] == pytest.approx(record["logprob"], abs=1e-4)
