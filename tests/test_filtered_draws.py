@@ -23,17 +23,20 @@ from trainer.rloo.task import RLOOTask
 
 
 def support(logits_TV: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """Which tokens can be drawn at each place, [T, V]: of the top k, the fewest whose share of them reaches top p."""
+    """Which tokens can be drawn at each place, [T, V]: of the top k, the fewest whose share of them reaches top p.
+
+    Tokens that are as likely as the last of them, up to 1e-5, stay too.
+    """
     is_in = torch.zeros_like(logits_TV, dtype=torch.bool)
     for row, logits in zip(is_in, logits_TV, strict=True):
         order = logits.argsort(descending=True)[:top_k]
         shares = torch.softmax(logits[order], dim=0)
         total = 0.0
         for token, share in zip(order.tolist(), shares.tolist(), strict=True):
-            row[token] = True
             total += share
             if total >= top_p:
                 break
+        row[logits >= logits[token] - 1e-5] = True
     return is_in
 
 
