@@ -1,5 +1,7 @@
 """Draws from the likeliest tokens: scored over the same tokens, and trained as the policy that draws so."""
 
+import itertools
+
 import pytest
 import torch
 from rloo_helpers import (
@@ -31,12 +33,9 @@ def support(logits_TV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     for row, logits in zip(is_in, logits_TV, strict=True):
         order = logits.argsort(descending=True)[:top_k]
         shares = torch.softmax(logits[order], dim=0)
-        total = 0.0
-        for token, share in zip(order.tolist(), shares.tolist(), strict=True):
-            total += share
-            if total >= top_p:
-                break
-        row[logits >= logits[token] - 1e-5] = True
+        totals = itertools.accumulate(shares.tolist())
+        last = next((token for token, total in zip(order, totals, strict=True) if total >= top_p), order[-1])
+        row[logits >= logits[last] - 1e-5] = True
     return is_in
 
 
