@@ -141,7 +141,7 @@ def scorer_of(policy: Policy, task: RLOOTask) -> CompletionLogprobs:
 
 
 def reference_of(policy: Policy, task: RLOOTask) -> Callable[[Rows], Tensor]:
-    reference = make_reference(scorer_of(policy, task), task.config)
+    reference = make_reference(Accelerator(cpu=True), scorer_of(policy, task), task.config)
     assert reference is not None
     return reference
 
