@@ -1,23 +1,28 @@
 """One step of RLOO: its gradient is the one that its records say, whatever the batching."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rloo_helpers import (
     TEXTS,
     advantages_by_hand,
     assert_gradients_close,
     by_completion,
+    distance,
     for_some_prompts,
     gradient_from_records,
+    gradient_of,
     make_task,
     never,
     perturb,
     reference_of,
     run_step,
     run_updates,
+    scorer_of,
     sequence_logprob,
     sometimes_none,
     with_adapter,
@@ -26,7 +31,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.rloo.logprobs import CompletionLogprobs, Rows
-from trainer.rloo.loop import make_reference
+from trainer.rloo.loop import make_reference, take_step
+from trainer.rloo.metrics import Clock
 from trainer.rloo.rollouts import Group
 
 
@@ -93,10 +99,42 @@ def test_the_reference_is_the_policy_bit_for_bit_before_the_first_update(
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
 
 
+@pytest.fixture
+def bf16_accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(True)  # Accelerate allows one precision a process
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("budget", [100, 10**6])
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_in_bfloat16_arithmetic_too(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    bf16_accelerator: Accelerator,
+    is_lora: bool,
+    budget: int,
+) -> None:
+    trained = with_adapter(policy) if is_lora else policy
+    task = make_task(tokenizer, beta=0.3, micro_batch_tokens=budget)
+    model = scorer_of(trained, task)
+    reference = make_reference(bf16_accelerator, model, task.config)
+    model = bf16_accelerator.prepare(model)
+    sampler, clock = task.make_sampler(trained), Clock()
+    records = take_step(bf16_accelerator, model, reference, sampler, task, lambda: None, seed=5, step=0, clock=clock)
+    assert [record["kl"] for record in records] == [0.0] * 20
+    # The arithmetic was bfloat16: the sampler's, which is float32, differs.
+    assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in records) < 0.5
+    gradient = gradient_of(trained)
+    assert {value.dtype for value in gradient.values()} == {torch.float32}
+    expected = gradient_from_records(trained, task, records)
+    assert distance(gradient, expected) < 0.05
+
+
 def test_without_beta_there_is_no_reference(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     task = make_task(tokenizer, beta=0.0)
     model = CompletionLogprobs(policy, temperature=1.0, num_tokens=len(tokenizer))
-    assert make_reference(model, task.config) is None
+    assert make_reference(Accelerator(cpu=True), model, task.config) is None
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
