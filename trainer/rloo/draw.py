@@ -8,6 +8,9 @@ from torch import Tensor
 
 # Running sums are kept by block: only the block that holds the token is looked at token by token.
 BLOCK = 256
+# A filter that would cut between two tokens nearer than this in log-probability keeps both: whoever scores the draw
+# again has other rounding and must find the same tokens above the floor.
+TIE = 1e-5
 
 
 def draw(
@@ -18,7 +21,7 @@ def draw(
     Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
     k likeliest tokens can be drawn, with top_p then only the likeliest ones that reach that probability together; their
     log-probabilities are among each other, and the floor lies between the last of them and the first that is left out.
-    Without either, floors is None.
+    Tokens as likely as the last one stay too. Without either, floors is None.
     """
     scaled_RV = logits_RV.float() if temperature in (0, 1) else logits_RV.float() / temperature
     floors_R = None
@@ -62,5 +65,6 @@ def _floors(logprobs_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     stays_RV = shares_RV.cumsum(dim=1) - shares_RV < top_p
     last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
-    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, (kept_R1 + dropped_R1) / 2)
+    between_R1 = torch.minimum((kept_R1 + dropped_R1) / 2, kept_R1 - TIE)
+    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, between_R1)
     return floors_R1[:, 0]

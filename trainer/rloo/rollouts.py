@@ -35,8 +35,8 @@ class Group:
 
     @property
     def is_idle(self) -> bool:
-        """Whether all scorable rewards are equal, so that without a KL every advantage is 0."""
-        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1
+        """Whether its advantages are all 0 without a KL: equal rewards, penalties included, or nothing in the loss."""
+        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1 or not any(self.is_in_loss)
 
 
 def sample_groups(
