@@ -180,7 +180,8 @@ def test_logits_in_pieces_of_any_size_give_the_same_values_and_gradients(
     rows_at_once: int,
 ) -> None:
     monkeypatch.setattr("trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
-    monkeypatch.setattr("trainer.rloo.logprobs.ROWS_AT_ONCE", rows_at_once)
+    logit_bytes = rows_at_once * 4 * model.config.vocab_size
+    monkeypatch.setattr("trainer.rloo.logprobs.LOGIT_BYTES_AT_ONCE", {"cpu": logit_bytes})
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature=0.7)
 
 
