@@ -43,6 +43,8 @@ def grouped_attention(
     """An attention function as transformers calls it."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # In bfloat16 arithmetic over float32 weights, the rotation of queries and keys leaves them in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return layout.attend(cast(int, module.layer_idx), query, key, value, kwargs["scaling"]), None
 
 

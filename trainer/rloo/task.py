@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from data.errors import InputError
@@ -33,6 +34,7 @@ class RLOOTask:
             top_p=self.config.top_p,
             top_k=self.config.top_k,
             reasoning_budget=self.config.reasoning_budget,
+            dtype=torch.bfloat16 if self.config.bf16 else None,
         )
 
 
