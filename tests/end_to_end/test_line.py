@@ -110,8 +110,9 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     main(["train", str(rloo), "--dry-run"])
     shown = capsys.readouterr().out
     assert "[[ ...what the policy samples is trained]]" in shown and "math_answer 1.0" in shown
-    main(["sample", str(rloo), "--num-prompts", "1"])
-    assert capsys.readouterr().out.count("advantage") == 4
+    main(["sample", str(rloo), "--num-prompts", "1", "rloo.truncated_completions=penalise"])
+    shown = capsys.readouterr().out
+    assert shown.count("advantage") == shown.count("truncation_penalty") == 4
     assert not (folder / "rloo").exists()
 
     main(["train", str(rloo)])
