@@ -75,3 +75,11 @@ def test_the_cost_of_a_decoder_is_its_weights_and_its_heads(model: LlamaForCausa
     cost = PassCost.of(model.model)
     per_layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48  # q, k and v, o, the three of the MLP
     assert cost == PassCost(token=2 * per_layer, pair=2 * 2 * 4 * 8, sees_half=True)
+
+
+@given(COSTS, st.integers(1, 100), st.integers(2, 8), st.integers(1, 200))
+def test_the_stated_length_is_where_sharing_stops_to_pay(cost: PassCost, prompt: int, num: int, cap: int) -> None:
+    longest = cost.longest_shared(prompt, num, cap)
+    shares = [cost.shares_prompt(prompt, [length] * num) for length in range(1, cap + 1)]
+    assert shares == [True] * longest + [False] * (cap - longest)
+    assert f"up to {longest}" in cost.describe(prompt, num, cap)

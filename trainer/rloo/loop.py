@@ -8,9 +8,11 @@ in objective.py. Each process samples and trains its share of a step's prompts; 
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from statistics import median
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +37,8 @@ from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from trainer.run_log import RunLog
+
+logger = logging.getLogger(__name__)
 
 Reference = Callable[[Rows], Tensor]
 
@@ -71,6 +75,9 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     clipper = GradientClipper(config)
     accelerator.register_for_checkpointing(clipper)
+    usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
+    cost = PassCost.of(decoder_and_head(policy)[0])
+    logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
