@@ -235,6 +235,27 @@ def test_skipping_idle_groups_changes_no_gradient(
         assert record | unlike == other | unlike
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_advantages_from_the_training_forward_or_from_one_before_it_give_the_same_step(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, beta: float
+) -> None:
+    tasks = [make_task(tokenizer, beta=beta, micro_batch_tokens=budget) for budget in (10**6, 20)]
+    reference = reference_of(policy, tasks[0]) if beta else None
+    perturb(policy)
+    counts = count_scored_rows(monkeypatch)
+    single_records, single = run_step(policy, tasks[0], reference)
+    # Each completion once, with the reference where there is one.
+    assert sum(counts) == (40 if beta else 20)
+    counts.clear()
+    records, gradient = run_step(policy, tasks[1], reference)
+    # Groups that no micro-batch holds whole have their KL from a forward before the training one.
+    assert sum(counts) == (60 if beta else 20)
+    for record, other in zip(by_completion(records), by_completion(single_records), strict=True):
+        assert record["completion_ids"] == other["completion_ids"]
+        assert record["advantage"] == pytest.approx(other["advantage"], abs=1e-5)
+    assert_gradients_close(gradient, single)
+
+
 def test_with_a_kl_penalty_no_group_is_idle(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.rloo.metrics import RolloutRecord, step_metrics
 from trainer.rloo.objective import clipped_surrogates
+from trainer.rloo.task import RLOOTask
 
 LEVELS = ["sequence", "token"]
 EPSILON = 0.05
@@ -142,7 +143,7 @@ def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
 # Importance weights
 
 
-def mismatch(policy: Policy, task, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:  # noqa: ANN001
+def mismatch(policy: Policy, task: RLOOTask, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:
     """log pi - log sampler of each token, [T]."""
     recorded = torch.tensor(sampler.completion(task, record).logprobs, dtype=torch.float64)
     return token_logprobs(exact_copy(policy), task, record).detach() - recorded

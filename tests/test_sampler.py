@@ -178,11 +178,33 @@ def test_sampling_leaves_the_model_as_it_was(
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_mode_is_restored_where_sampling_fails(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_as_it_was_where_sampling_fails(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+) -> None:
+    model.to(dtype).train()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(IndexError):
         make_sampler(model, tokenizer).sample([[10**6]], KEYS[:1], 2)
-    assert model.training
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("trainer.rloo.sampler.draw", broken)
+        make_sampler(model, tokenizer).sample(prompts, KEYS, 2)
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, before[name])
+    assert torch.is_grad_enabled()
+    loss = model(torch.tensor(prompts[:1]), labels=torch.tensor(prompts[:1])).loss
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in model.parameters())
 
 
 def test_a_model_in_training_with_checkpointing_samples_the_same(

@@ -1,5 +1,6 @@
 """Where completions end: at the text `<sep>` however it is written, at eos, at the cap."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.chat import STOP, Ending, encode_text
+from data.chat import STOP, Ending, encode_text, parse_completion
 from trainer.rloo.sampler import Completion, Sampler
 
 FILLER = 5
@@ -174,3 +175,89 @@ def test_rows_that_end_leave_the_batch(
     assert draws.rows_per_call == num_live
     # One prefill of each prompt, then each token but the last of the rows still going.
     assert num_embedded == [sum(map(len, prompts)), *num_live[1:]]
+
+
+# The reasoning budget
+
+
+CLOSING = "\n</reasoning>\n\n"
+
+
+def test_an_open_reasoning_is_closed_at_the_budget(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+    closing = encode_text(CLOSING, tokenizer)
+    thought = encode_text(" <reasoning>\nTwo and two make", tokenizer)
+    script = [*thought, *[FILLER] * len(closing), *encode_text("4 <sep>", tokenizer)]
+    completion = follow(tokenizer, script, 60, reasoning_budget=len(thought))
+    # What would have been drawn in place of the closing is lost; the policy goes on behind it.
+    assert completion.ids == [*thought, *closing, *encode_text("4 <sep>", tokenizer)]
+    assert completion.forced == range(len(thought), len(thought) + len(closing))
+    assert completion.ending == Ending.STOP
+    assert [completion.logprobs[place] for place in completion.forced] == [0.0] * len(closing)
+    parsed = parse_completion(tokenizer.decode(completion.ids))
+    assert (parsed.reasoning, parsed.answer) == ("Two and two make", "4")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " <reasoning>\nTwo.\n</reasoning>\n\n4 and more, more, more <sep>",  # closed before
+        " The answer is as I think 4, or is it more <sep>",  # never opened
+    ],
+)
+def test_what_is_closed_or_never_opened_is_left_alone(
+    follow: Follow, tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    script = encode_text(text, tokenizer)
+    budget = len(encode_text(text.split(" more")[0], tokenizer))
+    completion = follow(tokenizer, script, 90, reasoning_budget=budget)
+    assert (completion.ids, completion.forced, completion.ending) == (script, range(0), Ending.STOP)
+
+
+def test_without_a_budget_a_reasoning_goes_on(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+    script = encode_text(" <reasoning>\nTwo and two make four and so on", tokenizer)
+    completion = follow(tokenizer, script, len(script))
+    assert (completion.ids, completion.forced, completion.ending) == (script, range(0), Ending.LENGTH)
+
+
+def test_an_end_at_the_budget_is_the_end(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+    for script in (encode_text(" <reasoning> <sep>", tokenizer), [*encode_text(" <reasoning>", tokenizer), 0]):
+        assert script[-1] == 0 == tokenizer.eos_token_id or STOP in tokenizer.decode(script)
+        completion = follow(tokenizer, script, 40, reasoning_budget=len(script))
+        assert (completion.ids, completion.forced) == (script, range(0))
+        assert completion.ending != Ending.LENGTH
+
+
+def test_a_closing_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+    thought = encode_text(" <reasoning>\nTwo", tokenizer)
+    closing = encode_text(CLOSING, tokenizer)
+    completion = follow(tokenizer, thought, len(thought) + 2, reasoning_budget=len(thought))
+    assert completion.ids == [*thought, *closing[:2]]
+    assert completion.forced == range(len(thought), len(thought) + 2)
+    assert completion.ending == Ending.LENGTH
+
+
+def test_forced_tokens_have_no_floor(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The floor of a forced token must not keep it out of its own distribution when it is scored.
+    thought = encode_text(" <reasoning>\nTwo", tokenizer)
+    drawn = iter([*thought, *[FILLER] * 40])
+    monkeypatch.setattr(
+        "trainer.rloo.sampler.draw",
+        lambda *_: (torch.tensor([next(drawn)]), torch.tensor([-0.5]), torch.tensor([-3.0])),
+    )
+    cap = len(thought) + 20
+    sampler = Sampler(
+        model,
+        tokenizer,
+        max_completion_length=cap,
+        temperature=1.0,
+        batch_size=8,
+        top_k=5,
+        reasoning_budget=len(thought),
+    )
+    [[completion]] = sampler.sample([PROMPT], [(0,)], 1)
+    assert len(completion.forced) == len(encode_text(CLOSING, tokenizer)) < 20
+    for place in range(cap):
+        expected = (0.0, -math.inf) if place in completion.forced else (-0.5, -3.0)
+        assert (completion.logprobs[place], completion.floors[place]) == expected

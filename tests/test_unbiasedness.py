@@ -1,13 +1,21 @@
 """RLOO gives the gradient of the expected reward; policies small enough are enumerated, in float64."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from rloo_helpers import centred, doubles, gradient, loss_on_policy
+from rloo_helpers import centred, distance, doubles, gradient, loss_on_policy, perturb
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from data.chat import Ending
+from data.rows import Row
+from trainer.prompts import Prompt
+from trainer.rloo.batches import Totals, batch_loss, make_batches, set_advantages
+from trainer.rloo.config import RLOOConfig
+from trainer.rloo.logprobs import CompletionLogprobs
 from trainer.rloo.objective import (
     clipped_surrogates,
     k2_loss,
@@ -15,6 +23,9 @@ from trainer.rloo.objective import (
     regularised_rewards,
     sequence_weights,
 )
+from trainer.rloo.packing import PassCost
+from trainer.rloo.rollouts import Group
+from trainer.rloo.sampler import Completion
 
 BETA = 0.1
 GROUP_SIZES = [2, 3, 4]
@@ -163,3 +174,82 @@ def test_of_the_estimators_of_the_kl_only_k2_has_its_gradient_in_the_loss(theta:
     assert (k2 - exact).abs().max() <= 1e-16
     for estimate in (log_ratios, torch.expm1(-log_ratios) + log_ratios):
         assert (gradient(BETA * (chances * estimate).sum(), theta) - exact).abs().max() > 1e-3
+
+
+# The same through a tiny Llama and the functions of a step. Two tokens and a stop make seven completions, of one token
+# or two; all pairs of them are enumerated.
+
+PROMPT = [4, 5, 6]
+COMPLETIONS = [[0], *([first, second] for first in (1, 2) for second in (0, 1, 2))]
+LLAMA_REWARDS = [0.2, 1.0, -1.0, 0.5, 2.0, 0.0, -0.5]
+
+
+def completion_logprobs(policy: LlamaForCausalLM) -> Tensor:
+    """log pi(y|x) of each completion, by plain forwards -> [7]."""
+    sums = []
+    for ids in COMPLETIONS:
+        logits = policy(torch.tensor([PROMPT + ids]), use_cache=False).logits[0, len(PROMPT) - 1 : -1, :3]
+        sums.append(logits.log_softmax(dim=1)[range(len(ids)), ids].sum())
+    return torch.stack(sums)
+
+
+def pair_group(pair: tuple[int, int]) -> Group:
+    completions = [
+        Completion(ids=COMPLETIONS[y], logprobs=[0.0] * len(COMPLETIONS[y]), ending=Ending.STOP) for y in pair
+    ]
+    return Group(
+        slot=0,
+        prompt=Prompt(text="", ids=PROMPT, row=Row(messages=[], where="")),
+        completions=completions,
+        texts=["", ""],
+        rewards=[LLAMA_REWARDS[y] for y in pair],
+        rewards_by_name={},
+        is_in_loss=[True, True],
+    )
+
+
+def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config: RLOOConfig) -> dict[str, Tensor]:
+    """Mean ascent direction of a step on one group, over all pairs that can be drawn."""
+    scored, frozen = (CompletionLogprobs(each, temperature=1.0, num_tokens=3) for each in (policy, reference))
+    chances = completion_logprobs(policy).detach().exp()
+    assert chances.sum().item() == pytest.approx(1, abs=1e-12)
+    policy.zero_grad()
+    for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
+        [batch] = make_batches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
+        logprobs_T = scored(batch.rows)
+        batch.old_logprobs = logprobs_T.detach()
+        batch.reference_logprobs = frozen(batch.rows).detach()
+        set_advantages([batch], config)
+        totals = Totals(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
+        (chances[list(pair)].prod() * batch_loss(batch, logprobs_T, config, totals)).backward()
+    return {name: -parameter.grad for name, parameter in policy.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("options", "is_exact"),
+    [
+        ({"beta": 0.0}, True),
+        ({}, True),
+        ({"kl_estimator": "k2", "kl_placement": "loss"}, True),
+        ({"importance_sampling_level": "token"}, True),  # at ratio 1
+        ({"loss_type": "sequence_mean"}, False),
+        ({"loss_type": "token_mean"}, False),
+    ],
+    ids=["no kl", "k1", "k2", "token", "sequence mean", "token mean"],
+)
+def test_the_expected_step_of_a_llama_is_the_gradient_of_its_objective(
+    model: LlamaForCausalLM, options: dict[str, object], is_exact: bool
+) -> None:
+    policy, reference = model.double(), copy.deepcopy(model).double()
+    perturb(reference, scale=0.1)
+    config = RLOOConfig(**{"max_steps": 1, "num_generations": 2, "beta": 0.3, **options})
+    found = expected_step(policy, reference, config)
+
+    policy.zero_grad()
+    logprobs_Y = completion_logprobs(policy)
+    kl_Y = logprobs_Y - completion_logprobs(reference).detach()
+    (logprobs_Y.exp() * (doubles(LLAMA_REWARDS) - config.beta * kl_Y)).sum().backward()
+    exact = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    error = distance(found, exact)
+    # Log-probabilities are normalised in float32, also of a float64 model.
+    assert error < 1e-5 if is_exact else error > 0.05

@@ -98,7 +98,10 @@ def sequence_weights(lengths_N: Tensor, loss_type: LossType, *, num_completions:
 
 
 def k2_loss(log_ratios_N: Tensor, beta: float) -> Tensor:
-    """beta / 2 * (log pi(y|x) - log ref(y|x))^2, whose expected gradient on policy is that of beta * KL -> [N]."""
+    """beta / 2 * (log pi(y|x) - log ref(y|x))^2, whose expected gradient on policy is that of beta * KL -> [N].
+
+    The log-ratio is the sum over the sequence, and the step's loss takes the mean over completions, by any loss type.
+    """
     return beta / 2 * log_ratios_N.square()
 
 
