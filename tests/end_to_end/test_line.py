@@ -28,7 +28,7 @@ OPTIONS = {
     "importance_sampling_level": "token",
     "importance_sampling_correction": "token_truncate",
     "loss_type": "token_mean",
-    "truncated_completions": "drop_from_loss",
+    "truncated_completions": "penalise",
     "overlong_buffer": 4,
     "dynamic_sampling_rounds": 1,
     "max_grad_norm": 1e3,
@@ -194,8 +194,9 @@ def test_a_killed_rloo_run_goes_on_bit_for_bit(
     ours, theirs = records(folder / "whole", "metrics.jsonl"), records(folder / "killed", "metrics.jsonl")
     assert [record["step"] for record in theirs] == [1, 2, 3, 4]
     assert [record["grad_norm_limit"] for record in theirs] == [record["grad_norm_limit"] for record in ours]
-    if options:  # the norms of updates before the kill are in the limits after it
-        assert len({record["grad_norm_limit"] for record in theirs[2:]} - {1e3}) == 2
+    assert all(record["kl"] != 0 for record in theirs[1:])  # every step moved the weights
+    if options:  # norms from before the kill are in the limits after it
+        assert all(record["grad_norm_limit"] < 1e3 for record in theirs[2:])
 
 
 def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path) -> None:
