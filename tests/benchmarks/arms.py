@@ -1,7 +1,7 @@
 """One arm of a comparison of RLOO engines, run alone in its process:  python tests/benchmarks/arms.py ARM JSON OUT
 
-ARM is `rekatrain` or a key of TRL_SETTINGS; JSON holds the fields of `Work`, which all arms have in common; OUT is where
-the measurements go. Both arms train all weights of the same model in float32 with torch's fused AdamW on the same
+ARM is `rekatrain` or a key of TRL_SETTINGS; JSON holds the fields of `Work`, which all arms have in common; OUT is
+where the measurements go. Both arms train all weights of the same model in float32 with torch's fused AdamW on the same
 prompts in the same order.
 """
 
