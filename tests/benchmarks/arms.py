@@ -8,11 +8,8 @@ prompts in the same order.
 import gc
 import json
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 from common import NEVER, load_folder_tokenizer, load_model, load_prompts, memory_mb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from work import Meter, Work, by_ids
 
 from rewards.compose import RewardFunction
 from trainer.prompts import Prompt, step_prompts
@@ -41,94 +39,6 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
         "transformers_continuous_batching_config": {"num_blocks": 256, "max_batch_tokens": 2048},
     },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What all arms do alike.
-
-    recipe:        prompts, rewards and k are this recipe's; None: `prompts`, and a reward that varies in every group
-    equal_lengths: every completion runs to the cap
-    """
-
-    model: str
-    recipe: str | None = None
-    prompts: str | None = None
-    steps: int = 3
-    prompts_per_step: int = 4
-    num_generations: int = 8
-    max_completion_length: int = 64
-    beta: float = 0.0
-    equal_lengths: bool = False
-    learning_rate: float = 1e-6
-    seed: int = 0
-    micro_batch_tokens: int = RLOOConfig.micro_batch_tokens
-
-
-@dataclass(kw_only=True)
-class Meter:
-    """Seconds and token slots by phase, and what was sampled, step by step."""
-
-    seconds: Counter[str] = field(default_factory=Counter)
-    slots: Counter[str] = field(default_factory=Counter)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    sampled: list[tuple[int, int]] = field(default_factory=list)  # prompt and completion length
-    rewards: list[float] = field(default_factory=list)
-    _phase: str = "train"
-    _started: float = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What happens within counts for `name`, and outside of all for `train`."""
-        outer, self._phase, began = self._phase, name, time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
-        self._phase = outer
-
-    def watch(self, model: PreTrainedModel) -> None:
-        """Count the slots of every call of the model, checkpointing's recomputations included.
-
-        Inside the first layer: hooks of a layer itself stay out of its recomputation.
-        """
-        norm = model.get_decoder().layers[0].input_layernorm
-        norm.register_forward_pre_hook(lambda _, args: self._count(args[0]))
-
-    def _count(self, hidden_BTD: torch.Tensor) -> None:
-        self.slots[self._phase] += hidden_BTD.shape[0] * hidden_BTD.shape[1]
-
-    def begin(self) -> None:
-        self._started = time.perf_counter()
-
-    def end_step(self, num_generations: int, num_passes: int) -> None:
-        """Close a step; `num_passes` are those that every token needs besides sampling."""
-        now = time.perf_counter()
-        total = now - self._started
-        prompts = sum(prompt for prompt, _ in self.sampled[::num_generations])
-        lengths = [length for _, length in self.sampled]
-        needed = prompts + sum(lengths) - len(lengths)
-        if self.slots.total() < needed * (1 + num_passes):
-            raise RuntimeError(f"{dict(self.slots)} token slots were counted where at least {needed} a pass are needed")
-        seconds = {**self.seconds, "train": total - sum(self.seconds.values())}
-        self.steps.append(
-            {
-                "seconds": total,
-                **{f"seconds_{name}": seconds.get(name, 0.0) for name in ("sample", "score", "reward", "train")},
-                "completions": len(lengths),
-                "slots": dict(self.slots),
-                "slots_needed": needed * (1 + num_passes),
-                "prompt_tokens": [prompt for prompt, _ in self.sampled[::num_generations]],
-                "lengths": lengths,
-                "reward": sum(self.rewards) / len(self.rewards),
-            }
-        )
-        for kept in (self.seconds, self.slots, self.sampled, self.rewards):
-            kept.clear()
-        self._started = time.perf_counter()
-
-
-def by_ids(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
-    """Varies within every group, so that no arm may skip one."""
-    return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def make_task(work: Work) -> RLOOTask:

@@ -19,35 +19,15 @@ reference). The first step of a process warms up and is left out of the medians;
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from arms import TRL_SETTINGS, Work
-from common import TUNED_MALLOC, add_model_arguments, make_parser, print_table, write_report
+from arms import TRL_SETTINGS
+from common import add_model_arguments, make_parser, print_table, write_report
 from wall_clock import compare_rewards
-
-Result = dict[str, Any]
-
-
-def run_arm(arm: str, work: Work, *, is_tuned: bool = True) -> Result:
-    """One arm in a process of its own."""
-    inherited = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
-    environment = {**inherited, **(TUNED_MALLOC if is_tuned else {}), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__).with_name("arms.py")), arm, json.dumps(vars(work)), str(out)]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RuntimeError(f"{arm} failed:\n{finished.stderr[-3000:]}")
-        return json.loads(out.read_text())
+from work import Result, Work, run_arm
 
 
 def summarise(arm: str, results: Sequence[Result]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from arms import by_ids
 from common import (
     add_model_arguments,
     load_folder_tokenizer,
@@ -36,6 +35,7 @@ from common import (
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
+from work import by_ids
 
 from data.chat import Ending
 from rewards.compose import RewardFunction
