@@ -33,20 +33,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from common import make_parser, print_table, write_report
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from learning_task import (
+    MAX_COMPLETION_LENGTH,
+    accuracy,
+    is_reversed,
+    make_prompts,
+    make_sampler,
+    make_start,
+    make_tokenizer,
+    score,
+)
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from data.chat import END_OF_TEXT
-from data.rows import Row
 from rewards.compose import RewardFunction
-from trainer.prompts import Prompt, step_prompts
+from trainer.prompts import step_prompts
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, make_rows
 from trainer.rloo.loop import take_step
 from trainer.rloo.metrics import Clock
 from trainer.rloo.objective import sequence_sums
-from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask
 
 matplotlib.use("Agg")
@@ -64,92 +70,8 @@ class Setting:
     """What all runs have in common."""
 
     start: str
-    digits: int
     steps: int
     completions: int
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, and eos."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate([END_OF_TEXT, *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
-
-
-def make_prompts(tokenizer: PreTrainedTokenizerFast, digits: int, count: int, seed: int) -> list[Prompt]:
-    """Digits to be reversed."""
-    numbers = np.random.default_rng(seed).integers(10**digits, size=count)
-    texts = [f"{number:0{digits}d}=" for number in numbers]
-    return [
-        Prompt(text=text, ids=tokenizer(text)["input_ids"], row=Row(messages=[], columns={"answer": text[-2::-1]}))
-        for text in texts
-    ]
-
-
-def is_reversed(completions: Sequence[str], answer: Sequence[str], **_: object) -> list[float | None]:
-    """1 for the exact answer and its end."""
-    return [float(text == right + END_OF_TEXT) for text, right in zip(completions, answer, strict=True)]
-
-
-def make_start(tokenizer: PreTrainedTokenizerFast, digits: int, goal: float, seed: int) -> tuple[Any, list[Any]]:
-    """A model trained by supervision until its sampled answers are right at the rate `goal` -> it, and its course."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    course: list[Any] = []
-    while not course or course[-1][1] < goal:
-        for number in range(5):
-            batch = make_prompts(tokenizer, digits, 128, seed=len(course) * 5 + number + (1 << 20))
-            answers = tokenizer([prompt.row.columns["answer"] for prompt in batch])["input_ids"]
-            ids = torch.tensor([p.ids + a + [tokenizer.eos_token_id] for p, a in zip(batch, answers, strict=True)])
-            labels = ids.clone()
-            labels[:, : digits + 1] = -100
-            model(input_ids=ids, labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        course.append(((len(course) + 1) * 5, accuracy(model, tokenizer, digits)))
-        if len(course) == 400:
-            raise RuntimeError(f"supervision did not reach {goal}: {course[-1]}")
-    return model, course
-
-
-def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, digits: int, temperature: float = 1.0
-) -> float:
-    """Of one answer to each of 512 held-out prompts."""
-    prompts = make_prompts(tokenizer, digits, 512, seed=1)
-    sampler = make_sampler(model, tokenizer, digits, temperature)
-    groups = sampler.sample([prompt.ids for prompt in prompts], [(2, slot) for slot in range(512)], 1)
-    return fmean(score(prompts, groups, tokenizer).flatten().tolist())
-
-
-def make_sampler(model: Any, tokenizer: PreTrainedTokenizerFast, digits: int, temperature: float = 1.0) -> Sampler:
-    return Sampler(model, tokenizer, max_completion_length=digits + 2, temperature=temperature, batch_size=512)
-
-
-def score(prompts: Sequence[Prompt], groups: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Rewards, a row a prompt."""
-    return torch.tensor(
-        [
-            is_reversed([tokenizer.decode(c.ids) for c in group], [prompt.row.columns["answer"]] * len(group))
-            for prompt, group in zip(prompts, groups, strict=True)
-        ]
-    )
 
 
 def reinforce_weights(rewards_P1: Tensor, state: dict[str, float]) -> Tensor:
@@ -177,8 +99,8 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
     policy = LlamaForCausalLM.from_pretrained(setting.start, dtype=torch.float32)
     model = CompletionLogprobs(policy, temperature=1.0, num_tokens=len(tokenizer)).train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-    sampler = make_sampler(policy, tokenizer, setting.digits)
-    prompts = make_prompts(tokenizer, setting.digits, NUM_PROMPTS, seed=0)
+    sampler = make_sampler(policy, tokenizer)
+    prompts = make_prompts(tokenizer, NUM_PROMPTS, seed=0)
     per_step = setting.completions // k
     state: dict[str, float] = {}
 
@@ -211,14 +133,14 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
             max_steps=setting.steps,
             prompts_per_step=per_step,
             num_generations=k,
-            max_completion_length=setting.digits + 2,
+            max_completion_length=MAX_COMPLETION_LENGTH,
             beta=0.0,
         )
         reward = RewardFunction(name="is_reversed", weight=1.0, function=is_reversed, columns=("answer",))
         task = RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
         rewards = [own_step(step) for step in range(setting.steps)]
-    held_out = accuracy(policy, tokenizer, setting.digits)
-    greedy = accuracy(policy, tokenizer, setting.digits, temperature=0.0)
+    held_out = accuracy(policy, tokenizer)
+    greedy = accuracy(policy, tokenizer, temperature=0.0)
     return {"rewards": rewards, "held_out": held_out, "greedy": greedy}
 
 
@@ -239,7 +161,7 @@ def plot(curves: dict[str, list[list[float]]], setting: Setting, path: Path) -> 
         half = np.array([interval(list(column)) for column in smooth.T])
         axes.plot(samples, smooth.mean(axis=0), label=method)
         axes.fill_between(samples, smooth.mean(axis=0) - half, smooth.mean(axis=0) + half, alpha=0.2)
-    axes.set(xlabel="completions sampled", ylabel="mean reward", title=f"{setting.digits} digits in reverse")
+    axes.set(xlabel="completions sampled", ylabel="mean reward")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -250,7 +172,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "learning.json")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--completions", type=int, default=64, help="a step")
-    parser.add_argument("--digits", type=int, default=6)
     parser.add_argument("--goal", type=float, default=0.2, help="accuracy at which supervision ends")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="the grid")
@@ -265,12 +186,10 @@ def main() -> None:
     # A thread each, set before the workers import torch.
     os.environ["OMP_NUM_THREADS"] = "1"
     with TemporaryDirectory() as folder:
-        model, course = make_start(make_tokenizer(), arguments.digits, arguments.goal, arguments.seed)
+        model, course = make_start(make_tokenizer(), arguments.goal, arguments.seed)
         model.save_pretrained(folder)
         print(f"start: {course[-1][0]} supervised steps, sampled accuracy {course[-1][1]:.3f}", flush=True)
-        setting = Setting(
-            start=folder, digits=arguments.digits, steps=arguments.steps, completions=arguments.completions
-        )
+        setting = Setting(start=folder, steps=arguments.steps, completions=arguments.completions)
         with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
             tuning = [(method, rate, TUNING_SEED) for method in METHODS for rate in arguments.learning_rates]
             reached = [
