@@ -199,8 +199,9 @@ def in_order(prompts: Sequence[Prompt], work: Work) -> list[Prompt]:
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """As TRL needs; not the eos token, which may be one that the model has no embedding for."""
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

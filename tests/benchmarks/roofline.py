@@ -139,7 +139,7 @@ def main() -> None:
     """Print the rate, its parts and the profile; write the report."""
     parser = make_parser(__doc__, "roofline.json")
     add_model_arguments(parser)
-    parser.add_argument("--num-prompts", type=int, default=4)
+    parser.add_argument("--num-prompts", type=int, default=2)
     parser.add_argument("--lengths", nargs="+", type=int, default=[64] * 8, help="of a prompt's completions")
     parser.add_argument("--micro-batch-tokens", type=int, default=RLOOConfig.micro_batch_tokens)
     parser.add_argument("--rounds", type=int, default=4)
