@@ -56,6 +56,24 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return tiny_llama(tokenizer)
 
 
+@pytest.fixture
+def ending_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The tiny model, made to end about every tenth token with eos."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = 2.5
+    return model
+
+
+@pytest.fixture
+def policy(ending_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The same with no more rows of embeddings than the tokenizer has ids."""
+    ending_model.resize_token_embeddings(len(tokenizer))
+    return ending_model
+
+
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model and its tokenizer as a folder; read only."""

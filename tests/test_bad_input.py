@@ -34,6 +34,7 @@ STAGES = {
         "rewards": {"reasoning_format": None},
     },
 }
+DATASET = {"path": "rows.jsonl"}
 LORA = {"r": 2, "target_modules": "all-linear"}
 
 Rekatrain = Callable[..., str]
@@ -74,7 +75,7 @@ def recipe_of(model_folder: Path, workspace: Path) -> Callable[..., str]:
             "stage": stage,
             "output_dir": "run",
             "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
-            "dataset": {"path": "rows.jsonl"},
+            "dataset": DATASET,
             **STAGES[stage],
             **sections,
         }
@@ -328,6 +329,25 @@ def test_lora_targets_that_the_model_lacks_are_named(stage, recipe_of, refused):
 def test_lora_dropout_is_refused_by_rloo(recipe_of, refused):
     assert refused("train", recipe_of("rloo", lora={**LORA, "lora_dropout": 0.1})).startswith(
         "lora.lora_dropout must be 0 in stage rloo"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sliding_window", 16), ("attention_chunk_size", 8), ("attn_logit_softcapping", 50.0)]
+)
+def test_a_model_whose_attention_is_not_llamas_is_refused_by_what_samples(
+    key, value, recipe_of, refused, model_folder, workspace
+):
+    recipe = recipe_of("rloo", model=copy_model(model_folder, workspace / "m", **{key: value}), eval_dataset=DATASET)
+    for command in ("train", "evaluate"):
+        message = refused(command, recipe)
+        assert message.startswith(f"the model's config.json has {key} {value}: sampling and RLOO attend to every")
+
+
+def test_an_attention_that_rloo_would_not_use_is_refused(recipe_of, refused, model_folder):
+    model = {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32", "attn_implementation": "eager"}
+    assert refused("train", recipe_of("rloo", model=model)) == (
+        "model.attn_implementation is not for stage rloo, whose attention is its own: take it out"
     )
 
 

@@ -1,21 +1,17 @@
-"""Log-probabilities and gradients with shared prompts, padding and checkpointing are those of one row at a time."""
+"""Log-probabilities and gradients, packed, with shared prompts or checkpointing, are those of one row at a time."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer.rloo.logprobs import CompletionLogprobs, left_padded, make_rows, micro_batches, positions
+from trainer.rloo.logprobs import CompletionLogprobs, make_rows
 
 CPU = torch.device("cpu")
-# Eager attention takes its softmax in float32, where the float64 mask of a padded query overflows to nan.
-DTYPES = {"sdpa": torch.float64, "eager": torch.float32}
 # Also a float64 model's logits are normalised in float32.
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 1e-5}
 
@@ -26,8 +22,10 @@ LAYOUTS = {
     "one group": ([6], [[2, 5, 3, 1]]),
     "one row": ([3], [[4]]),
     "groups of one": ([2, 8, 5], [[3], [1], [6]]),
-    "no padding": ([6, 6], [[4, 4], [4, 4]]),
+    "equal lengths": ([6, 6], [[4, 4], [4, 4]]),
 }
+# Which groups have their prompt run once, and which with each completion.
+SHARING = {"shared": itertools.repeat(True), "each": itertools.repeat(False), "mixed": itertools.cycle([True, False])}
 
 
 def random_ids(lengths: list[int], num_tokens: int, generator: torch.Generator) -> list[list[int]]:
@@ -69,14 +67,17 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
     assert max(errors.values()) <= rtol, errors
 
 
-def assert_equal_to_brute_force(policy: torch.nn.Module, layout: str, num_tokens: int, temperature: float = 1.0):
+def assert_equal_to_brute_force(
+    policy: torch.nn.Module, layout: str, num_tokens: int, temperature: float = 1.0, sharing: str = "shared"
+) -> None:
     """Compare with a float64 copy of the policy that scores one row at a time."""
     prompts, groups = laid_out(layout, num_tokens)
+    is_shared = list(itertools.islice(copy.copy(SHARING[sharing]), len(prompts)))
     exact = copy.deepcopy(policy).double().eval()
     expected_T = brute_force(exact, prompts, groups, temperature=temperature, num_tokens=num_tokens)
 
     scored = CompletionLogprobs(policy, temperature=temperature, num_tokens=num_tokens)
-    logprobs_T = scored(make_rows(prompts, groups, CPU))
+    logprobs_T = scored(make_rows(prompts, groups, CPU, is_shared=is_shared))
     tolerance = TOLERANCES[next(policy.parameters()).dtype]
     assert logprobs_T.dtype == torch.float32
     torch.testing.assert_close(logprobs_T.double(), expected_T, rtol=0, atol=tolerance)
@@ -94,13 +95,45 @@ def with_adapter(model: LlamaForCausalLM) -> PeftModel:
     return policy.to(model.dtype)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprobs_and_gradients_equal_those_of_one_row_at_a_time(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, attention: str
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, sharing: str
 ) -> None:
-    model.to(DTYPES[attention]).set_attn_implementation(attention)
-    assert_equal_to_brute_force(model, layout, len(tokenizer))
+    assert_equal_to_brute_force(model.double(), layout, len(tokenizer), sharing=sharing)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_that_a_model_was_loaded_with_makes_no_difference(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, attention: str
+) -> None:
+    model.double().set_attn_implementation(attention)
+    assert_equal_to_brute_force(model, "variable lengths", len(tokenizer))
+
+
+@pytest.mark.parametrize("layout", ["variable lengths", "one row"])
+def test_logprobs_equal_those_of_a_padded_batch(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str
+) -> None:
+    model.double()
+    num_tokens = len(tokenizer)
+    prompts, groups = laid_out(layout, num_tokens)
+    rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
+    longest = max(len(prompt) + len(row) for prompt, row in rows)
+    padding = [longest - len(prompt) - len(row) for prompt, row in rows]
+    ids = torch.tensor([[0] * pad + prompt + row for pad, (prompt, row) in zip(padding, rows, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+    logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits
+    logprobs = torch.log_softmax(logits[:, :-1, :num_tokens], dim=2).gather(2, ids[:, 1:, None])[:, :, 0]
+    padded_T = torch.cat([row[-len(ids) :] for row, (_, ids) in zip(logprobs, rows, strict=True)])
+    padded = gradients(model, padded_T)
+
+    for is_shared in (True, False):
+        packed_T = CompletionLogprobs(model, temperature=1.0, num_tokens=num_tokens)(
+            make_rows(prompts, groups, CPU, is_shared=[is_shared] * len(prompts))
+        )
+        torch.testing.assert_close(packed_T.double(), padded_T, rtol=0, atol=2e-6)
+        assert_gradients_close(gradients(model, packed_T), padded, rtol=2e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
@@ -110,16 +143,15 @@ def test_logprobs_are_those_at_the_sampling_temperature(
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("sharing", ["shared", "each"])
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activation_checkpointing_changes_no_value_and_no_gradient(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, is_lora: bool, attention: str
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, is_lora: bool, sharing: str
 ) -> None:
-    model.to(DTYPES[attention]).set_attn_implementation(attention)
-    policy = with_adapter(model) if is_lora else model
+    policy = with_adapter(model.double()) if is_lora else model.double()
     policy.activation_checkpointing_enable()
-    assert_equal_to_brute_force(policy.train(), layout, len(tokenizer), 0.7)
+    assert_equal_to_brute_force(policy.train(), layout, len(tokenizer), 0.7, sharing)
 
 
 @pytest.mark.parametrize("is_on", [False, True])
@@ -138,11 +170,18 @@ def test_activation_checkpointing_recomputes_each_layer_in_the_backward_pass(
     assert len(num_calls) == (1 if is_on else 0)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+@pytest.mark.parametrize("at_once", [*range(1, 12), 30, 100])
 def test_logits_in_pieces_of_any_size_give_the_same_values_and_gradients(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, at_once: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    rows_at_once: int,
 ) -> None:
     monkeypatch.setattr("trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
+    logit_bytes = rows_at_once * 4 * model.config.vocab_size
+    monkeypatch.setattr("trainer.rloo.logprobs.LOGIT_BYTES_AT_ONCE", {"cpu": logit_bytes})
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature=0.7)
 
 
@@ -169,50 +208,31 @@ def test_probabilities_of_the_tokenizers_ids_sum_to_one(
     assert logprobs_T.double().exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_what_stands_in_the_padding_is_never_seen(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = make_rows(*laid_out("variable lengths", len(tokenizer)), CPU)
-    scored = CompletionLogprobs(model.double(), temperature=1.0, num_tokens=len(tokenizer))
-    before = scored(rows)
-    rows.prompts[rows.prompt_mask == 0] = 17
-    rows.completions[~rows.is_token] = 23
-    torch.testing.assert_close(scored(rows), before, rtol=0, atol=0)
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_completion_sees_its_prompt_and_itself_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sharing: bool
+) -> None:
+    model.double()
+    scored = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
+    prompts, groups = laid_out("variable lengths", len(tokenizer))
+
+    def second_of_first_group() -> Tensor:
+        lengths = [len(row) for row in groups[0]]
+        return scored(make_rows(prompts, groups, CPU, is_shared=[sharing] * 3))[lengths[0] : sum(lengths[:2])]
+
+    before = second_of_first_group()
+    groups[0][0], groups[0][2], groups[1:], prompts[1:] = [17, 18, 19], [23], groups[:0:-1], prompts[:0:-1]
+    assert torch.equal(second_of_first_group(), before)
+    prompts[0][0] += 1
+    assert not torch.allclose(second_of_first_group(), before)
+    groups[0][1][0] += 1
+    assert not torch.allclose(second_of_first_group()[1:], before[1:])
 
 
-def test_rows_meet_between_prompt_and_completion() -> None:
-    rows = make_rows([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU)
-    assert rows.prompts.tolist() == [[5, 6], [0, 4]]
-    assert rows.prompt_mask.tolist() == [[1, 1], [0, 1]]
-    assert rows.completions.tolist() == [[7, 0, 0], [1, 2, 3], [8, 9, 0], [2, 0, 0]]
+def test_groups_lie_end_to_end_without_their_last_tokens() -> None:
+    rows = make_rows([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU, is_shared=[True, False])
+    assert rows.input_ids.tolist() == [[5, 6, 1, 2, 4, 8, 4]]
+    assert rows.layout.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
+    assert rows.predictors.tolist() == [1, 1, 2, 3, 4, 5, 6]
+    assert rows.targets.tolist() == [7, 1, 2, 3, 8, 9, 2]
     assert rows.lengths.tolist() == [1, 3, 2, 1]
-    assert rows.is_token.tolist() == [[True, False, False], [True] * 3, [True, True, False], [True, False, False]]
-
-
-def test_positions_count_real_tokens_only() -> None:
-    mask, ids = left_padded([[7], [1, 2, 3]], CPU)
-    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert ids.tolist() == [[0, 0, 7], [1, 2, 3]]
-    assert positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
-
-
-row_lengths = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), max_size=12)
-
-
-def num_padded_tokens(groups: list[list[int]]) -> int:
-    return sum(map(len, groups)) * max(map(max, groups))
-
-
-@given(row_lengths, st.integers(1, 300))
-def test_micro_batches_hold_each_group_once_within_the_budget(lengths: list[list[int]], budget: int) -> None:
-    batches = list(micro_batches(lengths, budget))
-    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or num_padded_tokens([lengths[place] for place in batch]) <= budget
-
-
-@given(row_lengths, st.integers(1, 300))
-def test_micro_batches_are_ordered_by_length_and_full(lengths: list[list[int]], budget: int) -> None:
-    batches = list(micro_batches(lengths, budget))
-    longest = [max(lengths[place]) for place in itertools.chain(*batches)]
-    assert longest == sorted(longest, reverse=True)
-    for batch, following in itertools.pairwise(batches):
-        assert num_padded_tokens([lengths[place] for place in [*batch, following[0]]]) > budget

@@ -1,76 +1,18 @@
-"""The sampler draws from the policy's distribution exactly, records what it drew with, and stops where it should."""
+"""The sampler draws from the policy's distribution exactly, and records what it drew with."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from data.chat import STOP, Ending, encode_text
+from data.chat import Ending, encode_text
 from trainer.rloo.logprobs import CompletionLogprobs, make_rows
-from trainer.rloo.sampler import Completion, Sampler, draw
+from trainer.rloo.sampler import Completion, Sampler
 
 CPU = torch.device("cpu")
-
-
-def grid(num_points: int) -> torch.Tensor:
-    """The middles of `num_points` equal parts of [0, 1)."""
-    return (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_each_token_takes_its_probability_of_the_uniforms(temperature: float) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(60) * 3
-    num_points = 20_000
-    ids, logprobs = draw(logits.expand(num_points, -1), grid(num_points), temperature)
-
-    probabilities = torch.softmax(logits.double() / temperature, dim=0)
-    counts = torch.bincount(ids, minlength=len(logits))
-    assert (counts - num_points * probabilities).abs().max() <= 1.01
-    torch.testing.assert_close(logprobs.double(), probabilities.log()[ids], rtol=0, atol=1e-5)
-    assert torch.equal(ids, ids.sort().values)
-
-
-def test_each_row_is_drawn_from_its_own_logits() -> None:
-    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]])
-    ids, logprobs = draw(logits, torch.tensor([0.6, 0.6, 0.4]), 1.0)
-    assert ids.tolist() == [1, 0, 0]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.75, 0.5]))
-
-
-def test_a_token_without_probability_is_never_drawn() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(200, 12)
-    forbidden = [0, 1, 5, 10, 11]
-    logits[:, forbidden] = -math.inf
-    edges = [0.0, 2.0**-53, 0.5, 1 - 2.0**-53]  # numpy's uniforms are the multiples of 2^-53 below 1
-    for uniform in edges:
-        ids, logprobs = draw(logits, torch.full((200,), uniform, dtype=torch.float64), 1.0)
-        assert not set(ids.tolist()) & set(forbidden)
-        assert logprobs.isfinite().all()
-
-
-def test_the_tail_of_a_large_vocabulary_can_be_drawn() -> None:
-    logits = torch.full((1, 100_000), -10.0)
-    logits[0, 0] = 10.0  # the others share 2e-4, each less than float32 can add to 1
-    ids, _ = draw(logits.expand(2, -1), torch.tensor([1 - 1e-9, 1 - 1e-4], dtype=torch.float64), 1.0)
-    assert ids[0].item() == 99_999
-    assert 1 < ids[1].item() < 99_999
-
-
-def test_temperature_zero_takes_the_most_likely_token_and_its_logprob_at_one() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
-    for uniform in (0.0, 0.999):
-        ids, logprobs = draw(logits, torch.full((2,), uniform), 0)
-        assert ids.tolist() == [1, 0]
-        torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=1)[[0, 1], [1, 0]], rtol=0, atol=0)
-
 
 TEXTS = ["human: What is 2+2? <sep> assistant:", "human: 17 + 25 = <sep> assistant:", "Be brief.", "a"]
 KEYS = [(3, 0, slot) for slot in range(len(TEXTS))]
@@ -82,14 +24,9 @@ def prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 @pytest.fixture
-def policy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The tiny model in float64, so that no draw hangs on rounding, made to end about every tenth token with eos."""
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 1.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
-        model.lm_head.weight[tokenizer.eos_token_id, 0] = 2.5
-    return model.double()
+def policy(ending_model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """In float64, so that no draw hangs on rounding."""
+    return ending_model.double()
 
 
 def make_sampler(
@@ -241,11 +178,33 @@ def test_sampling_leaves_the_model_as_it_was(
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_mode_is_restored_where_sampling_fails(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_as_it_was_where_sampling_fails(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+) -> None:
+    model.to(dtype).train()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(IndexError):
         make_sampler(model, tokenizer).sample([[10**6]], KEYS[:1], 2)
-    assert model.training
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("trainer.rloo.sampler.draw", broken)
+        make_sampler(model, tokenizer).sample(prompts, KEYS, 2)
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, before[name])
+    assert torch.is_grad_enabled()
+    loss = model(torch.tensor(prompts[:1]), labels=torch.tensor(prompts[:1])).loss
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in model.parameters())
 
 
 def test_a_model_in_training_with_checkpointing_samples_the_same(
@@ -254,139 +213,3 @@ def test_a_model_in_training_with_checkpointing_samples_the_same(
     expected = make_sampler(policy, tokenizer).sample(prompts, KEYS, 2)
     policy.activation_checkpointing_enable()
     assert ids_of(make_sampler(policy.train(), tokenizer).sample(prompts, KEYS, 2)) == ids_of(expected)
-
-
-class ScriptedModel(torch.nn.Module):
-    """Continues each prompt with the ids of its script, for certain, and with a filler after them.
-
-    What follows is looked up by a token and its position, so that scripts stay apart in any batch.
-    """
-
-    def __init__(self, like: LlamaForCausalLM, num_tokens: int, scripts: dict[tuple[int, ...], list[int]]) -> None:
-        super().__init__()
-        self.config = like.config
-        self.device = CPU
-        self.num_tokens = num_tokens
-        self.followers: dict[tuple[int, int], int] = {}
-        self.rows_per_call: list[int] = []
-        for prompt, script in scripts.items():
-            ids = [prompt[-1], *script]
-            for place, follower in enumerate(script):
-                key = (ids[place], len(prompt) - 1 + place)
-                assert self.followers.setdefault(key, follower) == follower
-
-    def forward(self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: object) -> CausalLMOutputWithPast:
-        self.rows_per_call.append(len(input_ids))
-        logits = torch.full((len(input_ids), 1, self.num_tokens), -math.inf)
-        for row, key in enumerate(zip(input_ids[:, -1].tolist(), position_ids[:, -1].tolist(), strict=True)):
-            logits[row, 0, self.followers.get(key, FILLER)] = 0.0
-        return CausalLMOutputWithPast(logits=logits)
-
-
-FILLER = 5
-PROMPT = (40, 41, 42)
-
-
-def follow(
-    like: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, script: list[int], max_completion_length: int = 20
-) -> Completion:
-    """The one completion of a model that writes `script`."""
-    scripted = ScriptedModel(like, len(tokenizer), {PROMPT: script})
-    sampler = make_sampler(scripted, tokenizer, max_completion_length, temperature=1.0)
-    return sampler.sample([list(PROMPT)], [(0,)], 1)[0][0]
-
-
-@pytest.fixture(scope="module")
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that writes the ends of `<sep>` together with the punctuation around them, as cl100k does."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["four.<sep>.", "{4}<sep>\n\n", "four <sep>)"] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-
-
-def test_the_merging_tokenizer_merges(merging_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert {".<", "}<", "Ġ<", ">.", ">)"} <= merging_tokenizer.get_vocab().keys()
-
-
-@pytest.mark.parametrize(
-    "text", ["<sep>", "4 <sep>", "4.<sep>", "{4}<sep>", "4<sep>", "4 <sep>.", "{4}<sep>)", "é <sep>"]
-)
-@pytest.mark.parametrize("pieces", ["merged", "bytes"])
-def test_a_completion_ends_with_the_token_that_completes_the_stop(
-    model: LlamaForCausalLM, merging_tokenizer: PreTrainedTokenizerFast, text: str, pieces: str
-) -> None:
-    script = encode_text(text, merging_tokenizer)
-    if pieces == "bytes":
-        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        script = merging_tokenizer.convert_tokens_to_ids(list(letters.pre_tokenize_str(text)[0][0]))
-        script = script[: len((text.partition(STOP)[0] + STOP).encode())]
-    # The filler that follows, and a second stop, are not sampled.
-    completion = follow(model, merging_tokenizer, [*script, FILLER, *script])
-    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), ending=Ending.STOP)
-
-
-@pytest.mark.parametrize("text", [" <sep>", "4.<sep>", "{4}<sep>", "4<sep>\n\n", "(4)<sep>"])
-def test_rekas_tokenizer_is_stopped_however_it_writes_the_stop(
-    model: LlamaForCausalLM, cl100k: PreTrainedTokenizerFast, text: str
-) -> None:
-    script = encode_text(text, cl100k)
-    completion = follow(model, cl100k, [*script, *encode_text(" more", cl100k)])
-    assert (completion.ids, completion.ending) == (script, Ending.STOP)
-
-
-def test_eos_ends_a_completion_and_belongs_to_it(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    script = [*encode_text("Blue", tokenizer), tokenizer.eos_token_id]
-    completion = follow(model, tokenizer, [*script, *encode_text(" <sep>", tokenizer)])
-    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), ending=Ending.EOS)
-
-
-def test_an_immediate_eos_is_a_completion_of_one_id(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    completion = follow(model, tokenizer, [tokenizer.eos_token_id])
-    assert completion == Completion(ids=[tokenizer.eos_token_id], logprobs=[0.0], ending=Ending.EOS)
-
-
-def test_a_completion_is_cut_off_at_the_cap(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    script = encode_text("Blue, as in the sky <sep>", tokenizer)
-    completion = follow(model, tokenizer, script, max_completion_length=4)
-    assert completion == Completion(ids=script[:4], logprobs=[0.0] * 4, ending=Ending.LENGTH)
-
-
-@pytest.mark.parametrize("ending", [Ending.STOP, Ending.EOS])
-def test_an_end_at_the_cap_is_no_cut(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ending: Ending
-) -> None:
-    script = encode_text("Blue <sep>", tokenizer) if ending == Ending.STOP else [7, 8, tokenizer.eos_token_id]
-    assert follow(model, tokenizer, script, len(script)) == Completion(
-        ids=script, logprobs=[0.0] * len(script), ending=ending
-    )
-    assert follow(model, tokenizer, script, len(script) - 1).ending == Ending.LENGTH
-
-
-def test_a_stop_is_not_searched_in_the_prompt(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    *opening, closing = encode_text("4 <sep>", tokenizer)
-    scripted = ScriptedModel(model, len(tokenizer), {tuple(opening): [closing]})
-    [[completion]] = make_sampler(scripted, tokenizer, 3).sample([opening], [(0,)], 1)
-    assert (completion.ids, completion.ending) == ([closing, FILLER, FILLER], Ending.LENGTH)
-
-
-def test_rows_that_end_leave_the_batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    eos = tokenizer.eos_token_id
-    stop = encode_text("Blue <sep>", tokenizer)
-    scripts = {(50,): [60, 61, eos], (51, 52): [eos], (53, 54, 55): stop, (56,): [62] * 20}
-    scripted = ScriptedModel(model, len(tokenizer), scripts)
-    groups = make_sampler(scripted, tokenizer, 9).sample([list(prompt) for prompt in scripts], KEYS, 2)
-    assert ids_of(groups) == [[[60, 61, eos]] * 2, [[eos]] * 2, [stop] * 2, [[62] * 9] * 2]
-    assert [group[0].ending for group in groups] == [Ending.EOS, Ending.EOS, Ending.STOP, Ending.LENGTH]
-    ends = [2 * 3, 2 * 1, 2 * len(stop), 2 * 9]
-    # One prefill of the four prompts, then one forward for each token but the last, of the rows still going.
-    assert scripted.rows_per_call[0] == 4
-    assert scripted.rows_per_call[1:] == [sum(2 * (end // 2 > length) for end in ends) for length in range(1, 9)]

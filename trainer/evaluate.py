@@ -18,7 +18,7 @@ from annotated_types import Ge
 
 from data.errors import InputError
 from rewards.compose import build_reward_functions, check_columns
-from trainer.models import check_model, load_model, load_model_tokenizer
+from trainer.models import check_attention, check_model, load_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
 from trainer.recipe import Recipe
 from trainer.rloo.rollouts import Group, sample_groups, score_groups
@@ -63,6 +63,7 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
     rewards = build_reward_functions({config.reward: None, **recipe.rewards})
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
+    check_attention(model_config)
     prompts = load_prompts(recipe.eval_dataset, tokenizer, model_config, config.max_completion_length, "eval_dataset")
     trained_on = load_prompts(recipe.dataset, tokenizer, model_config, 0)
     prompts = _held_out(prompts, trained_on)

@@ -98,6 +98,16 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     return config
 
 
+def check_attention(config: PretrainedConfig) -> None:
+    """Raise InputError unless the sampler's attention and RLOO's, plain causal attention, are the model's own."""
+    for key in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping"):
+        if getattr(config, key, None) is not None:
+            raise InputError(
+                f"the model's config.json has {key} {getattr(config, key)}: sampling and RLOO attend to every earlier "
+                "token, as Llama does, and would run another model than this one"
+            )
+
+
 def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
     """Raise InputError for a start that cannot be trained as the recipe asks.
 

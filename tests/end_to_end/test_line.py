@@ -21,6 +21,21 @@ from trainer.recipe import dump_recipe, load_recipe
 
 PROJECT = Path(__file__).parents[2]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+# Whatever a step's state could be missing from: several updates, norms of earlier ones, replaced prompts.
+OPTIONS = {
+    "beta": 0.05,
+    "num_iterations": 2,
+    "importance_sampling_level": "token",
+    "importance_sampling_correction": "token_truncate",
+    "loss_type": "token_mean",
+    "truncated_completions": "drop_from_loss",
+    "overlong_buffer": 4,
+    "dynamic_sampling_rounds": 1,
+    "max_grad_norm": 1e3,
+    "grad_norm_quantile": 0.5,
+    "grad_norm_window": 3,
+    "lr_scheduler_type": "cosine",
+}
 # A reward that a random model varies in, so that every step moves the weights.
 REWARD = '''
 def letters(completions, **kwargs):
@@ -110,8 +125,9 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     main(["train", str(rloo), "--dry-run"])
     shown = capsys.readouterr().out
     assert "[[ ...what the policy samples is trained]]" in shown and "math_answer 1.0" in shown
-    main(["sample", str(rloo), "--num-prompts", "1"])
-    assert capsys.readouterr().out.count("advantage") == 4
+    main(["sample", str(rloo), "--num-prompts", "1", "rloo.truncated_completions=penalise"])
+    shown = capsys.readouterr().out
+    assert shown.count("advantage") == shown.count("truncation_penalty") == 4
     assert not (folder / "rloo").exists()
 
     main(["train", str(rloo)])
@@ -153,12 +169,17 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     assert 0 <= results[0]["low"] <= results[0]["accuracy"] <= results[0]["high"] <= 1
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_a_killed_rloo_run_goes_on_bit_for_bit(folder: Path, model_folder: Path, lora: dict | None) -> None:
-    whole = rloo_recipe(folder, "whole", model_folder, lora=lora, rloo={"max_steps": 4})
+@pytest.mark.parametrize(
+    ("lora", "options"), [(None, {}), (LORA, {}), (LORA, OPTIONS)], ids=["full", "lora", "options"]
+)
+def test_a_killed_rloo_run_goes_on_bit_for_bit(
+    folder: Path, model_folder: Path, lora: dict | None, options: dict
+) -> None:
+    rloo = {"max_steps": 4, **options}
+    whole = rloo_recipe(folder, "whole", model_folder, lora=lora, rloo=rloo)
     main(["train", str(whole)])
 
-    killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo={"max_steps": 4})
+    killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo=rloo)
     process = start(folder, "-m", "trainer", "train", str(killed))
     wait_for(lambda: (folder / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists(), process)
     process.send_signal(signal.SIGKILL)
@@ -170,7 +191,11 @@ def test_a_killed_rloo_run_goes_on_bit_for_bit(folder: Path, model_folder: Path,
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert records(folder / "whole", "rollouts.jsonl") == records(folder / "killed", "rollouts.jsonl")
-    assert [record["step"] for record in records(folder / "killed", "metrics.jsonl")] == [1, 2, 3, 4]
+    ours, theirs = records(folder / "whole", "metrics.jsonl"), records(folder / "killed", "metrics.jsonl")
+    assert [record["step"] for record in theirs] == [1, 2, 3, 4]
+    assert [record["grad_norm_limit"] for record in theirs] == [record["grad_norm_limit"] for record in ours]
+    if options:  # the norms of updates before the kill are in the limits after it
+        assert len({record["grad_norm_limit"] for record in theirs[2:]} - {1e3}) == 2
 
 
 def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path) -> None:
@@ -191,9 +216,10 @@ def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path)
     ]
 
 
-def test_two_processes_take_the_steps_of_one(folder: Path, model_folder: Path) -> None:
-    one = rloo_recipe(folder, "one", model_folder, lora=LORA)
-    two = rloo_recipe(folder, "two", model_folder, lora=LORA)
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["default", "options"])
+def test_two_processes_take_the_steps_of_one(folder: Path, model_folder: Path, options: dict) -> None:
+    one = rloo_recipe(folder, "one", model_folder, lora=LORA, rloo=options)
+    two = rloo_recipe(folder, "two", model_folder, lora=LORA, rloo=options)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
     process = start(folder, *launch, "train", str(two))
     main(["train", str(one)])

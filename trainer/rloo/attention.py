@@ -43,6 +43,8 @@ def grouped_attention(
     """An attention function as transformers calls it."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # In bfloat16 arithmetic over float32 weights, the rotation of queries and keys leaves them in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return layout.attend(cast(int, module.layer_idx), query, key, value, kwargs["scaling"]), None
 
 
@@ -84,28 +86,30 @@ class PackedGroups:
         return output.transpose(1, 2)
 
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        # Split once: the gradient of a slice is a tensor of zeros as large as the whole.
+        lengths = [length for prompt, completions in self._groups for length in (prompt, *completions)]
+        pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         outputs = []
-        first = 0
         for prompt, completions in self._groups:
-            q, k, v = (states[:, :, first : first + prompt] for states in (query, key, value))
-            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-            first += prompt
+            q, prompt_k, prompt_v = next(pieces)
+            outputs.append(
+                scaled_dot_product_attention(q, prompt_k, prompt_v, is_causal=True, scale=scaling, enable_gqa=True)
+            )
             # Of a shorter completion the mask is a corner of the longest one's.
             longest = max(completions, default=0)
             mask = query.new_full((longest, prompt + longest), -torch.inf).triu(prompt + 1)
             for length in completions:
-                own = slice(first, first + length)
+                q, k, v = next(pieces)
                 outputs.append(
                     scaled_dot_product_attention(
-                        query[:, :, own],
-                        torch.cat([k, key[:, :, own]], dim=2),
-                        torch.cat([v, value[:, :, own]], dim=2),
+                        q,
+                        torch.cat([prompt_k, k], dim=2),
+                        torch.cat([prompt_v, v], dim=2),
                         attn_mask=mask[:length, : prompt + length],
                         scale=scaling,
                         enable_gqa=True,
                     )
                 )
-                first += length
         return torch.cat(outputs, dim=2)
 
     @cached_property

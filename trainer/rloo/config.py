@@ -24,7 +24,8 @@ class RLOOConfig:
     lr_scheduler_type, warmup_steps:    `transformers.get_scheduler`
     weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's others
     max_grad_norm:                      the gradient is scaled down to this norm
-    micro_batch_tokens:                 tokens in one forward and backward; only a larger group or row is split or above
+    micro_batch_tokens:                 tokens in one forward and backward; a group above it is split, a row above it is
+                                        run alone
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
@@ -36,15 +37,18 @@ class RLOOConfig:
     importance_sampling_level, epsilon: ratio and clip of the sequence or of each token; the clip's width
     importance_sampling_correction:     weights for a sampler whose arithmetic differs, of tokens or of sequences
     importance_sampling_cap:            where those weights are cut off
-    loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean
+    loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean, over the whole step
     kl_estimator, kl_placement:         k1 in the reward or k2 in the loss; other pairs do not give the KL's gradient
     truncated_completions:              what a completion that met max_completion_length does. keep: as any other;
                                         penalise: reward - truncation_penalty; drop_from_loss: no term in the loss and
                                         its denominator, but a part in its siblings' baseline; drop_from_group: neither
     overlong_buffer, overlong_penalty:  reward + overlong_penalty * (0 falling to -1 over the last tokens of the cap)
-    dynamic_sampling_rounds:            times that a prompt whose rewards are all equal is replaced by a fresh one
-    grad_norm_quantile, grad_norm_window:  the gradient is scaled down to this quantile of the norms of recent updates
-    top_p, top_k:                       sampling from the likeliest tokens only; scored over the same tokens
+    dynamic_sampling_rounds:            times that a prompt whose rewards, penalties included, are all equal is replaced
+                                        by a fresh one
+    grad_norm_quantile, grad_norm_window:  the gradient is scaled down to this quantile of the norms of recent updates,
+                                        or to max_grad_norm where that is lower
+    top_p, top_k:                       sampling from the likeliest tokens only, and from those as likely as the last of
+                                        them; scored over the same tokens, up to the rounding that sampler_kl shows
     reasoning_budget:                   tokens after which an open `<reasoning>` is closed for the policy, which is
                                         not trained on the closing
     """

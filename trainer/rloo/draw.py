@@ -8,6 +8,9 @@ from torch import Tensor
 
 # Running sums are kept by block: only the block that holds the token is looked at token by token.
 BLOCK = 256
+# A filter that would cut between two tokens nearer than this in log-probability keeps both: whoever scores the draw
+# again has other rounding and must find the same tokens above the floor.
+TIE = 1e-5
 
 
 def draw(
@@ -18,35 +21,39 @@ def draw(
     Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
     k likeliest tokens can be drawn, with top_p then only the likeliest ones that reach that probability together; their
     log-probabilities are among each other, and the floor lies between the last of them and the first that is left out.
-    Without either, floors is None.
+    Tokens as likely as the last one stay too. Without either, floors is None.
     """
-    scaled_RV = logits_RV.float() / (temperature or 1.0)
+    scaled_RV = logits_RV.float() if temperature in (0, 1) else logits_RV.float() / temperature
     floors_R = None
     if top_p < 1 or top_k is not None:
         logprobs_RV = scaled_RV.log_softmax(dim=1)
         floors_R = _floors(logprobs_RV, top_p, top_k)
         scaled_RV = logprobs_RV.masked_fill(logprobs_RV < floors_R[:, None], -torch.inf)
-    highest_R1 = scaled_RV.amax(dim=1, keepdim=True)
-    weights_RV = (scaled_RV - highest_R1).exp_()
-    # In float64: the tail of a large vocabulary is lost in a float32 running sum.
-    blocks_RB = torch.nn.functional.pad(weights_RV, (0, -weights_RV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    sums_RB = blocks_RB.sum(dim=2, dtype=torch.float64)
-    ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(blocks_RB, sums_RB, uniforms_R)
-    normalisers_R1 = highest_R1 + sums_RB.sum(dim=1, keepdim=True).log().float()
-    return ids_R1[:, 0], (scaled_RV.gather(1, ids_R1) - normalisers_R1)[:, 0], floors_R
+    probabilities_RV = scaled_RV.softmax(dim=1)
+    ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(probabilities_RV, uniforms_R)
+    return ids_R1[:, 0], probabilities_RV.gather(1, ids_R1)[:, 0].log(), floors_R
 
 
-def _invert(blocks_RBv: Tensor, sums_RB: Tensor, uniforms_R: Tensor) -> Tensor:
+def _invert(probabilities_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     """The first token whose running sum exceeds its row's uniform share of the total -> [R, 1]."""
+    num_tokens = probabilities_RV.shape[1]
+    in_whole_blocks = num_tokens - num_tokens % BLOCK
+    sums_RB = probabilities_RV[:, :in_whole_blocks].unflatten(1, (-1, BLOCK)).sum(dim=2)
+    if in_whole_blocks < num_tokens:
+        sums_RB = torch.cat([sums_RB, probabilities_RV[:, in_whole_blocks:].sum(dim=1, keepdim=True)], dim=1)
+    # In float64: the tail of a large vocabulary is lost in a float32 running sum.
+    sums_RB = sums_RB.double()
     running_RB = sums_RB.cumsum(dim=1)
     targets_R1 = uniforms_R.double()[:, None] * running_RB[:, -1:]
     block_R1 = torch.searchsorted(running_RB, targets_R1, right=True).clamp(max=sums_RB.shape[1] - 1)
     before_R1 = running_RB.gather(1, block_R1) - sums_RB.gather(1, block_R1)
-    within_Rv = blocks_RBv[torch.arange(len(block_R1), device=block_R1.device), block_R1[:, 0]].double().cumsum(dim=1)
+    # Behind the last token of a last, shorter block stands that token again.
+    tokens_Rv = (block_R1 * BLOCK + torch.arange(BLOCK, device=block_R1.device)).clamp(max=num_tokens - 1)
+    within_Rv = probabilities_RV.gather(1, tokens_Rv).double().cumsum(dim=1)
     place_R1 = torch.searchsorted(within_Rv, targets_R1 - before_R1, right=True)
     # Rounding may put the target at or behind the block's last token with a weight: that token is then the one.
     last_R1 = torch.searchsorted(within_Rv, within_Rv[:, -1:].contiguous())
-    return block_R1 * BLOCK + torch.minimum(place_R1, last_R1)
+    return tokens_Rv.gather(1, torch.minimum(place_R1, last_R1))
 
 
 def _floors(logprobs_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
@@ -58,5 +65,6 @@ def _floors(logprobs_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     stays_RV = shares_RV.cumsum(dim=1) - shares_RV < top_p
     last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
-    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, (kept_R1 + dropped_R1) / 2)
+    between_R1 = torch.minimum((kept_R1 + dropped_R1) / 2, kept_R1 - TIE)
+    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, between_R1)
     return floors_R1[:, 0]

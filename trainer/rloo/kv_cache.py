@@ -100,7 +100,7 @@ class ForkedCache:
         weights = torch.softmax(scores, dim=3, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         L = prompt_keys.shape[2]
         from_prompt = self._by_row(self._by_prompt(weights[..., :L]) @ prompt_values)
-        return (from_prompt + weights[..., L:] @ values).view(R, H, D)
+        return (from_prompt + weights[..., L:] @ values).reshape(R, H, D)
 
     def _by_prompt(self, rows: Tensor) -> Tensor:
         """Live rows [R, K, h, X] side by side for their prompts, with gaps where rows ended -> [P, K, G * h, X]."""

@@ -5,7 +5,7 @@ size, V the rows of the LM head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from trainer.rloo.attention import PackedGroups, run_decoder
 # Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
 # float32 logits take 0.4 GB a thousand positions.
 LOGITS_AT_ONCE = 2048
-# Rows of logits that are worked on at the same time, so that temporaries stay in the processor's cache.
-ROWS_AT_ONCE = 32
+# Bytes of logits that are worked on at the same time: temporaries stay in a processor's cache, a GPU has enough to do.
+LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,7 @@ class TokenLogprobs(torch.autograd.Function):
         """-> [T], float32. The caller gives `logits_TV` away."""
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
         normalisers, lowest = [], []
-        for first in range(0, len(logits_TV), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
+        for rows in _rows_at_once(logits_TV):
             scaled = logits_TV[rows, :num_tokens].float() / temperature
             normaliser = scaled.logsumexp(dim=1)
             if floors_T is not None:
@@ -166,8 +165,7 @@ class TokenLogprobs(torch.autograd.Function):
         """The gradient of the logits, in their place."""
         logits_TV, targets_T, normalisers_T, lowest_T = ctx.saved_tensors
         scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
-        for first in range(0, len(logits_TV), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
+        for rows in _rows_at_once(logits_TV):
             piece = logits_TV[rows, : ctx.num_tokens]
             scaled = piece.float() / ctx.temperature
             if lowest_T is not None:
@@ -176,6 +174,11 @@ class TokenLogprobs(torch.autograd.Function):
         logits_TV[:, ctx.num_tokens :] = 0
         logits_TV.scatter_add_(1, targets_T[:, None], scaled_T1.to(logits_TV.dtype))
         return logits_TV, None, None, None, None
+
+
+def _rows_at_once(logits_TV: Tensor) -> Iterator[slice]:
+    num_rows = max(1, LOGIT_BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
+    return (slice(first, first + num_rows) for first in range(0, len(logits_TV), num_rows))
 
 
 def _only_from(scaled_TV: Tensor, lowest_T: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ in objective.py. Each process samples and trains its share of a step's prompts; 
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from statistics import median
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +38,8 @@ from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from trainer.run_log import RunLog
 
+logger = logging.getLogger(__name__)
+
 Reference = Callable[[Rows], Tensor]
 
 
@@ -56,7 +60,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         policy.activation_checkpointing_enable()
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(task.tokenizer)).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.
-    reference = make_reference(model, config)
+    reference = make_reference(accelerator, model, config)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
@@ -71,6 +75,9 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     clipper = GradientClipper(config)
     accelerator.register_for_checkpointing(clipper)
+    usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
+    cost = PassCost.of(decoder_and_head(policy)[0])
+    logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
@@ -218,10 +225,11 @@ def first_pass(batch: Batch, logprobs_T: Tensor, reference: Reference | None) ->
         batch.reference_logprobs = reference(batch.rows)
 
 
-def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:
+def make_reference(accelerator: Accelerator, model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:
     """Log-probabilities under the policy that the run begins with; None where beta is 0 and nobody asks for them.
 
     With LoRA that policy is the model without its adapter and costs no memory; otherwise it is a copy of the live one.
+    It computes in the policy's arithmetic: what only rounding makes different is no KL.
     """
     if config.beta == 0:
         return None
@@ -230,7 +238,7 @@ def make_reference(model: CompletionLogprobs, config: RLOOConfig) -> Reference |
 
     def reference_logprobs(rows: Rows) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
-        with torch.no_grad(), without_adapter:
+        with torch.no_grad(), without_adapter, accelerator.autocast():
             return frozen(replace(rows, floors=None))  # every token, whatever the sampler left out
 
     return reference_logprobs

@@ -22,7 +22,7 @@ def batch_records(step: int, batch: Batch) -> list[RolloutRecord]:
         "advantage": batch.advantages,
         "kl": batch.kl,
         "logprob": batch.sums(batch.old_logprobs),
-        "sampler_kl": batch.sums(log_ratios_T.exp() - 1 - log_ratios_T),
+        "sampler_kl": batch.sums(log_ratios_T.expm1() - log_ratios_T),
         "clipped": batch.clipped,
     }
     columns = {name: [None] * len(batch.members) if N is None else N.tolist() for name, N in values.items()}

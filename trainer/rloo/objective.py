@@ -83,7 +83,7 @@ def truncated_importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
 
 
 def sequence_weights(lengths_N: Tensor, loss_type: LossType, *, num_completions: int, num_tokens: int) -> Tensor:
-    """What each completion's sum over tokens counts for in the loss -> [N].
+    """What each completion's sum over tokens counts for in the loss -> [N], float64 as counts are.
 
         sequence_sum:   1 / num_completions              the paper's
         sequence_mean:  1 / (length * num_completions)
@@ -92,13 +92,16 @@ def sequence_weights(lengths_N: Tensor, loss_type: LossType, *, num_completions:
     num_completions, num_tokens: those in the loss of the whole step, on all processes and in all micro-batches
     """
     if loss_type == "token_mean":
-        return torch.full_like(lengths_N, 1 / max(num_tokens, 1), dtype=torch.float32)
-    weights_N = torch.full_like(lengths_N, 1 / max(num_completions, 1), dtype=torch.float32)
+        return torch.full_like(lengths_N, 1 / max(num_tokens, 1), dtype=torch.float64)
+    weights_N = torch.full_like(lengths_N, 1 / max(num_completions, 1), dtype=torch.float64)
     return weights_N / lengths_N.clamp(min=1) if loss_type == "sequence_mean" else weights_N
 
 
 def k2_loss(log_ratios_N: Tensor, beta: float) -> Tensor:
-    """beta / 2 * (log pi(y|x) - log ref(y|x))^2, whose expected gradient on policy is that of beta * KL -> [N]."""
+    """beta / 2 * (log pi(y|x) - log ref(y|x))^2, whose expected gradient on policy is that of beta * KL -> [N].
+
+    The log-ratio is the sum over the sequence, and the step's loss takes the mean over completions, by any loss type.
+    """
     return beta / 2 * log_ratios_N.square()
 
 

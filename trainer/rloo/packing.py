@@ -3,6 +3,7 @@
 Lengths are those of the tokens that a model is run on: a prompt's, and a completion's less its last token.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,21 @@ class PassCost:
         plain_pairs = sum(length**2 / 2 for length in plain)
         shared = self.token * (prompt + sum(completions)) + self.pair * shared_pairs
         return shared <= self.token * sum(plain) + self.pair * plain_pairs
+
+    def longest_shared(self, prompt: int, num_completions: int, max_length: int) -> int:
+        """The length up to which equally long completions share their prompt, at most `max_length`.
+
+        >>> PassCost(token=100.0, pair=1.0, sees_half=True).longest_shared(50, 2, 1000)
+        79
+        """
+        lengths = range(1, max_length + 1)
+        return bisect_left(lengths, True, key=lambda own: not self.shares_prompt(prompt, [own] * num_completions))
+
+    def describe(self, prompt: int, num_completions: int, max_length: int) -> str:
+        """The choice in words, for a usual prompt."""
+        longest = self.longest_shared(prompt, num_completions, max_length)
+        beyond = "" if longest == max_length else ", and with each of them above"
+        return f"a prompt of {prompt} tokens is run once for {num_completions} completions of up to {longest}{beyond}"
 
 
 @dataclass(frozen=True, kw_only=True)

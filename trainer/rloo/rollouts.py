@@ -19,7 +19,7 @@ from trainer.rloo.sampler import Completion, Sampler
 class Group:
     """One prompt of a step with its scored completions.
 
-    slot:            the prompt's place in the step
+    slot:            the prompt's place in the step; that of a replacement is numbered on, by `prompts_per_step` a round
     rewards:         weighted sum for each completion, nan where it cannot be scored
     rewards_by_name: what each reward function gave, None where it does not apply
     is_in_loss:      whether each completion has a term in the loss
@@ -35,8 +35,8 @@ class Group:
 
     @property
     def is_idle(self) -> bool:
-        """Whether all scorable rewards are equal, so that without a KL every advantage is 0."""
-        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1
+        """Whether its advantages are all 0 without a KL: equal rewards, penalties included, or nothing in the loss."""
+        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1 or not any(self.is_in_loss)
 
 
 def sample_groups(

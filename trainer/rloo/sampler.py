@@ -20,10 +20,10 @@ from data.chat import AFTER_REASONING, REASONING_CLOSE, REASONING_OPEN, Ending, 
 from data.stop import StopSearch, decode_completion
 from trainer.models import Policy
 from trainer.rloo.attention import run_decoder
+from trainer.rloo.decoding_weights import decoding_weights
 from trainer.rloo.draw import draw
 from trainer.rloo.kv_cache import ForkedCache
 from trainer.rloo.logprobs import decoder_and_head
-from trainer.rloo.weight_first import weight_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Sampler:
         top_p: float = 1.0,
         top_k: int | None = None,
         reasoning_budget: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Set how completions are drawn.
 
@@ -65,6 +66,7 @@ class Sampler:
         batch_size:       completions sampled at the same time
         top_p, top_k:     draw from the likeliest tokens only
         reasoning_budget: tokens after which `</reasoning>` is forced where `<reasoning>` is still open
+        dtype:            what linear layers compute in, as under autocast; None: in their weights'
         """
         self.model = model
         self.max_completion_length = max_completion_length
@@ -72,6 +74,7 @@ class Sampler:
         self.batch_size = batch_size
         self.top_p, self.top_k = top_p, top_k
         self.reasoning_budget = reasoning_budget
+        self.dtype = dtype
         self._tokenizer = tokenizer
         self._closing_ids = encode_text(f"\n{REASONING_CLOSE}{AFTER_REASONING}", tokenizer)
         self._stop = StopSearch(tokenizer)
@@ -85,7 +88,8 @@ class Sampler:
         """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt."""
         prompts_at_once = max(1, self.batch_size // num_generations)
         groups: list[list[Completion]] = []
-        with torch.no_grad(), _eval_mode(self.model), weight_first(self.model):
+        num_rows = min(self.batch_size, len(prompts) * num_generations)
+        with torch.no_grad(), _eval_mode(self.model), decoding_weights(self.model, num_rows, self.dtype):
             for first in range(0, len(prompts), prompts_at_once):
                 chunk = slice(first, first + prompts_at_once)
                 uniforms = [

@@ -22,9 +22,10 @@ def sample(recipe: Recipe, *, num_prompts: int) -> None:
     prompts = [task.prompts[place] for place in chosen[:num_prompts]]
     slots = range(len(prompts))
     sampled = sample_groups(sampler, prompts, slots, seed=recipe.seed, step=0, num_generations=config.num_generations)
-    for group in score_groups(task.rewards, task.tokenizer, prompts, slots, sampled):
+    for group in score_groups(task.rewards, task.tokenizer, prompts, slots, sampled, config):
         print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
-        advantages = leave_one_out_advantages(torch.tensor([group.rewards]))[0].tolist()
+        advantages_G = leave_one_out_advantages(torch.tensor([group.rewards]))[0]
+        advantages = torch.where(torch.tensor(group.is_in_loss), advantages_G, 0.0).tolist()
         for place, (completion, text) in enumerate(zip(group.completions, group.texts, strict=True)):
             given = ", ".join(f"{name} {values[place]}" for name, values in group.rewards_by_name.items())
             print(

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from data.errors import InputError
 from rewards.compose import RewardFunction, build_reward_functions, check_columns
-from trainer.models import Policy, check_model, load_model_tokenizer
+from trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
@@ -33,6 +34,7 @@ class RLOOTask:
             top_p=self.config.top_p,
             top_k=self.config.top_k,
             reasoning_budget=self.config.reasoning_budget,
+            dtype=torch.bfloat16 if self.config.bf16 else None,
         )
 
 
@@ -42,6 +44,9 @@ def prepare(recipe: Recipe) -> RLOOTask:
     rewards = build_reward_functions(recipe.rewards)
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
+    check_attention(model_config)
+    if recipe.model.get("attn_implementation") is not None:
+        raise InputError("model.attn_implementation is not for stage rloo, whose attention is its own: take it out")
     _check_no_dropout(recipe, model_config)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
