@@ -48,7 +48,15 @@ from trainer.rloo.sampler import Completion
 from trainer.rloo.task import RLOOTask
 
 GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::baddbmm"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::linear",
+        "aten::matmul",
+        "aten::baddbmm",
+        "mkl::",
+    ),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous", "aten::split"),
     "gather and scatter": ("aten::index", "aten::gather", "aten::scatter", "aten::embedding"),

@@ -9,7 +9,7 @@ not its turn; give it --max-num-seqs of at least the most rows.
 
 For our sampler the rate of its matrix products is given too: FLOPs of all linear layers (2 * weights * tokens run, the
 LM head on sampled tokens) over the whole time, and over the time that a profile gives to matrix products, beside the
-rate of the same products alone at that number of rows.
+rate of the same products alone at that number of rows, as torch has them and with weights packed as the sampler does.
 """
 
 import argparse
@@ -36,8 +36,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from trainer.rloo.decoding_weights import decoding_weights
 from trainer.rloo.sampler import Sampler
 
+# bmm, attention's, is none of them.
+PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear")
 Prompts = list[list[int]]
 Engine = Callable[[Prompts], int]  # -> number of tokens sampled
 
@@ -104,18 +107,17 @@ def run_flops(model: PreTrainedModel, prompts: Prompts, k: int, cap: int) -> flo
 
 
 def product_rate(model: PreTrainedModel, rows: int) -> float:
-    """GFLOP/s of one decoding step's matrix products by themselves, weights first, into memory that is there."""
-    modules = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
-    weights = [module.weight.detach() for module in modules]
-    inputs = {weight.shape[1]: torch.randn(weight.shape[1], rows) for weight in weights}
-    outputs = {weight.shape[0]: torch.empty(weight.shape[0], rows) for weight in weights}
+    """GFLOP/s of one decoding step's matrix products by themselves: every linear layer on that many rows."""
+    layers = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
+    inputs = {width: torch.randn(rows, width) for width in {layer.in_features for layer in layers}}
     spent = []
-    for _ in range(4):
-        began = time.perf_counter()
-        for weight in weights:
-            torch.mm(weight, inputs[weight.shape[1]], out=outputs[weight.shape[0]])
-        spent.append(time.perf_counter() - began)
-    return 2.0 * sum(weight.numel() for weight in weights) * rows / min(spent) / 1e9
+    with torch.no_grad():
+        for _ in range(4):
+            began = time.perf_counter()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            spent.append(time.perf_counter() - began)
+    return 2.0 * sum(layer.weight.numel() for layer in layers) * rows / min(spent) / 1e9
 
 
 def decoding_profile(action: Callable[[], Any]) -> tuple[float, list[dict[str, Any]]]:
@@ -124,8 +126,7 @@ def decoding_profile(action: Callable[[], Any]) -> tuple[float, list[dict[str, A
         action()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    # bmm is attention's.
-    products = sum(e.self_cpu_time_total for e in events if e.key in ("aten::mm", "aten::addmm"))
+    products = sum(e.self_cpu_time_total for e in events if e.key.startswith(PRODUCTS))
     top = [
         {"operator": event.key[:60], "calls": event.count, "share": event.self_cpu_time_total / total}
         for event in events[:12]
@@ -171,13 +172,16 @@ def main() -> None:
         gflop = run_flops(model, chosen, k, cap) / 1e9
         whole = median(spent["rekatrain"]) * rows * cap
         share, operators = decoding_profile(lambda chosen=chosen: engines["rekatrain"](chosen))
+        with decoding_weights(model, rows):
+            packed_rate = product_rate(model, rows)
         rates.append(
             {
                 "rows": rows,
                 "GFLOP/s over all": gflop / whole,
                 "share in products": share,
                 "GFLOP/s in products": gflop / (whole * share),
-                "products alone": product_rate(model, rows),
+                "plain alone": product_rate(model, rows),
+                "packed alone": packed_rate,
             }
         )
     print_table(table, f"tokens a second, prompt included; {k} completions a prompt of {cap} tokens each")
