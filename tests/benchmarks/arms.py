@@ -72,7 +72,7 @@ def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Met
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(task.tokenizer)).train()
-    reference = make_reference(logprobs, task.config)
+    reference = make_reference(accelerator, logprobs, task.config)
     meter.watch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.learning_rate, weight_decay=0.0, fused=True)
     sampler = task.make_sampler(model)
