@@ -1,0 +1,126 @@
+"""What the benchmarks share: prompts, models, the machine's description, memory, tables and reports."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from data.chat import render_prompt  # noqa: E402  # the project's packages are in the folder just added
+from data.rows import Row  # noqa: E402
+from data.sources import load_rows  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from trainer.prompts import Prompt  # noqa: E402
+
+# glibc hands large blocks back to the kernel, which clears them page by page when they come again.
+TUNED_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "500000000",
+}
+NEVER = "<|never|>"
+
+
+def make_parser(description: str | None, default_out: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / default_out, help="the JSON report")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """A model folder and what prompts it is given."""
+    parser.add_argument("--model", required=True, help="a folder, such as recipes/smollm2/fetch_model.py makes")
+    parser.add_argument(
+        "--prompts", help="a .jsonl with `question` or `prompt`; default: reasoning_gym's gsm_symbolic word problems"
+    )
+
+
+def load_model(folder: str) -> PreTrainedModel:
+    """In float32, in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def load_folder_tokenizer(folder: str, *, never_ends: bool = False) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer; `never_ends` gives it an eos token that no model has a logit for."""
+    tokenizer = load_tokenizer(folder)
+    if never_ends:
+        tokenizer.add_special_tokens({"eos_token": NEVER})
+    return tokenizer
+
+
+def load_prompts(tokenizer: PreTrainedTokenizerBase, path: str | None, count: int) -> list[Prompt]:
+    """Prompts in the model's own chat format where its tokenizer has one, else in Reka's."""
+    if path is None:
+        questions: Iterable[str] = (
+            row.messages[0]["content"] for row in load_rows("reasoning_gym:gsm_symbolic", size=count, seed=0).rows
+        )
+    else:
+        with Path(path).open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in islice(lines, count)]
+        questions = [record.get("question") or record["prompt"] for record in records]
+    prompts = []
+    for number, question in enumerate(questions):
+        messages = [{"role": "user", "content": question}]
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = render_prompt(messages)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompts.append(Prompt(text=text, ids=ids, row=Row(messages=messages, columns={}, where=str(number))))
+    return prompts
+
+
+def memory_mb(field: str) -> float:
+    """This process's resident memory, `VmRSS` now or `VmHWM` at its peak.
+
+    Not getrusage's ru_maxrss: that of a child starts from its parent's.
+    """
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its threads and the versions that were measured."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    packages = ("torch", "transformers", "trl", "accelerate", "numpy")
+    return {
+        "processor": next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), ""),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "malloc": {name: os.environ.get(name) for name in TUNED_MALLOC},
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def write_report(path: Path, settings: argparse.Namespace, results: Any) -> None:
+    """The machine, the settings and the results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "settings": vars(settings), "results": results}
+    path.write_text(json.dumps(report, indent=1, default=_plain) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """Rows with the same keys, aligned."""
+    print(f"\n{title}" if title else "")
+    print(tabulate(rows, headers="keys", floatfmt=".3g", missingval="-"), flush=True)
+
+
+def _plain(value: object) -> object:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -1,0 +1,211 @@
+"""The training pass on useful tokens against the machine's own rate for the model's matrix products.
+
+    python tests/benchmarks/roofline.py --model runs/smollm2-135m --prompts gsm8k.jsonl
+
+The pass is the train phase of the loop's `take_step`: forward, loss and backward on groups that are given, so that no
+time goes to sampling; the optimizer is not part of it. FLOPs are those that the step needs, whatever the engine
+computes: for each token (a prompt once, a completion but its last token)
+
+    6 * weights of the linear layers        2 forward, 2 for the gradient of the inputs, 2 for that of the weights
+    6 * weights of the LM head              completion tokens only
+    12 * heads * head size * keys seen      2 products forward, 4 backward, in each layer; no key that is masked
+
+The machine's rate is that of the same products alone: each linear layer's three on as many rows as the pass has tokens,
+and the head's, into memory that is there already. Passes and products take turns. Attention is charged at that rate
+too. The profile says where the time of a pass goes, as self time of torch's operators.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from common import (
+    add_model_arguments,
+    load_folder_tokenizer,
+    load_model,
+    load_prompts,
+    make_parser,
+    print_table,
+    write_report,
+)
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+from work import by_ids
+
+from data.chat import Ending
+from rewards.compose import RewardFunction
+from trainer.prompts import Prompt
+from trainer.rloo.config import RLOOConfig
+from trainer.rloo.logprobs import CompletionLogprobs
+from trainer.rloo.loop import take_step
+from trainer.rloo.metrics import Clock
+from trainer.rloo.sampler import Completion
+from trainer.rloo.task import RLOOTask
+
+GROUPS = {
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::linear",
+        "aten::matmul",
+        "aten::baddbmm",
+        "mkl::",
+    ),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous", "aten::split"),
+    "gather and scatter": ("aten::index", "aten::gather", "aten::scatter", "aten::embedding"),
+    "filling": ("aten::zero_", "aten::fill_", "aten::new_", "aten::zeros", "aten::empty", "aten::triu"),
+}
+
+
+class GivenCompletions:
+    """A sampler whose groups are fixed."""
+
+    def __init__(self, lengths: Sequence[int], vocabulary: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+    def sample(self, prompts: Sequence[list[int]], keys: object, num_generations: int) -> list[list[Completion]]:
+        """The same completions for every prompt."""
+        return [
+            [Completion(ids=ids, logprobs=[0.0] * len(ids), ending=Ending.LENGTH) for ids in self.ids] for _ in prompts
+        ]
+
+
+def needed_flops(model: PreTrainedModel, prompts: Sequence[int], lengths: Sequence[int]) -> dict[str, float]:
+    """FLOPs of a forward and backward over groups; a completion's length is with its last token."""
+    config, decoder = model.config, model.get_decoder()
+    run = [length - 1 for length in lengths]
+    tokens = sum(prompts) + len(prompts) * sum(run)
+    pairs = sum(p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in run) for p in prompts)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = sum(module.weight.numel() for module in decoder.modules() if isinstance(module, nn.Linear))
+    return {
+        "linear layers": 6.0 * linear * tokens,
+        "LM head": 6.0 * model.get_output_embeddings().weight.numel() * len(prompts) * sum(lengths),
+        "attention": 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * pairs,
+    }
+
+
+def make_products(model: PreTrainedModel, tokens: int, head_rows: int) -> tuple[Callable[[], None], float]:
+    """The model's matrix products by themselves, and their FLOPs: each shape once for each layer that has it."""
+    shapes = Counter(
+        (tokens, *module.weight.shape) for module in model.get_decoder().modules() if isinstance(module, nn.Linear)
+    )
+    # As many rows of logits as exist at a time: the head's weights are read anew for each such piece.
+    pieces = -(-head_rows // 2048)
+    shapes[(head_rows // pieces, *model.get_output_embeddings().weight.shape)] += pieces
+    tensors = {
+        (rows, outs, ins): (torch.randn(rows, ins), torch.randn(outs, ins), torch.randn(rows, outs))
+        for rows, outs, ins in shapes
+    }
+    results = {shape: tuple(torch.empty_like(tensor) for tensor in given) for shape, given in tensors.items()}
+
+    def run() -> None:
+        for shape, count in shapes.items():
+            inputs, weight, outputs = tensors[shape]
+            inputs_out, weight_out, outputs_out = results[shape]
+            for _ in range(count):
+                torch.mm(inputs, weight.t(), out=outputs_out)
+                torch.mm(outputs, weight, out=inputs_out)
+                torch.mm(outputs.t(), inputs, out=weight_out)
+
+    return run, sum(6.0 * rows * outs * ins * count for (rows, outs, ins), count in shapes.items())
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def where_time_goes(action: Callable[[], Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Shares of self time by kind of operator, and the operators that take most."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        action()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares: Counter[str] = Counter()
+    for event in events:
+        kinds = (kind for kind, names in GROUPS.items() if event.key.startswith(names))
+        default = "elementwise and sums" if event.key.startswith("aten::") else "Python and autograd"
+        shares[next(kinds, default)] += event.self_cpu_time_total / total
+    top = [
+        {"operator": event.key[:60], "calls": event.count, "share": event.self_cpu_time_total / total}
+        for event in events[:12]
+    ]
+    return dict(shares.most_common()), top
+
+
+def main() -> None:
+    """Print the rate, its parts and the profile; write the report."""
+    parser = make_parser(__doc__, "roofline.json")
+    add_model_arguments(parser)
+    parser.add_argument("--num-prompts", type=int, default=2)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64] * 8, help="of a prompt's completions")
+    parser.add_argument("--micro-batch-tokens", type=int, default=RLOOConfig.micro_batch_tokens)
+    parser.add_argument("--rounds", type=int, default=4)
+    arguments = parser.parse_args()
+
+    tokenizer = load_folder_tokenizer(arguments.model)
+    model = load_model(arguments.model)
+    prompts: list[Prompt] = load_prompts(tokenizer, arguments.prompts, arguments.num_prompts)
+    config = RLOOConfig(
+        max_steps=1,
+        prompts_per_step=len(prompts),
+        num_generations=len(arguments.lengths),
+        max_completion_length=max(arguments.lengths),
+        beta=0.0,
+        per_device_generation_batch_size=len(arguments.lengths) * len(prompts),
+        micro_batch_tokens=arguments.micro_batch_tokens,
+    )
+    reward = RewardFunction(name="by_ids", weight=1.0, function=by_ids, columns=())
+    task = RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
+    logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer)).train()
+    sampler: Any = GivenCompletions(arguments.lengths, len(tokenizer), arguments.seed)  # stands in for a Sampler
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+
+    def train_seconds() -> float:
+        clock = Clock()
+        # Gradients that are there are added to, as in a step of several micro-batches.
+        take_step(accelerator, logprobs, None, sampler, task, lambda: None, seed=0, step=0, clock=clock)
+        return clock.metrics(1)["seconds_train"]
+
+    prompt_lengths = [len(prompt.ids) for prompt in prompts]
+    flops = needed_flops(model, prompt_lengths, arguments.lengths)
+    tokens = sum(prompt_lengths) + len(prompts) * sum(length - 1 for length in arguments.lengths)
+    products, product_flops = make_products(
+        model, min(tokens, arguments.micro_batch_tokens), len(prompts) * sum(arguments.lengths)
+    )
+    train_seconds(), products()
+    passes, rates = [], []
+    for _ in range(arguments.rounds):
+        rates.append(product_flops / seconds(products) / 1e9)
+        passes.append(train_seconds())
+    machine_rate, pass_rate = median(rates), median(sum(flops.values()) / spent / 1e9 for spent in passes)
+    shares, operators = where_time_goes(train_seconds)
+
+    summary = {
+        "useful tokens": tokens,
+        "pass s": median(passes),
+        "needed GFLOP": sum(flops.values()) / 1e9,
+        "GFLOP/s": pass_rate,
+        "machine GFLOP/s": machine_rate,
+        "share of machine": pass_rate / machine_rate,
+    }
+    print_table([summary])
+    print_table([{"needed": name, "share": part / sum(flops.values())} for name, part in flops.items()])
+    print_table([{"time of a pass": name, "share": share} for name, share in shares.items()])
+    print_table(operators)
+    results = {"summary": summary, "flops": flops, "passes": passes, "rates": rates, "shares": shares}
+    write_report(arguments.out, arguments, {**results, "operators": operators})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Tokens a second of the in-process sampler, transformers' generate and continuous batching, and a vLLM server.
+
+    python tests/benchmarks/sampler.py --model runs/smollm2-135m --prompts gsm8k.jsonl
+    python tests/benchmarks/sampler.py --model runs/smollm2-135m --vllm-url http://127.0.0.1:8103 --vllm-model policy
+
+Every engine samples groups of k completions at temperature 1 in float32, all of the same length: no engine can draw or
+heeds an eos. Engines take turns. The server must serve the same folder on the same cores, which are idle while it is
+not its turn; give it --max-num-seqs of at least the most rows.
+
+For our sampler the rate of its matrix products is given too: FLOPs of all linear layers (2 * weights * tokens run, the
+LM head on sampled tokens) over the whole time, and over the time that a profile gives to matrix products, beside the
+rate of the same products alone at that number of rows, as torch has them and with weights packed as the sampler does.
+"""
+
+import argparse
+import json
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from common import (
+    NEVER,
+    add_model_arguments,
+    load_folder_tokenizer,
+    load_model,
+    load_prompts,
+    make_parser,
+    print_table,
+    write_report,
+)
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from trainer.rloo.decoding_weights import decoding_weights
+from trainer.rloo.sampler import Sampler
+
+# bmm, attention's, is none of them.
+PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear")
+Prompts = list[list[int]]
+Engine = Callable[[Prompts], int]  # -> number of tokens sampled
+
+
+def make_engines(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[str, Engine]:
+    """The engines to compare; each samples k completions for each prompt, to the cap."""
+    k, cap = arguments.num_generations, arguments.length
+    tokenizer = load_folder_tokenizer(arguments.model, never_ends=True)
+    never_id = tokenizer.convert_tokens_to_ids(NEVER)
+    # generate puts its attention back, and ours its own: each finds the model as it leaves it.
+    kept = model.config._attn_implementation
+    others = {"max_new_tokens": cap, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    others |= {"eos_token_id": never_id, "pad_token_id": 0}
+
+    def rekatrain(prompts: Prompts) -> int:
+        sampler = Sampler(model, tokenizer, max_completion_length=cap, temperature=1.0, batch_size=len(prompts) * k)
+        keys = [(arguments.seed, slot) for slot in range(len(prompts))]
+        return sum(len(row.ids) for group in sampler.sample(prompts, keys, k) for row in group)
+
+    def generate(prompts: Prompts) -> int:
+        model.set_attn_implementation(kept)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.no_grad():
+            output = model.generate(ids, attention_mask=mask, num_return_sequences=k, **others)
+        return (output.shape[1] - longest) * len(output)
+
+    def continuous(prompts: Prompts) -> int:
+        from transformers import GenerationConfig
+        from transformers.generation import ContinuousBatchingConfig
+
+        model.set_attn_implementation(kept)
+        blocks = len(prompts) * k * -(-(max(map(len, prompts)) + cap) // 256) + 8
+        with torch.no_grad():
+            outputs = model.generate_batch(
+                [prompt for prompt in prompts for _ in range(k)],
+                generation_config=GenerationConfig(**others, disable_compile=True),
+                continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=2048),
+            )
+        return sum(len(output.generated_tokens) for output in outputs.values())
+
+    def vllm(prompts: Prompts) -> int:
+        body = {"model": arguments.vllm_model, "prompt": prompts, "n": k, "max_tokens": cap, "temperature": 1.0}
+        body |= {"ignore_eos": True, "logprobs": 0, "seed": arguments.seed}
+        request = urllib.request.Request(
+            f"{arguments.vllm_url}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)["usage"]["completion_tokens"]
+
+    engines = {"rekatrain": rekatrain, "generate": generate, "continuous batching": continuous}
+    engines |= {"vLLM server": vllm} if arguments.vllm_url else {}
+    return {name: engine for name, engine in engines.items() if name not in arguments.without}
+
+
+def run_flops(model: PreTrainedModel, prompts: Prompts, k: int, cap: int) -> float:
+    """FLOPs of the linear layers: each prompt once, each completion but its last token, the head on sampled tokens."""
+    linear = sum(m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
+    tokens = sum(map(len, prompts)) + len(prompts) * k * (cap - 1)
+    return 2.0 * linear * tokens + 2.0 * model.get_output_embeddings().weight.numel() * len(prompts) * k * cap
+
+
+def product_rate(model: PreTrainedModel, rows: int) -> float:
+    """GFLOP/s of one decoding step's matrix products by themselves: every linear layer on that many rows."""
+    layers = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
+    inputs = {width: torch.randn(rows, width) for width in {layer.in_features for layer in layers}}
+    spent = []
+    with torch.no_grad():
+        for _ in range(4):
+            began = time.perf_counter()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            spent.append(time.perf_counter() - began)
+    return 2.0 * sum(layer.weight.numel() for layer in layers) * rows / min(spent) / 1e9
+
+
+def decoding_profile(action: Callable[[], Any]) -> tuple[float, list[dict[str, Any]]]:
+    """The share of matrix products in the time of a sampling call, and the operators that take most."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        action()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    products = sum(e.self_cpu_time_total for e in events if e.key.startswith(PRODUCTS))
+    top = [
+        {"operator": event.key[:60], "calls": event.count, "share": event.self_cpu_time_total / total}
+        for event in events[:12]
+    ]
+    return products / total, top
+
+
+def main() -> None:
+    """Print tokens a second by rows, and where our sampler's time goes; write the report."""
+    parser = make_parser(__doc__, "sampler.json")
+    add_model_arguments(parser)
+    parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 32, 64], help="completions at a time")
+    parser.add_argument("--num-generations", type=int, default=8)
+    parser.add_argument("--length", type=int, default=32, help="new tokens of every completion")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--without", nargs="*", default=[], help="engines to leave out, such as 'continuous batching'")
+    parser.add_argument("--vllm-url", help="a server of the same folder, such as http://127.0.0.1:8103")
+    parser.add_argument("--vllm-model", default="policy", help="the name that it serves the folder under")
+    arguments = parser.parse_args()
+    if any(rows % arguments.num_generations for rows in arguments.rows):
+        parser.error("--rows must be multiples of --num-generations")
+
+    model = load_model(arguments.model).eval()
+    k, cap = arguments.num_generations, arguments.length
+    tokenizer = load_folder_tokenizer(arguments.model)
+    prompts = [p.ids for p in load_prompts(tokenizer, arguments.prompts, max(arguments.rows) // k)]
+    engines = make_engines(arguments, model)
+    for engine in engines.values():
+        engine(prompts[:1])
+    table, rates, speeds = [], [], {}
+    for rows in arguments.rows:
+        chosen = prompts[: rows // k]
+        spent: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(arguments.rounds):
+            for name, engine in engines.items():
+                began = time.perf_counter()
+                num_tokens = engine(chosen)
+                spent[name].append((time.perf_counter() - began) / num_tokens)
+                if num_tokens != rows * cap:
+                    raise RuntimeError(f"{name} sampled {num_tokens} tokens, not {rows} x {cap}")
+        table.append({"rows": rows, **{f"{name} tok/s": 1 / median(each) for name, each in spent.items()}})
+        speeds[rows] = spent
+        gflop = run_flops(model, chosen, k, cap) / 1e9
+        whole = median(spent["rekatrain"]) * rows * cap
+        share, operators = decoding_profile(lambda chosen=chosen: engines["rekatrain"](chosen))
+        with decoding_weights(model, rows):
+            packed_rate = product_rate(model, rows)
+        rates.append(
+            {
+                "rows": rows,
+                "GFLOP/s over all": gflop / whole,
+                "share in products": share,
+                "GFLOP/s in products": gflop / (whole * share),
+                "plain alone": product_rate(model, rows),
+                "packed alone": packed_rate,
+            }
+        )
+    print_table(table, f"tokens a second, prompt included; {k} completions a prompt of {cap} tokens each")
+    print_table(rates, "our sampler's matrix products")
+    print_table(operators, f"our sampler's time at {rows} rows")
+    results = {"tokens_per_second": table, "rates": rates, "operators": operators, "seconds_per_token": speeds}
+    counts = Counter(len(prompt) for prompt in prompts)
+    write_report(arguments.out, arguments, {**results, "prompt_lengths": sorted(counts.elements())})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What the arms of a comparison of RLOO engines have in common, how they are measured, and how one is started."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import TUNED_MALLOC
+from transformers import PreTrainedModel
+
+from trainer.rloo.config import RLOOConfig
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all arms do alike.
+
+    recipe:        prompts, rewards and k are this recipe's; None: `prompts`, and a reward that varies in every group
+    equal_lengths: every completion runs to the cap
+    """
+
+    model: str
+    recipe: str | None = None
+    prompts: str | None = None
+    steps: int = 3
+    prompts_per_step: int = 4
+    num_generations: int = 8
+    max_completion_length: int = 64
+    beta: float = 0.0
+    equal_lengths: bool = False
+    learning_rate: float = 1e-6
+    seed: int = 0
+    micro_batch_tokens: int = RLOOConfig.micro_batch_tokens
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Seconds and token slots by phase, and what was sampled, step by step."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+    slots: Counter[str] = field(default_factory=Counter)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    sampled: list[tuple[int, int]] = field(default_factory=list)  # prompt and completion length
+    rewards: list[float] = field(default_factory=list)
+    _phase: str = "train"
+    _started: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within counts for `name`, and outside of all for `train`."""
+        outer, self._phase, began = self._phase, name, time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+        self._phase = outer
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Count the slots of every call of the model, checkpointing's recomputations included.
+
+        Inside the first layer: hooks of a layer itself stay out of its recomputation.
+        """
+        norm = model.get_decoder().layers[0].input_layernorm
+        norm.register_forward_pre_hook(lambda _, args: self._count(args[0]))
+
+    def _count(self, hidden_BTD: torch.Tensor) -> None:
+        self.slots[self._phase] += hidden_BTD.shape[0] * hidden_BTD.shape[1]
+
+    def begin(self) -> None:
+        self._started = time.perf_counter()
+
+    def end_step(self, num_generations: int, num_passes: int) -> None:
+        """Close a step; `num_passes` are those that every token needs besides sampling."""
+        now = time.perf_counter()
+        total = now - self._started
+        prompts = sum(prompt for prompt, _ in self.sampled[::num_generations])
+        lengths = [length for _, length in self.sampled]
+        needed = prompts + sum(lengths) - len(lengths)
+        if self.slots.total() < needed * (1 + num_passes):
+            raise RuntimeError(f"{dict(self.slots)} token slots were counted where at least {needed} a pass are needed")
+        seconds = {**self.seconds, "train": total - sum(self.seconds.values())}
+        self.steps.append(
+            {
+                "seconds": total,
+                **{f"seconds_{name}": seconds.get(name, 0.0) for name in ("sample", "score", "reward", "train")},
+                "completions": len(lengths),
+                "slots": dict(self.slots),
+                "slots_needed": needed * (1 + num_passes),
+                "prompt_tokens": [prompt for prompt, _ in self.sampled[::num_generations]],
+                "lengths": lengths,
+                "reward": sum(self.rewards) / len(self.rewards),
+            }
+        )
+        for kept in (self.seconds, self.slots, self.sampled, self.rewards):
+            kept.clear()
+        self._started = time.perf_counter()
+
+
+def by_ids(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
+    """Varies within every group, so that no arm may skip one."""
+    return [sum(ids) % 7 / 7 + number / 1000 for number, ids in enumerate(completion_ids)]
+
+
+def run_arm(arm: str, work: Work, *, is_tuned: bool = True) -> Result:
+    """One arm in a process of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
+    environment = {**inherited, **(TUNED_MALLOC if is_tuned else {}), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, str(Path(__file__).with_name("arms.py")), arm, json.dumps(vars(work)), str(out)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise RuntimeError(f"{arm} failed:\n{finished.stderr[-3000:]}")
+        return json.loads(out.read_text())
