@@ -1,0 +1,113 @@
+"""How an answer reads to a reward model: the ids of a prompt and one answer to it, in that model's own template.
+
+The answer may be a policy's, which gains by whatever raises its score. So a special token's name in any text is only
+text, and in the Reka format an answer cannot hold `<sep>`: it is cut there (data/chat.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from data.chat import Message, encode_text, render_completion, render_prompt
+from data.errors import InputError
+
+Template = Literal["reka", "chat_template", "pair", "answer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An answer to be judged, and the conversation that it answers; `reasoning` only where it is to be judged too."""
+
+    prompt: Sequence[Message]
+    answer: str
+    reasoning: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedIds:
+    """Ids for a classifier; `token_type_ids` are 0 for the prompt and 1 for the answer (equal lengths).
+
+    is_cut: whether the beginning was cut off, to keep to the model's context
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    is_cut: bool = False
+
+
+def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the tokenizer cannot render `template`."""
+    if template == "chat_template" and not tokenizer.chat_template:
+        raise InputError(
+            "the folder's tokenizer has no chat template: set template to reka, pair or answer, as the model was trained"
+        )
+
+
+def render_judged(judged: Judged, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Text of the answer in its template; for `pair` the last question and the answer, a blank line between.
+
+    reka:          `human: {question} <sep> assistant: {answer} <sep>`, also for an answer that was cut off: a model
+                   trained on finished turns knows no other end
+    chat_template: the tokenizer's own chat template
+    pair, answer:  the last message of the prompt and the answer; the answer alone
+    """
+    if template == "reka":
+        return render_prompt(judged.prompt) + render_completion(judged.reasoning, judged.answer)
+    body = _body(judged)
+    if template == "chat_template":
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in judged.prompt]
+        turns.append({"role": "assistant", "content": body})
+        neutral = [{**turn, "content": break_special_tokens(turn["content"], tokenizer)} for turn in turns]
+        return str(tokenizer.apply_chat_template(neutral, tokenize=False))
+    return body if template == "answer" else f"{judged.prompt[-1]['content']}\n\n{body}"
+
+
+def encode_judged(
+    judged: Judged, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
+) -> JudgedIds:
+    """Encode an answer for a classifier with a context of `max_length`, cutting the beginning of what is longer."""
+    first: list[int] = []
+    if template == "reka":
+        # Encoded apart, as in a training row: what the policy samples is never merged with its prompt.
+        second = encode_text(render_prompt(judged.prompt), tokenizer)
+        second += encode_text(render_completion(judged.reasoning, judged.answer), tokenizer)
+    elif template == "chat_template":
+        # The template writes the special tokens, so they are read as such; the messages cannot hold any.
+        text = render_judged(judged, tokenizer, template)
+        return _framed([], tokenizer(text, add_special_tokens=False)["input_ids"], [], [], max_length)
+    else:
+        first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
+        second = encode_text(_body(judged), tokenizer)
+    # An encoder reads its verdict off the `[CLS]` that it expects first.
+    is_encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder else ([], [])
+    return _framed(first + after if first else [], second, before, after, max_length)
+
+
+def break_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with a space inside every name of a special token: `< |im_end|>`."""
+    names = [str(token) for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 1]
+    broken = text
+    while held := [name for name in names if name in broken]:
+        for name in held:
+            broken = broken.replace(name, f"{name[0]} {name[1:]}")
+    return broken
+
+
+def _body(judged: Judged) -> str:
+    return judged.answer if judged.reasoning is None else f"{judged.reasoning}\n\n{judged.answer}"
+
+
+def _framed(first: list[int], second: list[int], before: list[int], after: list[int], max_length: int) -> JudgedIds:
+    """`before`, what fits of first and second, `after`; of what does not fit the beginning goes."""
+    room = max_length - len(before) - len(after)
+    surplus = max(0, len(first) + len(second) - room)
+    first_kept = first[surplus:]
+    second_kept = second[max(0, surplus - len(first)) :]
+    return JudgedIds(
+        input_ids=before + first_kept + second_kept + after,
+        token_type_ids=[0] * (len(before) + len(first_kept)) + [int(bool(first))] * (len(second_kept) + len(after)),
+        is_cut=surplus > 0,
+    )
