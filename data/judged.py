@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.chat import Message, encode_text, render_completion, render_prompt
 from data.errors import InputError
+from data.tokenizer import is_encoder
 
 Template = Literal["reka", "chat_template", "pair", "answer"]
 
@@ -41,7 +42,8 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> No
     """Raise InputError where the tokenizer cannot render `template`."""
     if template == "chat_template" and not tokenizer.chat_template:
         raise InputError(
-            "the folder's tokenizer has no chat template: set template to reka, pair or answer, as the model was trained"
+            "the folder's tokenizer has no chat template: set template to reka, pair or answer, whichever the model "
+            "was trained with"
         )
 
 
@@ -80,15 +82,13 @@ def encode_judged(
     else:
         first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
         second = encode_text(_body(judged), tokenizer)
-    # An encoder reads its verdict off the `[CLS]` that it expects first.
-    is_encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder else ([], [])
+    before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder(tokenizer) else ([], [])
     return _framed(first + after if first else [], second, before, after, max_length)
 
 
 def break_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with a space inside every name of a special token: `< |im_end|>`."""
-    names = [str(token) for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 1]
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     broken = text
     while held := [name for name in names if name in broken]:
         for name in held:
