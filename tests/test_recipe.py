@@ -12,7 +12,7 @@ from trl import SFTConfig
 from data.errors import InputError
 from trainer.recipe import Recipe, check_keywords, differing_keys, dump_recipe, load_recipe
 from trainer.run_folder import RECIPE_FILE, RunFolder
-from trainer.sections import SFT_RESERVED, check_sections
+from trainer.sections import TRL_RESERVED, check_sections
 
 ROOT = Path(__file__).parents[1]
 # recipes/accelerate holds launch files, which are Accelerate's.
@@ -286,10 +286,10 @@ def test_a_good_section_passes():
     check_keywords("s", {"learning_rate": 1, "steps": 2, "name": None}, target, reserved=["output"])
 
 
-@pytest.mark.parametrize("key", SFT_RESERVED)
+@pytest.mark.parametrize("key", TRL_RESERVED)
 def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
     with pytest.raises(InputError, match=f"^sft.{key} is set by the program; take it out of the recipe$"):
-        check_keywords("sft", {key: None}, SFTConfig, reserved=SFT_RESERVED)
+        check_keywords("sft", {key: None}, SFTConfig, reserved=TRL_RESERVED)
 
 
 # The shipped recipes

@@ -56,6 +56,10 @@ def _train(options: argparse.Namespace) -> None:
         from trainer.sft import train
 
         train(recipe, resume=options.resume)
+    elif recipe.stage == "reward":
+        from trainer.reward_model.train import train
+
+        train(recipe, resume=options.resume)
     else:
         from trainer.rloo.loop import train
 
@@ -65,13 +69,22 @@ def _train(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from trainer.rloo.show import sample
 
-    sample(_recipe(options), num_prompts=options.num_prompts)
+    recipe = _recipe(options)
+    if recipe.stage == "reward":
+        raise InputError("stage reward samples nothing; give sample an rloo recipe")
+    sample(recipe, num_prompts=options.num_prompts)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.evaluate import evaluate
+    recipe = _recipe(options)
+    if recipe.stage == "reward":
+        from trainer.reward_model.evaluate import evaluate as evaluate_reward_model
 
-    evaluate(_recipe(options), out=options.out)
+        evaluate_reward_model(recipe, out=options.out)
+    else:
+        from trainer.evaluate import evaluate
+
+        evaluate(recipe, out=options.out)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -89,7 +102,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rekatrain", description="SFT and RLOO for Reka Flash 3 and its like.")
+    parser = argparse.ArgumentParser(
+        prog="rekatrain", description="SFT, reward models and RLOO for Reka Flash 3 and its like."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run the recipe's stage")

@@ -17,6 +17,8 @@ def dry_run(recipe: Recipe, *, resume: bool) -> None:
     print(dump_recipe(recipe))
     if recipe.stage == "sft":
         _show_sft(recipe)
+    elif recipe.stage == "reward":
+        _show_reward(recipe)
     else:
         _show_rloo(recipe)
 
@@ -33,6 +35,18 @@ def _show_sft(recipe: Recipe) -> None:
     decode = task.tokenizer.decode
     prompt, completion = decode(first.input_ids[:num_prompt]), decode(first.input_ids[num_prompt:])
     print(f"# the first row; trained tokens are marked\n{prompt}{TRAINED[0]}{completion}{TRAINED[1]}")
+
+
+def _show_reward(recipe: Recipe) -> None:
+    from trainer.reward_model.train import prepare
+
+    task = prepare(recipe)
+    lengths = [len(row.input_ids) for pair in task.pairs for row in (pair.chosen, pair.rejected)]
+    print(f"# {len(task.pairs)} pairs, {sum(lengths):,} tokens; longest answer with its prompt {max(lengths)}")
+    print(f"# {len(task.held_out)} pairs held out")
+    first = task.pairs[0]
+    for name, row in (("chosen", first.chosen), ("rejected", first.rejected)):
+        print(f"# the first {name}\n{task.tokenizer.decode(row.input_ids)}")
 
 
 def _show_rloo(recipe: Recipe) -> None:
