@@ -6,6 +6,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from data.sources import load_rows
 from rewards.compose import build_reward_functions
+from rewards.grader import ScoringConfig
 from trainer.evaluate import EvaluateConfig
 from trainer.models import load_model
 from trainer.recipe import Recipe, check_keywords
@@ -32,6 +33,7 @@ def check_sections(recipe: Recipe) -> None:
     check_keywords("chat", recipe.chat, encode_conversations, reserved=("rows", "tokenizer"))
     check_keywords("sft", recipe.sft, SFTConfig, reserved=SFT_RESERVED)
     check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+    check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)
     if recipe.eval_dataset is not None:
