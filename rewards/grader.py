@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # A reward's share of errors is that of its last so many completions, and means nothing before so many.
 ERROR_WINDOW, ERROR_MINIMUM = 512, 16
+STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +216,7 @@ def _call(function: RewardFunction, arguments: Mapping[str, Any], size: int) -> 
     started = time.perf_counter()
     # A plain function runs where TRL runs it, on the main thread, and cannot be interrupted there. One that hangs ends
     # the process, with the stack that shows where.
-    faulthandler.dump_traceback_later(function.timeout, exit=True)
+    faulthandler.dump_traceback_later(function.timeout, exit=True, file=STDERR)
     try:
         returned = function.function(**arguments)
     except Exception as error:  # whatever a grader raises is its failure

@@ -4,4 +4,5 @@ REWARDS: dict[str, str] = {
     "math_answer": "rewards.rules:math_answer",
     "reasoning_format": "rewards.rules:reasoning_format",
     "reasoning_gym": "rewards.rules:reasoning_gym",
+    "code_tests": "rewards.code_tests:CodeTests",
 }
