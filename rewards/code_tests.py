@@ -59,7 +59,9 @@ class CodeTests:
         if not tests:
             return None
         code = extract_code(completion.answer)
-        passed = self._run_programs(code, tests) if _are_programs(tests) else self._run_asserts(code, _as_mapping(tests))
+        passed = (
+            self._run_programs(code, tests) if _are_programs(tests) else self._run_asserts(code, _as_mapping(tests))
+        )
         return sum(passed) / len(passed) if self.partial_credit else float(all(passed))
 
     def _run_asserts(self, code: str, tests: Mapping[str, Any]) -> list[bool]:
@@ -71,8 +73,10 @@ class CodeTests:
         passed = []
         for test in tests:
             outcome = run_program(code, stdin=test["input"].encode(), limits=self.limits, isolation=self.isolation)
-            is_right = outcome.ending == "exited" and outcome.code == 0 and _lines(outcome.output) == _lines(
-                test["output"].encode()
+            is_right = (
+                outcome.ending == "exited"
+                and outcome.code == 0
+                and _lines(outcome.output) == _lines(test["output"].encode())
             )
             passed.append(is_right)
             if not is_right and not self.partial_credit:

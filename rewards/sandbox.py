@@ -76,9 +76,7 @@ def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolati
         return Outcome(ending="exited", code=sandbox.exit_code(), output=output)
 
 
-def run_tests(
-    solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation
-) -> list[bool]:
+def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation) -> list[bool]:
     """Whether each of `tests["asserts"]` holds of the first of `solutions` that is Python, in a sandbox of its own.
 
     tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, where not empty: code that
