@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from rewards.errors import RewardError
 from trainer.recipe import Recipe, load_recipe
 
 RECIPE_HELP = "the recipe, a YAML file"
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_main_process:
             print(f"rekatrain: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RewardError as error:  # with the traceback of the grader, which is the one that matters
+        print(f"rekatrain: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("rekatrain: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

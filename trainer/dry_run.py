@@ -3,7 +3,6 @@
 import sys
 
 from data.chat import IGNORED_LABEL, render_completion
-from rewards.compose import score_completions
 from trainer.prompts import reward_columns
 from trainer.recipe import Recipe, dump_recipe
 from trainer.run_folder import RunFolder
@@ -66,8 +65,7 @@ def _show_rloo(recipe: Recipe) -> None:
     if response["role"] == "assistant":
         text = render_completion(response.get("reasoning_content"), response["content"])
         columns = reward_columns([first.row])
-        scores = score_completions(
-            task.rewards, prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns
-        )
+        with task.grader as grader:
+            scores = grader.score(prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns)
         earned = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
         print(f"# its reference response earns {earned}\n{text}")

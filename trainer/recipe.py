@@ -39,6 +39,7 @@ class Recipe:
     reward:       `trl.RewardConfig`
     rloo:         `trainer.rloo.config.RLOOConfig`
     rewards:      name of a reward -> its weight and options (rewards/README.md)
+    scoring:      `rewards.grader.ScoringConfig`, how they are run
     evaluate:     `trainer.evaluate.EvaluateConfig`
     wandb:        `wandb.init`; without it nothing is tracked outside the run folder
     """
@@ -55,6 +56,7 @@ class Recipe:
     reward: Section = field(default_factory=dict)
     rloo: Section = field(default_factory=dict)
     rewards: dict[str, Section | None] = field(default_factory=dict)
+    scoring: Section = field(default_factory=dict)
     evaluate: Section = field(default_factory=dict)
     wandb: Section | None = None
 

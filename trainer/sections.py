@@ -7,6 +7,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from data.sources import load_rows
 from rewards.compose import build_reward_functions
+from rewards.grader import ScoringConfig
 from trainer.evaluate import EvaluateConfig
 from trainer.models import load_model
 from trainer.recipe import Recipe, check_keywords
@@ -38,6 +39,7 @@ def check_sections(recipe: Recipe) -> None:
     check_keywords("sft", recipe.sft, SFTConfig, reserved=TRL_RESERVED)
     check_keywords("reward", recipe.reward, RewardConfig, reserved=(*TRL_RESERVED, *REWARD_RESERVED))
     check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+    check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)
     if recipe.eval_dataset is not None:

@@ -21,8 +21,17 @@ def sample(recipe: Recipe, *, num_prompts: int) -> None:
     chosen = step_prompts(len(task.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
     prompts = [task.prompts[place] for place in chosen[:num_prompts]]
     slots = range(len(prompts))
-    sampled = sample_groups(sampler, prompts, slots, seed=recipe.seed, step=0, num_generations=config.num_generations)
-    for group in score_groups(task.rewards, task.tokenizer, prompts, slots, sampled):
+    sampled = sample_groups(
+        sampler,
+        task.grader,
+        task.tokenizer,
+        prompts,
+        slots,
+        seed=recipe.seed,
+        step=0,
+        num_generations=config.num_generations,
+    )
+    for group in score_groups(task.grader, task.tokenizer, sampled):
         print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
         advantages = leave_one_out_advantages(torch.tensor([group.rewards]))[0].tolist()
         for place, (completion, text) in enumerate(zip(group.completions, group.texts, strict=True)):
