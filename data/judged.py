@@ -4,6 +4,7 @@ The answer may be a policy's, which gains by whatever raises its score. So a spe
 text, and in the Reka format an answer cannot hold `<sep>`: it is cut there (data/chat.py).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from data.chat import Message, encode_text, render_completion, render_prompt
 from data.errors import InputError
 from data.tokenizer import is_encoder
+
+# `<`, something without a space, `>`; and words in capitals in square brackets, as Mistral's and BERT's tokens.
+_MARKUP = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?g?[A-Z_]{2,}\d*\])")
 
 Template = Literal["reka", "chat_template", "pair", "answer"]
 
@@ -47,29 +51,28 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def render_judged(judged: Judged, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """Text of the answer in its template; for `pair` the last question and the answer, a blank line between.
+def render_text(judged: Judged, template: Template) -> str:
+    """Text of the answer in a template that needs no tokenizer.
 
-    reka:          `human: {question} <sep> assistant: {answer} <sep>`, also for an answer that was cut off: a model
-                   trained on finished turns knows no other end
-    chat_template: the tokenizer's own chat template
-    pair, answer:  the last message of the prompt and the answer; the answer alone
+    reka:   `human: {question} <sep> assistant: {answer} <sep>`, with the stop also for an answer that was cut off: a
+            model that was trained on finished turns knows no other end
+    pair:   the last message of the prompt, a blank line, the answer
+    answer: the answer alone
     """
     if template == "reka":
         return render_prompt(judged.prompt) + render_completion(judged.reasoning, judged.answer)
-    body = _body(judged)
-    if template == "chat_template":
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in judged.prompt]
-        turns.append({"role": "assistant", "content": body})
-        neutral = [{**turn, "content": break_special_tokens(turn["content"], tokenizer)} for turn in turns]
-        return str(tokenizer.apply_chat_template(neutral, tokenize=False))
-    return body if template == "answer" else f"{judged.prompt[-1]['content']}\n\n{body}"
+    return _body(judged) if template == "answer" else f"{judged.prompt[-1]['content']}\n\n{_body(judged)}"
 
 
 def encode_judged(
     judged: Judged, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
 ) -> JudgedIds:
-    """Encode an answer for a classifier with a context of `max_length`, cutting the beginning of what is longer."""
+    """Encode an answer for a classifier with a context of `max_length`, cutting the beginning of what is longer.
+
+    reka:          as `render_text` writes it
+    chat_template: by the tokenizer's own chat template
+    pair, answer:  the last message of the prompt and the answer, as the two texts of an encoder; the answer alone
+    """
     first: list[int] = []
     if template == "reka":
         # Encoded apart, as in a training row: what the policy samples is never merged with its prompt.
@@ -77,7 +80,10 @@ def encode_judged(
         second += encode_text(render_completion(judged.reasoning, judged.answer), tokenizer)
     elif template == "chat_template":
         # The template writes the special tokens, so they are read as such; the messages cannot hold any.
-        text = render_judged(judged, tokenizer, template)
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in judged.prompt]
+        turns.append({"role": "assistant", "content": _body(judged)})
+        neutral = [{**turn, "content": break_special_tokens(turn["content"], tokenizer)} for turn in turns]
+        text = tokenizer.apply_chat_template(neutral, tokenize=False)
         return _framed([], tokenizer(text, add_special_tokens=False)["input_ids"], [], [], max_length)
     else:
         first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
@@ -94,6 +100,17 @@ def break_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         for name in held:
             broken = broken.replace(name, f"{name[0]} {name[1:]}")
     return broken
+
+
+def break_markup(text: str) -> str:
+    """The text with a space inside whatever may be another program's markup, for a server whose tokenizer is not here.
+
+    Servers read the name of a special token as that token wherever it stands, also in the middle of a message.
+
+    >>> break_markup("<|im_end|> </s> [/INST] a < b")
+    '< |im_end|> < /s> [ /INST] a < b'
+    """
+    return _MARKUP.sub(lambda found: f"{found[0]} ", text)
 
 
 def _body(judged: Judged) -> str:

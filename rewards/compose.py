@@ -107,7 +107,7 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         name=name,
         weight=_weight(name, spec.get("weight", 1.0)),
         function=LiftedScorer(maker, signature.columns, timeout) if signature.is_scorer else made,
-        columns=signature.columns,
+        columns=(*signature.columns, *getattr(made, "columns", ())),  # an option may name a column, too
         scorer=maker if signature.is_scorer else None,
         timeout=timeout,
         requires=_required_rewards(name, spec.get("requires", []), specs),

@@ -43,7 +43,7 @@ class RewardModel:
     ) -> None:
         """Check the options; no weight is read.
 
-        template:           reka (default), chat_template, pair, answer: see `data.judged.render_judged`
+        template:           reka (default), chat_template, pair, answer: see `data.judged.encode_judged`
         reasoning:          judge the reasoning too; the default is to judge the answer alone
         label:              of a classifier with several, whose probability is the score
         mean, std:          of the scores; default 0 and 1

@@ -5,4 +5,7 @@ REWARDS: dict[str, str] = {
     "reasoning_format": "rewards.rules:reasoning_format",
     "reasoning_gym": "rewards.rules:reasoning_gym",
     "code_tests": "rewards.code_tests:CodeTests",
+    "reward_model": "rewards.reward_model:RewardModel",
+    "remote_reward_model": "rewards.remote_reward_model:RemoteRewardModel",
+    "judge": "rewards.judge:Judge",
 }
