@@ -5,7 +5,7 @@
 
 The contract of `route: http`, which POSTs to the url itself:
 
-    {"prompts": ["human: Hi <sep> assistant:"], "messages": [[{"role": "user", "content": "Hi"}]], "answers": ["Hello!"]}
+    {"prompts": ["human: Hi <sep> assistant:"], "messages": [[{"role": "user", "content": "Hi"}]], "answers": ["Hi!"]}
     {"scores": [0.25]}
 
 with one entry a completion, `messages` being the prompt's turns. A score is a number, null where the model has no
