@@ -70,10 +70,15 @@ def main() -> None:
 
     policies = {name: measure(out / f"{name}-export", out, options.held_out_prompts) for name in ("sft", "rloo")}
     lengths = [policies[name]["length"] for name in ("sft", "rloo")]
+    gains = [
+        after - before for before, after in zip(*(policies[name].pop("of_prompts") for name in policies), strict=True)
+    ]
     evaluation = json.loads((out / "reward" / "evaluation.json").read_text(encoding="utf-8"))
     result = {
         "reward_model": {key: value for key, value in evaluation.items() if key != "bins"},
         "policies": policies,
+        "reward_change": statistics.fmean(gains),
+        "reward_change_interval": 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)),
         "length_change": lengths[1] / lengths[0] - 1,
         "seconds": seconds,
     }
@@ -119,7 +124,7 @@ def write_rloo_recipe(out: Path, num_steps: int) -> Path:
             "num_generations": 8,
             "max_completion_length": MAX_COMPLETION_LENGTH,
             "beta": 0.02,
-            "learning_rate": 1e-5,
+            "learning_rate": 3e-5,
             "warmup_steps": 2,
             "micro_batch_tokens": 2048,
             "save_steps": 100,
@@ -150,6 +155,7 @@ def measure(policy: Path, out: Path, num_prompts: int) -> dict:
     of_prompts = [statistics.fmean(rewards[at : at + 2]) for at in range(0, len(rewards), 2)]
     return {
         "reward": statistics.fmean(rewards),
+        "of_prompts": of_prompts,
         "reward_interval": 1.96 * statistics.stdev(of_prompts) / math.sqrt(len(of_prompts)),
         "length": statistics.fmean(lengths),
         "length_interval": 1.96 * statistics.stdev(lengths) / math.sqrt(len(lengths)),
@@ -170,7 +176,10 @@ def show(result: dict) -> None:
         reward = f"{policy['reward']:+.3f} +- {policy['reward_interval']:.3f}"
         length = f"{policy['length']:.1f} +- {policy['length_interval']:.1f}"
         print(f"{name:6} {reward:>16} {length:>14} {policy['share_stopped']:>8.0%}")
-    print(f"length changed by {result['length_change']:+.1%}; seconds: {result['seconds']}")
+    print(
+        f"reward changed by {result['reward_change']:+.3f} +- {result['reward_change_interval']:.3f} (paired by prompt), "
+        f"length by {result['length_change']:+.1%}; seconds: {result['seconds']}"
+    )
 
 
 def train(recipe: str | Path, *overrides: str) -> None:
