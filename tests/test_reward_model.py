@@ -189,7 +189,7 @@ def test_reward_model_from_training_to_rloo(
     )
     main(["train", recipe, "--dry-run"])
     shown = capsys.readouterr().out
-    assert "# 16 pairs" in shown and "# 8 pairs held out" in shown and "so it is? <sep>" in shown
+    assert "# 16 pairs" in shown and "# 8 pairs held out" in shown and "assistant: it is? <sep>" in shown
     main(["train", recipe])
     evaluation = json.loads((folder / "reward" / "evaluation.json").read_text())
     assert evaluation["accuracy"]["num_graded"] == 8  # the prompts of a question that is trained on are left out
@@ -239,7 +239,7 @@ def test_what_the_stage_cannot_do_is_told_in_one_line(folder: Path, model_folder
 
     recipe = write_recipe(folder, "run", model_folder)
     assert "samples nothing" in told("sample", recipe)
-    assert "train.jsonl:1: there is no rejected answer" in told("train", recipe, "dataset.format=prompt_answer") or True
+    assert "train.jsonl:1: there is no rejected answer" in told("train", recipe, "dataset.format=prompt_answer")
     assert "reward.chat_template_path is set by the program" in told("train", recipe, "reward.chat_template_path=x")
     assert "unknown key reward.epochs" in told("train", recipe, "reward.epochs=3")
     assert "16 of 16 pairs are longer than 4 tokens" in told("train", recipe, "reward.max_length=4")
@@ -255,7 +255,7 @@ def test_the_measures_by_hand() -> None:
     found = judge_scores([2.0, 1.0, 0.0, 5.0], [0.0, 2.0, 0.0, 4.0], [3, 3, 3, 9], [2, 3, 5, 9])
     assert (found.accuracy.num_right, found.accuracy.num_graded) == (2, 4)  # the tie counts as wrong
     assert found.longer_wins == (1 + 0.5 + 0 + 0.5) / 4
-    assert (found.mean, found.std) == pytest.approx((1.75, torch.tensor([2.0, 1, 0, 5, 0, 2, 0, 4]).std(correction=0)))
+    assert (found.mean, found.std) == pytest.approx((1.75, math.sqrt(25.5 / 8)))
     sure, even, one = (1 / (1 + math.exp(-margin)) for margin in (2, 0, 1))
     errors = [abs(even - 0.0), 2 * abs(one - 0.5), abs(sure - 1.0)]  # margins 0; 1 and -1, in one bin; 2
     assert found.calibration_error == pytest.approx(sum(errors) / 4)
@@ -305,13 +305,13 @@ def test_an_encoder_reads_two_texts_as_it_was_trained_to(encoder_folder: Path) -
 def test_the_scale_is_frozen_and_options_come_before_the_folder(decoder_folder: Path, tmp_path: Path) -> None:
     texts = (" four <sep>", " <reasoning>\nTwo.\n</reasoning>\n\nfour <sep>", " five", "")
     raw = rewards_of(decoder_folder, *texts)
-    assert raw[0] == raw[1] != raw[2]  # the reasoning is not judged
+    assert raw[0] == pytest.approx(raw[1], abs=1e-5) and abs(raw[1] - raw[2]) > 1e-3  # the reasoning is not judged
     scaled = rewards_of(with_scale(decoder_folder, tmp_path / "scaled", mean=0.5, std=2.0), *texts)
-    assert scaled == pytest.approx([(value - 0.5) / 2 for value in raw])
+    assert scaled == pytest.approx([(value - 0.5) / 2 for value in raw], abs=1e-5)
     given = rewards_of(tmp_path / "scaled", *texts, mean=1.0, std=4.0)
-    assert given == pytest.approx([(value - 1) / 4 for value in raw])
+    assert given == pytest.approx([(value - 1) / 4 for value in raw], abs=1e-5)
     thoughtful = rewards_of(with_scale(decoder_folder, tmp_path / "thoughtful", reasoning=True), *texts)
-    assert thoughtful[0] == raw[0] and thoughtful[1] != raw[1]
+    assert thoughtful[0] == pytest.approx(raw[0], abs=1e-5) and abs(thoughtful[1] - raw[1]) > 1e-3
 
 
 def test_several_labels_need_one_to_be_named(encoder_folder: Path, decoder_folder: Path) -> None:

@@ -177,7 +177,7 @@ def show(result: dict) -> None:
         length = f"{policy['length']:.1f} +- {policy['length_interval']:.1f}"
         print(f"{name:6} {reward:>16} {length:>14} {policy['share_stopped']:>8.0%}")
     print(
-        f"reward changed by {result['reward_change']:+.3f} +- {result['reward_change_interval']:.3f} (paired by prompt), "
+        f"reward changed by {result['reward_change']:+.3f} +- {result['reward_change_interval']:.3f} (paired), "
         f"length by {result['length_change']:+.1%}; seconds: {result['seconds']}"
     )
 
