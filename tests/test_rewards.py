@@ -8,8 +8,9 @@ import reasoning_gym
 
 from data.chat import parse_completion, render_completion
 from data.errors import InputError
-from rewards.rules import math_answer, reasoning_format
-from rewards.rules import reasoning_gym as reasoning_gym_score
+from rewards.answers import reasoning_gym as reasoning_gym_score
+from rewards.math_answer import math_answer
+from rewards.shape import reasoning_format
 
 PROJECT = Path(__file__).parents[1]
 GSM8K = PROJECT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
