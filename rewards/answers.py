@@ -19,11 +19,12 @@ from data.errors import InputError
 from rewards.math_answer import find_boxes
 
 ANSWER_MARK = re.compile(r"\b(?:final\s+)?answer\b\W*(?:\bis\b|:)\W*", re.IGNORECASE)
-NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?![\w])")
+NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?!\w|\.\d)")
 # A letter that stands as an option: alone, or marked by brackets, a full stop, a colon or stars.
 OPTION = re.compile(
     r"(?<![\w'])(?:option\s+|choice\s+)?[*(\[{]*([A-Z])[*)\]}]*(?![\w'’])(?:[.:)](?=\s|$))?", re.IGNORECASE
 )
+WORD_FOLLOWS = re.compile(r"\s+(?!or\b|and\b|nor\b)[a-z]")  # so that "A" is an article and "I" a pronoun
 FENCED_JSON = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -71,13 +72,13 @@ def numeric_close(
     return float(math.isclose(numbers[-1], golds[0], rel_tol=rel_tol, abs_tol=abs_tol))
 
 
-def multiple_choice(completion: ParsedCompletion, *, answer: str | None) -> float | None:
-    """1.0 where the final answer names the option of the column `answer`, a letter, and no other one.
+def multiple_choice(completion: ParsedCompletion, *, choice: str | None) -> float | None:
+    """1.0 where the final answer names the option of the column `choice`, a letter, and no other one.
 
     Reads `B`, `(b)`, `**B**`, `B. Paris`, `\\boxed{B}`, `The answer is B`. A text without such a mark counts where one
     letter only stands as an option in it: to name them all is no answer. None where the column holds no letter.
     """
-    gold = re.fullmatch(r"\W*([A-Za-z])\W*", str(answer)) if answer is not None else None
+    gold = re.fullmatch(r"\W*([A-Za-z])\W*", str(choice)) if choice is not None else None
     if gold is None:
         return None
     return float(_options(final_answer(completion.answer)) == {gold[1].upper()})
@@ -165,13 +166,14 @@ def _numbers(text: str) -> list[float]:
 
 
 def _options(text: str) -> set[str]:
-    """Letters that stand as options in a text. Of a word such as "a" or "I", only a mark makes an option."""
+    """Letters that stand as options in a text."""
     found = set()
     for match in OPTION.finditer(text):
         letter, whole = match[1], match.group()
-        is_word = letter in ("a", "I", "i", "A") and whole == letter and text.strip() != letter
-        if letter.isupper() or whole != letter or text.strip() == letter:
-            found |= set() if is_word else {letter.upper()}
+        is_bare = whole == letter and text.strip() != letter
+        if is_bare and (letter.islower() or (letter in "AI" and WORD_FOLLOWS.match(text, match.end()))):
+            continue
+        found.add(letter.upper())
     return found
 
 

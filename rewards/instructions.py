@@ -22,7 +22,7 @@ POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 WORD_WITH_MARKS = re.compile(r"[^\W_][\w'’.-]*")
 SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)\]*_]*(?=\s|$)|[。！？]")
 ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|Inc|Ltd|Co|approx|fig|[A-Z])|^\s*\d+|\n\s*\d+)\.$",
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|Inc|Ltd|Co|approx|fig|(?-i:[A-Z]))|^\s*\d+|\n\s*\d+)\.$",
     re.IGNORECASE,
 )
 
