@@ -20,10 +20,25 @@ from data.errors import InputError
 from data.layouts import LAYOUTS, finish_messages, reasoning_gym_row, rename_keys
 from data.preferences import PREFERENCE_LAYOUTS
 from data.rows import Row
+from data.task_layouts import TASK_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["messages", "prompt_answer", "sharegpt", "alpaca", "gsm8k", "preference", "alpaca_preference", "hh"]
+Format = Literal[
+    "messages",
+    "prompt_answer",
+    "sharegpt",
+    "alpaca",
+    "gsm8k",
+    "mbpp",
+    "humaneval",
+    "svamp",
+    "multiple_choice",
+    "fill_in",
+    "preference",
+    "alpaca_preference",
+    "hh",
+]
 BadRows = Literal["refuse", "skip"]
 ForgedTurns = Literal["refuse", "neutralise"]
 
@@ -97,7 +112,7 @@ def load_rows(
         else:
             _refuse_written(path, "a Hugging Face dataset", for_task)
             records = _read_dataset(path, name, split or "train", revision)
-        to_row = partial(_lay_out, (LAYOUTS | PREFERENCE_LAYOUTS)[format or "messages"], columns or {})
+        to_row = partial(_lay_out, (LAYOUTS | TASK_LAYOUTS | PREFERENCE_LAYOUTS)[format or "messages"], columns or {})
 
     rows: list[Row] = []
     skipped: list[str] = []

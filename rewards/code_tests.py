@@ -20,9 +20,9 @@ class CodeTests:
 
     The code is the answer's last fenced block, or the whole answer where there is none. The column `tests` is one of
 
-        ["assert add(1, 2) == 3", ...]                                   statements that call the code (MBPP)
-        {"asserts": [...], "setup": "...", "prefix": "...", "entry_point": "..."}   the same with code around it (HumanEval)
-        [{"input": "1 2\\n", "output": "3\\n"}, ...]                     programs: standard input, expected output
+        ["assert add(1, 2) == 3", ...]                      statements that call the code (MBPP)
+        {"asserts": [...], "setup": "...", "prefix": "...", "entry_point": "..."}      with code around it (HumanEval)
+        [{"input": "1 2\\n", "output": "3\\n"}, ...]        programs: standard input, expected output
 
     `setup` runs before the statements. `prefix` stands before the code, and its names are the tests' too, all but the
     function `entry_point`, which is then all that is taken from the code. None where the row has no tests.
@@ -95,7 +95,7 @@ def extract_code(answer: str) -> str:
 
 
 def _lines(text: bytes) -> list[bytes]:
-    """Lines without the white space at their ends, nor empty ones at the end of the text, as judges of contests compare."""
+    """Lines without the white space at their ends, nor empty ones at the text's end: contests compare them so."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 

@@ -27,6 +27,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     job_fd, status_fd, *channels = [int(text) for text in sys.argv[1:]]
     with os.fdopen(job_fd) as file:
         job = json.load(file)

@@ -1,14 +1,15 @@
 """What runs inside the sandbox: a program, a solution that is called from outside, or the tests that call it.
 
-A solution and its tests are in two sandboxes. The tests call the solution's functions over a pipe, by value, and compare
-what comes back in their own process: a solution can neither see nor change what it is compared with, an object that
-claims to equal everything arrives as an opaque handle that equals nothing, and nothing that it prints is read.
+A solution and its tests are in two sandboxes. The tests call the solution's functions over a pipe, by value, and
+compare what comes back in their own process: a solution can neither see nor change what it is compared with, an object
+that claims to equal everything arrives as an opaque handle that equals nothing, and nothing that it prints is read.
 """
 
 import ast
 import builtins
 import collections
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 
 # What crosses the pipe by value. A subclass travels as its base: a Counter equals the dict, a namedtuple the tuple.
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
+BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
 MAX_ITEMS = 100_000  # of an iterator, which is read to its end
 
 
@@ -54,12 +56,17 @@ def serve(sources: list[str], calls: TextIO, answers: TextIO) -> None:
             continue
         exec(code, names)
         break
-    held: list[Any] = []  # objects that the tests hold a handle of
+    held: list[Any] = []  # objects that the tests have a handle of
+
+    def hold(value: Any) -> int:
+        held.append(value)
+        return len(held) - 1
+
     for line in calls:
         operation, *arguments = decode(json.loads(line), held.__getitem__)
         try:
             value = OPERATIONS[operation](names, *arguments)
-            text = json.dumps(encode(value, lambda new: held.append(new) or len(held) - 1))
+            text = json.dumps(encode(value, hold))
         except Exception as error:
             text = json.dumps({"error": type(error).__name__})
         answers.write(text + "\n")
@@ -91,12 +98,12 @@ def encode(value: Any, hold: Callable[[Any], int]) -> Any:
     for name, kind in SEQUENCES.items():
         if isinstance(value, kind):
             return {name: [encode(item, hold) for item in value]}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"type": value.__name__}
+    if isinstance(value, type) and value in BUILTIN_TYPES:
+        return {"type": BUILTIN_TYPES[value]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, Iterator):
-        return {"iterator": [encode(item, hold) for _, item in zip(range(MAX_ITEMS), value)]}
+        return {"iterator": [encode(item, hold) for item in itertools.islice(value, MAX_ITEMS)]}
     return {"handle": value.number if isinstance(value, Handle) else hold(value)}
 
 
@@ -114,9 +121,7 @@ def decode(tree: Any, open_handle: Callable[[int], Any]) -> Any:
     if kind == "bytes":
         return bytes.fromhex(content)
     if kind == "type":
-        found = getattr(builtins, content)
-        assert isinstance(found, type)
-        return found
+        return next(value for value, name in BUILTIN_TYPES.items() if name == content)
     if kind == "range":
         return range(*content)
     if kind == "handle":
@@ -131,7 +136,7 @@ def decode(tree: Any, open_handle: Callable[[int], Any]) -> Any:
 
 
 class Handle:
-    """Something of the solution's that is no plain value. It can be called and has attributes, and equals itself only."""
+    """Something of the solution's that is no plain value: it can be called, has attributes, and equals itself only."""
 
     def __init__(self, number: int, ask: Callable[..., Any]) -> None:
         self.__dict__.update(number=number, ask=ask)
@@ -164,7 +169,7 @@ def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int
     """Run each of the tests' statements, and write 1 for one that passes and 0 for one that does not."""
 
     def ask(*request: Any) -> Any:
-        calls.write(json.dumps(encode(list(request), lambda _: None)) + "\n")
+        calls.write(json.dumps(encode(list(request), refuse)) + "\n")
         calls.flush()
         line = answers.readline()
         if not line:
@@ -192,6 +197,10 @@ def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int
             os.write(verdicts, b"0")
         else:
             os.write(verdicts, b"1")
+
+
+def refuse(value: Any) -> int:
+    raise TypeError(f"tests can pass plain values to the solution, not {type(value).__name__}")
 
 
 def called_in(source: str) -> set[str]:

@@ -79,8 +79,8 @@ def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolati
 def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation) -> list[bool]:
     """Whether each of `tests["asserts"]` holds of the first of `solutions` that is Python, in a sandbox of its own.
 
-    tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, where not empty: code that
-    the tests may use, and the one name that is then taken from the solution.
+    tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, where not empty: code
+    that the tests may use, and the one name that is then taken from the solution.
     """
     calls_out, calls_in = os.pipe()
     answers_out, answers_in = os.pipe()
@@ -105,9 +105,9 @@ def check_isolation(isolation: Isolation) -> None:
     problem = _problem(isolation)
     if problem:
         raise InputError(
-            f"this machine cannot isolate generated code by {isolation}: {problem}; run as root or allow user namespaces "
-            "(in a container: --security-opt seccomp=unconfined), or accept isolation: rlimits, which limits time and "
-            "memory but leaves files and network open to the code"
+            f"this machine cannot isolate generated code by {isolation}: {problem}; run as root or allow user "
+            "namespaces (in a container: --security-opt seccomp=unconfined), or accept isolation: rlimits, which "
+            "limits time and memory but leaves files and network open to the code"
         )
 
 

@@ -2,15 +2,16 @@
 
 pebble's process pool kills a worker at the time limit and replaces it. Workers are forked from a server process that
 has no threads and no torch, only the modules that the recipe's rewards need; so a replacement costs milliseconds. A
-worker dies with that server, and the server with the training process, whatever ends it.
+worker dies with the training process, whatever ends that and whatever the worker is doing.
 """
 
-import ctypes
+import fcntl
 import math
 import multiprocessing
 import os
 import reprlib
 import resource
+import select
 import signal
 import time
 import traceback
@@ -33,7 +34,6 @@ MAX_TRACEBACK = 2_000
 # Beyond the time limit: a worker that takes this long to be killed and replaced is not coming back.
 GRACE_SECONDS = 60.0
 OUT_OF_MEMORY = 77  # exit code of a worker
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +175,27 @@ def _start_worker(specs: Sequence[Spec], memory: int, folder: str) -> None:
     """Set the limits and make the scorers. Its time does not count for any completion."""
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker is one core's, and numpy's threads reserve memory by the core
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _scorers[:] = [_make(spec) for spec in specs]
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this worker when the training process ends, whose end of a pipe closes with it.
+
+    A thread that waits for it would hear nothing during a call of C, and the server that forked this worker, which
+    PR_SET_PDEATHSIG would watch, lives as long as its workers.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pipe = parent.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it has ended already
+        os._exit(1)
 
 
 def _make(spec: Spec) -> Callable[..., Any] | str | Score:
@@ -211,12 +227,12 @@ def _score(number: int, text: str, columns: Mapping[str, Any]) -> Score | str:
         return str(error)[:MAX_TRACEBACK]
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # how much it still holds nobody knows: a fresh worker goes on
-    except Exception as error:  # whatever a grader raises is its failure
+    except BaseException as error:  # whatever a grader raises is its failure, sys.exit() too
         return _failure(error, time.perf_counter() - started)
     return Score(value=value, seconds=time.perf_counter() - started)
 
 
-def _failure(error: Exception, seconds: float) -> Score:
+def _failure(error: BaseException, seconds: float) -> Score:
     lines = traceback.format_exception(error)
     return Score(
         error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",

@@ -8,8 +8,9 @@ import reasoning_gym
 
 from data.chat import parse_completion, render_completion
 from data.errors import InputError
-from rewards.rules import math_answer, reasoning_format
-from rewards.rules import reasoning_gym as reasoning_gym_score
+from rewards.answers import reasoning_gym as reasoning_gym_score
+from rewards.math_answer import math_answer
+from rewards.shape import reasoning_format
 
 PROJECT = Path(__file__).parents[1]
 GSM8K = PROJECT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -81,6 +82,29 @@ MATH_ANSWERS = [
     (r"\boxed{(4, 3)}", "(3,4)", 0.0),
     (r"\boxed{\text{east}}", r"\text{east}", 1.0),
     (r"\boxed{\text{seat}}", r"\text{east}", 0.0),
+    ("2 1/2", "2.5", 1.0),
+    (r"\boxed{2\frac{1}{2}}", "2.5", 1.0),
+    ("3:4", "3/4", 1.0),
+    # intervals, sets, several values
+    (r"\boxed{[1, 2)}", "[1,2)", 1.0),
+    (r"\boxed{[1, 2]}", "[1,2)", 0.0),
+    (r"\boxed{(-\infty, 3]}", r"(-\infty,3]", 1.0),
+    (r"\boxed{x \in [1, 2)}", "[1,2)", 1.0),
+    (r"\boxed{\{1, 2\}}", r"\{2,1\}", 1.0),
+    (r"\boxed{3, 2}", "2, 3", 1.0),
+    (r"\boxed{2} and \boxed{3}", "2, 3", 1.0),
+    (r"\boxed{2} and \boxed{4}", "2, 3", 0.0),
+    (r"\boxed{2}", "2, 3", 0.0),
+    # more units
+    (r"\boxed{90^\circ}", "90", 1.0),
+    (r"\boxed{5 \text{ cm}^2}", "5", 1.0),
+    (r"\boxed{12 m/s}", "12", 1.0),
+    ("42km", "42", 1.0),
+    # hedging
+    ("The answer is 42 or 43", "42", 0.0),
+    ("42 or 43", "42", 0.0),
+    ("The answer is 41 or 42", "42", 0.0),
+    (r"\boxed{42} \boxed{}", "42", 0.0),
     # nonsense
     ("", "42", 0.0),
     ("forty-two", "42", 0.0),
