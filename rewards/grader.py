@@ -88,9 +88,13 @@ class Grader:
         )
 
     def warm_up(self) -> None:
-        """Let the workers do their imports while something else goes on, such as loading a model."""
+        """Set the batch functions up, and let the workers do their imports while something else goes on.
+
+        A reward's model or server that cannot be had is then told at the start of a run, and not after its first step.
+        """
         if self._scorers:
             self._pool.warm_up()
+        self._set_up()
 
     def submit(self, completion: str, columns: Mapping[str, Any]) -> list[Job]:
         """Start scoring a completion that has ended, with the columns of its row; never waits."""
@@ -158,14 +162,17 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_batches(self, arguments: Mapping[str, Any], size: int) -> dict[str, list[Score]]:
-        """Call the batch functions: first the plain ones, one by one, then all coroutine functions at once."""
+    def _set_up(self) -> None:
         if not self._is_set_up:
             for function in self._batches:
                 setup = getattr(function.function, "setup", None)
                 if setup is not None:
                     setup()
             self._is_set_up = True
+
+    def _run_batches(self, arguments: Mapping[str, Any], size: int) -> dict[str, list[Score]]:
+        """Call the batch functions: first the plain ones, one by one, then all coroutine functions at once."""
+        self._set_up()
         timed = [replace(function, timeout=function.timeout or self.config.batch_timeout) for function in self._batches]
         scores = {function.name: _call(function, arguments, size) for function in timed if not _is_async(function)}
         waiting = [function for function in timed if _is_async(function)]

@@ -123,8 +123,11 @@ def write_rloo_recipe(out: Path, num_steps: int) -> Path:
             "prompts_per_step": 8,
             "num_generations": 8,
             "max_completion_length": MAX_COMPLETION_LENGTH,
-            "beta": 0.02,
-            "learning_rate": 3e-5,
+            "beta": 0.05,
+            "learning_rate": 2e-5,
+            # A classifier reads every answer as if it had been finished, so an unfinished one has to cost something.
+            "truncated_completions": "penalise",
+            "truncation_penalty": 2.0,
             "warmup_steps": 2,
             "micro_batch_tokens": 2048,
             "save_steps": 100,
