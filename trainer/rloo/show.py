@@ -52,7 +52,8 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
 def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:
     """How far apart the rewards are on each completion: the spread of its standardised rewards, in deviations.
 
-    A reward is standardised over the completions that have it, and turned round where its weight is negative.
+    A reward is standardised over the completions that have it, and turned round where its weight is negative. One that
+    is the same for all of them says nothing and is left out.
 
     >>> disagreements({"a": [0, 0, 1, 1], "b": [0, 0, 1, 0]}, {"a": 1.0, "b": 1.0})[3] > 1
     True
@@ -63,8 +64,8 @@ def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping
         given = [value for value in of_reward if value is not None]
         deviation = pstdev(given) if given else 0.0
         for place, value in enumerate(of_reward):
-            if value is not None:
-                distance = (value - fmean(given)) / deviation if deviation else 0.0
+            if value is not None and deviation:
+                distance = (value - fmean(given)) / deviation
                 standardised[place].append(-distance if weights.get(name, 1.0) < 0 else distance)
     return [max(of_completion, default=0.0) - min(of_completion, default=0.0) for of_completion in standardised]
 
