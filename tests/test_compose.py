@@ -314,3 +314,15 @@ def test_a_gate_must_hold_for_what_requires_it():
 def test_a_gate_that_is_no_other_reward_is_refused(required):
     with pytest.raises(InputError, match="reward math_answer requires .*, which is no other reward of the recipe"):
         build_reward_functions({"reasoning_format": {"weight": 0}, "math_answer": {"requires": required}})
+
+
+def test_the_reward_that_stands_alone_disagrees_most():
+    from trainer.rloo.show import disagreements
+
+    values = {"a": [0.0, 0.0, 1.0, 1.0], "b": [0.0, 0.0, 10.0, 0.0], "same": [5.0] * 4, "none": [None] * 4}
+    spreads = disagreements(values, {"a": 1.0, "b": 1.0, "same": 1.0, "none": 1.0})
+    assert max(range(4), key=spreads.__getitem__) == 3
+    # b says of each what a says, times -2: with a negative weight they agree, else they do not
+    values = {"a": [0.0, 1.0, 2.0], "b": [0.0, -2.0, -4.0]}
+    assert disagreements(values, {"a": 1.0, "b": -0.5}) == pytest.approx([0.0] * 3)
+    assert disagreements(values, {"a": 1.0, "b": 0.5})[0] == pytest.approx(6**0.5)

@@ -76,7 +76,7 @@ def _sample(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if recipe.stage == "reward":
         raise InputError("stage reward samples nothing; give sample an rloo recipe")
-    sample(recipe, num_prompts=options.num_prompts)
+    sample(recipe, num_prompts=options.num_prompts, by_disagreement=options.by_disagreement)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -124,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="roll out groups for a few rows and show their rewards; trains nothing")
     _add_recipe(sample)
     sample.add_argument("--num-prompts", type=_positive, default=2, help="rows to roll out (default 2)")
+    sample.add_argument(
+        "--by-disagreement", action="store_true", help="the completions on which the rewards disagree most first"
+    )
     sample.set_defaults(run=_sample)
 
     evaluate = commands.add_parser("evaluate", help="accuracy on eval_dataset with a 95 %% interval")
