@@ -86,6 +86,19 @@ def render_prompt(messages: Sequence[Message], add_generation_prompt: bool = Tru
     return TURN_SEPARATOR.join(turns)
 
 
+def parse_prompt(text: str) -> list[Message]:
+    """Messages of a rendered prompt, an inverse of `render_prompt` as far as there is one.
+
+    A first system message stays folded into the first turn, and the role `human` comes back as `user`. Raises
+    InputError for text that does not end with the generation prompt.
+    """
+    *turns, last = text.split(TURN_SEPARATOR)
+    parsed = [turn.partition(": ") for turn in turns]
+    if last != GENERATION_PROMPT or not all(role.isidentifier() and colon for role, colon, _ in parsed):
+        raise InputError(f"not a prompt in the Reka format, which ends with {GENERATION_PROMPT!r}: {text[-80:]!r}")
+    return [{"role": "user" if role == "human" else role, "content": content} for role, _, content in parsed]
+
+
 def render_completion(reasoning: str | None, answer: str) -> str:
     """Text of a trained turn, from the space after `assistant:` up to its `<sep>`; inverse of `parse_completion`.
 
@@ -164,7 +177,7 @@ def answers_only(messages: Sequence[Message]) -> list[Message]:
     The template itself drops the reasoning of a stored turn but keeps the white space around it.
     """
     return [
-        {"role": "assistant", "content": _split_turn(turn)[1]} if turn["role"] == "assistant" else turn
+        {"role": "assistant", "content": split_turn(turn)[1]} if turn["role"] == "assistant" else turn
         for turn in messages
     ]
 
@@ -185,7 +198,7 @@ def encode_row(
     *history, last = messages
     if last["role"] != "assistant" or not history:
         raise InputError("a training row must end with an assistant message that answers something")
-    reasoning, answer = _split_turn(last)
+    reasoning, answer = split_turn(last)
     if not answer:
         raise InputError("the assistant message to train has no answer")
     prompt_ids = encode_text(render_prompt(answers_only(history)), tokenizer)
@@ -213,7 +226,8 @@ def _turn_body(reasoning: str | None, answer: str) -> str:
     return f" {REASONING_OPEN}\n{reasoning}\n{REASONING_CLOSE}{AFTER_REASONING}{answer}"
 
 
-def _split_turn(message: Message) -> tuple[str | None, str]:
+def split_turn(message: Message) -> tuple[str | None, str]:
+    """Reasoning and answer of a stored assistant turn, wherever its reasoning is stored."""
     # Not parse_completion: in a stored turn `<|endoftext|>` is text like any other.
     inline, answer = _split_body(message["content"])
     return (message.get("reasoning_content") or "").strip() or inline or None, answer

@@ -12,11 +12,13 @@ class Row:
     """One conversation.
 
     messages: the turns, checked by `check_messages`; a last assistant turn is the reference response
+    rejected: of a preference row, the same conversation with a worse last turn; checked too
     columns:  what reward functions are given by name (`answer`, ...), JSON values
     where:    "train.jsonl:17", for messages about this row
     """
 
     messages: list[Message]
+    rejected: list[Message] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
 

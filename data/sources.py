@@ -18,11 +18,27 @@ from typing import Any, Literal, get_args
 
 from data.errors import InputError
 from data.layouts import LAYOUTS, finish_messages, reasoning_gym_row, rename_keys
+from data.preferences import PREFERENCE_LAYOUTS
 from data.rows import Row
+from data.task_layouts import TASK_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["messages", "prompt_answer", "sharegpt", "alpaca", "gsm8k"]
+Format = Literal[
+    "messages",
+    "prompt_answer",
+    "sharegpt",
+    "alpaca",
+    "gsm8k",
+    "mbpp",
+    "humaneval",
+    "svamp",
+    "multiple_choice",
+    "fill_in",
+    "preference",
+    "alpaca_preference",
+    "hh",
+]
 BadRows = Literal["refuse", "skip"]
 ForgedTurns = Literal["refuse", "neutralise"]
 
@@ -96,21 +112,22 @@ def load_rows(
         else:
             _refuse_written(path, "a Hugging Face dataset", for_task)
             records = _read_dataset(path, name, split or "train", revision)
-        to_row = partial(_lay_out, LAYOUTS[format or "messages"], columns or {})
+        to_row = partial(_lay_out, (LAYOUTS | TASK_LAYOUTS | PREFERENCE_LAYOUTS)[format or "messages"], columns or {})
 
     rows: list[Row] = []
     skipped: list[str] = []
     for where, record in records:
         try:
             row = to_row(record)
-            messages = finish_messages(row.messages, system=system, neutralise=forged_turns == "neutralise")
+            finish = partial(finish_messages, system=system, neutralise=forged_turns == "neutralise")
+            messages, rejected = finish(row.messages), row.rejected and finish(row.rejected)
         except InputError as error:
             message = f"{where}: {error}"
             if bad_rows == "refuse":
                 raise InputError(message) from error
             skipped.append(message)
             continue
-        rows.append(dataclasses.replace(row, messages=messages, where=where))
+        rows.append(dataclasses.replace(row, messages=messages, rejected=rejected, where=where))
         if len(rows) == limit:
             break
     if skipped:

@@ -35,15 +35,24 @@ def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None =
     Raises InputError where there is none, where it has no usable eos token, or where a cl100k_base tokenizer does not
     give the golden ids. Another family's tokenizer is accepted, and that is logged.
     """
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision or "main")
-    # tokenizers raises the bare class for a tokenizer.json that it cannot read.
-    except Exception as error:
-        raise InputError(
-            f"no tokenizer could be loaded from {pretrained_model_name_or_path!r}: {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer = _load(pretrained_model_name_or_path, revision)
     check_tokenizer(tokenizer)
     return tokenizer
+
+
+def load_classifier_tokenizer(
+    pretrained_model_name_or_path: str, *, revision: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Load and check a classifier's tokenizer; an encoder's (`[CLS]`, `[SEP]`) needs no eos token."""
+    tokenizer = _load(pretrained_model_name_or_path, revision)
+    if not is_encoder(tokenizer) or tokenizer.eos_token is not None:
+        check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the tokenizer is an encoder's, which reads its verdict off the `[CLS]` that it expects first."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,3 +81,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def is_cl100k(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether the vocabulary is cl100k_base's, however it splits text."""
     return all(tokenizer.convert_tokens_to_ids(token) == token_id for token, token_id in CL100K_MARKS.items())
+
+
+def _load(pretrained_model_name_or_path: str, revision: str | None) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, revision=revision or "main")
+    # tokenizers raises the bare class for a tokenizer.json that it cannot read.
+    except Exception as error:
+        raise InputError(
+            f"no tokenizer could be loaded from {pretrained_model_name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,6 +1,12 @@
 """Shared fixtures: a tokenizer and a Llama made on the spot, and real data where it lies beside the project."""
 
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +103,68 @@ def cl100k(shared_data: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_file=str(shared_data / "cl100k" / "tokenizer.json"), eos_token="<|endoftext|>"
     )
+
+
+@dataclass
+class JsonServer:
+    """A real HTTP server on this machine: each POST goes to `answer`, whose (status, JSON or bytes, headers) it sends.
+
+    paths, bodies, headers: of the requests so far
+    most_at_once:           requests that were being answered at the same time
+    """
+
+    answer: Callable[[str, Any], tuple[int, Any] | tuple[int, Any, dict[str, str]]]
+    paths: list[str] = field(default_factory=list)
+    bodies: list[Any] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    most_at_once: int = 0
+    url: str = ""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., JsonServer]]:
+    """Start servers that are stopped with the test: `serve(answer)`."""
+    started: list[ThreadingHTTPServer] = []
+
+    def start(answer: Callable[[str, Any], Any]) -> JsonServer:
+        told = JsonServer(answer)
+        lock, open_now = threading.Lock(), [0]
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    told.paths.append(self.path)
+                    told.bodies.append(body)
+                    told.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    open_now[0] += 1
+                    told.most_at_once = max(told.most_at_once, open_now[0])
+                try:
+                    status, content, *headers = told.answer(self.path, body)
+                finally:
+                    with lock:
+                        open_now[0] -= 1
+                sent = content if isinstance(content, bytes) else json.dumps(content).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in (headers[0] if headers else {}).items():
+                        self.send_header(name, value)
+                    self.send_header("content-length", str(len(sent)))
+                    self.end_headers()
+                    self.wfile.write(sent)
+                except ConnectionError:
+                    pass  # the client gave up, as some tests want
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(server)
+        told.url = f"http://127.0.0.1:{server.server_port}"
+        return told
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()

@@ -12,7 +12,7 @@ from trl import SFTConfig
 from data.errors import InputError
 from trainer.recipe import Recipe, check_keywords, differing_keys, dump_recipe, load_recipe
 from trainer.run_folder import RECIPE_FILE, RunFolder
-from trainer.sections import SFT_RESERVED, check_sections
+from trainer.sections import TRL_RESERVED, check_sections
 
 ROOT = Path(__file__).parents[1]
 # recipes/accelerate holds launch files, which are Accelerate's.
@@ -96,11 +96,11 @@ REFUSED = {
     "unknown section": (SHORTEST + "lorra: {}\n", "unknown key lorra: did you mean lora?"),
     "far from any": (
         SHORTEST + "zzz: 1\n",
-        "unknown key zzz: known keys: chat, dataset, eval_dataset, evaluate, lora, model, output_dir, rewards, rloo, "
-        "seed, sft, stage, wandb",
+        "unknown key zzz: known keys: chat, dataset, eval_dataset, evaluate, lora, model, output_dir, reward, rewards, "
+        "rloo, scoring, seed, sft, stage, wandb",
     ),
     "missing key": (SHORTEST.replace("output_dir: run\n", ""), "output_dir is missing: add it to the recipe"),
-    "wrong stage": (SHORTEST.replace("rloo", "dpo"), "stage is 'dpo'; it should be 'sft' or 'rloo'"),
+    "wrong stage": (SHORTEST.replace("rloo", "dpo"), "stage is 'dpo'; it should be 'sft', 'reward' or 'rloo'"),
     "text for a number": (SHORTEST + "seed: one\n", "seed is 'one'; it should be a valid integer"),
     "number for text": (SHORTEST.replace("run\n", "7\n"), "output_dir is 7; it should be a valid string"),
     "list for a section": (SHORTEST + "sft: [1]\n", "sft is [1]; it should be a valid dictionary"),
@@ -179,7 +179,7 @@ def test_overrides_set_nested_values_make_sections_and_remove_them(tmp_path):
         ("sede=1", "unknown key sede: did you mean seed?"),
         ("seed=x", "seed is 'x'; it should be a valid integer"),
         ("seed=", "seed is None; it should be a valid integer"),
-        ("stage=null", "stage is None; it should be 'sft' or 'rloo'"),
+        ("stage=null", "stage is None; it should be 'sft', 'reward' or 'rloo'"),
     ],
 )
 def test_a_bad_override_is_refused_with_this_message(tmp_path, override, message):
@@ -286,10 +286,10 @@ def test_a_good_section_passes():
     check_keywords("s", {"learning_rate": 1, "steps": 2, "name": None}, target, reserved=["output"])
 
 
-@pytest.mark.parametrize("key", SFT_RESERVED)
+@pytest.mark.parametrize("key", TRL_RESERVED)
 def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
     with pytest.raises(InputError, match=f"^sft.{key} is set by the program; take it out of the recipe$"):
-        check_keywords("sft", {key: None}, SFTConfig, reserved=SFT_RESERVED)
+        check_keywords("sft", {key: None}, SFTConfig, reserved=TRL_RESERVED)
 
 
 # The shipped recipes

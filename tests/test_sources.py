@@ -416,3 +416,37 @@ def test_preference_pairs_are_alpaca_rows_whose_rejected_reply_stays_a_column():
     for row, record in zip(loaded.rows, good, strict=True):
         assert row.messages[-1]["content"] == record["chosen"]
         assert row.columns == {"rejected": record["rejected"], "plain": record["output"]}
+
+
+@pytest.mark.parametrize(
+    ("question", "choices", "is_fill_in"),
+    [
+        ("What is 6 x 7?", ["13", "42"], True),
+        ("Which of the following is 6 x 7?", ["13", "42"], False),
+        ("What is 6 x 7?", ["none of the above", "42"], False),
+        ("What is 6 x 7?", ["42", "42"], False),
+        ("What is 6 x 7?", ["13", "forty-two, " * 9], False),
+        ("What is 6 x 7?", ["A and B", "42"], False),
+        ("All are even except", ["13", "42"], False),
+    ],
+)
+def test_fill_in_asks_without_the_choices_where_the_row_allows(tmp_path, question, choices, is_fill_in):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": question, "choices": choices, "answer": "B"}))
+    (row,) = load_rows(str(path), format="fill_in").rows
+    (kept,) = load_rows(str(path), format="multiple_choice").rows
+    assert row.columns == ({"answer": choices[1], "choice": None} if is_fill_in else kept.columns)
+    assert row.messages == (
+        [{"role": "user", "content": question}, {"role": "assistant", "content": choices[1]}]
+        if is_fill_in
+        else kept.messages
+    )
+    assert kept.columns == {"answer": None, "choice": "B"} and f"B. {choices[1]}" in kept.messages[0]["content"]
+
+
+@pytest.mark.parametrize("answer", ["C", "AB", "", None, 2, -1, True])
+def test_an_answer_that_is_none_of_the_choices_is_refused(tmp_path, answer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "6 x 7?", "choices": ["13", "42"], "answer": answer}))
+    with pytest.raises(InputError, match="answer must be the letter of one of the 2 choices, or its number from 0"):
+        load_rows(str(path), format="multiple_choice")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from rewards.errors import RewardError
 from trainer.recipe import Recipe, load_recipe
 
 RECIPE_HELP = "the recipe, a YAML file"
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides += others
     is_main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
-    for chatty in ("accelerate", "httpx", "datasets", "transformers", "DeepSpeed", "filelock"):
+    for chatty in ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, the libraries' bars are thousand-character lines
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_main_process:
             print(f"rekatrain: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RewardError as error:  # with the traceback of the grader, which is the one that matters
+        print(f"rekatrain: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("rekatrain: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -56,6 +60,10 @@ def _train(options: argparse.Namespace) -> None:
         from trainer.sft import train
 
         train(recipe, resume=options.resume)
+    elif recipe.stage == "reward":
+        from trainer.reward_model.train import train
+
+        train(recipe, resume=options.resume)
     else:
         from trainer.rloo.loop import train
 
@@ -65,13 +73,22 @@ def _train(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from trainer.rloo.show import sample
 
-    sample(_recipe(options), num_prompts=options.num_prompts)
+    recipe = _recipe(options)
+    if recipe.stage == "reward":
+        raise InputError("stage reward samples nothing; give sample an rloo recipe")
+    sample(recipe, num_prompts=options.num_prompts, by_disagreement=options.by_disagreement)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from trainer.evaluate import evaluate
+    recipe = _recipe(options)
+    if recipe.stage == "reward":
+        from trainer.reward_model.evaluate import evaluate as evaluate_reward_model
 
-    evaluate(_recipe(options), out=options.out)
+        evaluate_reward_model(recipe, out=options.out)
+    else:
+        from trainer.evaluate import evaluate
+
+        evaluate(recipe, out=options.out)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -89,7 +106,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rekatrain", description="SFT and RLOO for Reka Flash 3 and its like.")
+    parser = argparse.ArgumentParser(
+        prog="rekatrain", description="SFT, reward models and RLOO for Reka Flash 3 and its like."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run the recipe's stage")
@@ -105,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="roll out groups for a few rows and show their rewards; trains nothing")
     _add_recipe(sample)
     sample.add_argument("--num-prompts", type=_positive, default=2, help="rows to roll out (default 2)")
+    sample.add_argument(
+        "--by-disagreement", action="store_true", help="the completions on which the rewards disagree most first"
+    )
     sample.set_defaults(run=_sample)
 
     evaluate = commands.add_parser("evaluate", help="accuracy on eval_dataset with a 95 %% interval")

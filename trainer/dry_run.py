@@ -3,7 +3,6 @@
 import sys
 
 from data.chat import IGNORED_LABEL, render_completion
-from rewards.compose import score_completions
 from trainer.prompts import reward_columns
 from trainer.recipe import Recipe, dump_recipe
 from trainer.run_folder import RunFolder
@@ -17,6 +16,8 @@ def dry_run(recipe: Recipe, *, resume: bool) -> None:
     print(dump_recipe(recipe))
     if recipe.stage == "sft":
         _show_sft(recipe)
+    elif recipe.stage == "reward":
+        _show_reward(recipe)
     else:
         _show_rloo(recipe)
 
@@ -33,6 +34,18 @@ def _show_sft(recipe: Recipe) -> None:
     decode = task.tokenizer.decode
     prompt, completion = decode(first.input_ids[:num_prompt]), decode(first.input_ids[num_prompt:])
     print(f"# the first row; trained tokens are marked\n{prompt}{TRAINED[0]}{completion}{TRAINED[1]}")
+
+
+def _show_reward(recipe: Recipe) -> None:
+    from trainer.reward_model.train import prepare
+
+    task = prepare(recipe)
+    lengths = [len(row.input_ids) for pair in task.pairs for row in (pair.chosen, pair.rejected)]
+    print(f"# {len(task.pairs)} pairs, {sum(lengths):,} tokens; longest answer with its prompt {max(lengths)}")
+    print(f"# {len(task.held_out)} pairs held out")
+    first = task.pairs[0]
+    for name, row in (("chosen", first.chosen), ("rejected", first.rejected)):
+        print(f"# the first {name}\n{task.tokenizer.decode(row.input_ids)}")
 
 
 def _show_rloo(recipe: Recipe) -> None:
@@ -52,8 +65,7 @@ def _show_rloo(recipe: Recipe) -> None:
     if response["role"] == "assistant":
         text = render_completion(response.get("reasoning_content"), response["content"])
         columns = reward_columns([first.row])
-        scores = score_completions(
-            task.rewards, prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns
-        )
+        with task.grader as grader:
+            scores = grader.score(prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns)
         earned = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
         print(f"# its reference response earns {earned}\n{text}")

@@ -18,6 +18,7 @@ from annotated_types import Ge
 
 from data.errors import InputError
 from rewards.compose import build_reward_functions, check_columns
+from rewards.grader import Grader, ScoringConfig
 from trainer.models import check_attention, check_model, load_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
 from trainer.recipe import Recipe
@@ -80,8 +81,9 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
         batch_size=config.per_device_generation_batch_size,
     )
     slots = range(len(prompts))
-    sampled = sample_groups(sampler, prompts, slots, seed=recipe.seed, step=0, num_generations=1)
-    groups = score_groups(rewards, tokenizer, prompts, slots, sampled)
+    with Grader(rewards, ScoringConfig(**recipe.scoring)) as grader:
+        sampled = sample_groups(sampler, grader, tokenizer, prompts, slots, seed=recipe.seed, step=0, num_generations=1)
+        groups = score_groups(grader, tokenizer, sampled)
 
     accuracy = wilson_interval(
         num_right=sum(group.rewards_by_name[config.reward][0] == 1.0 for group in groups),
@@ -143,6 +145,7 @@ def _result(recipe: Recipe, groups: list[Group], accuracy: Accuracy) -> dict[str
             "completion": group.texts[0],
             "ending": group.completions[0].ending.value,
             "rewards": {name: values[0] for name, values in group.rewards_by_name.items()},
+            "reward_errors": dict(group.reward_errors[0]),
         }
         for group in groups
     ]

@@ -45,6 +45,11 @@ def export(run: Path, out: Path, *, dtype: str | None = None, max_shard_size: st
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
+    if recipe.stage == "reward":
+        from trainer.reward_model.export import export_reward_model
+
+        export_reward_model(run, out, recipe, stored_dtype=stored_dtype, max_shard_size=max_shard_size)
+        return
     source = find_source(str(run))
     tokenizer = load_tokenizer(source.folder)
     tokenizer.chat_template = files("data").joinpath("chat_template.jinja").read_text(encoding="utf-8")

@@ -94,7 +94,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
         skeleton = AutoModelForCausalLM.from_config(config)
     if recipe.lora is not None:
         skeleton = add_adapter(skeleton, recipe.lora)
-    logger.info("model: %s", _describe(skeleton, source.base))
+    logger.info("model: %s", describe(skeleton, source.base))
     return config
 
 
@@ -126,10 +126,12 @@ def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
         )
 
 
-def add_adapter(model: Policy, lora: dict[str, Any]) -> PeftModel:
-    """Put a fresh LoRA adapter on the model; only the adapter is trained."""
+def add_adapter(
+    model: Policy, lora: dict[str, Any], *, task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> PeftModel:
+    """Put a fresh LoRA adapter on the model; only the adapter is trained, and a classifier's head."""
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        return get_peft_model(model, LoraConfig(task_type=task_type, **lora))
     except (ValueError, TypeError) as error:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
 
@@ -142,7 +144,8 @@ def load_policy(recipe: Recipe) -> Policy:
     return model
 
 
-def _describe(model: torch.nn.Module, name: str) -> str:
+def describe(model: torch.nn.Module, name: str) -> str:
+    """A model's size, and how much of it is trained."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{name}, {total:,} parameters, {trained:,} trained"

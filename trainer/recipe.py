@@ -32,17 +32,19 @@ class Recipe:
     seed:         every random choice of the run follows from it
     model:        `trainer.models.load_model`
     lora:         `peft.LoraConfig`; without it all weights are trained
-    chat:         `data.chat.encode_row`, what a trained turn ends with
+    chat:         what is made of a row: `trainer.sft.encode_conversations`, `trainer.reward_model.pairs.encode_pairs`
     dataset:      `data.sources.load_rows`, what is trained on
     eval_dataset: `data.sources.load_rows`, what `evaluate` asks
     sft:          `trl.SFTConfig`
+    reward:       `trl.RewardConfig`
     rloo:         `trainer.rloo.config.RLOOConfig`
     rewards:      name of a reward -> its weight and options (rewards/README.md)
+    scoring:      `rewards.grader.ScoringConfig`, how they are run
     evaluate:     `trainer.evaluate.EvaluateConfig`
     wandb:        `wandb.init`; without it nothing is tracked outside the run folder
     """
 
-    stage: Literal["sft", "rloo"]
+    stage: Literal["sft", "reward", "rloo"]
     output_dir: str
     model: Section
     dataset: Section
@@ -51,8 +53,10 @@ class Recipe:
     chat: Section = field(default_factory=dict)
     eval_dataset: Section | None = None
     sft: Section = field(default_factory=dict)
+    reward: Section = field(default_factory=dict)
     rloo: Section = field(default_factory=dict)
     rewards: dict[str, Section | None] = field(default_factory=dict)
+    scoring: Section = field(default_factory=dict)
     evaluate: Section = field(default_factory=dict)
     wandb: Section | None = None
 

@@ -2,18 +2,21 @@
 
 import wandb
 from peft import LoraConfig
+from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
 from data.sources import load_rows
 from rewards.compose import build_reward_functions
+from rewards.grader import ScoringConfig
 from trainer.evaluate import EvaluateConfig
 from trainer.models import load_model
 from trainer.recipe import Recipe, check_keywords
+from trainer.reward_model.pairs import encode_pairs
 from trainer.rloo.config import RLOOConfig
 from trainer.sft import encode_conversations
 
 # What the program itself passes: where the run is, its seed, how the rows come.
-SFT_RESERVED = (
+TRL_RESERVED = (
     "output_dir",
     "seed",
     "data_seed",
@@ -23,15 +26,20 @@ SFT_RESERVED = (
     "dataset_kwargs",
     "model_init_kwargs",
 )
+# How text becomes ids is data/judged.py's to say.
+REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")
 
 
 def check_sections(recipe: Recipe) -> None:
     """Raise InputError for a key, a type or a reward that a section's callable does not know."""
     check_keywords("model", recipe.model, load_model)
     check_keywords("dataset", recipe.dataset, load_rows)
-    check_keywords("chat", recipe.chat, encode_conversations, reserved=("rows", "tokenizer"))
-    check_keywords("sft", recipe.sft, SFTConfig, reserved=SFT_RESERVED)
+    encode_rows = encode_pairs if recipe.stage == "reward" else encode_conversations
+    check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
+    check_keywords("sft", recipe.sft, SFTConfig, reserved=TRL_RESERVED)
+    check_keywords("reward", recipe.reward, RewardConfig, reserved=(*TRL_RESERVED, *REWARD_RESERVED))
     check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+    check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)
     if recipe.eval_dataset is not None:

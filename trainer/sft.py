@@ -7,20 +7,14 @@ every attention backend (tests/test_sft.py holds packed and separate losses equa
 """
 
 import copy
-import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -30,8 +24,8 @@ from data.rows import Row
 from data.sources import load_rows
 from trainer.models import check_model, check_trainable, load_model_tokenizer, load_policy
 from trainer.recipe import Recipe
-from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
-from trainer.run_log import RunLog
+from trainer.run_folder import RunFolder
+from trainer.trl_run import is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ class SFTTask:
 
 def prepare(recipe: Recipe) -> SFTTask:
     """Check the recipe against its data and its model's config; InputError says what is wrong."""
-    config = _make_config(recipe)
+    config = make_config("sft", recipe.sft, recipe, SFTConfig)
     tokenizer = load_model_tokenizer(recipe)
     context = check_model(recipe, tokenizer).max_position_embeddings
     rows = load_rows(**recipe.dataset).rows
@@ -98,7 +92,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
     check_trainable(recipe, has_master_weights=task.config.deepspeed_plugin is not None)
-    if checkpoint and _is_finished(checkpoint, task.config):
+    if checkpoint and is_finished(checkpoint, task.config):
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return
     set_seed(recipe.seed)
@@ -106,70 +100,6 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         model=load_policy(recipe),
         args=task.config,
         train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),
-        processing_class=task.tokenizer,
-        callbacks=[_KeepTokenizer(copy.deepcopy(task.tokenizer), run)],
+        processing_class=copy.deepcopy(task.tokenizer),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if PartialState().is_main_process:
-        first_step = checkpoint_step(checkpoint) if checkpoint else 0
-        run.start(recipe, first_step)
-        trainer.add_callback(_Log(run, recipe, first_step))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
-def _make_config(recipe: Recipe) -> SFTConfig:
-    section = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **recipe.sft}
-    if section.get("save_strategy") == "no":
-        raise InputError("sft.save_strategy is no: the run would leave nothing behind; set steps or epoch")
-    try:
-        return SFTConfig(
-            output_dir=str(RunFolder(recipe.output_dir).checkpoints),
-            seed=recipe.seed,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            **section,
-        )
-    except (ValueError, TypeError) as error:
-        raise InputError(f"sft: {str(error).splitlines()[0]}") from error
-
-
-def _is_finished(checkpoint: Path, config: SFTConfig) -> bool:
-    # transformers' Trainer, resumed at its last step, would take one more.
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return state["global_step"] >= (config.max_steps if config.max_steps > 0 else state["max_steps"])
-
-
-class _KeepTokenizer(TrainerCallback):
-    """Saves the tokenizer as it was loaded over the trainer's, which TRL has given a pad token."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
-        self._tokenizer, self._run = tokenizer, run
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._tokenizer.save_pretrained(self._run.checkpoint(state.global_step))
-
-
-class _Log(TrainerCallback):
-    """Hands the trainer's metrics to the run's log."""
-
-    def __init__(self, run: RunFolder, recipe: Recipe, first_step: int) -> None:
-        self._run, self._recipe, self._first_step = run, recipe, first_step
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._log = RunLog(self._run, self._recipe, first_step=self._first_step, max_steps=state.max_steps)
-        self._last, self._num_tokens = time.monotonic(), 0.0
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        logs = event["logs"]
-        if "loss" not in logs:  # the trainer's closing log is a summary, not a step
-            return
-        now = time.monotonic()
-        logs["tokens_per_second"] = (logs["num_tokens"] - self._num_tokens) / (now - self._last)
-        self._last, self._num_tokens = now, logs["num_tokens"]
-        self._log.step(state.global_step, logs, headline=HEADLINE)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._log.close()
+    run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)

@@ -48,6 +48,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
+    task.grader.warm_up()
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
     check_trainable(recipe, has_master_weights=False)
@@ -102,13 +103,14 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         records: list[RolloutRecord] = gather_object(local_records)
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
-            metrics = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
+            own = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
             run.append(ROLLOUTS_FILE, records)
-            log.step(step + 1, {**step_metrics(records), **metrics}, headline=HEADLINE)
+            log.step(step + 1, {**step_metrics(records), **own, **task.grader.metrics()}, headline=HEADLINE)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
             checkpointer.save(step + 1, config.save_total_limit)
     if log is not None:
         log.close()
+    task.grader.close()
     accelerator.end_training()
 
 
@@ -196,10 +198,17 @@ def roll_out(
         prompts = [task.prompts[chosen[slot]] for slot in slots]
         numbered = [slot + number * config.prompts_per_step for slot in slots]
         sampled = sample_groups(
-            sampler, prompts, numbered, seed=seed, step=step, num_generations=config.num_generations
+            sampler,
+            task.grader,
+            task.tokenizer,
+            prompts,
+            numbered,
+            seed=seed,
+            step=step,
+            num_generations=config.num_generations,
         )
         clock.lap("sample")
-        scored = score_groups(task.rewards, task.tokenizer, prompts, numbered, sampled, config)
+        scored = score_groups(task.grader, task.tokenizer, sampled, config)
         groups.update(zip(slots, scored, strict=True))
         clock.lap("reward")
     return list(groups.values()), replaced

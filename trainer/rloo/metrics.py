@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
-from statistics import fmean, pstdev
+from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
 from data.chat import Ending
@@ -54,6 +54,7 @@ def _record(step: int, group: Group, place: int, **trained: float | None) -> Rol
         "num_forced": len(completion.forced),
         "ending": completion.ending.value,
         "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
+        "reward_errors": dict(group.reward_errors[place]),
         "reward": None if math.isnan(reward) else reward,
         "sampler_logprob": sum(completion.logprobs),
         **trained,
@@ -64,7 +65,9 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     """Metrics of a step from the records of all its completions, whichever process they come from.
 
     reward, reward/NAME:    mean over the completions that have one (None: nobody has); reward_std likewise
-    none/NAME:              share of completions to which a reward does not apply
+    reward_std/NAME:        standard deviation over those completions
+    none/NAME, errors/NAME: shares of completions to which a reward does not apply, and on which it failed
+    length_correlation/NAME: correlation of a reward with the completion's tokens; None where either is constant
     share_zero_variance:    share of groups whose scorable rewards are all equal, which teach nothing but the KL
     kl:                     mean over completions of the sequence sum, nats; None without a reference
     entropy:                mean of -log p over the sampled tokens, nats a token; its fall is the policy narrowing
@@ -86,8 +89,13 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     }
     for name in records[0]["rewards"]:
         values = [record["rewards"][name] for record in records]
+        num_failed = sum(name in record["reward_errors"] for record in records)
+        given = [(value, length) for value, length in zip(values, lengths, strict=True) if value is not None]
         metrics[f"reward/{name}"] = _mean(values)
-        metrics[f"none/{name}"] = values.count(None) / len(records)
+        metrics[f"reward_std/{name}"] = pstdev([value for value, _ in given]) if given else None
+        metrics[f"none/{name}"] = (values.count(None) - num_failed) / len(records)
+        metrics[f"errors/{name}"] = num_failed / len(records)
+        metrics[f"length_correlation/{name}"] = _correlation(given)
     metrics["share_zero_variance"] = sum(len(different) <= 1 for different in groups.values()) / len(groups)
     metrics["kl"] = _mean(record["kl"] for record in records)
     num_drawn = sum(lengths) - sum(record["num_forced"] for record in records)
@@ -109,6 +117,14 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
 def _mean(values: Iterable[float | None]) -> float | None:
     given = [value for value in values if value is not None]
     return fmean(given) if given else None
+
+
+def _correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's, of the pairs' first with their second numbers."""
+    try:
+        return correlation(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
+    except StatisticsError:  # one of them is constant
+        return None
 
 
 class Clock:

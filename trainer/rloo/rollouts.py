@@ -1,14 +1,15 @@
-"""Rollouts: the groups of one step, sampled and scored."""
+"""Rollouts: the groups of one step, sampled and scored. A completion goes to its graders as soon as it has ended."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import Ending
 from data.stop import decode_completion
-from rewards.compose import RewardFunction, score_completions
+from rewards.grader import Grader
+from rewards.workers import Job
 from trainer.prompts import Prompt, reward_columns
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.objective import overlong_penalty
@@ -21,7 +22,8 @@ class Group:
 
     slot:            the prompt's place in the step; that of a replacement is numbered on, by `prompts_per_step` a round
     rewards:         weighted sum for each completion, nan where it cannot be scored
-    rewards_by_name: what each reward function gave, None where it does not apply
+    rewards_by_name: what each reward function gave, None where it does not apply or has failed
+    reward_errors:   for each completion, the rewards that failed, with why
     is_in_loss:      whether each completion has a term in the loss
     """
 
@@ -31,6 +33,7 @@ class Group:
     texts: list[str]
     rewards: list[float]
     rewards_by_name: Mapping[str, Sequence[float | None]]
+    reward_errors: Sequence[Mapping[str, str]]
     is_in_loss: list[bool]
 
     @property
@@ -39,35 +42,60 @@ class Group:
         return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1 or not any(self.is_in_loss)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sampled:
+    """Groups that have been sampled; `jobs` has the scoring that has begun, by the completion's place in all groups."""
+
+    prompts: Sequence[Prompt]
+    slots: Sequence[int]
+    groups: list[list[Completion]]
+    jobs: dict[int, list[Job]] = field(default_factory=dict)
+
+
 def sample_groups(
-    sampler: Sampler, prompts: Sequence[Prompt], slots: Sequence[int], *, seed: int, step: int, num_generations: int
-) -> list[list[Completion]]:
-    """Sample a group for each prompt; the draws follow from (seed, step, slot, place in the group) alone."""
-    keys = [(1, seed, step, slot) for slot in slots]  # 1: not the streams that order the prompts
-    return sampler.sample([prompt.ids for prompt in prompts], keys, num_generations)
-
-
-def score_groups(
-    functions: Sequence[RewardFunction],
+    sampler: Sampler,
+    grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     slots: Sequence[int],
-    sampled: Sequence[list[Completion]],
-    config: RLOOConfig | None = None,
+    *,
+    seed: int,
+    step: int,
+    num_generations: int,
+) -> Sampled:
+    """Sample a group for each prompt; the draws follow from (seed, step, slot, place in the group) alone."""
+    jobs: dict[int, list[Job]] = {}
+    columns = reward_columns([prompt.row for prompt in prompts])
+
+    def start_scoring(place: int, completion: Completion) -> None:
+        of_row = {name: values[place // num_generations] for name, values in columns.items()}
+        jobs[place] = grader.submit(decode_completion(completion.ids, tokenizer), of_row)
+
+    keys = [(1, seed, step, slot) for slot in slots]  # 1: not the streams that order the prompts
+    groups = sampler.sample([prompt.ids for prompt in prompts], keys, num_generations, start_scoring)
+    return Sampled(prompts=prompts, slots=slots, groups=groups, jobs=jobs)
+
+
+def score_groups(
+    grader: Grader, tokenizer: PreTrainedTokenizerBase, sampled: Sampled, config: RLOOConfig | None = None
 ) -> list[Group]:
-    """Score every completion of a step in one call of each reward function, and treat its length as `config` says."""
-    flat = [(prompt, completion) for prompt, group in zip(prompts, sampled, strict=True) for completion in group]
+    """Score every completion of a step by every reward, and treat its length as `config` says."""
+    flat = [
+        (prompt, completion)
+        for prompt, group in zip(sampled.prompts, sampled.groups, strict=True)
+        for completion in group
+    ]
     texts = [decode_completion(completion.ids, tokenizer) for _, completion in flat]
-    scores = score_completions(
-        functions,
+    scores = grader.score(
         prompts=[prompt.text for prompt, _ in flat],
         completions=texts,
         completion_ids=[completion.ids for _, completion in flat],
         columns=reward_columns([prompt.row for prompt, _ in flat]),
+        submitted=sampled.jobs,
     )
     groups = []
     first = 0
-    for slot, prompt, completions in zip(slots, prompts, sampled, strict=True):
+    for slot, prompt, completions in zip(sampled.slots, sampled.prompts, sampled.groups, strict=True):
         members = slice(first, first + len(completions))
         rewards = scores.total[members]
         group = Group(
@@ -77,6 +105,7 @@ def score_groups(
             texts=texts[members],
             rewards=rewards,
             rewards_by_name={name: values[members] for name, values in scores.by_name.items()},
+            reward_errors=scores.errors[members],
             is_in_loss=[not math.isnan(reward) for reward in rewards],
         )
         groups.append(group if config is None else judge_lengths(group, config))

@@ -8,7 +8,7 @@ Shapes: P prompts, R rows (completions being sampled), V tokens of the tokenizer
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -83,9 +83,17 @@ class Sampler:
         self._num_tokens = len(tokenizer)
 
     def sample(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int
+        self,
+        prompts: Sequence[list[int]],
+        keys: Sequence[tuple[int, ...]],
+        num_generations: int,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt."""
+        """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt.
+
+        `on_completion` is called with each completion that ends before the others of its batch, and with its place in
+        the order of the result, as soon as it has ended.
+        """
         prompts_at_once = max(1, self.batch_size // num_generations)
         groups: list[list[Completion]] = []
         num_rows = min(self.batch_size, len(prompts) * num_generations)
@@ -97,12 +105,19 @@ class Sampler:
                     for key in keys[chunk]
                     for number in range(num_generations)
                 ]
-                rows = self._sample_rows(prompts[chunk], np.stack(uniforms), num_generations)
+                rows = self._sample_rows(
+                    prompts[chunk], np.stack(uniforms), num_generations, on_completion, len(groups)
+                )
                 groups += [rows[at : at + num_generations] for at in range(0, len(rows), num_generations)]
         return groups
 
     def _sample_rows(
-        self, prompts: Sequence[list[int]], uniforms: np.ndarray, num_generations: int
+        self,
+        prompts: Sequence[list[int]],
+        uniforms: np.ndarray,
+        num_generations: int,
+        on_completion: Callable[[int, Completion], None] | None,
+        first_group: int,
     ) -> list[Completion]:
         device = self.model.device
         decoder, head = decoder_and_head(self.model)
@@ -126,6 +141,9 @@ class Sampler:
             floors_of_rows = [None] * len(live) if floors is None else floors.tolist()
             for row, *token in zip(live, drawn.tolist(), logprobs.tolist(), floors_of_rows, strict=True):
                 self._append(rows[row], *token)
+            for row in live:
+                if on_completion is not None and rows[row].ending is not None:
+                    on_completion(first_group * num_generations + row, rows[row].completion())
             going_on = [place for place, row in enumerate(live) if rows[row].ending is None]
             if not going_on or length == self.max_completion_length:
                 break

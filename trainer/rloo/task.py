@@ -1,12 +1,14 @@
 """All of an RLOO run that can be wrong without a weight being loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from data.errors import InputError
 from rewards.compose import RewardFunction, build_reward_functions, check_columns
+from rewards.grader import Grader, ScoringConfig
 from trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from trainer.prompts import Prompt, load_prompts, reward_columns
 from trainer.recipe import Recipe
@@ -16,12 +18,18 @@ from trainer.rloo.sampler import Sampler
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOTask:
-    """A checked run: its settings, its prompts and its rewards."""
+    """A checked run: its settings, its prompts and what judges their completions."""
 
     config: RLOOConfig
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     rewards: list[RewardFunction]
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+
+    @cached_property
+    def grader(self) -> Grader:
+        """What runs the rewards; has worker processes from its first completion on."""
+        return Grader(self.rewards, self.scoring)
 
     def make_sampler(self, policy: Policy) -> Sampler:
         """The in-process sampler with this run's settings."""
@@ -50,7 +58,8 @@ def prepare(recipe: Recipe) -> RLOOTask:
     _check_no_dropout(recipe, model_config)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
-    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards)
+    scoring = ScoringConfig(**recipe.scoring)
+    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards, scoring=scoring)
 
 
 def _check_no_dropout(recipe: Recipe, model_config: PretrainedConfig) -> None:

@@ -1,0 +1,169 @@
+"""The reward `remote_reward_model`: a score from a server, vLLM's or any that speaks a small JSON contract.
+
+    rewards:
+      remote_reward_model: {url: "http://127.0.0.1:8001", route: classify, model: reward}
+
+The contract of `route: http`, which POSTs to the url itself:
+
+    {"prompts": ["human: Hi <sep> assistant:"], "messages": [[{"role": "user", "content": "Hi"}]], "answers": ["Hi!"]}
+    {"scores": [0.25]}
+
+with one entry a completion, `messages` being the prompt's turns. A score is a number, null where the model has no
+opinion on the row, or {"error": "why"} where it could not be computed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from data.chat import Message, parse_completion, parse_prompt
+from data.errors import InputError
+from data.judged import Judged, Template, break_markup, render_text
+from rewards.endpoint import Endpoint, Json
+from rewards.errors import RewardError
+
+Route = Literal["classify", "pooling", "score", "http"]
+Value = float | None | RewardError
+
+
+class RemoteRewardModel:
+    """(score - mean) / std of a reward model behind HTTP."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        route: Route,
+        model: str | None = None,
+        template: Template | None = None,
+        label: int = 0,
+        mean: float = 0.0,
+        std: float = 1.0,
+        api_key_env: str | None = None,
+        batch_size: int = 16,
+        concurrency: int = 8,
+        request_timeout: float = 60.0,
+        max_retries: int = 4,
+    ) -> None:
+        """Check the options; nothing is sent.
+
+        url:        of the server, to which /classify, /pooling or /score is added; route http posts to it as it is
+        model:      the name that vLLM serves it under
+        template:   how an answer is written for classify and pooling: reka (default), pair, answer, or chat_template,
+                    which sends messages for the server's own template, one request a completion
+        label:      the place of the output that is the score
+        mean, std:  of the scores, to bring them to the policy's scale
+        batch_size: completions a request
+        api_key_env, concurrency, request_timeout, max_retries: see `rewards.endpoint.Endpoint`
+        """
+        if route not in get_args(Route):
+            raise InputError(f"remote_reward_model: route must be one of {', '.join(get_args(Route))}, not {route!r}")
+        if template is not None and (template not in get_args(Template) or route not in ("classify", "pooling")):
+            raise InputError(
+                f"remote_reward_model: template {template!r} must be one of {', '.join(get_args(Template))} and goes "
+                "with the routes classify and pooling"
+            )
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise InputError(f"remote_reward_model: mean must be finite and std above 0, not {mean} and {std}")
+        if batch_size < 1 or label < 0:
+            raise InputError(
+                f"remote_reward_model: batch_size must be at least 1 and label 0, not {batch_size}, {label}"
+            )
+        self._endpoint = Endpoint(
+            url,
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            request_timeout=request_timeout,
+            max_retries=max_retries,
+        )
+        self._route, self._model, self._template, self._label = route, model, template or "reka", label
+        self._mean, self._std = mean, std
+        self._batch_size = 1 if self._template == "chat_template" else batch_size
+
+    async def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[Value]:
+        """One score a completion, an error where the server gave none."""
+        rows = [
+            Judged(prompt=parse_prompt(prompt), answer=parse_completion(completion).answer)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        batches = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
+        texts = [prompts[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
+        if self._route == "http":
+            bodies = [_plain_body(batch, of_batch) for batch, of_batch in zip(batches, texts, strict=True)]
+        else:
+            bodies = [self._vllm_body(batch) for batch in batches]
+        path = "" if self._route == "http" else f"/{self._route}"
+        answers = await self._endpoint.post_all(path, bodies)
+        values: list[Value] = []
+        for batch, answer in zip(batches, answers, strict=True):
+            values += self._read(answer, len(batch))
+        return [(value - self._mean) / self._std if isinstance(value, float) else value for value in values]
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: requests and retries sent."""
+        counted = {"num_requests": self._endpoint.num_requests, "num_retries": self._endpoint.num_retries}
+        self._endpoint.num_requests = self._endpoint.num_retries = 0
+        return {key: float(count) for key, count in counted.items()}
+
+    def _vllm_body(self, batch: Sequence[Judged]) -> Json:
+        """A request of vLLM's routes for the raw outputs, before any sigmoid or softmax."""
+        # vLLM reads special tokens in any text it is given, and the policy writes this text.
+        broken = [
+            Judged(prompt=[_broken(turn) for turn in row.prompt], answer=break_markup(row.answer)) for row in batch
+        ]
+        body: Json = {"model": self._model, "use_activation": False}
+        if self._route == "score":
+            body |= {"text_1": [row.prompt[-1]["content"] for row in broken], "text_2": [row.answer for row in broken]}
+        elif self._template == "chat_template":
+            body["messages"] = [*broken[0].prompt, {"role": "assistant", "content": broken[0].answer}]
+            body |= {"add_generation_prompt": False, "continue_final_message": False}
+        else:
+            body["input"] = [render_text(row, self._template) for row in broken]
+        return {key: value for key, value in body.items() if value is not None}
+
+    def _read(self, answer: Json | RewardError, size: int) -> list[Value]:
+        if isinstance(answer, RewardError):
+            return [answer] * size
+        read: Callable[[Any], Value] = self._read_plain if self._route == "http" else self._read_vllm
+        found = answer.get("scores" if self._route == "http" else "data")
+        if not isinstance(found, list) or len(found) != size:
+            told = f"{self._endpoint.url} answered no list of {size} scores; the answer has {', '.join(answer)}"
+            return [RewardError(told)] * size
+        if self._route != "http":  # vLLM numbers its answers
+            found = sorted(found, key=lambda item: item.get("index", 0) if isinstance(item, dict) else 0)
+        return [read(item) for item in found]
+
+    def _read_vllm(self, item: Any) -> Value:  # Any: a JSON value
+        outputs = item.get({"classify": "probs", "pooling": "data", "score": "score"}[self._route], None)
+        if self._route == "score":
+            return _number(outputs)
+        if isinstance(outputs, list) and outputs and isinstance(outputs[-1], list):
+            outputs = outputs[-1]  # a model that scores every token: the last one has read the whole answer
+        if not isinstance(outputs, list) or self._label >= len(outputs):
+            return RewardError(f"{self._endpoint.url} gave no output {self._label} but {str(outputs)[:100]}")
+        return _number(outputs[self._label])
+
+    def _read_plain(self, item: Any) -> Value:  # Any: a JSON value
+        if item is None:
+            return None
+        if isinstance(item, dict) and isinstance(item.get("error"), str):
+            return RewardError(f"{self._endpoint.url}: {item['error'][:200]}")
+        return _number(item)
+
+
+def _plain_body(batch: Sequence[Judged], prompts: Sequence[str]) -> Json:
+    return {
+        "prompts": list(prompts),
+        "answers": [row.answer for row in batch],
+        "messages": [list(row.prompt) for row in batch],
+    }
+
+
+def _broken(turn: Message) -> Message:
+    return {**turn, "content": break_markup(turn["content"])}
+
+
+def _number(value: Any) -> float | RewardError:  # Any: a JSON value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return RewardError(f"the server's score {str(value)[:100]} is no finite number")
+    return float(value)

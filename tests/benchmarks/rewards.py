@@ -1,0 +1,135 @@
+"""How fast completions are scored, and what a grader that hangs costs a run.
+
+    python tests/benchmarks/rewards.py [--help]
+
+math_answer: completions a second, time limits on, over answers as policies write them (numbers, boxes, prose, LaTeX).
+hang: seconds of steps of which 1 % of the completions hang their grader, against the same steps without; completions
+end one by one over --seconds, as in a rollout.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+PROJECT = Path(__file__).parents[2]
+HANGING = """
+import time
+
+def hanging(completion):
+    if completion.answer == "hang":
+        time.sleep(1_000)
+    return 1.0
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--completions", type=int, default=8_000, help="of the math_answer measurement (8000)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
+    parser.add_argument("--steps", type=int, default=2, help="of the hang measurement, with and without (2)")
+    parser.add_argument("--size", type=int, default=512, help="completions of a step (512)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="that sampling a step takes (30)")
+    parser.add_argument("--only", choices=["math_answer", "hang"], help="one of the two")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    sys.path.insert(0, str(PROJECT))
+    figures: dict[str, float] = {}
+    if options.only != "hang":
+        figures |= measure_math(options.completions, options.workers)
+    if options.only != "math_answer":
+        figures |= measure_hang(options.steps, options.size, options.seconds, options.workers)
+    for name, value in figures.items():
+        print(f"{name:45} {value:10,.2f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
+    """Groups of 8 answers, half of them right, in five styles; no two groups share their numbers."""
+    from rewards.compose import build_reward_functions
+    from rewards.grader import Grader, ScoringConfig
+
+    rng = random.Random(0)
+    styles = {
+        "number": "{}",
+        "boxed": r"\boxed{{{}}}",
+        "prose": "So she pays 3 times 12, and the answer is {} dollars.",
+        "solution": "First, 3 * 12 = 36.\nThen add the rest.\n\n**Answer:** {}",
+        "fraction": r"$\boxed{{\frac{{{}}}{{1}}}}$",
+    }
+    found = {}
+    with Grader(build_reward_functions({"math_answer": None}), ScoringConfig(num_workers=num_workers)) as grader:
+        _score(grader, ["<reasoning>\nHm.\n</reasoning>\n\n1 <sep>"] * 64, ["1"] * 64)
+        for style, template in [*styles.items(), ("mixed", "")]:
+            texts, golds = [], []
+            for _ in range(num_completions // 8):
+                gold = rng.randrange(10**6)
+                for member in range(8):
+                    answer = gold if member % 2 else gold + rng.randrange(1, 50)
+                    shown = (template or rng.choice(list(styles.values()))).format(answer)
+                    texts.append(f"<reasoning>\n{'Let me see. ' * 40}\n</reasoning>\n\n{shown} <sep>")
+                    golds.append(str(gold))
+            started = time.perf_counter()
+            values = _score(grader, texts, golds)
+            found[f"math_answer, {style}, completions/s"] = len(texts) / (time.perf_counter() - started)
+            assert sum(value or 0.0 for value in values) == len(texts) / 2, style
+    return found
+
+
+def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) -> dict[str, float]:
+    """Steps whose completions end at even intervals, with 1 % of them hanging at random places and with none."""
+    from rewards.compose import build_reward_functions
+    from rewards.grader import Grader, ScoringConfig
+
+    rng = random.Random(0)
+    spent: dict[str, list[float]] = {"none hangs": [], "1 % hang": []}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "hanging_grader.py").write_text(HANGING)
+        sys.path.append(folder)
+        functions = build_reward_functions({"hanging_grader:hanging": None})
+        with Grader(functions, ScoringConfig(num_workers=num_workers)) as grader:
+            _score(grader, ["fine <sep>"], ["1"])
+            for _ in range(num_steps):
+                for name, steps in spent.items():
+                    hanging = set(rng.sample(range(size), round(size / 100))) if name == "1 % hang" else set()
+                    texts = ["hang <sep>" if place in hanging else "fine <sep>" for place in range(size)]
+                    started = time.perf_counter()
+                    jobs = {}
+                    for place, text in enumerate(texts):
+                        time.sleep(max(0.0, started + seconds * place / size - time.perf_counter()))
+                        jobs[place] = grader.submit(text, {"answer": "1"})
+                    scored = grader.score(
+                        prompts=["?"] * size,
+                        completions=texts,
+                        completion_ids=[[1]] * size,
+                        columns={"answer": ["1"] * size},
+                        submitted=jobs,
+                    )
+                    steps.append(time.perf_counter() - started)
+                    assert sum(bool(errors) for errors in scored.errors) == len(hanging)
+    medians = {f"hang, seconds a step, {name}": median(steps) for name, steps in spent.items()}
+    none, some = medians.values()
+    return {**medians, "hang, times as long": some / none}
+
+
+def _score(grader: object, texts: Sequence[str], golds: Sequence[str]) -> Sequence[float | None]:
+    from rewards.grader import Grader
+
+    assert isinstance(grader, Grader)
+    scores = grader.score(
+        prompts=["?"] * len(texts),
+        completions=list(texts),
+        completion_ids=[[1]] * len(texts),
+        columns={"answer": list(golds)},
+    )
+    return next(iter(scores.by_name.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A reward run's weights as a folder that `reward_model`, transformers and vLLM load, and proof that it scores alike.
+
+OUT holds sharded safetensors, the tokenizer with a pad token, and the frozen scale of the scores in reward_model.json.
+"""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.chat import render_completion, render_prompt
+from data.judged import Judged, encode_judged
+from data.tokenizer import load_classifier_tokenizer
+from rewards.classifier import RewardModelCard, classify, context_of
+from trainer.models import find_source
+from trainer.recipe import Recipe
+from trainer.reward_model.evaluate import MICRO_BATCH_TOKENS, evaluate_pairs, show_evaluation
+from trainer.reward_model.model import load_reward_model
+from trainer.reward_model.pairs import leave_out_trained, load_pairs
+
+logger = logging.getLogger(__name__)
+
+NUM_SCALE_PAIRS = 256
+PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.", "Hello, <b>you</b> | 1,234!")]
+
+
+def export_reward_model(run: Path, out: Path, recipe: Recipe, *, stored_dtype: str, max_shard_size: str) -> None:
+    """Write the run's newest checkpoint, or the checkpoint folder given, as a classifier's folder, and verify it.
+
+    The scale is that of the first 256 held-out pairs, of training pairs where the recipe holds none out.
+    """
+    tokenizer = load_classifier_tokenizer(find_source(str(run)).folder)
+    model = _merged(run, tokenizer).to(getattr(torch, stored_dtype))
+    if tokenizer.pad_token is None:  # a classifier reads batches; transformers refuses them without
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
+
+    context = context_of(model)
+    pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=context)
+    measured_on = "training pairs"
+    if recipe.eval_dataset is not None:
+        held_out = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=context, name="eval_dataset")
+        pairs, measured_on = leave_out_trained(held_out, pairs), "held-out pairs"
+    pairs = pairs[:NUM_SCALE_PAIRS]
+    evaluation = evaluate_pairs(model, pairs)
+    show_evaluation(evaluation, f"{run} ({measured_on})")
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(partial)
+    RewardModelCard(
+        template="reka",
+        reasoning=bool(recipe.chat.get("reasoning", False)),
+        mean=evaluation.mean,
+        std=evaluation.std,
+        measured_on=f"both answers of {len(pairs)} {measured_on}",
+    ).save(partial)
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
+    _verify(partial, model, tokenizer, stored_dtype)
+    partial.rename(out)
+    logger.info("exported %s to %s (%s)", find_source(str(run)).folder, out, stored_dtype)
+
+
+def _merged(run: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    model = load_reward_model(tokenizer, str(run), dtype="float32").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+    """Have another process score probes by the reward that users name: memory here proves nothing about the files."""
+    judged = [Judged(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES]
+    rows = [encode_judged(one, tokenizer, "reka", max_length=context_of(model)) for one in judged]
+    reference = {
+        "prompts": [render_prompt(one.prompt) for one in judged],
+        "completions": [render_completion(None, one.answer) for one in judged],
+        "scores": classify(model, rows, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist(),
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(reference, file)
+        file.flush()
+        command = [sys.executable, "-m", "trainer.reward_model.verify", str(folder), dtype, file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the export in {folder} failed its verification:\n{done.stderr.strip()}")
+    logger.info(done.stdout.strip())

@@ -1,0 +1,120 @@
+"""Preference rows as a reward model reads them: two encoded answers to one prompt."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data.chat import render_prompt, split_turn
+from data.errors import InputError
+from data.judged import Judged, JudgedIds, encode_judged
+from data.rows import Row
+from data.sources import load_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One preference.
+
+    prompt:           the rendered prompt that both answer
+    chosen, rejected: the encoded conversations, in the Reka format
+    margin:           by how much `chosen` should win at least, in units of the score; None where no row has one
+    where:            the row, for messages
+    """
+
+    prompt: str
+    chosen: JudgedIds
+    rejected: JudgedIds
+    margin: float | None
+    where: str
+
+
+def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, reasoning: bool = False) -> list[Pair]:
+    """Encode preference rows; without `reasoning` the answers alone are compared.
+
+    Raises InputError, with the row named, for a row without a rejected answer, for one whose two answers are the same
+    once their reasoning is left out, and where some rows have a margin and others not.
+    """
+    with_margin = [row for row in rows if row.columns.get("margin") is not None]
+    pairs = []
+    for row in rows:
+        if row.rejected is None:
+            raise InputError(
+                f"{row.where}: there is no rejected answer; stage reward needs preference rows: set format to "
+                "preference, alpaca_preference or hh"
+            )
+        chosen, rejected = (_judged(row, messages, reasoning) for messages in (row.messages, row.rejected))
+        if chosen == rejected:
+            raise InputError(f"{row.where}: the answers differ in their reasoning alone; set chat.reasoning to true")
+        margin = row.columns.get("margin")
+        if margin is None and with_margin:
+            raise InputError(f"{row.where} has no margin, but {with_margin[0].where} has one: give every row one")
+        pairs.append(
+            Pair(
+                prompt=render_prompt(row.prompt),
+                chosen=_encode(chosen, tokenizer),
+                rejected=_encode(rejected, tokenizer),
+                margin=None if margin is None else float(margin),
+                where=row.where,
+            )
+        )
+    return pairs
+
+
+def load_pairs(
+    section: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Mapping[str, Any],
+    *,
+    max_length: int,
+    name: str = "dataset",
+) -> list[Pair]:
+    """Read and encode a data set's preferences; one that is longer than `max_length` is refused or skipped, never cut.
+
+    What is skipped by `bad_rows: skip` is counted and logged.
+    """
+    pairs = encode_pairs(load_rows(**section).rows, tokenizer, **chat)
+    fitting: list[Pair] = []
+    too_long: list[Pair] = []
+    for pair in pairs:
+        is_too_long = max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) > max_length
+        (too_long if is_too_long else fitting).append(pair)
+    if too_long:
+        message = (
+            f"{name}: {len(too_long)} of {len(pairs)} pairs are longer than {max_length} tokens (the smaller of "
+            f"reward.max_length and the model's context); the first is {too_long[0].where}"
+        )
+        if section.get("bad_rows", "refuse") == "refuse" or not fitting:
+            raise InputError(f"{message}; raise reward.max_length, or set {name}.bad_rows to skip")
+        logger.warning("%s; skipped", message)
+    return fitting
+
+
+def leave_out_trained(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list[Pair]:
+    """Pairs of `held_out` whose prompt is in no pair of `trained`; how many were left out is logged."""
+    seen = {pair.prompt for pair in trained}
+    unseen = [pair for pair in held_out if pair.prompt not in seen]
+    if len(unseen) < len(held_out):
+        logger.warning(
+            "%d of %d eval pairs have a prompt that dataset has too and are left out",
+            len(held_out) - len(unseen),
+            len(held_out),
+        )
+    if not unseen:
+        raise InputError("every prompt of eval_dataset is in dataset too: there is nothing held out")
+    return unseen
+
+
+def _judged(row: Row, messages: Sequence[Any], reasoning: bool) -> Judged:  # Any: Message, a TypedDict
+    thought, answer = split_turn(messages[-1])
+    if not answer:
+        raise InputError(f"{row.where}: an answer is empty but for its reasoning")
+    return Judged(prompt=row.prompt, answer=answer, reasoning=thought if reasoning else None)
+
+
+def _encode(judged: Judged, tokenizer: PreTrainedTokenizerBase) -> JudgedIds:
+    return encode_judged(judged, tokenizer, "reka", max_length=10**9)

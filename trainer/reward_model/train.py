@@ -1,0 +1,97 @@
+"""The reward stage: TRL's RewardTrainer on pairs whose ids are made here.
+
+    rekatrain train recipes/smollm2/reward.yaml
+
+The loss is Bradley and Terry's, -log sigmoid(r_chosen - r_rejected - margin), the margin where the rows have one
+(Llama 2, arXiv 2307.09288), plus center_rewards_coefficient * (r_chosen + r_rejected)^2 (arXiv 2312.09244).
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from trainer.models import check_trainable
+from trainer.recipe import Recipe
+from trainer.reward_model.evaluate import evaluate_pairs, show_evaluation
+from trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
+from trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
+from trainer.run_folder import RunFolder
+from trainer.trl_run import is_finished, make_config, run_trainer
+
+logger = logging.getLogger(__name__)
+
+HEADLINE = ["loss", "accuracy", "margin", "grad_norm", "epoch", "tokens_per_second"]
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTask:
+    """All of a run that can be wrong without a weight being loaded, checked; `held_out` may be empty."""
+
+    config: RewardConfig
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[Pair]
+    held_out: list[Pair]
+
+
+def prepare(recipe: Recipe) -> RewardTask:
+    """Check the recipe against its data and its model's config; InputError says what is wrong."""
+    config = make_config("reward", recipe.reward, recipe, RewardConfig)
+    tokenizer = load_reward_tokenizer(recipe)
+    context = check_reward_model(recipe, tokenizer)
+    limit = min(config.max_length or context, context)
+    pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=limit)
+    held_out: list[Pair] = []
+    if recipe.eval_dataset is not None:
+        found = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=limit, name="eval_dataset")
+        held_out = leave_out_trained(found, pairs)
+    return RewardTask(config=config, tokenizer=tokenizer, pairs=pairs, held_out=held_out)
+
+
+def train(recipe: Recipe, *, resume: bool) -> None:
+    """Run the stage, from the newest checkpoint where `resume` finds one, and judge the held-out pairs at its end."""
+    run = RunFolder(recipe.output_dir)
+    checkpoint = run.check(recipe, resume=resume)
+    task = prepare(recipe)
+    is_sharded = task.config.deepspeed_plugin is not None
+    check_trainable(recipe, has_master_weights=is_sharded)
+    if checkpoint and is_finished(checkpoint, task.config):
+        logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
+        return
+    set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process
+    trainer = RewardTrainer(
+        model=load_reward_model(task.tokenizer, **recipe.model, lora=recipe.lora),
+        args=task.config,
+        train_dataset=_dataset(task.pairs),
+        eval_dataset=_dataset(task.held_out) if task.held_out else None,
+        processing_class=copy.deepcopy(task.tokenizer),
+    )
+    run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)
+    if not task.held_out:
+        logger.warning("the recipe has no eval_dataset section: nothing says how good the reward model is")
+    elif is_sharded:
+        logger.info("the weights are sharded; measure the run with: rekatrain evaluate RECIPE model...=%s", run.path)
+    elif PartialState().is_main_process:
+        evaluation = evaluate_pairs(trainer.accelerator.unwrap_model(trainer.model), task.held_out)
+        show_evaluation(evaluation, recipe.output_dir)
+        text = json.dumps(asdict(evaluation), indent=1)
+        (run.path / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _dataset(pairs: Sequence[Pair]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {"chosen_ids": pair.chosen.input_ids, "rejected_ids": pair.rejected.input_ids}
+            | ({} if pair.margin is None else {"margin": pair.margin})
+            for pair in pairs
+        ]
+    )

@@ -1,0 +1,106 @@
+"""What the stages on TRL's trainers share: their arguments, their log, and the tokenizer that a checkpoint keeps."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from data.errors import InputError
+from trainer.recipe import Recipe
+from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
+from trainer.run_log import RunLog
+
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_class: Callable[..., Config]) -> Config:
+    """A TRL config of the recipe's section `name`, with what the program itself sets."""
+    section = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **section}
+    if section.get("save_strategy") == "no":
+        raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
+    try:
+        return config_class(
+            output_dir=str(RunFolder(recipe.output_dir).checkpoints),
+            seed=recipe.seed,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            **section,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
+    """Whether the run has taken its last step: transformers' Trainer, resumed there, would take one more."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return state["global_step"] >= (config.max_steps if config.max_steps > 0 else state["max_steps"])
+
+
+def run_trainer(
+    trainer: Trainer,
+    run: RunFolder,
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+    headline: list[str],
+) -> None:
+    """Train from the checkpoint, or from the start, with the run's own log; `tokenizer` is what checkpoints keep."""
+    trainer.add_callback(_KeepTokenizer(tokenizer, run))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if PartialState().is_main_process:
+        first_step = checkpoint_step(checkpoint) if checkpoint else 0
+        run.start(recipe, first_step)
+        trainer.add_callback(_Log(run, recipe, first_step, headline))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class _KeepTokenizer(TrainerCallback):
+    """Saves the tokenizer as it was loaded over the trainer's, which TRL has given a pad token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+        self._tokenizer, self._run = tokenizer, run
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._tokenizer.save_pretrained(self._run.checkpoint(state.global_step))
+
+
+class _Log(TrainerCallback):
+    """Hands the trainer's metrics to the run's log."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, first_step: int, headline: list[str]) -> None:
+        self._run, self._recipe, self._first_step, self._headline = run, recipe, first_step, headline
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._log = RunLog(self._run, self._recipe, first_step=self._first_step, max_steps=state.max_steps)
+        self._last, self._num_tokens = time.monotonic(), 0.0
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        logs = event["logs"]
+        if "eval_loss" in logs:
+            self._log.step(state.global_step, logs, headline=["eval_loss", "eval_accuracy", "eval_margin"])
+        if "loss" not in logs:  # the trainer's closing log is a summary, not a step
+            return
+        now = time.monotonic()
+        logs["tokens_per_second"] = (logs["num_tokens"] - self._num_tokens) / (now - self._last)
+        self._last, self._num_tokens = now, logs["num_tokens"]
+        self._log.step(state.global_step, logs, headline=self._headline)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._log.close()
