@@ -65,6 +65,16 @@ def test_both_engines_are_given_the_same_work(
     assert case["ratios"]["trl-defaults"]["completions/s"] > 0
 
 
+def test_rewards_of_a_recipe_against_time(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--prompts-per-step", "2", "--num-generations", "2", "--caps", "6", "--steps", "2"]
+    arms = ["--arms", "rekatrain", "trl-8", "--wall-clock"]
+    results = run("rloo_vs_trl", [*given, *size, *arms], tmp_path / "out.json", monkeypatch)
+    assert [row["steps"] for row in results["rows"]] == [2, 2]
+    ours, trls = (results["runs"][arm]["steps"] for arm in ("rekatrain", "trl-8"))
+    assert [step["prompt_tokens"] for step in ours] == [step["prompt_tokens"] for step in trls]
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
 def test_needed_flops_are_those_of_one_unpadded_row(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

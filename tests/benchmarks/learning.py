@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--completions", type=int, default=64, help="a step")
     parser.add_argument("--goal", type=float, default=0.2, help="accuracy at which supervision ends")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="the grid")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4], help="the grid")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, of one thread each")
     return parser.parse_args()
 

@@ -85,8 +85,9 @@ class Meter:
         prompts = sum(prompt for prompt, _ in self.sampled[::num_generations])
         lengths = [length for _, length in self.sampled]
         needed = prompts + sum(lengths) - len(lengths)
-        if self.slots.total() < needed * (1 + num_passes):
-            raise RuntimeError(f"{dict(self.slots)} token slots were counted where at least {needed} a pass are needed")
+        # Of the training pass that cannot be said: a recipe's rewards may leave groups out.
+        if self.slots["sample"] < needed:
+            raise RuntimeError(f"{self.slots['sample']} token slots were counted in sampling, {needed} are needed")
         seconds = {**self.seconds, "train": total - sum(self.seconds.values())}
         self.steps.append(
             {
