@@ -46,7 +46,7 @@ def math_answer(completion: ParsedCompletion, *, answer: str | float | None) -> 
     if not isinstance(answer, str | int | float):
         raise InputError(f"the column answer must be text or a number, not {type(answer).__name__}: {answer!r}")
     gold = str(answer)
-    if not _parse_formula(gold):
+    if _plain_number(gold) is None and not _parse_formula(gold):
         return None
     boxes = find_boxes(completion.answer)
     if not boxes:
@@ -78,6 +78,8 @@ def _is_equal(gold: str, formula: str) -> bool:
 
 
 def _is_equal_in_text(gold: str, text: str) -> bool:
+    if _plain_number(text) is not None and _plain_number(gold) is not None:
+        return _is_equal(gold, text)
     if (not re.search(r"\s", text.strip()) or MIXED_NUMBER.fullmatch(text)) and _parse_formula(text):
         return _is_equal(gold, text)
     if HEDGE.search(text, max(text.lower().rfind("answer"), 0)):
