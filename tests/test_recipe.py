@@ -97,7 +97,7 @@ REFUSED = {
     "far from any": (
         SHORTEST + "zzz: 1\n",
         "unknown key zzz: known keys: chat, dataset, eval_dataset, evaluate, lora, model, output_dir, rewards, rloo, "
-        "seed, sft, stage, wandb",
+        "scoring, seed, sft, stage, wandb",
     ),
     "missing key": (SHORTEST.replace("output_dir: run\n", ""), "output_dir is missing: add it to the recipe"),
     "wrong stage": (SHORTEST.replace("rloo", "dpo"), "stage is 'dpo'; it should be 'sft' or 'rloo'"),
