@@ -4,7 +4,7 @@ It judges the answer, never the reasoning before it. Text that makes no sense sc
 """
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,9 @@ HEDGE = re.compile(r"\d\W*(?:or|and/or)\W*\d")
 # Seconds. A second guard: what hangs where no signal is heard is killed with its worker.
 TIMEOUT = 1
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
+PLAIN_FRACTION = re.compile(
+    r"(?P<sign>-?)(?:\\[dt]?frac\{(?P<over>\d{1,18})\}\{(?P<under>[1-9]\d{0,17})\}|(?P<left>\d{1,18})/(?P<right>[1-9]\d{0,17}))"
+)
 EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d+)\b")
 
 
@@ -46,7 +49,7 @@ def math_answer(completion: ParsedCompletion, *, answer: str | float | None) -> 
     if not isinstance(answer, str | int | float):
         raise InputError(f"the column answer must be text or a number, not {type(answer).__name__}: {answer!r}")
     gold = str(answer)
-    if not _parse_formula(gold):
+    if _plain_number(gold) is None and not _parse_formula(gold):
         return None
     boxes = find_boxes(completion.answer)
     if not boxes:
@@ -78,6 +81,8 @@ def _is_equal(gold: str, formula: str) -> bool:
 
 
 def _is_equal_in_text(gold: str, text: str) -> bool:
+    if _plain_number(text) is not None and _plain_number(gold) is not None:
+        return _is_equal(gold, text)
     if (not re.search(r"\s", text.strip()) or MIXED_NUMBER.fullmatch(text)) and _parse_formula(text):
         return _is_equal(gold, text)
     if HEDGE.search(text, max(text.lower().rfind("answer"), 0)):
@@ -89,10 +94,18 @@ def _verify(gold: str, found: list[Any]) -> bool:  # Any: sympy objects
     return bool(found) and bool(verify(_parse_formula(gold), found, timeout_seconds=TIMEOUT))
 
 
-def _plain_number(text: str) -> Decimal | None:
-    """The value of a text that is a decimal number, with or without thousands commas."""
+def _plain_number(text: str) -> Fraction | None:
+    """The value of a text that is a decimal number, with or without thousands commas, or a fraction of integers."""
     text = text.strip().rstrip(".")
-    return Decimal(text.replace(",", "")) if PLAIN_NUMBER.fullmatch(text) else None
+    if len(text) > MAX_FORMULA_LENGTH:
+        return None
+    if PLAIN_NUMBER.fullmatch(text):
+        return Fraction(text.replace(",", ""))
+    fraction = PLAIN_FRACTION.fullmatch(text)
+    if fraction is None:
+        return None
+    over, under = fraction["over"] or fraction["left"], fraction["under"] or fraction["right"]
+    return Fraction(int(fraction["sign"] + over), int(under))
 
 
 def _split_list(gold: str) -> list[str]:

@@ -41,7 +41,7 @@ class AnySampler(Protocol):
     """What `take_step` asks of a sampler."""
 
     def sample(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
     ) -> list[list[Completion]]: ...
 
 
@@ -204,7 +204,7 @@ class KeepingSampler:
         self.kept: dict[tuple[int, ...], Completion] = {}
 
     def sample(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
     ) -> list[list[Completion]]:
         groups = [
             [self._noisy(completion) for completion in group]

@@ -34,7 +34,7 @@ class ForcingSampler:
         self._sampler = sampler
 
     def sample(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
     ) -> list[list[Completion]]:
         groups = self._sampler.sample(prompts, keys, num_generations)
         return [[self._forced(completion, number) for number, completion in enumerate(group)] for group in groups]

@@ -1,5 +1,6 @@
 """Metrics of a step are what its records say."""
 
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.rloo.metrics import RolloutRecord, step_metrics
 def record(slot: int, rewards: dict[str, float | None], reward: float | None, **others: Any) -> RolloutRecord:
     defaults = {"completion_ids": [1, 2], "num_forced": 0, "ending": "stop", "kl": None, "logprob": -2.0}
     defaults |= {"sampler_logprob": -2.0, "sampler_kl": 0.0, "clipped": 0.0}
+    defaults |= {"reward_errors": {}}
     return {"slot": slot, "rewards": rewards, "reward": reward, **defaults, **others}
 
 
@@ -25,7 +27,7 @@ def test_metrics_worked_out_by_hand() -> None:
         record(0, a_1, 1.0, kl=0.5, completion_ids=[1, 2, 3], sampler_logprob=-6.0, logprob=-6.5, sampler_kl=0.25),
         record(0, {"a": 0.0, "b": 2.0}, 4.0, kl=-0.25, ending="eos", completion_ids=[1], sampler_logprob=-1.0),
         record(1, a_1, 1.0, ending="length", **IDLE | {"kl": 1.0}),
-        record(1, {"a": None, "b": None}, None, sampler_logprob=-3.0, **IDLE),
+        record(1, {"a": None, "b": None}, None, sampler_logprob=-3.0, reward_errors={"b": "no result"}, **IDLE),
         record(2, a_1, 1.0, kl=0.75, completion_ids=[1, 2, 3, 4], num_forced=2, clipped=1.0, sampler_kl=0.15),
         record(2, a_1, 1.0, kl=0.0, logprob=-2.25, clipped=0.5),
     ]
@@ -34,9 +36,16 @@ def test_metrics_worked_out_by_hand() -> None:
             "reward": 8 / 5,  # of 1, 4, 1, 1, 1
             "reward_std": 1.2,
             "reward/a": 4 / 5,
+            "reward_std/a": 0.4,
             "none/a": 1 / 6,
+            "errors/a": 0,
+            # Of 1, 0, 1, 1, 1 with 3, 1, 2, 4, 2 tokens: the covariance over both deviations, all times 5.
+            "length_correlation/a": 1.4 / math.sqrt(5.2 * 0.8),
             "reward/b": 2.0,
-            "none/b": 5 / 6,
+            "reward_std/b": 0,
+            "none/b": 4 / 6,
+            "errors/b": 1 / 6,
+            "length_correlation/b": None,
             "share_zero_variance": 2 / 3,  # alone in being scorable teaches nothing either
             "kl": 2 / 5,
             "entropy": 16 / 12,  # a forced token is not drawn
@@ -58,6 +67,8 @@ def test_metrics_of_what_nobody_has_are_none() -> None:
         "reward",
         "reward_std",
         "reward/a",
+        "reward_std/a",
+        "length_correlation/a",
         "kl",
         "sampler_mismatch",
         "sampler_kl",

@@ -72,7 +72,7 @@ def tell(completion, *, path):
 def graders(tmp_path, monkeypatch):
     (tmp_path / "graders.py").write_text(GRADERS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "graders", raising=False)
     yield
     sys.modules.pop("graders", None)
