@@ -44,7 +44,9 @@ class RecordedSampler:
         self.groups = groups
         self.eos_id = eos_id
 
-    def sample(self, prompts: list[list[int]], keys: object, num_generations: int, *_: object) -> list[list[Completion]]:
+    def sample(
+        self, prompts: list[list[int]], keys: object, num_generations: int, *_: object
+    ) -> list[list[Completion]]:
         assert all(len(self.groups[tuple(prompt)]) == num_generations for prompt in prompts)
         return [
             [
