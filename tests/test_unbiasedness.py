@@ -204,6 +204,7 @@ def pair_group(pair: tuple[int, int]) -> Group:
         texts=["", ""],
         rewards=[LLAMA_REWARDS[y] for y in pair],
         rewards_by_name={},
+        reward_errors=[{}, {}],
         is_in_loss=[True, True],
     )
 
