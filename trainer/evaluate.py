@@ -9,8 +9,10 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -35,13 +37,22 @@ class EvaluateConfig:
     reward:                           the reward that decides: an answer is right where it gives exactly 1.0
     max_completion_length:            tokens after which an answer is cut off
     temperature:                      0 takes the most likely token
+    num_generations:                  answers to each prompt; more than one also gives pass@k
     per_device_generation_batch_size: answers sampled at the same time
     """
 
     reward: str = "math_answer"
     max_completion_length: Annotated[int, Ge(1)] = 512
     temperature: Annotated[float, Ge(0)] = 0.0
+    num_generations: Annotated[int, Ge(1)] = 1
     per_device_generation_batch_size: Annotated[int, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
+        if self.num_generations > 1 and self.temperature == 0:
+            raise InputError(
+                f"evaluate.num_generations {self.num_generations} at temperature 0 gives one answer so many times: "
+                "set evaluate.temperature"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +67,10 @@ class Accuracy:
 
 
 def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
-    """Answer each held-out prompt once, print the accuracy, and write all answers to `out` where it is given."""
+    """Answer each held-out prompt, print accuracy and pass@k, and write all answers to `out` where it is given.
+
+    The accuracy is that of the first answers, so that its interval is one of independent answers.
+    """
     config = EvaluateConfig(**recipe.evaluate)
     if recipe.eval_dataset is None:
         raise InputError("the recipe has no eval_dataset section: name the held-out rows there")
@@ -82,18 +96,58 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
     )
     slots = range(len(prompts))
     with Grader(rewards, ScoringConfig(**recipe.scoring)) as grader:
-        sampled = sample_groups(sampler, grader, tokenizer, prompts, slots, seed=recipe.seed, step=0, num_generations=1)
+        sampled = sample_groups(
+            sampler,
+            grader,
+            tokenizer,
+            prompts,
+            slots,
+            seed=recipe.seed,
+            step=0,
+            num_generations=config.num_generations,
+        )
         groups = score_groups(grader, tokenizer, sampled)
 
+    given = [group.rewards_by_name[config.reward] for group in groups]
     accuracy = wilson_interval(
-        num_right=sum(group.rewards_by_name[config.reward][0] == 1.0 for group in groups),
-        num_graded=sum(group.rewards_by_name[config.reward][0] is not None for group in groups),
+        num_right=sum(values[0] == 1.0 for values in given),
+        num_graded=sum(values[0] is not None for values in given),
     )
     _report(recipe, config, groups, accuracy)
+    passes = pass_rates(given) if config.num_generations > 1 else {}
+    if passes:
+        print("  " + ", ".join(f"pass@{k} {rate:.1%}" for k, rate in passes.items()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(_result(recipe, groups, accuracy), ensure_ascii=False, indent=1), encoding="utf-8")
+        result = _result(recipe, groups, accuracy, passes)
+        out.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     return accuracy
+
+
+def pass_at_k(num_answers: int, num_right: int, k: int) -> float:
+    """Chance that k of a prompt's answers, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
+
+    Unbiased for the chance that k fresh answers hold one (Chen et al., arXiv 2107.03374).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
+
+
+def pass_rates(given: Sequence[Sequence[float | None]]) -> dict[int, float]:
+    """pass@1, 2, 4 and so on, up to the answers to a prompt; each the mean over prompts with so many graded answers.
+
+    given: for each prompt, what the deciding reward gave its answers: 1.0 is right, None is not graded
+    """
+    counts = [(sum(value is not None for value in values), values.count(1.0)) for values in given]
+    most = max(num_answers for num_answers, _ in counts)
+    powers = [2**exponent for exponent in range(most.bit_length())]
+    return {
+        k: fmean(pass_at_k(num_answers, num_right, k) for num_answers, num_right in counts if num_answers >= k)
+        for k in sorted({*powers, most})
+        if k
+    }
 
 
 def wilson_interval(*, num_right: int, num_graded: int) -> Accuracy:
@@ -128,25 +182,32 @@ def _held_out(prompts: list[Prompt], trained_on: list[Prompt]) -> list[Prompt]:
 
 
 def _report(recipe: Recipe, config: EvaluateConfig, groups: list[Group], accuracy: Accuracy) -> None:
-    endings = Counter(group.completions[0].ending for group in groups)
+    endings = Counter(completion.ending for group in groups for completion in group.completions)
     print(
         f"{recipe.model['pretrained_model_name_or_path']}: {config.reward} {accuracy.accuracy:.1%} "
         f"[{accuracy.low:.1%}, {accuracy.high:.1%}] ({accuracy.num_right} of {accuracy.num_graded}, "
         f"temperature {config.temperature:g}); ended by "
-        + ", ".join(f"{ending} {count / len(groups):.0%}" for ending, count in endings.most_common())
+        + ", ".join(f"{ending} {count / endings.total():.0%}" for ending, count in endings.most_common())
     )
 
 
-def _result(recipe: Recipe, groups: list[Group], accuracy: Accuracy) -> dict[str, Any]:
+def _result(recipe: Recipe, groups: list[Group], accuracy: Accuracy, passes: dict[int, float]) -> dict[str, Any]:
     answers = [
         {
             "row": group.prompt.row.where,
             "prompt": group.prompt.text,
-            "completion": group.texts[0],
-            "ending": group.completions[0].ending.value,
-            "rewards": {name: values[0] for name, values in group.rewards_by_name.items()},
-            "reward_errors": dict(group.reward_errors[0]),
+            "completion": text,
+            "ending": completion.ending.value,
+            "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
+            "reward_errors": dict(group.reward_errors[place]),
         }
         for group in groups
+        for place, (completion, text) in enumerate(zip(group.completions, group.texts, strict=True))
     ]
-    return {"model": recipe.model, "evaluate": recipe.evaluate, **asdict(accuracy), "answers": answers}
+    return {
+        "model": recipe.model,
+        "evaluate": recipe.evaluate,
+        **asdict(accuracy),
+        "pass_at": passes,
+        "answers": answers,
+    }
