@@ -295,8 +295,8 @@ def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
 # The shipped recipes
 
 
-def test_there_are_shipped_recipes_of_both_stages():
-    assert {load_recipe(path).stage for path in SHIPPED} == {"sft", "rloo"}
+def test_there_are_shipped_recipes_of_every_stage():
+    assert {load_recipe(path).stage for path in SHIPPED} == {"sft", "reward", "rloo"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
