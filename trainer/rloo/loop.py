@@ -48,11 +48,11 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
-    task.grader.warm_up()
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
     check_trainable(recipe, has_master_weights=False)
     config.prompts_per_process(accelerator.num_processes)
+    task.grader.warm_up()  # a reward model's weights are loaded here
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
     policy = load_policy(recipe)
