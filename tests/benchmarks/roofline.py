@@ -71,7 +71,9 @@ class GivenCompletions:
         generator = torch.Generator().manual_seed(seed)
         self.ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
-    def sample(self, prompts: Sequence[list[int]], keys: object, num_generations: int) -> list[list[Completion]]:
+    def sample(
+        self, prompts: Sequence[list[int]], keys: object, num_generations: int, *_: object
+    ) -> list[list[Completion]]:
         """The same completions for every prompt."""
         return [
             [Completion(ids=ids, logprobs=[0.0] * len(ids), ending=Ending.LENGTH) for ids in self.ids] for _ in prompts
