@@ -169,8 +169,10 @@ def test_a_lifted_scorer_is_a_trl_function():
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_the_training_process(tmp_path, ended_by):
     code = """
+import signal
 from rewards.compose import build_reward_functions
 from rewards.grader import Grader, ScoringConfig
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 grader = Grader(build_reward_functions({"graders:tell": {"timeout": 600}}), ScoringConfig(num_workers=2))
 for answer in ("sleep", "power"):
     jobs = grader.submit(answer + " <sep>", {"path": "told"})
