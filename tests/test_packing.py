@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from trainer.rloo.packing import PassCost, Piece, num_tokens, pack
 
 GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=5)), max_size=12)
-COSTS = st.builds(PassCost, token=st.floats(0, 100), pair=st.floats(0, 10), sees_half=st.booleans())
+COSTS = st.builds(PassCost, token=st.floats(0, 100), pair=st.floats(0, 10), join=st.floats(0, 10))
 
 
 def size(groups: list[tuple[int, list[int]]], piece: Piece) -> int:
@@ -51,30 +51,44 @@ def test_a_group_is_split_only_where_it_is_above_the_budget(
 @pytest.mark.parametrize(
     ("prompt", "completions", "is_shared"),
     [
-        # Tokens: 50 + 20 shared, 120 each on its own. Pairs: 50^2 / 2 + 2 (50 * 10 + 10^2) = 2450, 2 * 60^2 / 2 = 3600.
+        # Run again, the prompt costs 100 * 50 + 50^2 / 2 = 6250; joining costs 10 for each of 20 tokens.
         (50, [10, 10], True),
-        # One completion saves no token, and its part of a masked square is charged whole.
+        # One completion saves nothing.
         (50, [10], False),
-        # Tokens: 2001, 2002. Pairs: 2 (1000 + 1000^2) against 2 * 1001^2 / 2.
+        # 100.5 for the prompt once more, 20,000 to join.
         (1, [1000, 1000], False),
     ],
 )
-def test_a_prompt_is_shared_where_that_is_less_arithmetic(prompt: int, completions: list[int], is_shared: bool) -> None:
-    assert PassCost(token=100.0, pair=1.0, sees_half=True).shares_prompt(prompt, completions) == is_shared
+def test_a_prompt_is_shared_where_that_costs_less(prompt: int, completions: list[int], is_shared: bool) -> None:
+    assert PassCost(token=100.0, pair=1.0, join=10.0).shares_prompt(prompt, completions) == is_shared
 
 
 @given(st.integers(1, 100), st.lists(st.integers(0, 100), min_size=1, max_size=6), st.floats(0, 100), st.floats(0, 10))
-def test_where_masks_cost_nothing_sharing_is_never_dearer(
+def test_where_joining_costs_nothing_sharing_is_never_dearer(
     prompt: int, completions: list[int], token: float, pair: float
 ) -> None:
-    # Among itself the prompt costs the same once as with one completion, and everything else is the same.
-    assert PassCost(token=token, pair=pair, sees_half=False).shares_prompt(prompt, completions)
+    assert PassCost(token=token, pair=pair, join=0.0).shares_prompt(prompt, completions)
+
+
+@given(st.integers(1, 50), st.lists(st.integers(0, 50), min_size=1, max_size=5), COSTS)
+def test_the_rule_is_the_difference_of_all_that_is_computed(
+    prompt: int, completions: list[int], cost: PassCost
+) -> None:
+    def pairs(first: int, last: int) -> float:
+        """Of tokens at places first to last with those before them, half of a token's own."""
+        return (last**2 - first**2) / 2
+
+    shared = cost.token * (prompt + sum(completions)) + cost.join * sum(completions)
+    shared += cost.pair * (pairs(0, prompt) + sum(pairs(prompt, prompt + own) for own in completions))
+    plain = sum(cost.token * (prompt + own) + cost.pair * pairs(0, prompt + own) for own in completions)
+    if shared != pytest.approx(plain):
+        assert cost.shares_prompt(prompt, completions) == (shared < plain)
 
 
 def test_the_cost_of_a_decoder_is_its_weights_and_its_heads(model: LlamaForCausalLM) -> None:
     cost = PassCost.of(model.model)
     per_layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48  # q, k and v, o, the three of the MLP
-    assert cost == PassCost(token=2 * per_layer, pair=2 * 2 * 4 * 8, sees_half=True)
+    assert cost == PassCost(token=2 * per_layer, pair=2 * 2 * 4 * 8, join=64 * 2 * 4 * 8)
 
 
 @given(COSTS, st.integers(1, 100), st.integers(2, 8), st.integers(1, 200))

@@ -14,10 +14,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from trainer.rloo.shared_prompt import attend_groups
 
 NAME = "rekatrain_groups"
 
@@ -78,39 +79,12 @@ class PackedGroups:
         return torch.cat([torch.arange(*span, device=self._device) for span in spans])[None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Exact on either device: FlexAttention over the blocks that matter on a GPU, row after row without one."""
+        """Exact on either device: FlexAttention over the blocks that matter on a GPU, part by part without one."""
         if self._device.type == "cuda":
             output = _compiled_flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
         else:
-            output = self._attend_rows(query, key, value, scaling)
+            output = attend_groups(query, key, value, self._groups, scaling)
         return output.transpose(1, 2)
-
-    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        # Split once: the gradient of a slice is a tensor of zeros as large as the whole.
-        lengths = [length for prompt, completions in self._groups for length in (prompt, *completions)]
-        pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        outputs = []
-        for prompt, completions in self._groups:
-            q, prompt_k, prompt_v = next(pieces)
-            outputs.append(
-                scaled_dot_product_attention(q, prompt_k, prompt_v, is_causal=True, scale=scaling, enable_gqa=True)
-            )
-            # Of a shorter completion the mask is a corner of the longest one's.
-            longest = max(completions, default=0)
-            mask = query.new_full((longest, prompt + longest), -torch.inf).triu(prompt + 1)
-            for length in completions:
-                q, k, v = next(pieces)
-                outputs.append(
-                    scaled_dot_product_attention(
-                        q,
-                        torch.cat([prompt_k, k], dim=2),
-                        torch.cat([prompt_v, v], dim=2),
-                        attn_mask=mask[:length, : prompt + length],
-                        scale=scaling,
-                        enable_gqa=True,
-                    )
-                )
-        return torch.cat(outputs, dim=2)
 
     @cached_property
     def block_mask(self) -> BlockMask:
