@@ -85,7 +85,7 @@ def make_engines(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[
 
     def vllm(prompts: Prompts) -> int:
         body = {"model": arguments.vllm_model, "prompt": prompts, "n": k, "max_tokens": cap, "temperature": 1.0}
-        body |= {"ignore_eos": True, "logprobs": 0, "seed": arguments.seed}
+        body |= {"ignore_eos": True, "logprobs": 0}
         request = urllib.request.Request(
             f"{arguments.vllm_url}/v1/completions",
             data=json.dumps(body).encode(),
