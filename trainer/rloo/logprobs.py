@@ -149,11 +149,13 @@ class TokenLogprobs(torch.autograd.Function):
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
         normalisers, lowest = [], []
         for rows in _rows_at_once(logits_TV):
-            scaled = logits_TV[rows, :num_tokens].float() / temperature
+            scaled = logits_TV[rows, :num_tokens].float()
+            if temperature != 1:
+                scaled = scaled / temperature
             normaliser = scaled.logsumexp(dim=1)
             if floors_T is not None:
                 lowest.append(torch.minimum(normaliser + floors_T[rows], chosen_T[rows]))
-                normaliser = _only_from(scaled, lowest[-1]).logsumexp(dim=1)
+                normaliser = scaled.masked_fill(scaled < lowest[-1][:, None], -torch.inf).logsumexp(dim=1)
             normalisers.append(normaliser)
         normalisers_T = torch.cat(normalisers)
         ctx.save_for_backward(logits_TV, targets_T, normalisers_T, torch.cat(lowest) if lowest else None)
@@ -167,10 +169,14 @@ class TokenLogprobs(torch.autograd.Function):
         scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
         for rows in _rows_at_once(logits_TV):
             piece = logits_TV[rows, : ctx.num_tokens]
-            scaled = piece.float() / ctx.temperature
+            scaled = piece.float()  # in float32 the piece itself
+            if ctx.temperature != 1:
+                scaled.div_(ctx.temperature)
             if lowest_T is not None:
-                _only_from(scaled, lowest_T[rows])
-            piece.copy_(scaled.sub_(normalisers_T[rows, None]).exp_().mul_(-scaled_T1[rows]))
+                scaled.masked_fill_(scaled < lowest_T[rows, None], -torch.inf)
+            scaled.sub_(normalisers_T[rows, None]).exp_().mul_(-scaled_T1[rows])
+            if scaled.dtype != piece.dtype:
+                piece.copy_(scaled)
         logits_TV[:, ctx.num_tokens :] = 0
         logits_TV.scatter_add_(1, targets_T[:, None], scaled_T1.to(logits_TV.dtype))
         return logits_TV, None, None, None, None
@@ -180,6 +186,3 @@ def _rows_at_once(logits_TV: Tensor) -> Iterator[slice]:
     num_rows = max(1, LOGIT_BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
     return (slice(first, first + num_rows) for first in range(0, len(logits_TV), num_rows))
 
-
-def _only_from(scaled_TV: Tensor, lowest_T: Tensor) -> Tensor:
-    return scaled_TV.masked_fill_(scaled_TV < lowest_T[:, None], -torch.inf)
