@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from rloo_helpers import (
     Gradient,
     advantages_by_hand,
@@ -129,6 +130,7 @@ class Ranks:
         return SimpleNamespace(
             num_processes=self.num_processes,
             process_index=process_index,
+            distributed_type=DistributedType.MULTI_CPU,
             device=torch.device("cpu"),
             unwrap_model=lambda model: model,
             no_sync=lambda model: nullcontext(),

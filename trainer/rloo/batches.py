@@ -4,9 +4,12 @@ Shapes: N completions of a micro-batch, T tokens of theirs laid end to end, k co
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from trainer.rloo.config import RLOOConfig
@@ -97,6 +100,32 @@ def make_batches(groups: Sequence[Group], budget: int, cost: PassCost, device: t
             sampler_logprobs=torch.tensor([logprob for c in completions for logprob in c.logprobs], device=device),
             is_trained=torch.tensor(is_trained, device=device),
         )
+
+
+def equal_passes(accelerator: Accelerator, batches: Sequence[Batch], some_token: int) -> list[Batch]:
+    """As many micro-batches on every process, in as many pieces each: under ZeRO their passes are exchanges.
+
+    What a process has too few of is filled up with single tokens that are in no loss.
+    """
+    numbers: list[list[int]] = gather_object([[batch.rows.num_pieces for batch in batches]])
+    most = [max(of_place) for of_place in zip_longest(*numbers, fillvalue=1)]
+    filled = [*batches, *(_filler(some_token, accelerator.device) for _ in most[len(batches) :])]
+    for batch, num_pieces in zip(filled, most, strict=True):
+        batch.rows = replace(batch.rows, num_pieces=num_pieces)
+    return filled
+
+
+def _filler(token: int, device: torch.device) -> Batch:
+    return Batch(
+        members=[],
+        is_split=False,
+        rows=make_rows([[token]], [[[token]]], device),
+        rewards=torch.full((1,), torch.nan, device=device),
+        is_in_loss=torch.zeros(1, dtype=torch.bool, device=device),
+        sampler_logprobs=torch.zeros(1, device=device),
+        is_trained=torch.zeros(1, dtype=torch.bool, device=device),
+        advantages=torch.zeros(1, device=device),
+    )
 
 
 def set_advantages(batches: Sequence[Batch], config: RLOOConfig) -> None:

@@ -2,11 +2,16 @@
 
 Prompts and draws are functions of (seed, step), so the number of steps done is all there is to say of the data. The
 folder is written beside its place and renamed: it appears whole or not at all.
+
+Without ZeRO, every process holds all of it and a run can go on with any number of them. ZeRO's optimizer is in shards:
+another number of processes, or another stage, can take the weights up but has to begin with a fresh optimizer.
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +20,12 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import InputError
 from trainer.models import Policy
-from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
+from trainer.rloo.engine import trained_weights, writable, zero_stage
+from trainer.run_folder import STATE_FILE, RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -37,31 +46,76 @@ class Checkpointer:
         """Write the checkpoint after `step` steps, then delete the oldest ones beyond the limit."""
         final = self._run.checkpoint(step)
         partial = final.with_suffix(".partial")
-        self._accelerator.save_state(str(partial))
+        # Of a model with an adapter, the base is nowhere written again.
+        self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             self._tokenizer.save_pretrained(partial)
-            (partial / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")
+            state = {"global_step": step, **_layout(self._accelerator)}
+            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
             if final.exists():  # a run continued at its last step saves that step again
                 shutil.rmtree(final)
             partial.rename(final)
             self._run.rotate(save_total_limit)
         self._accelerator.wait_for_everyone()
 
-    def restore(self, checkpoint: Path) -> int:
-        """Load a checkpoint into what was prepared -> the number of steps done."""
-        self._accelerator.load_state(str(checkpoint))
-        return checkpoint_step(checkpoint)
+    def restore(self, checkpoint: Path) -> None:
+        """Load a checkpoint into what was prepared."""
+        self._accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if self._is_sharded else {}))
+
+    @property
+    def _is_sharded(self) -> bool:
+        return zero_stage(self._accelerator) > 0
 
     def _save_weights(self, models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         # What is taken from `weights` Accelerate does not save a second time in its own layout.
-        state_dict = {name.removeprefix("policy."): tensor for name, tensor in weights.pop().items()}
+        named = trained_weights(self._accelerator, models[0]) if self._is_sharded else weights.pop()
+        state_dict = {name.removeprefix("module.").removeprefix("policy."): tensor for name, tensor in named.items()}
         if self._accelerator.is_main_process:
             self._policy.save_pretrained(folder, state_dict=state_dict)
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
+        if self._is_sharded:
+            return  # DeepSpeed has loaded them with their optimizer
         models.clear()
-        if isinstance(self._policy, PeftModel):
-            set_peft_model_state_dict(self._policy, load_peft_weights(folder, device="cpu"))
+        load_weights(self._accelerator, self._policy, Path(folder))
+
+
+def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimizer: bool) -> bool:
+    """Whether this launch can take up a checkpoint's optimizer; InputError where it cannot and has not been told to."""
+    stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    there, here = (
+        {key: layout.get(key, 0) for key in ("zero_stage", "num_shards")} for layout in (stored, _layout(accelerator))
+    )
+    if there == here:
+        return True
+    if not restarts_optimizer:
+        raise InputError(
+            f"{str(checkpoint)!r} holds an optimizer {_in_words(there)}, and this run would be {_in_words(here)}: "
+            "launch it as it was, or give rloo.restart_optimizer=true to go on from its weights with a fresh optimizer"
+        )
+    logger.warning("the optimizer begins anew: its state was %s, this run is %s", _in_words(there), _in_words(here))
+    return False
+
+
+def load_weights(accelerator: Accelerator, policy: Policy, checkpoint: Path) -> None:
+    """Read a checkpoint's weights into a policy, sharded or not."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    with writable(accelerator, trained) as is_written_here:
+        if not is_written_here:
+            return
+        if isinstance(policy, PeftModel):
+            set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device="cpu"))
         else:
-            load_checkpoint_in_model(self._policy, folder)
+            load_checkpoint_in_model(policy, str(checkpoint))
+
+
+def _layout(accelerator: Accelerator) -> dict[str, int]:
+    stage = zero_stage(accelerator)
+    return {"zero_stage": stage, "num_shards": accelerator.num_processes if stage else 0}
+
+
+def _in_words(layout: dict[str, int]) -> str:
+    return (
+        f"in {layout['num_shards']} shards of ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else "in one piece"
+    )

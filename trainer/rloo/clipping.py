@@ -5,8 +5,6 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 
 from trainer.rloo.config import RLOOConfig
 
@@ -15,7 +13,7 @@ FIRST_NORMS = 10
 
 
 class GradientClipper:
-    """Scales the gradient down to min(max_grad_norm, quantile of the norms of the last updates before clipping).
+    """The norm to scale a gradient down to: min(max_grad_norm, quantile of the last updates' norms before clipping).
 
     Updates without a gradient, whose groups all lacked variance, and norms that are not finite are left out of those.
     Reka Flash 3.1 was trained with "gradient clipping informed by effective gradient norms"; the quantile is our
@@ -28,14 +26,18 @@ class GradientClipper:
         self._norms: deque[float] = deque(maxlen=config.grad_norm_window)
         self._last_norm, self._last_limit = 0.0, config.max_grad_norm
 
-    def clip(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
-        """Clip the gradient that lies on the model, and remember its norm."""
-        self._last_limit = self._max_norm
+    @property
+    def limit(self) -> float:
+        """The norm that the next update is clipped to."""
         if self._quantile is not None and len(self._norms) >= min(FIRST_NORMS, self._norms.maxlen or FIRST_NORMS):
-            self._last_limit = min(self._max_norm, float(np.quantile(self._norms, self._quantile)))
-        self._last_norm = float(accelerator.clip_grad_norm_(model.parameters(), self._last_limit))
-        if 0 < self._last_norm < math.inf:
-            self._norms.append(self._last_norm)
+            return min(self._max_norm, float(np.quantile(self._norms, self._quantile)))
+        return self._max_norm
+
+    def remember(self, norm: float) -> None:
+        """Take note of an update's norm before clipping."""
+        self._last_norm, self._last_limit = norm, self.limit
+        if 0 < norm < math.inf:
+            self._norms.append(norm)
 
     def metrics(self) -> dict[str, float]:
         """Norm of the last update's gradient before clipping, and the norm that it was clipped to."""

@@ -30,6 +30,7 @@ class RLOOConfig:
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
     save_steps, save_total_limit:       a checkpoint every so many steps and at the end, and how many are kept
+    restart_optimizer:                  --resume under another number of ZeRO shards goes on with a fresh optimizer
 
     Beyond the paper, all off by default; formulas in objective.py unless said here:
 
@@ -73,6 +74,7 @@ class RLOOConfig:
     bf16: bool = False
     save_steps: Annotated[int, Ge(1)] = 50
     save_total_limit: Annotated[int, Ge(1)] | None = None
+    restart_optimizer: bool = False
 
     num_iterations: Annotated[int, Ge(1)] = 1
     importance_sampling_level: Literal["sequence", "token"] = "sequence"

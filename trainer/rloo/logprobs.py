@@ -34,6 +34,7 @@ class Rows:
     predictors: [T], the place in S whose output predicts each completion token
     targets:    [T], the completion tokens
     lengths:    [N], tokens of each completion
+    num_pieces: into which the completion tokens are cut for the LM head
     floors:     [T], the log-probability below which a token could not be drawn; None where every token could
     """
 
@@ -42,6 +43,7 @@ class Rows:
     predictors: Tensor
     targets: Tensor
     lengths: Tensor
+    num_pieces: int
     floors: Tensor | None = None
 
 
@@ -83,6 +85,7 @@ def make_rows(
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in flat for token in completion], device=device),
         lengths=torch.tensor([len(completion) for completion in flat], device=device),
+        num_pieces=max(1, math.ceil(len(predictors) / LOGITS_AT_ONCE)),
         floors=None if floors is None else torch.tensor(floors, device=device),
     )
 
@@ -103,6 +106,7 @@ class CompletionLogprobs(nn.Module):
         """`num_tokens`: ids that can be sampled, the tokenizer's; the distribution is over those, as in sampling."""
         super().__init__()
         self.policy = policy
+        self.config = policy.config  # by which Accelerate sizes what ZeRO-3 gathers at a time
         self.temperature = temperature
         self.num_tokens = num_tokens
 
@@ -111,9 +115,9 @@ class CompletionLogprobs(nn.Module):
         decoder, _ = decoder_and_head(self.policy)
         hidden_SD = run_decoder(decoder, rows.input_ids, rows.layout.position_ids, rows.layout)[0]
         arguments = (hidden_SD.index_select(0, rows.predictors), rows.targets, rows.floors)
-        if len(rows.targets) <= LOGITS_AT_ONCE:
+        if rows.num_pieces == 1:
             return self._score(*arguments)
-        pieces = zip(*(_split(tensor, len(rows.targets)) for tensor in arguments), strict=True)
+        pieces = zip(*(_split(tensor, rows.num_pieces) for tensor in arguments), strict=True)
         return torch.cat([checkpoint(self._score, *piece, use_reentrant=False) for piece in pieces])
 
     def _score(self, hidden_TD: Tensor, targets_T: Tensor, floors_T: Tensor | None) -> Tensor:
@@ -122,8 +126,8 @@ class CompletionLogprobs(nn.Module):
         return cast(Tensor, scored)
 
 
-def _split(tensor: Tensor | None, length: int) -> Sequence[Tensor | None]:
-    return [None] * math.ceil(length / LOGITS_AT_ONCE) if tensor is None else tensor.split(LOGITS_AT_ONCE)
+def _split(tensor: Tensor | None, num_pieces: int) -> Sequence[Tensor | None]:
+    return [None] * num_pieces if tensor is None else tensor.tensor_split(num_pieces)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -185,4 +189,3 @@ class TokenLogprobs(torch.autograd.Function):
 def _rows_at_once(logits_TV: Tensor) -> Iterator[slice]:
     num_rows = max(1, LOGIT_BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
     return (slice(first, first + num_rows) for first in range(0, len(logits_TV), num_rows))
-

@@ -22,20 +22,29 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from trainer.launch import make_accelerator
-from trainer.models import check_trainable, load_policy
+from trainer.models import Policy, check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
-from trainer.rloo.batches import Batch, Totals, batch_loss, make_batches, set_advantages
-from trainer.rloo.checkpoint import Checkpointer
+from trainer.rloo.batches import Totals, batch_loss, equal_passes, make_batches, set_advantages
+from trainer.rloo.checkpoint import Checkpointer, check_layout, load_weights
 from trainer.rloo.clipping import GradientClipper
 from trainer.rloo.config import RLOOConfig
+from trainer.rloo.engine import (
+    accumulating,
+    autocast,
+    backward,
+    frozen_shards,
+    update_weights,
+    whole_weights,
+    zero_stage,
+)
 from trainer.rloo.logprobs import CompletionLogprobs, Rows, decoder_and_head
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
 from trainer.rloo.packing import PassCost
 from trainer.rloo.rollouts import Group, sample_groups, score_groups
 from trainer.rloo.sampler import Sampler
 from trainer.rloo.task import RLOOTask, prepare
-from trainer.run_folder import ROLLOUTS_FILE, RunFolder
+from trainer.run_folder import ROLLOUTS_FILE, RunFolder, checkpoint_step
 from trainer.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -50,8 +59,11 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     task = prepare(recipe)
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
-    check_trainable(recipe, has_master_weights=False)
+    check_trainable(recipe, has_master_weights=zero_stage(accelerator) > 0 and config.bf16)
     config.prompts_per_process(accelerator.num_processes)
+    keeps_optimizer = checkpoint is None or check_layout(
+        accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
+    )
     task.grader.warm_up()  # a reward model's weights are loaded here
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
@@ -61,7 +73,9 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         policy.activation_checkpointing_enable()
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(task.tokenizer)).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.
-    reference = make_reference(accelerator, model, config)
+    reference = make_reference(accelerator, model, config, lambda: load_policy(recipe))
+    if checkpoint and not keeps_optimizer:  # before an optimizer makes its own copies of the weights
+        load_weights(accelerator, policy, checkpoint)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
@@ -81,16 +95,19 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
-    first_step = checkpointer.restore(checkpoint) if checkpoint else 0
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    if checkpoint and keeps_optimizer:
+        checkpointer.restore(checkpoint)
+    else:
+        for _ in range(first_step):
+            scheduler.step()
     log = None
     if accelerator.is_main_process:
         run.start(recipe, first_step)
         log = RunLog(run, recipe, first_step=first_step, max_steps=config.max_steps)
 
     def update() -> None:
-        clipper.clip(accelerator, model)
-        optimizer.step()
-        optimizer.zero_grad()
+        clipper.remember(update_weights(accelerator, model, optimizer, clipper.limit))
 
     for step in range(first_step, config.max_steps):
         clock = Clock()
@@ -130,12 +147,13 @@ def take_step(
 
     `update` is called with each update's gradient on the model. In the one update that is the default, the policy is
     run once on each completion: its detached log-probabilities give the KL and so the advantages, which weigh the same
-    log-probabilities in the loss.
+    log-probabilities in the loss. All processes make the same passes.
     """
     config = task.config
     share = config.prompts_per_process(accelerator.num_processes)
     slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    groups, replaced = roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
+    with whole_weights(accelerator, model):
+        groups, replaced = roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
     totals = count_in_loss(accelerator, groups)
 
     # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
@@ -144,29 +162,33 @@ def take_step(
     trained = [group for group in groups if group not in idle]
     decoder, _ = decoder_and_head(accelerator.unwrap_model(model).policy)
     cost = PassCost.of(decoder)
+    some_token = trained[0].prompt.ids[0]
     batches = list(make_batches(trained, config.micro_batch_tokens, cost, accelerator.device))
+    # With the KL in the reward, the advantages of a group that no micro-batch holds whole need a pass of their own.
+    split = [batch for batch in batches if batch.is_split] if reference and config.kl_placement == "reward" else []
+    with torch.no_grad():
+        for batch in equal_passes(accelerator, split, some_token):
+            batch.old_logprobs = model(batch.rows)
+    batches = equal_passes(accelerator, batches, some_token)
+    if reference is not None:
+        for batch in batches:
+            batch.reference_logprobs = reference(batch.rows)
     if reference is None or config.kl_placement == "loss":
-        set_advantages(batches, config)
-    else:
-        # The advantages of a group that no micro-batch holds whole need a pass over it of their own.
-        split = [batch for batch in batches if batch.is_split]
-        with torch.no_grad():
-            for batch in split:
-                first_pass(batch, model(batch.rows), reference)
-        set_advantages(split, config)
+        split = [batch for batch in batches if batch.members]
+    set_advantages(split, config)
 
     for _ in range(config.num_iterations):
         for number, batch in enumerate(batches, start=1):
-            # Gradients travel between processes once an update, with the last micro-batch.
-            with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+            is_last = number == len(batches)
+            with accumulating(accelerator, model, is_last=is_last):
                 logprobs_T = model(batch.rows)
                 if batch.old_logprobs is None:
-                    first_pass(batch, logprobs_T.detach(), reference)
+                    batch.old_logprobs = logprobs_T.detach()
                 if not len(batch.advantages):
                     set_advantages([batch], config)
                 loss = batch_loss(batch, logprobs_T, config, totals)
                 # Data-parallel gradients are averaged over processes; the totals have counted them all already.
-                accelerator.backward(loss * accelerator.num_processes)
+                backward(accelerator, model, loss * accelerator.num_processes, is_last=is_last)
         update()
     clock.lap("train")
     return [
@@ -227,27 +249,34 @@ def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> Totals:
     return Totals(num_completions=num_completions, num_tokens=num_tokens)
 
 
-def first_pass(batch: Batch, logprobs_T: Tensor, reference: Reference | None) -> None:
-    """Keep what a batch's updates are measured against; `logprobs_T` carry no gradient."""
-    batch.old_logprobs = logprobs_T
-    if reference is not None:
-        batch.reference_logprobs = reference(batch.rows)
-
-
-def make_reference(accelerator: Accelerator, model: CompletionLogprobs, config: RLOOConfig) -> Reference | None:
+def make_reference(
+    accelerator: Accelerator,
+    model: CompletionLogprobs,
+    config: RLOOConfig,
+    load_again: Callable[[], Policy] | None = None,
+) -> Reference | None:
     """Log-probabilities under the policy that the run begins with; None where beta is 0 and nobody asks for them.
 
-    With LoRA that policy is the model without its adapter and costs no memory; otherwise it is a copy of the live one.
-    It computes in the policy's arithmetic: what only rounding makes different is no KL.
+    With LoRA that policy is the model without its adapter and costs no memory; otherwise it is a copy of the live one,
+    or under ZeRO-3, where a copy would be of shards, what `load_again` gives, sharded likewise. It computes in the
+    policy's arithmetic: what only rounding makes different is no KL.
     """
     if config.beta == 0:
         return None
     policy = model.policy
-    frozen = model if isinstance(policy, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
+    frozen: torch.nn.Module
+    if isinstance(policy, PeftModel):
+        frozen = model
+    elif load_again is not None and zero_stage(accelerator) == 3:
+        initial = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
+        frozen = frozen_shards(accelerator, initial.eval().requires_grad_(False))
+    else:
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
 
     def reference_logprobs(rows: Rows) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
-        with torch.no_grad(), without_adapter, accelerator.autocast():
-            return frozen(replace(rows, floors=None))  # every token, whatever the sampler left out
+        with torch.no_grad(), without_adapter, autocast(accelerator):
+            scored: Tensor = frozen(replace(rows, floors=None))  # every token, whatever the sampler left out
+            return scored
 
     return reference_logprobs

@@ -66,13 +66,13 @@ class GroupAttention(torch.autograd.Function):
         lse = query.new_empty(q.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in _parts(groups):
             rows, seen = part.queries, part.keys
-            o, l = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, part.is_causal, scale=scaling)
+            o, normaliser = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, part.is_causal, scale=scaling)
             if part.is_causal:
-                out[:, :, rows], lse[:, :, rows] = o, l
+                out[:, :, rows], lse[:, :, rows] = o, normaliser
             else:
-                share = torch.sigmoid(l - lse[:, :, rows])
+                share = torch.sigmoid(normaliser - lse[:, :, rows])
                 out[:, :, rows].lerp_(o, share[..., None].to(o.dtype))
-                lse[:, :, rows] = torch.logaddexp(l, lse[:, :, rows])
+                lse[:, :, rows] = torch.logaddexp(normaliser, lse[:, :, rows])
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.groups, ctx.scaling = groups, scaling
         return output
