@@ -185,4 +185,3 @@ class TokenLogprobs(torch.autograd.Function):
 def _rows_at_once(logits_TV: Tensor) -> Iterator[slice]:
     num_rows = max(1, LOGIT_BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
     return (slice(first, first + num_rows) for first in range(0, len(logits_TV), num_rows))
-
