@@ -32,6 +32,10 @@ class Launch:
     zero_stage: int | None
     num_processes: int
 
+    def __str__(self) -> str:
+        stage = "" if self.zero_stage is None else f" ZeRO-{self.zero_stage}"
+        return f"{self.engine}{stage} in {self.num_processes} process{'es' if self.num_processes > 1 else ''}"
+
 
 def read_launch() -> Launch:
     """What the launcher asked for, by its environment variables; before anything is initialised.
@@ -82,16 +86,14 @@ def check_engine(launch: Launch, accelerator: Accelerator) -> None:
         num_processes=accelerator.num_processes,
     )
     if found != launch:
-        raise InputError(
-            f"the launcher asked for {_name(launch)}, but there is {_name(found)}: see recipes/accelerate/"
-        )
+        raise InputError(f"the launcher asked for {launch}, but there is {found}: see recipes/accelerate/")
 
 
 def announce(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Log the engine, its ZeRO stage, the world, the data types and the attention that a run really has."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        engine = f"DeepSpeed ZeRO-{zero['stage']}"
+        engine = f"DeepSpeed ZeRO-{accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()}"
         for part in ("optimizer", "param"):
             device = zero.get(f"offload_{part}", {}).get("device", "none")
             engine += f", {part} offloaded to {device}" if device != "none" else ""
@@ -113,11 +115,6 @@ def announce(accelerator: Accelerator, model: torch.nn.Module) -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
-def _name(launch: Launch) -> str:
-    stage = "" if launch.zero_stage is None else f" ZeRO-{launch.zero_stage}"
-    return f"{launch.engine}{stage} in {launch.num_processes} process(es)"
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
