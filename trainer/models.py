@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
@@ -131,7 +132,13 @@ def add_adapter(
 ) -> PeftModel:
     """Put a fresh LoRA adapter on the model; only the adapter is trained, and a classifier's head."""
     try:
-        return get_peft_model(model, LoraConfig(task_type=task_type, **lora))
+        # An adapter of another type than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
+        # DeepSpeed its float32 copy is the optimizer's.
+        return get_peft_model(
+            model,
+            LoraConfig(task_type=task_type, **lora),
+            autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+        )
     except (ValueError, TypeError) as error:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
 

@@ -22,10 +22,10 @@ from data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
 from data.errors import InputError
 from data.rows import Row
 from data.sources import load_rows
-from trainer.models import check_model, check_trainable, load_model_tokenizer, load_policy
+from trainer.models import check_model, load_model_tokenizer, load_policy
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
-from trainer.trl_run import is_finished, make_config, run_trainer
+from trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class SFTTask:
 
 def prepare(recipe: Recipe) -> SFTTask:
     """Check the recipe against its data and its model's config; InputError says what is wrong."""
-    config = make_config("sft", recipe.sft, recipe, SFTConfig)
     tokenizer = load_model_tokenizer(recipe)
     context = check_model(recipe, tokenizer).max_position_embeddings
+    config = make_config("sft", recipe.sft, recipe, SFTConfig)
     rows = load_rows(**recipe.dataset).rows
     encoded = encode_conversations(rows, tokenizer, **recipe.chat)
     limit = min(config.max_length or context, context)
@@ -91,7 +91,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
-    check_trainable(recipe, has_master_weights=task.config.deepspeed_plugin is not None)
+    check_start(recipe, task.config, checkpoint)
     if checkpoint and is_finished(checkpoint, task.config):
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return

@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -19,20 +21,28 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from data.errors import InputError
+from trainer.launch import Launch, adapt_to_device, announce, check_engine, read_launch
+from trainer.models import check_trainable
 from trainer.recipe import Recipe
 from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
 from trainer.run_log import RunLog
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
+LAUNCH_FILE = "launch.json"
+
 
 def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_class: Callable[..., Config]) -> Config:
-    """A TRL config of the recipe's section `name`, with what the program itself sets."""
+    """A TRL config of the recipe's section `name`, with what the program itself sets; processes are connected here.
+
+    Under ZeRO-3 every model that transformers builds from here on is sharded as it is built.
+    """
+    read_launch()
     section = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **section}
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
     try:
-        return config_class(
+        config = config_class(
             output_dir=str(RunFolder(recipe.output_dir).checkpoints),
             seed=recipe.seed,
             report_to="none",
@@ -42,6 +52,41 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"{name}: {str(error).splitlines()[0]}") from error
+    if config.deepspeed_plugin is not None:
+        adapt_to_device(config.deepspeed_plugin)
+        _check_deepspeed(name, config, config.deepspeed_plugin)
+    return config
+
+
+def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlugin) -> None:
+    """Raise InputError where the launch file and the recipe differ on one thing; DeepSpeed would after the loading."""
+    for key, ours in (
+        ("gradient_clipping", config.max_grad_norm),
+        ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+    ):
+        theirs = plugin.get_value(key, "auto")
+        if theirs not in ("auto", ours):
+            raise InputError(
+                f"the launch file has {key} {theirs}, the recipe's {name} section {ours}; "
+                "take it out of the launch file"
+            )
+
+
+def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | None) -> None:
+    """Raise InputError for a start that cannot be trained, or continued, under the engine that was launched."""
+    is_deepspeed = config.deepspeed_plugin is not None
+    check_trainable(recipe, has_master_weights=is_deepspeed and config.bf16)
+    if is_deepspeed and not config.bf16 and recipe.model.get("dtype", "bfloat16") == "bfloat16":
+        raise InputError(f"DeepSpeed trains bfloat16 weights in bfloat16 alone: set {recipe.stage}.bf16: true")
+    if checkpoint is None or not (checkpoint / LAUNCH_FILE).exists():
+        return
+    saved = Launch(**json.loads((checkpoint / LAUNCH_FILE).read_text(encoding="utf-8")))
+    if saved != read_launch():
+        raise InputError(
+            f"{str(checkpoint)!r} was saved by {saved}, and this is {read_launch()}: a step's rows and the optimizer's "
+            "state are shared out over the processes. Launch as then, or start a new run from its weights: "
+            "rekatrain export RUN OUT"
+        )
 
 
 def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
@@ -60,7 +105,8 @@ def run_trainer(
     headline: list[str],
 ) -> None:
     """Train from the checkpoint, or from the start, with the run's own log; `tokenizer` is what checkpoints keep."""
-    trainer.add_callback(_KeepTokenizer(tokenizer, run))
+    trainer.add_callback(_CompleteCheckpoint(tokenizer, run))
+    trainer.add_callback(_TellEngine(trainer.accelerator))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if PartialState().is_main_process:
@@ -70,15 +116,30 @@ def run_trainer(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-class _KeepTokenizer(TrainerCallback):
-    """Saves the tokenizer as it was loaded over the trainer's, which TRL has given a pad token."""
+class _TellEngine(TrainerCallback):
+    """Checks and logs what the model really runs on, once it is wrapped."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        check_engine(read_launch(), self._accelerator)
+        announce(self._accelerator, event["model"])
+
+
+class _CompleteCheckpoint(TrainerCallback):
+    """Saves how the run was launched, and over the trainer's tokenizer, which TRL gave a pad token, the one loaded."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
         self._tokenizer, self._run = tokenizer, run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._tokenizer.save_pretrained(self._run.checkpoint(state.global_step))
+            checkpoint = self._run.checkpoint(state.global_step)
+            self._tokenizer.save_pretrained(checkpoint)
+            (checkpoint / LAUNCH_FILE).write_text(json.dumps(asdict(read_launch())), encoding="utf-8")
 
 
 class _Log(TrainerCallback):

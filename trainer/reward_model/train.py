@@ -16,16 +16,16 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from trainer.models import check_trainable
 from trainer.recipe import Recipe
 from trainer.reward_model.evaluate import evaluate_pairs, show_evaluation
 from trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
 from trainer.run_folder import RunFolder
-from trainer.trl_run import is_finished, make_config, run_trainer
+from trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ class RewardTask:
 
 def prepare(recipe: Recipe) -> RewardTask:
     """Check the recipe against its data and its model's config; InputError says what is wrong."""
-    config = make_config("reward", recipe.reward, recipe, RewardConfig)
     tokenizer = load_reward_tokenizer(recipe)
     context = check_reward_model(recipe, tokenizer)
+    config = make_config("reward", recipe.reward, recipe, RewardConfig)
     limit = min(config.max_length or context, context)
     pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=limit)
     held_out: list[Pair] = []
@@ -62,8 +62,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
-    is_sharded = task.config.deepspeed_plugin is not None
-    check_trainable(recipe, has_master_weights=is_sharded)
+    check_start(recipe, task.config, checkpoint)
     if checkpoint and is_finished(checkpoint, task.config):
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return
@@ -78,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)
     if not task.held_out:
         logger.warning("the recipe has no eval_dataset section: nothing says how good the reward model is")
-    elif is_sharded:
+    elif is_deepspeed_zero3_enabled():
         logger.info("the weights are sharded; measure the run with: rekatrain evaluate RECIPE model...=%s", run.path)
     elif PartialState().is_main_process:
         evaluation = evaluate_pairs(trainer.accelerator.unwrap_model(trainer.model), task.held_out)

@@ -12,8 +12,37 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+
+from trainer.launch import adapt_to_device, check_engine, read_launch
+
+
+def make_accelerator(*, bf16: bool) -> Accelerator:
+    """Accelerate for one process, data parallelism or ZeRO; InputError unless it is what was launched."""
+    launch = read_launch()
+    has_gpu, is_deepspeed = torch.cuda.is_available(), launch.engine == "deepspeed"
+    accelerator = Accelerator(
+        # Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, silently;
+        # under DeepSpeed `cpu=True` would turn it off as silently.
+        cpu=not has_gpu and not is_deepspeed,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
+        mixed_precision="bf16" if bf16 else None,
+        step_scheduler_with_optimizer=False,
+    )
+    check_engine(launch, accelerator)
+    if is_deepspeed:
+        plugin = accelerator.state.deepspeed_plugin
+        adapt_to_device(plugin)
+        # DeepSpeed wants sizes, but micro-batches are laid out by tokens and their denominators are the step's; where
+        # an update ends and how far its gradient is clipped is said below.
+        plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=1,
+            gradient_accumulation_steps=1,
+            train_batch_size=accelerator.num_processes,
+            gradient_clipping=0.0,
+        )
+    return accelerator
 
 
 def zero_stage(accelerator: Accelerator) -> int:

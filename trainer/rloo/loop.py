@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import get_scheduler
 
-from trainer.launch import make_accelerator
+from trainer.launch import announce
 from trainer.models import Policy, check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
@@ -34,6 +34,7 @@ from trainer.rloo.engine import (
     autocast,
     backward,
     frozen_shards,
+    make_accelerator,
     update_weights,
     whole_weights,
     zero_stage,
@@ -88,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    announce(accelerator, policy)
     clipper = GradientClipper(config)
     accelerator.register_for_checkpointing(clipper)
     usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
