@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from data.errors import InputError
 from trainer.launch import adapt_to_device, check_engine, read_launch
 
 
@@ -49,6 +50,20 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of ZeRO, 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin if _is_deepspeed(accelerator) else None
     return int(plugin.zero_stage) if plugin else 0
+
+
+def check_dtype(accelerator: Accelerator, dtype: str, *, bf16: bool) -> None:
+    """Raise InputError where DeepSpeed would refuse a model's `dtype` in the midst of things."""
+    if zero_stage(accelerator) and dtype == "bfloat16" and not bf16:
+        raise InputError(
+            "DeepSpeed trains bfloat16 weights, with float32 copies of them, where rloo.bf16 is true: set it, or "
+            "model.dtype to float32"
+        )
+    if zero_stage(accelerator) == 3 and dtype == "float32" and bf16:
+        raise InputError(
+            "rloo.bf16 under ZeRO-3 goes with model.dtype bfloat16: weights are sharded as they are loaded, and "
+            "DeepSpeed makes the float32 copies of those that are trained"
+        )
 
 
 def accumulating(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
@@ -103,16 +118,22 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
             add_hooks(model)
 
 
-def frozen_shards(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A model that is not trained, made ready to run at ZeRO stage 3 beside the one that is."""
+def frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A model that is not trained, made ready to run beside the one that is: in its arithmetic, at stage 3 sharded."""
+    model.eval().requires_grad_(False)
+    if zero_stage(accelerator) and accelerator.mixed_precision == "bf16":
+        for parameter in model.parameters():  # buffers stay, as DeepSpeed leaves them
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if zero_stage(accelerator) < 3:
+        return model
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     sharding = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
     config["zero_optimization"] = {key: value for key, value in sharding.items() if key != "offload_optimizer"}
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    frozen: nn.Module = engine
-    return frozen
+    sharded: nn.Module = engine
+    return sharded
 
 
 def trained_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:

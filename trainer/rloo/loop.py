@@ -25,6 +25,7 @@ from trainer.launch import announce
 from trainer.models import Policy, check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
+from trainer.rloo.attention import NAME as GROUPED_ATTENTION
 from trainer.rloo.batches import Totals, batch_loss, equal_passes, make_batches, set_advantages
 from trainer.rloo.checkpoint import Checkpointer, check_layout, load_weights
 from trainer.rloo.clipping import GradientClipper
@@ -33,7 +34,8 @@ from trainer.rloo.engine import (
     accumulating,
     autocast,
     backward,
-    frozen_shards,
+    check_dtype,
+    frozen,
     make_accelerator,
     update_weights,
     whole_weights,
@@ -61,6 +63,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
     check_trainable(recipe, has_master_weights=zero_stage(accelerator) > 0 and config.bf16)
+    check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=config.bf16)
     config.prompts_per_process(accelerator.num_processes)
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
@@ -70,6 +73,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
     policy = load_policy(recipe)
     policy.to(accelerator.device)
+    decoder, _ = decoder_and_head(policy)
+    decoder.set_attn_implementation(GROUPED_ATTENTION)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(task.tokenizer)).train()
@@ -93,7 +98,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     clipper = GradientClipper(config)
     accelerator.register_for_checkpointing(clipper)
     usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
-    cost = PassCost.of(decoder_and_head(policy)[0])
+    cost = PassCost.of(decoder)
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     sampler = task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
@@ -266,19 +271,19 @@ def make_reference(
     if config.beta == 0:
         return None
     policy = model.policy
-    frozen: torch.nn.Module
+    initial: torch.nn.Module
     if isinstance(policy, PeftModel):
-        frozen = model
+        initial = model
     elif load_again is not None and zero_stage(accelerator) == 3:
-        initial = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
-        frozen = frozen_shards(accelerator, initial.eval().requires_grad_(False))
+        again = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
+        initial = frozen(accelerator, again)
     else:
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        initial = frozen(accelerator, copy.deepcopy(model))
 
     def reference_logprobs(rows: Rows) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
         with torch.no_grad(), without_adapter, autocast(accelerator):
-            scored: Tensor = frozen(replace(rows, floors=None))  # every token, whatever the sampler left out
+            scored: Tensor = initial(replace(rows, floors=None))  # every token, whatever the sampler left out
             return scored
 
     return reference_logprobs
