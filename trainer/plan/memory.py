@@ -25,7 +25,7 @@ from trainer.rloo.config import RLOOConfig
 CONTEXT = 1.5 * GB
 FRAGMENTATION = 0.06
 # A process of this program on a CPU before it has a model: the interpreter and the libraries.
-INTERPRETER = 0.7 * GB
+INTERPRETER = 0.55 * GB
 # Prompts of stage rloo are not known before the data is read.
 PROMPT_TOKENS = 256
 
@@ -88,16 +88,6 @@ class Plan:
         return math.ceil(length / self.launch.sequence_parallel)
 
     @property
-    def num_micro_batches(self) -> int:
-        """Forward and backward passes of a process in one update."""
-        if self.recipe.stage != "rloo":
-            section = self.recipe.sft if self.recipe.stage == "sft" else self.recipe.reward
-            return int(section.get("gradient_accumulation_steps", 1))
-        config = self.rloo
-        tokens = self.prompts * (self.prompt_tokens + config.num_generations * (config.max_completion_length - 1))
-        return math.ceil(tokens / config.micro_batch_tokens)
-
-    @property
     def rloo(self) -> RLOOConfig:
         """The section of stage rloo."""
         return RLOOConfig(**self.recipe.rloo)
@@ -124,7 +114,6 @@ class Plan:
             prompt_tokens=self.prompt_tokens,
             row_tokens=self.row_tokens if self.recipe.stage != "rloo" else 1,
             casts=self.casts and not is_sharded,
-            keeps_gradients=self.num_micro_batches > 1 and not is_sharded,
             reduces_at_once=is_sharded,
             is_cpu=self.launch.is_cpu,
         )

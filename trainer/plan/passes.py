@@ -28,7 +28,7 @@ from trainer.rloo.config import RLOOConfig
 from trainer.rloo.draw import draw
 from trainer.rloo.kv_cache import FIRST_ROOM, ForkedCache
 from trainer.rloo.logprobs import LOGIT_BYTES_AT_ONCE, CompletionLogprobs, Rows, decoder_and_head, make_rows
-from trainer.rloo.packing import PassCost, pack
+from trainer.rloo.packing import PassCost, Piece, pack
 
 ACTIVATIONS, LM_HEAD, GRADIENTS, KV_CACHE = "activations", "LM head", "gradients", "KV cache"
 
@@ -41,7 +41,6 @@ class Passes:
     prompt_tokens:   length of each
     row_tokens:      tokens of a row that one process holds (stages sft and reward)
     casts:           whether products are computed in bfloat16 over other weights (autocast)
-    keeps_gradients: whether gradients of earlier micro-batches are there when one begins
     reduces_at_once: whether a gradient leaves for its shard as soon as it is computed (ZeRO 1 to 3)
     is_cpu:          attention and pieces of logits are those of a CPU
     """
@@ -53,9 +52,13 @@ class Passes:
     prompt_tokens: int = 256
     row_tokens: int = 1024
     casts: bool = False
-    keeps_gradients: bool = False
     reduces_at_once: bool = False
     is_cpu: bool = False
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients of earlier micro-batches are there when one begins."""
+        return self.num_micro_batches > 1 and not self.reduces_at_once
 
     @cached_property
     def _key(self) -> str:
@@ -86,15 +89,27 @@ class Passes:
         return RLOOConfig(**self.recipe.rloo)
 
     @cached_property
-    def micro_batch(self) -> tuple[list[int], list[list[int]], list[bool]]:
-        """Of the largest micro-batch: prompts' lengths, their completions', and whether each prompt is run once."""
+    def _batches(self) -> list[list[Piece]]:
         config = self._rloo
         with torch.device("meta"):
             decoder, _ = decoder_and_head(build(self.config, self.recipe, 1))  # of any depth: only ratios count
         cost = replace(PassCost.of(decoder), sees_half=self.is_cpu)
         completions = [config.max_completion_length - 1] * config.num_generations
-        batches = pack([(self.prompt_tokens, completions)] * self.prompts, config.micro_batch_tokens, cost)
-        largest = max(batches, key=lambda batch: sum(self._tokens(len(p.members), p.is_shared) for p in batch))
+        return pack([(self.prompt_tokens, completions)] * self.prompts, config.micro_batch_tokens, cost)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward and backward passes of a process in one update."""
+        if self.recipe.stage == "rloo":
+            return len(self._batches)
+        section = self.recipe.sft if self.recipe.stage == "sft" else self.recipe.reward
+        return int(section.get("gradient_accumulation_steps", 1))
+
+    @cached_property
+    def micro_batch(self) -> tuple[list[int], list[list[int]], list[bool]]:
+        """Of the largest micro-batch: prompts' lengths, their completions', and whether each prompt is run once."""
+        config = self._rloo
+        largest = max(self._batches, key=lambda batch: sum(self._tokens(len(p.members), p.is_shared) for p in batch))
         return (
             [self.prompt_tokens] * len(largest),
             [[config.max_completion_length] * len(piece.members) for piece in largest],
@@ -182,7 +197,12 @@ class Passes:
     def _loss(self, model: Policy) -> Tensor:
         if self.recipe.stage == "rloo":
             policy = CompletionLogprobs(model, temperature=1.0, num_tokens=self.config.vocab_size).train()
-            return policy(self._packed()).sum()
+            rows = self._packed()
+            logprobs = policy(rows)
+            if self._rloo.beta:  # the reference is run on the micro-batch while the policy's pass waits
+                with torch.no_grad():
+                    policy(rows)
+            return logprobs.sum()
         ids = torch.zeros(self._rows, self.row_tokens, dtype=torch.long)
         if self.recipe.stage == "reward":
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().mean()
