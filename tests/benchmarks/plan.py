@@ -131,6 +131,11 @@ def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
         (folder / f"{stage}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_stage))
 
 
+def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of the one prompt that all rows have."""
+    return len(encode_text(render_prompt([{"role": "user", "content": "Go on."}]), tokenizer))
+
+
 def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: int) -> dict[str, Any]:
     """Predict, run, compare."""
     formats = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}
@@ -201,7 +206,7 @@ def main() -> None:
         models = {size: folder / size for size in arguments.sizes}
         for size, path in models.items():
             make_model(path, tokenizer, *SIZES[size])
-        prompt_tokens = len(encode_text(render_prompt([{"role": "user", "content": "Go on."}]), tokenizer))
+        prompt_tokens = count_prompt_tokens(tokenizer)
         write_rows(folder, tokenizer, arguments.tokens // 4)
         results = []
         for case in all_cases(arguments.sizes, arguments.tokens, arguments.zero_stages):

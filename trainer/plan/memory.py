@@ -4,10 +4,12 @@ Phases: load, sample and score (stage rloo), train (forward and backward), updat
 stage's own code (passes.py), states are counted (states.py), and what neither says is a margin.
 """
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
@@ -20,6 +22,8 @@ from trainer.plan.shape import ModelShape, load_config, measure_shape
 from trainer.plan.states import States, count_states, is_bfloat16, quantization_of
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
+
+Stage = Literal["sft", "reward", "rloo"]
 
 # CUDA's context and NCCL's buffers, and what PyTorch's allocator cannot use of what it holds.
 CONTEXT = 1.5 * GB
@@ -134,6 +138,9 @@ class Plan:
         gradients = trained.pop("gradients", 0) if not self.passes.keeps_gradients else 0
         if self.passes.keeps_gradients or self.passes.reduces_at_once:
             gradients = states.gradients
+        if self._packs_under_a_mask:
+            # Rows of several conversations have a mask in torch's own attention: of bools, and as the kernel takes it.
+            trained = trained + Counter({"attention mask": (1 + 2) * self.row_tokens**2})
         if quantization_of(self.recipe):
             trained = trained + Counter({"dequantized weight": 2 * self.shape.largest_linear})
         train = standing + trained + Counter({"gradients": gradients, "gathers and buckets": states.buffers})
@@ -141,9 +148,8 @@ class Plan:
         save = standing + Counter({"gathers and buckets": self._gathered_to_save})
         phases = [("load", states.weights, self._load_host())]
         if self.recipe.stage == "rloo":
-            whole = Counter({"rollout weights": states.gathered, "decoding copies": self._decoding_copies})
             scored = standing + _score_peak(self.passes) + Counter({"gathers and buckets": states.buffers})
-            phases += [("sample", standing + whole + _sample_peak(self.passes), host), ("score", scored, host)]
+            phases += [("sample", standing + self._sampling(), host), ("score", scored, host)]
         phases += [
             ("train", train, host),
             ("update", update, host),
@@ -161,6 +167,22 @@ class Plan:
         margin = CONTEXT + FRAGMENTATION * moving
         interpreters = Counter({"interpreters": INTERPRETER * self.launch.gpus_per_node})
         return Phase(name=name, gpu=gpu + Counter({"context, fragmentation": margin}), host=host + interpreters)
+
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether servers on other GPUs sample."""
+        return bool(self.recipe.rloo.get("vllm_server_base_url"))
+
+    def _sampling(self) -> Parts:
+        if self.samples_elsewhere:
+            return Counter()
+        whole = Counter({"rollout weights": self.states.gathered, "decoding copies": self._decoding_copies})
+        return whole + _sample_peak(self.passes)
+
+    @property
+    def _packs_under_a_mask(self) -> bool:
+        is_flash = "flash" in str(self.recipe.model.get("attn_implementation"))
+        return self.recipe.stage == "sft" and bool(self.recipe.sft.get("packing")) and not is_flash
 
     @property
     def _decoding_copies(self) -> float:
@@ -205,9 +227,8 @@ class Plan:
 
 def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = None) -> Plan:
     """Plan a recipe; InputError for what no amount of memory makes run."""
-    config = load_config(recipe)
-    shape = measure_shape(config, recipe)
     _check(recipe, launch)
+    config, shape = _model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
     if recipe.stage == "rloo":
         room = shape.context - RLOOConfig(**recipe.rloo).max_completion_length
         if room < 1:
@@ -237,6 +258,13 @@ def reward_models(recipe: Recipe) -> tuple[float, float]:
         model = AutoModelForSequenceClassification.from_config(config)
     size = model.num_parameters() * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
     return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
+
+
+@lru_cache(maxsize=64)
+def _model_of(stage: Stage, model: str, lora: str) -> tuple[PretrainedConfig, ModelShape]:
+    recipe = Recipe(stage=stage, output_dir="", model=json.loads(model), lora=json.loads(lora), dataset={})
+    config = load_config(recipe)
+    return config, measure_shape(config, recipe)
 
 
 # Plans that differ in what no pass knows of (a ZeRO stage, a number of GPUs) share their passes.

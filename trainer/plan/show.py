@@ -142,10 +142,12 @@ def misfits(plan: Plan) -> list[str]:
 
 def advice_lines(plan: Plan) -> list[str]:
     """What to change, each line of which has been planned and fits."""
-    changes = advise(plan)
-    if not changes:
+    texts = [change.text for change in advise(plan)]
+    if [phase.name for phase in plan.overfull] == ["sample"] and not plan.launch.is_cpu:
+        texts.insert(0, "rloo.vllm_server_base_url=URL (servers on other GPUs sample; these keep all else)")
+    if not texts:
         return ["no change that is known here makes it fit: a smaller model, or shorter rows"]
-    return ["any of these makes it fit, nearest first:", *(f"  {change.text}" for change in changes)]
+    return ["any of these makes it fit, nearest first:", *(f"  {text}" for text in texts)]
 
 
 def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
