@@ -32,13 +32,22 @@ def llama(num_layers: int) -> LlamaConfig:
     )
 
 
-def passes(*, num_layers: int = 3, stage: str = "rloo", lora: dict | None = None, beta: float = 0.0, **more: Any) -> Passes:
+def passes(
+    *, num_layers: int = 3, stage: str = "rloo", lora: dict | None = None, beta: float = 0.0, **more: Any
+) -> Passes:
     model = {"pretrained_model_name_or_path": "unused", "dtype": "float32"}
     sections: dict[str, Any] = {"rloo": RLOO | {"beta": beta}, "sft": {"per_device_train_batch_size": 2}}
     recipe = Recipe(stage=stage, output_dir="", model=model, dataset={}, lora=lora, **sections)  # type: ignore[arg-type]
     config = llama(num_layers)
     return Passes(
-        recipe=recipe, config=config, num_layers=num_layers, prompts=2, prompt_tokens=30, row_tokens=64, is_cpu=True, **more
+        recipe=recipe,
+        config=config,
+        num_layers=num_layers,
+        prompts=2,
+        prompt_tokens=30,
+        row_tokens=64,
+        is_cpu=True,
+        **more,
     )
 
 

@@ -123,7 +123,9 @@ def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
     word = next(text for text in (" a", "a") if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1)
     answers = [word * (tokens - 40 - number % 2) for number in range(8)]
     rows = {
-        "sft": [{"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": a}]} for a in answers],
+        "sft": [
+            {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": a}]} for a in answers
+        ],
         "reward": [{"prompt": "Go on.", "chosen": a + " b", "rejected": a} for a in answers],
         "rloo": [{"prompt": "Go on.", "answer": str(number)} for number in range(8)],
     }

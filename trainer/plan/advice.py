@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from data.errors import InputError
 from trainer.plan.machine import Launch
@@ -9,6 +10,9 @@ from trainer.plan.memory import Plan, make_plan
 from trainer.recipe import Recipe
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# Changes that are told, and how often a batch is halved.
+MOST = 4
+HALVINGS = 3
 QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 
 
@@ -20,35 +24,37 @@ class Change:
     recipe: Recipe
     launch: Launch
 
+    @property
+    def kind(self) -> str:
+        """What is changed, whatever to."""
+        return self.text.split("=")[0].split(":")[0].split("-")[0]
+
 
 def advise(plan: Plan) -> list[Change]:
     """Changes that make the plan fit: those that do so alone, or else the first ones that do together; or none."""
-    alone = [change for change in _changes(plan.recipe, plan.launch) if _fits(plan, change)]
+    alone = list(islice((one for one in _changes(plan.recipe, plan.launch) if _fits(plan, one)), MOST))
     if alone:
-        return alone[:4]
+        return alone
     recipe, launch, texts = plan.recipe, plan.launch, []
-    for number in range(len(list(_changes(recipe, launch)))):
-        changes = list(_changes(recipe, launch))
-        # Changes made already are no longer among them.
-        change = next((one for one in changes if one.text not in texts and not _undoes(one.text, texts)), None)
-        if change is None or number > 20:
-            break
+    done: set[str] = set()
+    while change := next((one for one in _strongest(recipe, launch) if one.kind not in done), None):
+        done.add(change.kind)
         recipe, launch = change.recipe, change.launch
         texts.append(change.text)
-        together = Change(text="; ".join(texts), recipe=recipe, launch=launch)
+        together = replace(change, text="; ".join(texts))
         if _fits(plan, together):
             return [together]
     return []
 
 
-def _undoes(text: str, done: list[str]) -> bool:
-    """Whether a change is a smaller step of one that was made."""
-    return any(text.split(" ")[0] == one.split(" ")[0] and text.startswith("more") for one in done)
+def _strongest(recipe: Recipe, launch: Launch) -> list[Change]:
+    """Of each kind of change the last one, in their order."""
+    return list({change.kind: change for change in _changes(recipe, launch)}.values())
 
 
 def _fits(plan: Plan, change: Change) -> bool:
     try:
-        return not make_plan(change.recipe, change.launch, prompt_tokens=plan.prompt_tokens or None).overfull
+        return make_plan(change.recipe, change.launch, prompt_tokens=plan.prompt_tokens or None).fits
     except InputError:  # a change that the recipe has no room for, such as prompts that GPUs cannot share out
         return False
 
@@ -67,9 +73,9 @@ def _changes(recipe: Recipe, launch: Launch) -> Iterator[Change]:
         for key, least in (("micro_batch_tokens", 1024), ("per_device_generation_batch_size", None)):
             value = int(section.get(key, {"micro_batch_tokens": 8192}.get(key, 64)))
             least = least or int(section.get("num_generations", 8))
-            while value // 2 >= least:
-                value //= 2
-                yield by_recipe(key, value, " (the same result, smaller products)")
+            for smaller in (value // 2**halvings for halvings in range(1, HALVINGS + 1)):
+                if smaller >= least:
+                    yield by_recipe(key, smaller, " (the same result, smaller products)")
     else:
         rows, steps = section.get("per_device_train_batch_size", 8), section.get("gradient_accumulation_steps", 1)
         while rows > 1 and rows % 2 == 0:
@@ -111,7 +117,7 @@ def _launches(recipe: Recipe, launch: Launch) -> Iterator[Change]:
     if not launch.offload_parameters:
         text = "launch with ZeRO-3, optimizer and parameters on the host (slow)"
         yield by_launch(text, engine="deepspeed", zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    for factor in (2, 4, 8, 16, 32):
+    for factor in (2, 4, 8):
         num_gpus = launch.num_gpus * factor
         if num_gpus <= 128:
             yield by_launch(

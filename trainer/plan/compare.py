@@ -84,4 +84,7 @@ def _sections(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     """Both stages' sections: the recipe's own, and one with its lengths for the other stage."""
     checkpointed = {"gradient_checkpointing": True}
     yield "sft", recipe.sft or {"per_device_train_batch_size": 1, "max_length": 4096, "bf16": True, **checkpointed}
-    yield "rloo", recipe.rloo or {"max_steps": 1, "max_completion_length": 1536, "micro_batch_tokens": 16384, **checkpointed}
+    yield (
+        "rloo",
+        recipe.rloo or {"max_steps": 1, "max_completion_length": 1536, "micro_batch_tokens": 16384, **checkpointed},
+    )

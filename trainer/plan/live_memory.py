@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Bytes by part; typed for whole numbers, and holding shares of them too.
 Parts = Counter[str]
 
 

@@ -56,7 +56,9 @@ class Launch:
         if self.engine == "single" and self.num_gpus > 1:
             raise InputError(f"{self.num_gpus} processes of engine NO would train alone, each the same")
         if self.num_gpus % self.sequence_parallel:
-            raise InputError(f"sequence parallelism of {self.sequence_parallel} does not divide {self.num_gpus} processes")
+            raise InputError(
+                f"sequence parallelism of {self.sequence_parallel} does not divide {self.num_gpus} processes"
+            )
 
     @property
     def gpus_per_node(self) -> int:

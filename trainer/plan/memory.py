@@ -7,6 +7,7 @@ stage's own code (passes.py), states are counted (states.py), and what neither s
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -129,33 +130,90 @@ class Plan:
     @cached_property
     def phases(self) -> list[Phase]:
         """Every phase, in order."""
+        return [self._phase(name, *parts()) for name, parts in self._parts.items()]
+
+    @property
+    def fits(self) -> bool:
+        """Whether no phase is overfull; those that need no pass to be run are asked first."""
+        needs_pass = ("sample", "score", "train")
+        names = sorted(self._parts, key=lambda name: name in needs_pass)
+        return not any(self._is_overfull(self._phase(name, *self._parts[name]())) for name in names)
+
+    @property
+    def overfull(self) -> list[Phase]:
+        """The phases that do not fit."""
+        return [phase for phase in self.phases if self._is_overfull(phase)]
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs most of a GPU."""
+        return max(self.phases, key=lambda phase: phase.gpu_bytes)
+
+    def _is_overfull(self, phase: Phase) -> bool:
+        host = self.launch.host_memory or math.inf
+        return phase.gpu_bytes > self.launch.gpu_memory or phase.host_bytes > host
+
+    @property
+    def _parts(self) -> dict[str, Callable[[], tuple[Parts, Parts]]]:
+        """What gives each phase's parts, of a GPU and of a host."""
+        with_rollouts = {"sample": self._sample, "score": self._score} if self.recipe.stage == "rloo" else {}
+        return {"load": self._load, **with_rollouts, "train": self._train, "update": self._update, "save": self._save}
+
+    @cached_property
+    def _standing(self) -> tuple[Parts, Parts]:
         states = self.states
-        standing = states.weights + Counter({"optimizer": states.optimizer, "reference": states.reference})
         reward_gpu, reward_host = reward_models(self.recipe)
-        standing += Counter({"reward model": reward_gpu})
+        others = {"optimizer": states.optimizer, "reference": states.reference, "reward model": reward_gpu}
         host = states.host + Counter({"reward model": reward_host * self.launch.gpus_per_node})
-        trained = self.activations(checkpointing=self.checkpoints_activations)
-        gradients = trained.pop("gradients", 0) if not self.passes.keeps_gradients else 0
+        return states.weights + Counter(others), host
+
+    @property
+    def _buffers(self) -> Parts:
+        return Counter({"gathers and buckets": self.states.buffers})
+
+    def _load(self) -> tuple[Parts, Parts]:
+        """`from_pretrained` reads the weights into the host's memory, in every process, unless ZeRO-3 cuts them up."""
+        if self.launch.is_cpu or self.launch.zero_stage == 3:
+            return self.states.weights, Counter()
+        loaded = self.states.weights["parameters"] * self.launch.gpus_per_node
+        return self.states.weights, Counter({"weights being loaded": loaded})
+
+    def _sample(self) -> tuple[Parts, Parts]:
+        standing, host = self._standing
+        if self.samples_elsewhere:
+            return standing, host
+        whole = Counter({"rollout weights": self.states.gathered, "decoding copies": self._decoding_copies})
+        return standing + whole + _sample_peak(self.passes), host
+
+    def _score(self) -> tuple[Parts, Parts]:
+        standing, host = self._standing
+        return standing + _score_peak(self.passes) + self._buffers, host
+
+    def _train(self) -> tuple[Parts, Parts]:
+        standing, host = self._standing
+        parts = self.activations(checkpointing=self.checkpoints_activations)
         if self.passes.keeps_gradients or self.passes.reduces_at_once:
-            gradients = states.gradients
+            parts["gradients"] = int(self.states.gradients)
         if self._packs_under_a_mask:
             # Rows of several conversations have a mask in torch's own attention: of bools, and as the kernel takes it.
-            trained = trained + Counter({"attention mask": (1 + 2) * self.row_tokens**2})
+            parts["attention mask"] = (1 + 2) * self.row_tokens**2
         if quantization_of(self.recipe):
-            trained = trained + Counter({"dequantized weight": 2 * self.shape.largest_linear})
-        train = standing + trained + Counter({"gradients": gradients, "gathers and buckets": states.buffers})
-        update = standing + Counter({"gradients": states.gradients, "gathers and buckets": states.buffers})
-        save = standing + Counter({"gathers and buckets": self._gathered_to_save})
-        phases = [("load", states.weights, self._load_host())]
-        if self.recipe.stage == "rloo":
-            scored = standing + _score_peak(self.passes) + Counter({"gathers and buckets": states.buffers})
-            phases += [("sample", standing + self._sampling(), host), ("score", scored, host)]
-        phases += [
-            ("train", train, host),
-            ("update", update, host),
-            ("save", save, host + Counter({"weights to save": self._saved_on_host})),
-        ]
-        return [self._phase(name, gpu, on_host) for name, gpu, on_host in phases]
+            parts["dequantized weight"] = 2 * self.shape.largest_linear
+        return standing + parts + self._buffers, host
+
+    def _update(self) -> tuple[Parts, Parts]:
+        standing, host = self._standing
+        return standing + Counter({"gradients": self.states.gradients}) + self._buffers, host
+
+    def _save(self) -> tuple[Parts, Parts]:
+        standing, host = self._standing
+        is_gathered = self.launch.zero_stage == 3 and self.launch.num_gpus > 1
+        gathered = 2.0 * self.shape.largest_module if is_gathered else 0.0
+        if self.recipe.lora is not None:
+            on_host = 4.0 * self.shape.num_adapter
+        else:
+            on_host = 2.0 * self.shape.num_base if is_gathered else min(5 * GB, 4.0 * self.shape.num_base)
+        return standing + Counter({"gathers and buckets": gathered}), host + Counter({"weights to save": on_host})
 
     def _phase(self, name: str, gpu: Parts, host: Parts) -> Phase:
         gpu = Counter({part: size for part, size in gpu.items() if size})
@@ -173,12 +231,6 @@ class Plan:
         """Whether servers on other GPUs sample."""
         return bool(self.recipe.rloo.get("vllm_server_base_url"))
 
-    def _sampling(self) -> Parts:
-        if self.samples_elsewhere:
-            return Counter()
-        whole = Counter({"rollout weights": self.states.gathered, "decoding copies": self._decoding_copies})
-        return whole + _sample_peak(self.passes)
-
     @property
     def _packs_under_a_mask(self) -> bool:
         is_flash = "flash" in str(self.recipe.model.get("attn_implementation"))
@@ -192,37 +244,6 @@ class Plan:
         if is_16_bit:
             return 0.0
         return float(weights * (2 if self.casts else 4 if self.launch.is_cpu else 0))
-
-    def _load_host(self) -> Parts:
-        """`from_pretrained` reads the weights into the host's memory, in every process, unless ZeRO-3 cuts them up."""
-        if self.launch.is_cpu or self.launch.zero_stage == 3:
-            return Counter()
-        return Counter({"weights being loaded": self.states.weights["parameters"] * self.launch.gpus_per_node})
-
-    @property
-    def _gathered_to_save(self) -> float:
-        is_sharded = self.launch.zero_stage == 3 and self.launch.num_gpus > 1
-        return 2.0 * self.shape.largest_module if is_sharded else 0.0
-
-    @property
-    def _saved_on_host(self) -> float:
-        if self.recipe.lora is not None:
-            return 4.0 * self.shape.num_adapter
-        is_gathered = self.launch.zero_stage == 3
-        return 2.0 * self.shape.num_base if is_gathered else min(5 * GB, 4.0 * self.shape.num_base)
-
-    @property
-    def worst(self) -> Phase:
-        """The phase that needs most of a GPU."""
-        return max(self.phases, key=lambda phase: phase.gpu_bytes)
-
-    @property
-    def overfull(self) -> list[Phase]:
-        """The phases that do not fit."""
-        host = self.launch.host_memory or math.inf
-        return [
-            phase for phase in self.phases if phase.gpu_bytes > self.launch.gpu_memory or phase.host_bytes > host
-        ]
 
 
 def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = None) -> Plan:

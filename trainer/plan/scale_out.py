@@ -86,7 +86,18 @@ def scale_out(recipe: Recipe, gpu_memory: float, prompt_tokens: int | None, rate
             ]
             best = min(points, key=lambda one: (one.overlapped, one.trainers))
             rows.append(_row(size, best))
-        header = ["GPUs", "train", "serve", "train s", "rollouts s", "weights s", "step s", "on policy", "tokens/s", "first used up"]
+        header = [
+            "GPUs",
+            "train",
+            "serve",
+            "train s",
+            "rollouts s",
+            "weights s",
+            "step s",
+            "on policy",
+            "tokens/s",
+            "first used up",
+        ]
         texts.append(f"{title}\n{table(header, rows)}")
     return "\n\n".join(texts)
 
@@ -124,13 +135,17 @@ def point(
     share = ceil(prompts / trainers)
     shared_out = replace(recipe, rloo={**recipe.rloo, "prompts_per_step": share * trainers})
     is_full = recipe.lora is None
-    launch = Launch(
-        engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
-        zero_stage=3 if is_full else 0,
-        num_gpus=trainers,
-        num_nodes=ceil(trainers / 8),
-        gpu_memory=gpu_memory,
-    ) if trainers % ceil(trainers / 8) == 0 else Launch(engine="ddp", num_gpus=trainers, gpu_memory=gpu_memory)
+    launch = (
+        Launch(
+            engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
+            zero_stage=3 if is_full else 0,
+            num_gpus=trainers,
+            num_nodes=ceil(trainers / 8),
+            gpu_memory=gpu_memory,
+        )
+        if trainers % ceil(trainers / 8) == 0
+        else Launch(engine="ddp", num_gpus=trainers, gpu_memory=gpu_memory)
+    )
     plan = make_plan(shared_out, launch, prompt_tokens=prompt_tokens)
     cost = estimate(plan, rates)
     rollouts, longest = _rollouts(plan, servers, prompts, gpu_memory, rates)
@@ -167,7 +182,8 @@ def _rollouts(plan: Plan, servers: int, prompts: int, gpu_memory: float, rates: 
     seconds_a_token = max(read, computed)
     alone = weights / (ways * rates.memory * rates.share_memory)
     length = plan.rloo.max_completion_length
-    return ceil(rows / at_once) * length * seconds_a_token, length * alone
+    # Continuous batching: a row that ends makes room for the next.
+    return max(1.0, rows / at_once) * length * seconds_a_token, length * alone
 
 
 def _weights(plan: Plan, rates: Rates) -> float:

@@ -112,9 +112,7 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     num_adapter = sum(trained) if isinstance(model, PeftModel) else 0
-    linear = [
-        module.weight.numel() for module in _linear_modules(base.base_model.modules()) if module is not head
-    ]
+    linear = [module.weight.numel() for module in _linear_modules(base.base_model.modules()) if module is not head]
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -38,8 +38,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        .rstrip()
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in cells
     )
 
@@ -52,7 +54,9 @@ def gigabytes(size: float) -> str:
 def _assumed(plan: Plan) -> list[str]:
     passes = plan.passes
     if plan.recipe.stage != "rloo":
-        rows = f"{passes.micro_batch_tokens} tokens a micro-batch of a GPU, {passes.num_micro_batches} of them an update"
+        rows = (
+            f"{passes.micro_batch_tokens} tokens a micro-batch of a GPU, {passes.num_micro_batches} of them an update"
+        )
         return [f"taken to be: rows of the full length, {rows}"]
     config = plan.rloo
     return [

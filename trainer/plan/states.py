@@ -78,8 +78,11 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: Launch, base: float, is_
         weights["adapters"] = shape.num_adapter * size / launch.shards(3)
     trained = shape.num_trained
     gradients = trained * size / launch.shards(2)
-    # float32 weights and gradients beside 16-bit ones; of float32 ones DeepSpeed keeps the flat copy it updates.
-    optimizer = trained * ((4 + 4 + 8) if is_16_bit else (4 + 8)) / launch.shards(1)
+    # float32 weights, moments and gradients beside 16-bit ones; stage 3 has the last for a sub-group at a time, for which
+    # DeepSpeed counts half. Of float32 parameters it keeps the flat copy that it updates.
+    is_by_sub_group = launch.zero_stage == 3 and not launch.offload_optimizer
+    float32_gradients = 2 if is_by_sub_group else 4
+    optimizer = trained * (4 + 8 + (float32_gradients if is_16_bit else 0)) / launch.shards(1)
     if launch.offload_optimizer:
         host["optimizer"] = optimizer * launch.gpus_per_node
         optimizer, gradients = 0.0, gradients if launch.zero_stage < 2 else 0.0
