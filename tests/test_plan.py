@@ -59,7 +59,7 @@ def test_model_states_are_those_of_deepspeeds_estimators(stage: int, offload: st
             **nodes,
         )
     assert on_gpu == pytest.approx(gpu - largest, rel=1e-6)
-    # The host's: DeepSpeed counts whole float32 weights for each process of stage 2, and the model that is being loaded.
+    # For stage 2 the estimator counts, on the host, the model that every process loads as well.
     if offload != "nothing" and stage == 3:
         assert counted.host.total() == pytest.approx(host, rel=1e-6)
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_llama
 from data.errors import InputError
 from trainer.cli import main
 from trainer.plan.machine import launched

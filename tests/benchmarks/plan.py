@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import load_folder_tokenizer, make_parser, memory_mb, print_table, write_report
+from common import load_folder_tokenizer, make_parser, print_table, write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from data.chat import encode_text, render_prompt

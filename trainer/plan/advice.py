@@ -7,7 +7,7 @@ from itertools import islice
 from data.errors import InputError
 from trainer.plan.machine import Launch
 from trainer.plan.memory import Plan, make_plan
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, Section
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Changes that are told, and how often a batch is halved.
@@ -64,7 +64,7 @@ def _changes(recipe: Recipe, launch: Launch) -> Iterator[Change]:
     section = {"sft": recipe.sft, "reward": recipe.reward, "rloo": recipe.rloo}[recipe.stage]
 
     def by_recipe(key: str, value: object, note: str = "") -> Change:
-        changed = replace(recipe, **{recipe.stage: {**section, key: value}})
+        changed = _with_section(recipe, {**section, key: value})
         return Change(text=f"{recipe.stage}.{key}={_yaml(value)}{note}", recipe=changed, launch=launch)
 
     if not section.get("gradient_checkpointing", recipe.stage != "rloo"):
@@ -84,7 +84,7 @@ def _changes(recipe: Recipe, launch: Launch) -> Iterator[Change]:
             yield Change(
                 text=f"{recipe.stage}.per_device_train_batch_size={rows} {recipe.stage}.gradient_accumulation_steps="
                 f"{steps} (the same step)",
-                recipe=replace(recipe, **{recipe.stage: changed}),
+                recipe=_with_section(recipe, changed),
                 launch=launch,
             )
     if not launch.is_cpu:
@@ -127,6 +127,10 @@ def _launches(recipe: Recipe, launch: Launch) -> Iterator[Change]:
                 engine="deepspeed",
                 zero_stage=3,
             )
+
+
+def _with_section(recipe: Recipe, section: Section) -> Recipe:
+    return Recipe(**{**vars(recipe), recipe.stage: section})
 
 
 def _yaml(value: object) -> str:

@@ -38,8 +38,8 @@ class Rates:
         """The rates in words."""
         return (
             f"{self.name}: {self.share_training:.0%} of {self.flops / 1e12:.0f} TFLOP/s, {self.share_memory:.0%} of "
-            f"{self.memory / 1e12:.2f} TB/s memory, {self.share_links:.0%} of NVLink's {self.nvlink / 1e9:.0f} GB/s and "
-            f"of the network's {self.network / 1e9:.0f} GB/s a GPU"
+            f"{self.memory / 1e12:.2f} TB/s memory, {self.share_links:.0%} of NVLink's {self.nvlink / 1e9:.0f} GB/s "
+            f"and of the network's {self.network / 1e9:.0f} GB/s a GPU"
         )
 
 

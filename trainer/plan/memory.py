@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from data.errors import InputError
 from trainer.plan.live_memory import Parts
 from trainer.plan.machine import GB, Launch
 from trainer.plan.passes import Passes
 from trainer.plan.shape import ModelShape, load_config, measure_shape
-from trainer.plan.states import States, count_states, is_bfloat16, quantization_of
+from trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
 
@@ -192,14 +191,17 @@ class Plan:
     def _train(self) -> tuple[Parts, Parts]:
         standing, host = self._standing
         parts = self.activations(checkpointing=self.checkpoints_activations)
-        if self.passes.keeps_gradients or self.passes.reduces_at_once:
+        buffers = self._buffers
+        if self.passes.reduces_at_once and self.launch.zero_stage < 3 and self.passes.num_micro_batches == 1:
+            buffers = Counter()  # gradients come as activations go: phase update has them
+        elif self.passes.keeps_gradients or self.passes.reduces_at_once:
             parts["gradients"] = int(self.states.gradients)
         if self._packs_under_a_mask:
             # Rows of several conversations have a mask in torch's own attention: of bools, and as the kernel takes it.
             parts["attention mask"] = (1 + 2) * self.row_tokens**2
         if quantization_of(self.recipe):
             parts["dequantized weight"] = 2 * self.shape.largest_linear
-        return standing + parts + self._buffers, host
+        return standing + parts + buffers, host
 
     def _update(self) -> tuple[Parts, Parts]:
         standing, host = self._standing
@@ -263,22 +265,6 @@ def _check(recipe: Recipe, launch: Launch) -> None:
         raise InputError("model.quantization_config needs a GPU: bitsandbytes' four-bit layers do not run on a CPU")
     if recipe.model.get("quantization_config") and recipe.lora is None:
         raise InputError("model.quantization_config goes with a lora: section: four-bit weights are not trained")
-
-
-def reward_models(recipe: Recipe) -> tuple[float, float]:
-    """Bytes of the local reward model on a process's GPU and on its host."""
-    options = recipe.rewards.get("reward_model")
-    if recipe.stage != "rloo" or not options:
-        return 0.0, 0.0
-    name = options["pretrained_model_name_or_path"]
-    try:
-        config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"no reward model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    size = model.num_parameters() * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
-    return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
 
 
 @lru_cache(maxsize=64)

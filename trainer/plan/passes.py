@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig, PreTrainedModel
@@ -147,13 +148,15 @@ class Passes:
             model = build(self.config, self.recipe, num_layers, **attention)
         model.train()
         if checkpointing:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
             if self.recipe.stage == "rloo":
                 model.activation_checkpointing_enable()
             else:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                cast(PreTrainedModel, model).gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
                 if self.recipe.lora is not None:
-                    base.enable_input_require_grads()
+                    cast(PreTrainedModel, base).enable_input_require_grads()
         return model
 
     def _autocast(self) -> Any:  # one of two context managers
@@ -206,8 +209,8 @@ class Passes:
         ids = torch.zeros(self._rows, self.row_tokens, dtype=torch.long)
         if self.recipe.stage == "reward":
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().mean()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        add_fused_lm_head(cast(PreTrainedModel, base), outputs=("log_probs", "entropy", "is_top1"))
         return -model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs.sum()
 
     def _packed(self) -> Rows:

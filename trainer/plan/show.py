@@ -90,8 +90,8 @@ def _details(plan: Plan) -> list[str]:
         rows = min(LOGITS_AT_ONCE, plan.passes.micro_batch_tokens)
         token = plan.shape.kv_dims * plan.shape.num_layers * size
         lines += [
-            f"LM head: {rows} positions at a time, {gigabytes(rows * plan.shape.vocab_rows * size)} GB of logits; a part "
-            "of the peak above only where it falls into it",
+            f"LM head: {rows} positions at a time, {gigabytes(rows * plan.shape.vocab_rows * size)} GB of logits; "
+            "a part of the peak above only where it falls into it",
             f"KV cache: {token:,} bytes a token, {gigabytes(plan.passes.cache()[KV_CACHE])} GB in all",
         ]
         if not plan.launch.is_cpu:
@@ -165,8 +165,8 @@ def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
         f"  arithmetic, TFLOP: {arithmetic}",
         f"  traffic, GB: {traffic}",
         f"  time, s: {times}; between {max(seconds.values()):,.0f} s (all at the same time) and "
-        f"{sum(seconds.values()):,.0f} s (one after the other), {cost.train_tokens * copies / sum(seconds.values()):,.0f} "
-        "trained tokens a second over all GPUs",
+        f"{sum(seconds.values()):,.0f} s (one after the other), "
+        f"{cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens a second over all GPUs",
         f"  at {rates.describe()}; completions are taken to run to their cap",
     ]
     return lines

@@ -7,6 +7,10 @@ tests/test_plan.py): 16-bit parameters and gradients 2 each, float32 gradients 4
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from data.errors import InputError
 from trainer.plan.live_memory import Parts
 from trainer.plan.machine import Launch
 from trainer.plan.shape import ModelShape
@@ -49,7 +53,7 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: Launch, *, casts: bo
     is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and casts)
     size = 2 if is_16_bit else 4
     is_adapter = recipe.lora is not None
-    base = base_bytes(recipe, shape, size) / launch.shards(3)
+    base = int(base_bytes(recipe, shape, size) / launch.shards(3))
     if launch.engine == "deepspeed":
         return _sharded(recipe, shape, launch, base, is_16_bit)
     # PEFT keeps an adapter in float32 over a bfloat16 model; otherwise the weights are trained in their own dtype.
@@ -69,27 +73,27 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: Launch, *, casts: bo
     )
 
 
-def _sharded(recipe: Recipe, shape: ModelShape, launch: Launch, base: float, is_16_bit: bool) -> States:
+def _sharded(recipe: Recipe, shape: ModelShape, launch: Launch, base: int, is_16_bit: bool) -> States:
     size = 2 if is_16_bit else 4
     is_adapter = recipe.lora is not None
     weights: Parts = Counter({"parameters": base})
     host: Parts = Counter()
     if is_adapter:
-        weights["adapters"] = shape.num_adapter * size / launch.shards(3)
+        weights["adapters"] = shape.num_adapter * size // launch.shards(3)
     trained = shape.num_trained
     gradients = trained * size / launch.shards(2)
-    # float32 weights, moments and gradients beside 16-bit ones; stage 3 has the last for a sub-group at a time, for which
-    # DeepSpeed counts half. Of float32 parameters it keeps the flat copy that it updates.
+    # float32 weights, moments and gradients beside 16-bit ones; stage 3 has the last for a sub-group at a time, for
+    # which DeepSpeed counts half. Of float32 parameters it keeps the flat copy that it updates.
     is_by_sub_group = launch.zero_stage == 3 and not launch.offload_optimizer
     float32_gradients = 2 if is_by_sub_group else 4
     optimizer = trained * (4 + 8 + (float32_gradients if is_16_bit else 0)) / launch.shards(1)
     if launch.offload_optimizer:
-        host["optimizer"] = optimizer * launch.gpus_per_node
+        host["optimizer"] = int(optimizer * launch.gpus_per_node)
         optimizer, gradients = 0.0, gradients if launch.zero_stage < 2 else 0.0
     if launch.offload_parameters and launch.zero_stage == 3:
         host["parameters"] = weights.total() * launch.gpus_per_node
         weights = Counter()
-    buffers = size * min(trained, REDUCE_BUCKET)
+    buffers = float(size * min(trained, REDUCE_BUCKET))
     if launch.zero_stage == 3:
         buffers += size * min(shape.num_all, max(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, shape.largest_module))
     needs_whole = recipe.stage == "rloo" and launch.zero_stage == 3 and launch.num_gpus > 1
@@ -124,3 +128,19 @@ def quantization_of(recipe: Recipe) -> dict[str, object] | None:
 def is_bfloat16(recipe: Recipe) -> bool:
     """Whether the weights are loaded in bfloat16."""
     return bool(recipe.model.get("dtype", "bfloat16") == "bfloat16")
+
+
+def reward_models(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of the local reward model on a process's GPU and on its host."""
+    options = recipe.rewards.get("reward_model")
+    if recipe.stage != "rloo" or not options:
+        return 0.0, 0.0
+    name = options["pretrained_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no reward model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    size = model.num_parameters() * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
+    return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
