@@ -5,7 +5,7 @@ vLLM replica a GPU or more), and the way of new weights between them. Completion
 """
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, gcd
 
 from data.errors import InputError
 from trainer.plan.cost import Cost, Rates, estimate
@@ -80,9 +80,9 @@ def scale_out(recipe: Recipe, gpu_memory: float, prompt_tokens: int | None, rate
         for size in SIZES:
             prompts = config.prompts_per_step if a_gpu is None else a_gpu * size
             points = [
-                point(recipe, trainers, size - trainers, prompts, gpu_memory, prompt_tokens, rates)
+                # A trainer without a prompt has nothing to do.
+                point(recipe, min(trainers, prompts), size - trainers, prompts, gpu_memory, prompt_tokens, rates)
                 for trainers in _splits(size)
-                if trainers <= prompts
             ]
             best = min(points, key=lambda one: (one.overlapped, one.trainers))
             rows.append(_row(size, best))
@@ -135,16 +135,12 @@ def point(
     share = ceil(prompts / trainers)
     shared_out = replace(recipe, rloo={**recipe.rloo, "prompts_per_step": share * trainers})
     is_full = recipe.lora is None
-    launch = (
-        Launch(
-            engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
-            zero_stage=3 if is_full else 0,
-            num_gpus=trainers,
-            num_nodes=ceil(trainers / 8),
-            gpu_memory=gpu_memory,
-        )
-        if trainers % ceil(trainers / 8) == 0
-        else Launch(engine="ddp", num_gpus=trainers, gpu_memory=gpu_memory)
+    launch = Launch(
+        engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
+        zero_stage=3 if is_full else 0,
+        num_gpus=trainers,
+        num_nodes=trainers // gcd(trainers, 8) if trainers > 8 else 1,
+        gpu_memory=gpu_memory,
     )
     plan = make_plan(shared_out, launch, prompt_tokens=prompt_tokens)
     cost = estimate(plan, rates)
