@@ -56,7 +56,11 @@ def _train(options: argparse.Namespace) -> None:
         from trainer.dry_run import dry_run
 
         dry_run(recipe, resume=options.resume)
-    elif recipe.stage == "sft":
+        return
+    from trainer.plan.command import check_fits
+
+    check_fits(recipe, is_overridden=options.skip_memory_check)
+    if recipe.stage == "sft":
         from trainer.sft import train
 
         train(recipe, resume=options.resume)
@@ -68,6 +72,22 @@ def _train(options: argparse.Namespace) -> None:
         from trainer.rloo.loop import train
 
         train(recipe, resume=options.resume)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from trainer.plan.command import plan
+
+    is_fitting = plan(
+        _recipe(options),
+        launch_file=options.launch,
+        num_gpus=options.gpus,
+        num_nodes=options.nodes,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        prompt_tokens=options.prompt_tokens,
+        table=options.table,
+    )
+    sys.exit(0 if is_fitting else 1)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -119,7 +139,26 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the newest checkpoint in output_dir; start where there is none",
     )
+    train.add_argument(
+        "--skip-memory-check", action="store_true", help="start even where the plan says that it cannot fit"
+    )
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="memory by part and phase, and time, before a weight is loaded")
+    _add_recipe(plan)
+    plan.add_argument("--launch", type=Path, metavar="FILE", help="an Accelerate launch file (default: this machine)")
+    plan.add_argument("--gpus", type=_positive, help="in place of a launch file: so many, a whole model on each")
+    plan.add_argument("--nodes", type=_positive, default=1, help="that the GPUs are in (default 1)")
+    plan.add_argument("--gpu-memory", type=_positive, default=80, metavar="GB", help="of one GPU (default 80)")
+    plan.add_argument("--host-memory", type=_positive, metavar="GB", help="of one host; not compared without it")
+    plan.add_argument("--prompt-tokens", type=_positive, metavar="N", help="length of a prompt (default 256)")
+    tables = plan.add_mutually_exclusive_group()
+    for name, help in (
+        ("compare", "SFT and RLOO x full, LoRA, QLoRA x ZeRO stages x 1 to 64 GPUs"),
+        ("scale-out", "throughput of RLOO on 8 to 1,024 GPUs"),
+    ):
+        tables.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=help)
+    plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="roll out groups for a few rows and show their rewards; trains nothing")
     _add_recipe(sample)

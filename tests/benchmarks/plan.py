@@ -1,0 +1,225 @@
+"""Predicted against measured peak memory, for every combination of a plan that runs on a CPU.
+
+    python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m
+
+Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
+embeddings) are trained for two steps by the real command, each run a process of its own, or two under DeepSpeed. Rows
+and completions have the length that the plan takes for granted. Measured is VmHWM, the most that was resident, with an
+allocator that hands freed blocks back at once (the MALLOC variables below), so that it is what was live. Both sides
+include the interpreter.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import load_folder_tokenizer, make_parser, print_table, write_report
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from data.chat import encode_text, render_prompt
+from trainer.plan.machine import GB, Launch
+from trainer.plan.memory import make_plan
+from trainer.recipe import Recipe
+
+RETURNS_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+SIZES = {"30M": (256, 8), "60M": (384, 16), "135M": (576, 30)}  # hidden size and layers, with SmolLM2's vocabulary
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# A group whose rewards are all equal would be left out.
+REWARD = """
+def by_letters(completions, **kwargs):
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+"""
+RUN = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+import os
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, and moves no memory
+if __name__ == "__main__":  # the reward's workers import this file, too
+    from trainer.cli import main
+    from common import memory_mb
+    main(["train", sys.argv[1]])
+    Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(memory_mb("VmHWM")))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A recipe's sections and how many processes run it under which ZeRO stage (0: none)."""
+
+    size: str
+    stage: str
+    section: dict[str, Any] = field(default_factory=dict)
+    has_adapter: bool = False
+    zero_stage: int = 0
+
+    @property
+    def name(self) -> dict[str, object]:
+        return {
+            "model": self.size,
+            "stage": self.stage,
+            "weights": "lora" if self.has_adapter else "full",
+            "checkpointing": self.section["gradient_checkpointing"],
+            "beta": self.section.get("beta", "-"),
+            "engine": f"ZeRO-{self.zero_stage} x 2" if self.zero_stage else "one process",
+        }
+
+
+def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int]) -> Iterator[Case]:
+    """SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference."""
+    for size in sizes:
+        for has_adapter in (False, True):
+            for checkpointing in (False, True):
+                common: dict[str, Any] = {"gradient_checkpointing": checkpointing}
+                rows = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": tokens // 4, "bf16": False}
+                for stage in ("sft", "reward"):
+                    yield Case(size=size, stage=stage, section=common | rows, has_adapter=has_adapter)
+                for beta in (0.0, 0.05):
+                    rloo = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "beta": beta}
+                    lengths = {"max_completion_length": tokens // 8, "micro_batch_tokens": tokens}
+                    yield Case(size=size, stage="rloo", section=common | rloo | lengths, has_adapter=has_adapter)
+            for zero_stage in zero_stages:
+                yield Case(
+                    size=size, stage="sft", section=common | rows, has_adapter=has_adapter, zero_stage=zero_stage
+                )
+
+
+def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> None:
+    """A random Llama that never draws its end of a text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 16 // 5,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # a direction that every token has, and that the end's logit falls along
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = -10.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Rows of about `tokens` tokens, and prompts."""
+    word = next(text for text in (" a", "a") if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1)
+    answers = [word * (tokens - 40 - number % 2) for number in range(8)]
+    rows = {
+        "sft": [
+            {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": a}]} for a in answers
+        ],
+        "reward": [{"prompt": "Go on.", "chosen": a + " b", "rejected": a} for a in answers],
+        "rloo": [{"prompt": "Go on.", "answer": str(number)} for number in range(8)],
+    }
+    for stage, of_stage in rows.items():
+        (folder / f"{stage}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_stage))
+
+
+def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of the one prompt that all rows have."""
+    return len(encode_text(render_prompt([{"role": "user", "content": "Go on."}]), tokenizer))
+
+
+def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: int) -> dict[str, Any]:
+    """Predict, run, compare."""
+    formats = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}
+    sections: dict[str, Any] = {
+        "model": {"pretrained_model_name_or_path": str(models[case.size]), "dtype": "float32"},
+        "dataset": {"path": str(folder / f"{case.stage}.jsonl"), "format": formats[case.stage]},
+        case.stage: case.section,
+        **({"lora": LORA} if case.has_adapter else {}),
+        **({"rewards": {"varying_reward:by_letters": {"weight": 1.0}}} if case.stage == "rloo" else {}),
+    }
+    recipe = Recipe(stage=case.stage, output_dir=str(folder / "run"), **sections)  # type: ignore[arg-type]
+    launch = Launch(is_cpu=True)
+    command = [sys.executable]
+    if case.zero_stage:
+        launch = Launch(engine="deepspeed", zero_stage=case.zero_stage, num_gpus=2, is_cpu=True)
+        (folder / "launch.yaml").write_text(
+            json.dumps(
+                {
+                    "distributed_type": "DEEPSPEED",
+                    "num_processes": 2,
+                    "num_machines": 1,
+                    "use_cpu": False,
+                    "deepspeed_config": {"zero_stage": case.zero_stage, "zero3_init_flag": case.zero_stage == 3},
+                }
+            )
+        )
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    plan = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
+    (folder / "recipe.yaml").write_text(json.dumps({k: v for k, v in vars(recipe).items() if v is not None}))
+    (folder / "run.py").write_text(RUN)
+    (folder / "varying_reward.py").write_text(REWARD)
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    out = folder / "peak"
+    finished = subprocess.run(
+        [*command, str(folder / "run.py"), str(folder / "recipe.yaml"), str(out), *paths],
+        env={**os.environ, **RETURNS_AT_ONCE, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    if finished.returncode:
+        raise RuntimeError(f"{case} failed:\n{finished.stderr[-3000:]}")
+    measured = max(float(Path(f"{out}{rank}").read_text()) for rank in range(launch.num_gpus)) * 2**20 / GB
+    predicted = plan.worst.gpu_bytes / GB
+    return {
+        **case.name,
+        "phase": plan.worst.name,
+        "predicted GB": predicted,
+        "measured GB": measured,
+        "ratio": predicted / measured,
+    }
+
+
+def main() -> None:
+    """Print the table, write the report."""
+    parser = make_parser(__doc__, "plan.json")
+    parser.add_argument("--tokenizer", required=True, help="a model folder; its tokenizer is used")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["30M", "135M"])
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
+    parser.add_argument("--zero-stages", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--stages", nargs="+", default=["sft", "reward", "rloo"])
+    arguments = parser.parse_args()
+    tokenizer = load_folder_tokenizer(arguments.tokenizer)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {size: folder / size for size in arguments.sizes}
+        for size, path in models.items():
+            make_model(path, tokenizer, *SIZES[size])
+        prompt_tokens = count_prompt_tokens(tokenizer)
+        write_rows(folder, tokenizer, arguments.tokens // 4)
+        results = []
+        for case in all_cases(arguments.sizes, arguments.tokens, arguments.zero_stages):
+            if case.stage in arguments.stages:
+                results.append(run_case(case, folder, models, prompt_tokens))
+                print(json.dumps(results[-1]), flush=True)
+    print_table(results)
+    furthest = max(abs(result["ratio"] - 1) for result in results)
+    print(f"\n{len(results)} combinations, the furthest off by {furthest:.1%}")
+    write_report(arguments.out, arguments, results)
+
+
+if __name__ == "__main__":
+    main()

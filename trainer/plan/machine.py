@@ -1,0 +1,181 @@
+"""On what a run is launched: engine, ZeRO stage, processes, memory; from an Accelerate launch file or the launcher."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from data.errors import InputError
+
+GB = 1e9
+ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
+    "NO": "single",
+    "MULTI_GPU": "ddp",
+    "MULTI_CPU": "ddp",
+    "DEEPSPEED": "deepspeed",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The processes of a run and what each of them has.
+
+    engine:             single (one process), ddp (a whole model in each), deepspeed
+    zero_stage:         of DeepSpeed: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the parameters too
+    num_gpus:           processes in all; on a CPU each has its share of the host in place of a GPU
+    num_nodes:          hosts
+    gpu_memory:         bytes of one GPU, or of a process's share of the host
+    host_memory:        bytes of one host; None: not known, and not compared
+    offload_optimizer:  optimizer states and float32 weights on the host
+    offload_parameters: parameters on the host (stage 3)
+    sequence_parallel:  processes that share a row (DeepSpeed's Ulysses, for the stages of TRL's trainers)
+    is_cpu:             no GPU: everything is on the host
+    """
+
+    engine: Literal["single", "ddp", "deepspeed"] = "single"
+    zero_stage: int = 0
+    num_gpus: int = 1
+    num_nodes: int = 1
+    gpu_memory: float = 80 * GB
+    host_memory: float | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    sequence_parallel: int = 1
+    is_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_gpus % self.num_nodes:
+            raise InputError(f"{self.num_gpus} processes cannot be shared out evenly among {self.num_nodes} nodes")
+        if self.engine == "single" and self.num_gpus > 1:
+            raise InputError(f"{self.num_gpus} processes of engine NO would train alone, each the same")
+        if self.num_gpus % self.sequence_parallel:
+            raise InputError(
+                f"sequence parallelism of {self.sequence_parallel} does not divide {self.num_gpus} processes"
+            )
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Processes on one host."""
+        return self.num_gpus // self.num_nodes
+
+    @property
+    def num_copies(self) -> int:
+        """Data-parallel processes: those that see different rows."""
+        return self.num_gpus // self.sequence_parallel
+
+    def shards(self, stage: int) -> int:
+        """Into how many parts what ZeRO shards from `stage` on is cut."""
+        return self.num_gpus if self.engine == "deepspeed" and self.zero_stage >= stage else 1
+
+    def describe(self) -> str:
+        """In words."""
+        engine = f"DeepSpeed ZeRO-{self.zero_stage}" if self.engine == "deepspeed" else self.engine
+        offload = [
+            name
+            for name, is_on in (("optimizer", self.offload_optimizer), ("parameters", self.offload_parameters))
+            if is_on
+        ]
+        words = [
+            engine + (f" with {' and '.join(offload)} on the host" if offload else ""),
+            f"{self.num_gpus} x {self.gpu_memory / GB:.4g} GB {'of the host, without a GPU' if self.is_cpu else 'GPU'}",
+            f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}",
+        ]
+        if self.sequence_parallel > 1:
+            words.append(f"{self.sequence_parallel} GPUs to a row")
+        return ", ".join(words)
+
+
+def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None = None) -> Launch:
+    """What an Accelerate launch file starts; InputError for one that the stages do not run under."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the launch file {str(path)!r} cannot be read: {error}") from error
+    except YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a launch file is a mapping, not {type(tree).__name__}")
+    kind = str(tree.get("distributed_type", "NO"))
+    if kind not in ENGINES:
+        raise InputError(f"{path}: distributed_type {kind} is not one of {', '.join(ENGINES)}")
+    settings = tree.get("deepspeed_config") or {}
+    parallelism = tree.get("parallelism_config") or {}
+    is_cpu = kind == "MULTI_CPU" or tree.get("use_cpu") is True
+    num_gpus, num_nodes = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
+    launch = Launch(
+        engine="single" if num_gpus == 1 and kind != "DEEPSPEED" else ENGINES[kind],
+        num_gpus=num_gpus,
+        num_nodes=num_nodes,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        sequence_parallel=int(parallelism.get("parallelism_config_sp_size", 1)),
+        is_cpu=is_cpu,
+        **(_zero(settings, path.parent) if kind == "DEEPSPEED" else {}),
+    )
+    return _on_host(launch) if is_cpu else launch
+
+
+def launched() -> Launch:
+    """What this process was started by `accelerate launch`, or without it, as; memory is the machine's own."""
+    num_gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    settings: dict[str, Any] = {}
+    if is_deepspeed:
+        names = ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
+        given = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in names}
+        settings = _zero(
+            {"deepspeed_" * (key == "config_file") + key: value for key, value in given.items() if value}, Path()
+        )
+    launch = Launch(
+        engine="deepspeed" if is_deepspeed else "ddp" if num_gpus > 1 else "single",
+        num_gpus=num_gpus,
+        num_nodes=num_gpus // int(os.environ.get("LOCAL_WORLD_SIZE", num_gpus)),
+        host_memory=psutil.virtual_memory().total,
+        sequence_parallel=int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")),
+        **settings,
+    )
+    if not torch.cuda.is_available():
+        return _on_host(launch)
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    return replace_memory(launch, torch.cuda.get_device_properties(device).total_memory)
+
+
+def replace_memory(launch: Launch, gpu_memory: float) -> Launch:
+    """The same processes with another memory."""
+    return Launch(**{**vars(launch), "gpu_memory": gpu_memory})
+
+
+def _on_host(launch: Launch) -> Launch:
+    total = psutil.virtual_memory().total
+    return Launch(**{**vars(launch), "gpu_memory": total / launch.gpus_per_node, "host_memory": None, "is_cpu": True})
+
+
+def _zero(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Stage and offload, from a launch file's `deepspeed_config` or the JSON that it names."""
+    named = settings.get("deepspeed_config_file")
+    if named is None:
+        return {
+            "zero_stage": int(settings.get("zero_stage", 2)),  # Accelerate's default
+            "offload_optimizer": settings.get("offload_optimizer_device", "none") != "none",
+            "offload_parameters": settings.get("offload_param_device", "none") != "none",
+        }
+    found = [path for path in (Path(named), folder / named) if path.exists()]
+    if not found:
+        raise InputError(f"there is no DeepSpeed configuration at {named!r}")
+    try:
+        zero = json.loads(found[0].read_text(encoding="utf-8")).get("zero_optimization", {})
+    except ValueError as error:
+        raise InputError(f"{found[0]} is not valid JSON: {error}") from error
+    devices = [zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    return {
+        "zero_stage": int(zero.get("stage", 0)),
+        "offload_optimizer": devices[0] != "none",
+        "offload_parameters": devices[1] != "none",
+    }

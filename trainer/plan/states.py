@@ -1,0 +1,146 @@
+"""What is there all the time: parameters, gradients, optimizer and their copies, of one process and on its host.
+
+Bytes a parameter, by DeepSpeed's own accounting where it runs the training (its estimators count the same, see
+tests/test_plan.py): 16-bit parameters and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from data.errors import InputError
+from trainer.plan.live_memory import Parts
+from trainer.plan.machine import Launch
+from trainer.plan.shape import ModelShape
+from trainer.recipe import Recipe
+
+# DeepSpeed's defaults: parameters that ZeRO-3 leaves gathered and fetches ahead, and those that are reduced at once.
+MAX_LIVE_PARAMETERS = 1_000_000_000
+PREFETCH_BUCKET = 50_000_000
+REDUCE_BUCKET = 500_000_000
+# NF4: half a byte a weight, a scale for each 64 of them, in float32 or (double quantization) in 8 bits and a float32
+# for each 256 scales (QLoRA, arXiv 2305.14314).
+NF4_BYTES = 0.5 + 4 / 64
+DOUBLE_QUANTIZED_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Bytes by part.
+
+    weights:   of a process: parameters and adapters, in place throughout
+    gradients: of a process, from the first backward pass of an update to its end
+    optimizer: of a process: moments, float32 weights and gradients
+    buffers:   of a process: gathered parameters and buckets of gradients, while training
+    reference: of a process
+    gathered:  of a process: whole parameters for in-process sampling, where they are sharded
+    host:      what is offloaded, for all processes of a host
+    """
+
+    weights: Parts
+    gradients: float
+    optimizer: float
+    buffers: float
+    reference: float
+    gathered: float
+    host: Parts = field(default_factory=Counter)
+
+
+def count_states(recipe: Recipe, shape: ModelShape, launch: Launch, *, casts: bool) -> States:
+    """The states of a recipe's stage under a launch; `casts`: bfloat16 arithmetic over the weights' own dtype."""
+    is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and casts)
+    size = 2 if is_16_bit else 4
+    is_adapter = recipe.lora is not None
+    base = int(base_bytes(recipe, shape, size) / launch.shards(3))
+    if launch.engine == "deepspeed":
+        return _sharded(recipe, shape, launch, base, is_16_bit)
+    # PEFT keeps an adapter in float32 over a bfloat16 model; otherwise the weights are trained in their own dtype.
+    trained_size = 4 if is_adapter else size
+    weights: Parts = Counter({"parameters": base})
+    if is_adapter:
+        weights["adapters"] = shape.num_adapter * trained_size
+    gradients = shape.num_trained * trained_size
+    has_copy = recipe.stage == "rloo" and not is_adapter and recipe.rloo.get("beta", 0.05) > 0
+    return States(
+        weights=weights,
+        gradients=gradients,
+        optimizer=2 * shape.num_trained * trained_size,
+        buffers=gradients if launch.engine == "ddp" else 0,  # DDP reduces flat copies of the gradients
+        reference=base if has_copy else 0,
+        gathered=0,
+    )
+
+
+def _sharded(recipe: Recipe, shape: ModelShape, launch: Launch, base: int, is_16_bit: bool) -> States:
+    size = 2 if is_16_bit else 4
+    is_adapter = recipe.lora is not None
+    weights: Parts = Counter({"parameters": base})
+    host: Parts = Counter()
+    if is_adapter:
+        weights["adapters"] = shape.num_adapter * size // launch.shards(3)
+    trained = shape.num_trained
+    gradients = trained * size / launch.shards(2)
+    # float32 weights, moments and gradients beside 16-bit ones; stage 3 has the last for a sub-group at a time, for
+    # which DeepSpeed counts half. Of float32 parameters it keeps the flat copy that it updates.
+    is_by_sub_group = launch.zero_stage == 3 and not launch.offload_optimizer
+    float32_gradients = 2 if is_by_sub_group else 4
+    optimizer = trained * (4 + 8 + (float32_gradients if is_16_bit else 0)) / launch.shards(1)
+    if launch.offload_optimizer:
+        host["optimizer"] = int(optimizer * launch.gpus_per_node)
+        optimizer, gradients = 0.0, gradients if launch.zero_stage < 2 else 0.0
+    if launch.offload_parameters and launch.zero_stage == 3:
+        host["parameters"] = weights.total() * launch.gpus_per_node
+        weights = Counter()
+    buffers = float(size * min(trained, REDUCE_BUCKET))
+    if launch.zero_stage == 3:
+        buffers += size * min(shape.num_all, max(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, shape.largest_module))
+    needs_whole = recipe.stage == "rloo" and launch.zero_stage == 3 and launch.num_gpus > 1
+    has_copy = recipe.stage == "rloo" and not is_adapter and recipe.rloo.get("beta", 0.05) > 0
+    return States(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers if launch.num_gpus > 1 else 0,
+        reference=base if has_copy else 0,
+        gathered=base_bytes(recipe, shape, size) + size * shape.num_adapter if needs_whole else 0,
+        host=host,
+    )
+
+
+def base_bytes(recipe: Recipe, shape: ModelShape, size: int) -> float:
+    """Bytes of the model without its adapter, whole."""
+    quantization = quantization_of(recipe)
+    if quantization is None:
+        return float(shape.num_base * size)
+    is_double = quantization.get("bnb_4bit_use_double_quant", False)
+    four_bits = DOUBLE_QUANTIZED_NF4_BYTES if is_double else NF4_BYTES
+    return shape.num_linear * four_bits + (shape.num_base - shape.num_linear) * size
+
+
+def quantization_of(recipe: Recipe) -> dict[str, object] | None:
+    """The recipe's four-bit quantization, None without."""
+    quantization: dict[str, object] | None = recipe.model.get("quantization_config")
+    return quantization if quantization and quantization.get("load_in_4bit") else None
+
+
+def is_bfloat16(recipe: Recipe) -> bool:
+    """Whether the weights are loaded in bfloat16."""
+    return bool(recipe.model.get("dtype", "bfloat16") == "bfloat16")
+
+
+def reward_models(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of the local reward model on a process's GPU and on its host."""
+    options = recipe.rewards.get("reward_model")
+    if recipe.stage != "rloo" or not options:
+        return 0.0, 0.0
+    name = options["pretrained_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no reward model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    size = model.num_parameters() * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
+    return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
