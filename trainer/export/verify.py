@@ -1,6 +1,6 @@
-"""Check an exported folder from a fresh process: `python -m trainer.verify_export FOLDER REFERENCE`.
+"""Check an exported folder from a fresh process: `python -m trainer.export.verify FOLDER REFERENCE`.
 
-REFERENCE is a safetensors file with probe ids and the log-probabilities that the exporting process computed.
+FOLDER is a merged model or an adapter; REFERENCE is what trainer/export/proof.py writes.
 """
 
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import STOP, Message, render_prompt
+from data.chat import Message, render_prompt
 from data.tokenizer import check_tokenizer
+from trainer.export.proof import probe_logprobs
 
 # Each renders a rule of the format: system folding, reasoning of earlier turns, an open last turn, a literal role.
 CONVERSATIONS: list[list[Message]] = [
@@ -29,12 +29,6 @@ CONVERSATIONS: list[list[Message]] = [
 ]
 
 
-def probe_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probabilities of every next token after each of `ids` [1, L] -> [L, V] float32."""
-    with torch.no_grad():
-        return model(input_ids=ids).logits[0].float().log_softmax(dim=-1)
-
-
 def main() -> None:
     """Print what was verified; an AssertionError says what was not."""
     folder, reference_file = sys.argv[1:]
@@ -45,10 +39,12 @@ def main() -> None:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert rendered == render_prompt(messages), f"the chat template renders {rendered!r}"
     generation = json.loads((Path(folder) / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.eos_token_id and generation["stop_strings"] == [STOP], generation
+    assert generation["eos_token_id"] == tokenizer.eos_token_id and "stop_strings" not in generation, generation
 
     reference = load_file(reference_file)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    # An adapter is held against the training model as it was, in float32; transformers puts it on its base.
+    is_adapter = (Path(folder) / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if is_adapter else "auto")
     error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
     # The same weights in the same arithmetic: only the order of sums may differ.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
