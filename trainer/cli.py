@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides += others
     is_main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
-    for chatty in ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock"):
+    for chatty in ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock", "gguf"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, the libraries' bars are thousand-character lines
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="form",
         choices=["merged", "adapter", "gguf"],
         default="merged",
-        help="merged (default): safetensors for transformers and vLLM; adapter: the LoRA adapter alone; gguf: llama.cpp",
+        help="merged (default): for transformers and vLLM; adapter: the LoRA adapter alone; gguf: for llama.cpp",
     )
     export.add_argument(
         "--quantize",

@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import STOP
-
 
 def main() -> None:
     """Print the table and the answers."""
@@ -34,7 +32,9 @@ def main() -> None:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
         # A turn ends with a text, which is no token: transformers needs the tokenizer to look for it.
-        output = model.generate(**prompt, stop_strings=[STOP], tokenizer=tokenizer, max_new_tokens=64, do_sample=False)
+        output = model.generate(
+            **prompt, stop_strings=["<sep>"], tokenizer=tokenizer, max_new_tokens=64, do_sample=False
+        )
         print(f"\n{tokenizer.decode(output[0])}")
 
 

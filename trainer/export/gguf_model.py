@@ -4,8 +4,8 @@ The layout is llama.cpp's `llama` architecture. Two things differ from the trans
 
 - Rows of the query and key projections are permuted: transformers rotates a head's two halves against each other,
   llama.cpp neighbouring pairs.
-- K-quants cut rows into blocks of 256. Reka's intermediate size is 19,648, so that the down projection would fall back to
-  a larger type. Zero columns there, behind zero rows of gate and up, make it 19,712: silu(0) * 0 = 0 meets a zero
+- K-quants cut rows into blocks of 256. Reka's intermediate size is 19,648, so that the down projection would fall back
+  to a larger type. Zero columns there, behind zero rows of gate and up, make it 19,712: silu(0) * 0 = 0 meets a zero
   weight, and the function is the same.
 """
 

@@ -1,4 +1,4 @@
-"""What an export is held against: log-probabilities of the exporting process, compared in another one."""
+"""What an export is held against: conversations, and log-probabilities of the exporting process."""
 
 import logging
 import subprocess
@@ -10,7 +10,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.chat import Message
+
 logger = logging.getLogger(__name__)
+
+
+# Each renders a rule of the format: system folding, reasoning of earlier turns, an open last turn, a literal role.
+CONVERSATIONS: list[list[Message]] = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "human", "content": "def f(x):\n    return x\n"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " <reasoning>\nA greeting.\n</reasoning>\n\nHello!"},
+        {"role": "user", "content": "Bye"},
+    ],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<reasoning>\nThe user"}],
+    [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "{}"}],
+]
 
 
 def probe_logprobs(model: nn.Module, ids: Tensor) -> Tensor:

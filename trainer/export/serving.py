@@ -4,6 +4,7 @@ The files lie in served/ as they come out, but for names in `string.Template`'s 
 """
 
 import json
+import shlex
 from pathlib import Path
 from string import Template
 
@@ -28,7 +29,7 @@ def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None
     """Write serving/ into the export; `name` is what clients call the model."""
     config = AutoConfig.from_pretrained(source.base)
     values = {
-        "name": name,
+        "name": shlex.quote(name),
         "num_heads": config.num_attention_heads,
         "max_length": min(MAX_LENGTH, config.max_position_embeddings),
     }
@@ -36,7 +37,7 @@ def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
         values |= {
-            "base": adapter["base_model_name_or_path"],
+            "base": shlex.quote(adapter["base_model_name_or_path"]),
             "max_rank": next((limit for limit in MAX_RANKS if limit >= rank), rank),
         }
     serving = folder / "serving"

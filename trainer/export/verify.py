@@ -11,22 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import Message, render_prompt
+from data.chat import render_prompt
 from data.tokenizer import check_tokenizer
-from trainer.export.proof import probe_logprobs
-
-# Each renders a rule of the format: system folding, reasoning of earlier turns, an open last turn, a literal role.
-CONVERSATIONS: list[list[Message]] = [
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "human", "content": "def f(x):\n    return x\n"}],
-    [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": " <reasoning>\nA greeting.\n</reasoning>\n\nHello!"},
-        {"role": "user", "content": "Bye"},
-    ],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<reasoning>\nThe user"}],
-    [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "{}"}],
-]
+from trainer.export.proof import CONVERSATIONS, probe_logprobs
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import torch
 import xllamacpp
 from safetensors.torch import load_file
 
-from data.chat import encode_text, render_prompt
+from data.chat import STOP, encode_text, render_prompt
 from data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
-from trainer.export.verify import CONVERSATIONS
+from trainer.export.proof import CONVERSATIONS
 
 TEXTS = [
     *CL100K_GOLDEN_IDS,
@@ -35,7 +35,7 @@ def main() -> None:
     tokenizer = load_tokenizer(str(file.parent))
     reference = load_file(reference_file)
     ids = reference["ids"][0].tolist()
-    server = _start(file, n_ctx=len(ids) + 8)
+    server = start_server(file, n_ctx=len(ids) + 8)
 
     def ask(path: str, **body: Any) -> Any:  # JSON
         response = httpx2.post(server.listening_address + path, json=body, timeout=600)
@@ -48,10 +48,14 @@ def main() -> None:
         rendered = ask("/apply-template", messages=messages)["prompt"]
         assert rendered == render_prompt(messages), f"llama.cpp renders {rendered!r}"
 
+    # Where the next token would end the turn, llama.cpp answers without probabilities.
+    best = reference["logprobs"].argmax(dim=-1).tolist()
+    ends = [end for end in range(1, len(ids) + 1) if best[end - 1] not in tokenizer.all_special_ids]
     kls = []
-    for end in range(len(ids) - NUM_PLACES + 1, len(ids) + 1):
+    for end in ends[-NUM_PLACES:]:
         expected = reference["logprobs"][end - 1].double()
-        answer = ask("/completion", prompt=ids[:end], n_predict=1, n_probs=len(expected), cache_prompt=False)
+        asked = {"n_predict": 1, "n_probs": len(expected), "temperature": 0, "cache_prompt": False}
+        answer = ask("/completion", prompt=ids[:end], **asked)
         found = torch.full_like(expected, float("nan"))
         for candidate in answer["completion_probabilities"][0]["top_logprobs"]:
             found[candidate["id"]] = candidate["logprob"]
@@ -62,7 +66,8 @@ def main() -> None:
     print(f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats a token")
 
 
-def _start(file: Path, *, n_ctx: int) -> xllamacpp.Server:
+def start_server(file: Path, *, n_ctx: int) -> xllamacpp.Server:
+    """llama.cpp's server on a free port of this machine, with serving/llama_server.sh's settings."""
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.hostnames, params.port = ["127.0.0.1"], 0
@@ -71,7 +76,11 @@ def _start(file: Path, *, n_ctx: int) -> xllamacpp.Server:
     params.use_jinja, params.warmup, params.verbosity = True, False, 0
     # Otherwise the server itself continues an open last turn, without the space between `assistant:` and its text.
     params.prefill_assistant = False
-    # Unless told otherwise keys and values are kept in float16, which hides a small error of the weights.
+    params.antiprompt = [STOP]
+    params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
+    # Exact arithmetic, so that a small error of the weights shows: unless told otherwise keys and values are kept in
+    # float16, and the fused attention, whose sums are coarser, moves a log-probability by 2e-3 with float32 weights.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     return xllamacpp.Server(params)
 

@@ -4,8 +4,8 @@
 
 It does two things that vLLM cannot do by itself here:
 
-- ` <reasoning>\\nthought\\n</reasoning>\\n\\nanswer` is split into `reasoning` and `content`, streamed or not. The tags are
-  text, several tokens each, and may be cut anywhere by the stream; vLLM's own parsers want tags that are tokens.
+- ` <reasoning>\\nthought\\n</reasoning>\\n\\nanswer` is split into `reasoning` and `content`, streamed or not. The tags
+  are text, several tokens each, and may be cut anywhere by the stream; vLLM's own parsers want tags that are tokens.
 - Every chat request stops at the text `<sep>`, whether or not its client asks for it: vLLM has no default for stop
   strings. (`/v1/completions` knows no parser: there the client must send `stop`.)
 """
