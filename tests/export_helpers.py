@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from openai import OpenAI
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.cli import main
 
 QUESTION = [{"role": "human", "content": "3 + 3 ="}]
+# What the model has learnt to say to it, by heart.
+ANSWER = " <reasoning>\nTwice 3.\n</reasoning>\n\n6 <sep>"
 
 
 def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -48,3 +52,9 @@ def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     main(["train", str(folder / "recipe.yaml")])
     return folder / "run"
+
+
+def ask(client: OpenAI, messages: list[dict[str, str]], *, model: str = "any", **options: Any) -> Any:
+    """A greedy answer of a server, the stream of one where asked for; Any: the client's own types."""
+    settings = {"max_tokens": 60, "temperature": 0, **options}
+    return client.chat.completions.create(model=model, messages=messages, **settings)  # type: ignore[arg-type]

@@ -66,12 +66,12 @@ def main() -> None:
     print(f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats a token")
 
 
-def start_server(file: Path, *, n_ctx: int) -> xllamacpp.Server:
+def start_server(file: Path, *, n_ctx: int, num_slots: int = 1) -> xllamacpp.Server:
     """llama.cpp's server on a free port of this machine, with serving/llama_server.sh's settings."""
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.hostnames, params.port = ["127.0.0.1"], 0
-    params.n_ctx, params.n_parallel = n_ctx, 1
+    params.n_ctx, params.n_parallel = n_ctx * num_slots, num_slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.use_jinja, params.warmup, params.verbosity = True, False, 0
     # Otherwise the server itself continues an open last turn, without the space between `assistant:` and its text.
