@@ -25,7 +25,10 @@ pytestmark = [
 ]
 # The command that serving/vllm.sh calls; builds for CPUs install another distribution's name, and their own lacks it.
 VLLM = """#!/bin/sh
-[ "$1" = serve ] && model=$2 && shift 2 && exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
+[ "$1" = serve ] || exit 1
+model=$2
+shift 2
+exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
 """
 CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1"]
 
