@@ -29,7 +29,8 @@ def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None
     """Write serving/ into the export; `name` is what clients call the model."""
     config = AutoConfig.from_pretrained(source.base)
     values = {
-        "name": shlex.quote(name),
+        "name": name,
+        "shell_name": shlex.quote(name),
         "num_heads": config.num_attention_heads,
         "max_length": min(MAX_LENGTH, config.max_position_embeddings),
     }

@@ -5,5 +5,5 @@
 #   --reasoning-format none   llama.cpp knows no parser for <reasoning>: it stays in the content
 set -euo pipefail
 cd "$$(dirname "$$0")/.."
-exec llama-server -m "$$1" --alias $name --jinja -c $max_length -r "<sep>" --no-prefill-assistant \
+exec llama-server -m "$$1" --alias $shell_name --jinja -c $max_length -r "<sep>" --no-prefill-assistant \
     --reasoning-format none "$${@:2}"

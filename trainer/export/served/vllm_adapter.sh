@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$$(dirname "$$0")/.."
 exec vllm serve $base --served-model-name base --tokenizer . --generation-config . \
     --chat-template chat_template.jinja --dtype bfloat16 --tensor-parallel-size "$${TENSOR_PARALLEL:-1}" \
-    --max-model-len $max_length --enable-lora --max-lora-rank $max_rank --lora-modules $name=. \
+    --max-model-len $max_length --enable-lora --max-lora-rank $max_rank --lora-modules $shell_name=. \
     --reasoning-parser-plugin serving/reka_reasoning_parser.py --reasoning-parser reka "$$@"
