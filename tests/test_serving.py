@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from data.chat import STOP, parse_completion, render_prompt
 from trainer.cli import main
+from trainer.export.card import last_metrics
 from trainer.export.verify_gguf import start_server
 
 
@@ -157,3 +158,28 @@ def test_a_run_of_all_weights_has_no_adapter(exports: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["export", str(exports / "full"), str(exports / "never"), "--as", "adapter"])
     assert "trained all weights, so there is no adapter" in capsys.readouterr().err
+
+
+def test_a_card_reads_the_metrics_behind_the_exported_step(tmp_path: Path) -> None:
+    lines = [{"step": step, "reward": float(step), "reward/math": None if step % 2 else 1.0} for step in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert last_metrics(tmp_path, "rloo", 20) == {"reward": 15.5, "reward/math": 1.0}
+    assert last_metrics(tmp_path, "rloo", 4) == {"reward": 2.5, "reward/math": 1.0}
+    assert last_metrics(tmp_path / "none", "rloo", 4) == {}
+
+
+def test_a_reward_model_has_one_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"stage": "reward", "output_dir": "run", "model": {"pretrained_model_name_or_path": "none"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"dataset": {"path": "none.jsonl"}}))
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path), str(tmp_path / "out"), "--as", "gguf"])
+    assert "a reward model is exported as merged only" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_a_weight_is_read(
+    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.export.gguf_files.find_spec", lambda name: None if name == "xllamacpp" else name)
+    with pytest.raises(SystemExit):
+        main(["export", str(exports / "run"), str(exports / "never"), "--as", "gguf"])
+    assert "--as gguf needs xllamacpp: pip install 'rekatrain[gguf]'" in capsys.readouterr().err

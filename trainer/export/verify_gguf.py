@@ -59,7 +59,8 @@ def main() -> None:
         found = torch.full_like(expected, float("nan"))
         for candidate in answer["completion_probabilities"][0]["top_logprobs"]:
             found[candidate["id"]] = candidate["logprob"]
-        kls.append((expected.exp() * (expected - found)).sum().item())
+        # The server sums the probabilities one by one in float32, which is off by 1e-4 over a large vocabulary.
+        kls.append((expected.exp() * (expected - found.log_softmax(dim=-1))).sum().item())
     kl = sum(kls) / len(kls)
     # Not `kl > limit`: nan, a token that llama.cpp does not have, is no pass.
     assert kl <= MAX_KL[file.stem.removeprefix("model-")], f"KL from the trained model is {kl} nats a token"
