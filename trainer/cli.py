@@ -15,6 +15,7 @@ from rewards.errors import RewardError
 from trainer.recipe import Recipe, load_recipe
 
 RECIPE_HELP = "the recipe, a YAML file"
+GGUF_TYPES = ["f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 OVERRIDES_HELP = "values set over the recipe's, as in rloo.beta=0.1; null takes a section out"
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides += others
     is_main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
-    for chatty in ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock"):
+    for chatty in ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock", "gguf"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, the libraries' bars are thousand-character lines
@@ -112,9 +113,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from trainer.export import export
+    from trainer.export.command import export
 
-    export(options.run_folder, options.out, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    export(
+        options.run_folder,
+        options.out,
+        form=options.form,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        max_shard_size=options.max_shard_size,
+    )
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -173,9 +181,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="a JSON file for the result and every answer")
     evaluate.set_defaults(run=_evaluate)
 
-    export = commands.add_parser("export", help="write a run's weights as a folder that transformers and vLLM serve")
+    export = commands.add_parser(
+        "export", help="write a run's weights as a folder that transformers, vLLM or llama.cpp serves"
+    )
     export.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or one checkpoint's folder in it")
     export.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    export.add_argument(
+        "--as",
+        dest="form",
+        choices=["merged", "adapter", "gguf"],
+        default="merged",
+        help="merged (default): for transformers and vLLM; adapter: the LoRA adapter alone; gguf: for llama.cpp",
+    )
+    export.add_argument(
+        "--quantize",
+        nargs="+",
+        metavar="TYPE",
+        choices=GGUF_TYPES,
+        help=f"GGUF files to write: {', '.join(GGUF_TYPES)} (default: the weights' own dtype)",
+    )
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the stored weights (default: the recipe's)"
     )

@@ -31,8 +31,10 @@ def main() -> None:
         question = answer["prompt"].removeprefix("human: ").removesuffix(" <sep> assistant:")
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        # The stop string is in the folder's generation config; transformers asks for the tokenizer to look for it.
-        output = model.generate(**prompt, tokenizer=tokenizer, max_new_tokens=64, do_sample=False)
+        # A turn ends with a text, which is no token: transformers needs the tokenizer to look for it.
+        output = model.generate(
+            **prompt, stop_strings=["<sep>"], tokenizer=tokenizer, max_new_tokens=64, do_sample=False
+        )
         print(f"\n{tokenizer.decode(output[0])}")
 
 

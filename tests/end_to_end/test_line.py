@@ -146,7 +146,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     export = folder / "rloo-export"
     main(["export", str(folder / "rloo"), str(export), "--max-shard-size", "20KB"])
     assert len(list(export.glob("*.safetensors"))) > 1
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in export.iterdir())
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in export.rglob("*") if path.is_file())
 
     # As a user of the folder: nothing of this project in between.
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -154,7 +154,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     messages = [{"role": "human", "content": "3 + 3 ="}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     assert prompt["input_ids"][0].tolist() == encode_text(render_prompt(messages), tokenizer)
-    output = served.generate(**prompt, tokenizer=tokenizer, max_new_tokens=60, do_sample=False)
+    output = served.generate(**prompt, stop_strings=[STOP], tokenizer=tokenizer, max_new_tokens=60, do_sample=False)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert answer.startswith(" <reasoning>\n") and answer.rstrip().endswith(STOP)
 

@@ -1,0 +1,70 @@
+"""The model card of an export: README.md with the Hub's metadata, how to use it, and what it was trained on."""
+
+from pathlib import Path
+from statistics import fmean
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from trainer.models import Source
+from trainer.recipe import Recipe, dump_recipe
+from trainer.run_folder import METRICS_FILE, checkpoint_step, read_records
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+# Metrics of a single step are noise; the card shows means over the last steps that the checkpoint has behind it.
+NUM_LAST_STEPS = 10
+SHOWN = {
+    "sft": ("loss", "mean_token_accuracy", "eval_loss"),
+    "rloo": ("reward", "kl", "entropy", "share_length", "share_zero_variance"),
+}
+LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "llama.cpp"}
+
+
+def write_card(folder: Path, form: str, recipe: Recipe, run: Path, source: Source, *, name: str) -> None:
+    """Write README.md into `folder`.
+
+    run: the run folder, whose metrics.jsonl is read up to the step of the exported checkpoint
+    """
+    step = checkpoint_step(Path(source.folder))
+    data_set = str(recipe.dataset["path"])
+    base = str(recipe.model["pretrained_model_name_or_path"])
+    data = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        datasets=[data_set] if _is_hub_id(data_set) else None,
+        library_name=LIBRARIES[form],
+        pipeline_tag="text-generation",
+        tags=["rekatrain", recipe.stage, *(["lora"] if form == "adapter" else [])],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        form=form,
+        stage=recipe.stage,
+        base=base,
+        step=step,
+        method="LoRA" if recipe.lora is not None else "all weights",
+        data_set=data_set,
+        rewards={reward: (settings or {}).get("weight", 1.0) for reward, settings in recipe.rewards.items()},
+        metrics=last_metrics(run, recipe.stage, step),
+        num_last_steps=NUM_LAST_STEPS,
+        recipe=dump_recipe(recipe).rstrip(),
+        files=sorted(path.name for path in folder.glob("*.gguf")),
+        end_of_turn=recipe.chat.get("end_of_turn", "sep"),
+    )
+    card.save(folder / "README.md")
+
+
+def last_metrics(run: Path, stage: str, step: int) -> dict[str, float]:
+    """Means of the shown metrics over the last 10 recorded steps up to `step`; each reward's own mean among them."""
+    records = [record for record in read_records(run / METRICS_FILE) if record["step"] <= step]
+    names = [name for record in records for name in record if name in SHOWN[stage] or name.startswith("reward/")]
+    means = {}
+    for name in dict.fromkeys(names):
+        values = [record[name] for record in records if record.get(name) is not None][-NUM_LAST_STEPS:]
+        if values:
+            means[name] = fmean(values)
+    return means
+
+
+def _is_hub_id(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()

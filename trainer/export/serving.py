@@ -1,0 +1,50 @@
+"""The serving/ folder of an export: start lines, a client, and vLLM's plugin, filled in for this model.
+
+The files lie in served/ as they come out, but for names in `string.Template`'s notation.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from string import Template
+
+from transformers import AutoConfig
+
+from trainer.models import Source
+
+SERVED = Path(__file__).with_name("served")
+PARSER = "reka_reasoning_parser.py"
+# served/NAME -> serving/NAME
+FILES = {
+    "merged": {"vllm_merged.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
+    "adapter": {"vllm_adapter.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
+    "gguf": {"llama_server.sh": "llama_server.sh", "client.py": "client.py"},
+}
+MAX_LENGTH = 32_768
+# The ranks that vLLM has kernels for.
+MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None:
+    """Write serving/ into the export; `name` is what clients call the model."""
+    config = AutoConfig.from_pretrained(source.base)
+    values = {
+        "name": name,
+        "shell_name": shlex.quote(name),
+        "num_heads": config.num_attention_heads,
+        "max_length": min(MAX_LENGTH, config.max_position_embeddings),
+    }
+    if form == "adapter":
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+        values |= {
+            "base": shlex.quote(adapter["base_model_name_or_path"]),
+            "max_rank": next((limit for limit in MAX_RANKS if limit >= rank), rank),
+        }
+    serving = folder / "serving"
+    serving.mkdir()
+    for template, target in FILES[form].items():
+        text = (SERVED / template).read_text(encoding="utf-8")
+        (serving / target).write_text(Template(text).substitute(values), encoding="utf-8")
+    if form != "gguf":
+        (serving / PARSER).write_text((SERVED / PARSER).read_text(encoding="utf-8"), encoding="utf-8")
