@@ -32,8 +32,9 @@ from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, Rows, decoder_and_head
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
 from trainer.rloo.packing import PassCost
-from trainer.rloo.rollouts import Group, sample_groups, score_groups
-from trainer.rloo.sampler import Sampler
+from trainer.rloo.rollouts import Group, GroupSampler, sample_groups, score_groups
+from trainer.rloo.server.checks import check_servers
+from trainer.rloo.server.rollouts import ServerRollouts
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from trainer.run_log import RunLog
@@ -52,6 +53,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     accelerator = make_accelerator(bf16=config.bf16)
     check_trainable(recipe, has_master_weights=False)
     config.prompts_per_process(accelerator.num_processes)
+    check_servers(recipe, config, task.tokenizer, max(len(prompt.ids) for prompt in task.prompts))
     task.grader.warm_up()  # a reward model's weights are loaded here
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
@@ -79,7 +81,10 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
     cost = PassCost.of(decoder_and_head(policy)[0])
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
-    sampler = task.make_sampler(policy)
+    servers = ServerRollouts(accelerator, policy, task, run.path, roll_out) if config.vllm_server_urls else None
+    if servers:
+        accelerator.register_for_checkpointing(servers)
+    sampler = servers.sampler if servers else task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
     log = None
@@ -95,7 +100,16 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     for step in range(first_step, config.max_steps):
         clock = Clock()
         local_records = take_step(
-            accelerator, model, reference, sampler, task, update, seed=recipe.seed, step=step, clock=clock
+            accelerator,
+            model,
+            reference,
+            sampler,
+            task,
+            update,
+            seed=recipe.seed,
+            step=step,
+            clock=clock,
+            rollouts=servers,
         )
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -104,12 +118,15 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
             own = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
+            own |= servers.metrics() if servers else {}
             run.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**step_metrics(records), **own, **task.grader.metrics()}, headline=HEADLINE)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
             checkpointer.save(step + 1, config.save_total_limit)
     if log is not None:
         log.close()
+    if servers:
+        servers.close()
     task.grader.close()
     accelerator.end_training()
 
@@ -118,24 +135,25 @@ def take_step(
     accelerator: Accelerator,
     model: torch.nn.Module,
     reference: Reference | None,
-    sampler: Sampler,
+    sampler: GroupSampler,
     task: RLOOTask,
     update: Callable[[], None],
     *,
     seed: int,
     step: int,
     clock: Clock,
+    rollouts: Callable[..., tuple[list[Group], list[Group]]] | None = None,
 ) -> list[RolloutRecord]:
     """Sample, score and train on this process's share of a step -> a record for each of its completions.
 
-    `update` is called with each update's gradient on the model. In the one update that is the default, the policy is
-    run once on each completion: its detached log-probabilities give the KL and so the advantages, which weigh the same
-    log-probabilities in the loss.
+    `update` is called with each update's gradient on the model; `rollouts` stands in for `roll_out`. In the one update
+    that is the default, the policy is run once on each completion: its detached log-probabilities give the KL and so
+    the advantages, which weigh the same log-probabilities in the loss.
     """
     config = task.config
     share = config.prompts_per_process(accelerator.num_processes)
     slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    groups, replaced = roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
+    groups, replaced = (rollouts or roll_out)(sampler, task, slots, seed=seed, step=step, clock=clock)
     totals = count_in_loss(accelerator, groups)
 
     # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
@@ -176,7 +194,7 @@ def take_step(
 
 
 def roll_out(
-    sampler: Sampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
+    sampler: GroupSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
 ) -> tuple[list[Group], list[Group]]:
     """Sample and score a group for each slot -> those to train on, and those that dynamic sampling replaced.
 
