@@ -82,7 +82,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     cost = PassCost.of(decoder_and_head(policy)[0])
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     servers = ServerRollouts(accelerator, policy, task, run.path, roll_out) if config.vllm_server_urls else None
-    if servers:
+    if servers and config.max_staleness:
         accelerator.register_for_checkpointing(servers)
     sampler = servers.sampler if servers else task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)

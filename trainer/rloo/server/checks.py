@@ -15,6 +15,7 @@ from trainer.models import find_source
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.server.client import Json, ServerClient, ServerDown, ServerRefused
+from trainer.rloo.server.serve import check_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ def check_servers(recipe: Recipe, config: RLOOConfig, tokenizer: PreTrainedToken
 
     longest_prompt: tokens of the run's longest prompt
     """
+
+    if config.vllm_server_urls and recipe.lora is not None:
+        check_adapter(recipe.lora)
 
     async def check_all() -> None:
         for url in config.vllm_server_urls:
