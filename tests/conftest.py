@@ -107,9 +107,9 @@ def cl100k(shared_data: Path) -> PreTrainedTokenizerFast:
 
 @dataclass
 class JsonServer:
-    """A real HTTP server on this machine: each request goes to `answer`, whose (status, JSON or bytes, headers) it sends.
+    """A real HTTP server on this machine: a POST goes to `answer`, whose (status, JSON or bytes, headers) it sends.
 
-    A GET has the body None.
+    A GET goes there with the body None.
 
     paths, bodies, headers: of the requests so far
     most_at_once:           requests that were being answered at the same time
