@@ -32,7 +32,6 @@ def letters(completions, **kwargs):
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no python with vLLM"),
-    pytest.mark.xdist_group("vllm"),
 ]
 
 
@@ -52,7 +51,8 @@ class LiveServer:
             **{"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
             **{"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
         }
-        command = [sys.executable, "-m", "trainer", "serve-rollouts", write_recipe(self.folder, "serve", self.url)]
+        recipe = write_recipe(self.folder, "serve", self.url, max_completion_length=100)
+        command = [sys.executable, "-m", "trainer", "serve-rollouts", recipe]
         self.log = (self.folder / "server.log").open("a")
         self._process = subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
