@@ -54,6 +54,8 @@ class RLOOConfig:
     vllm_server_base_url:               vLLM servers that sample in the place of the training processes, one or a list
     vllm_server_timeout:                seconds without any of them after which the run stops
     vllm_request_timeout:               seconds for a group of completions, from asking to the whole answer
+    vllm_weight_transfer:               how a whole model reaches the servers: in output_dir, which they must see too,
+                                        or sent between GPUs; an adapter always goes by that folder
     max_staleness:                      1: the servers sample the next batch while this one trains, from the weights of
                                         one update ago
     """
@@ -100,6 +102,7 @@ class RLOOConfig:
     vllm_server_base_url: str | list[str] | None = None
     vllm_server_timeout: Annotated[float, Gt(0)] = 600.0
     vllm_request_timeout: Annotated[float, Gt(0)] = 1800.0
+    vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
     max_staleness: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:

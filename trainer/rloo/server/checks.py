@@ -32,6 +32,8 @@ def check_servers(recipe: Recipe, config: RLOOConfig, tokenizer: PreTrainedToken
 
     if config.vllm_server_urls and recipe.lora is not None:
         check_adapter(recipe.lora)
+        if config.vllm_weight_transfer == "nccl":
+            raise InputError("rloo.vllm_weight_transfer nccl moves whole models; with a lora: section set it to folder")
 
     async def check_all() -> None:
         for url in config.vllm_server_urls:

@@ -13,8 +13,9 @@ from trainer.models import Policy
 from trainer.rloo.metrics import Clock
 from trainer.rloo.rollouts import Group
 from trainer.rloo.sampler import Completion
-from trainer.rloo.server.sampler import VLLMSampler
-from trainer.rloo.server.weights import publish
+from trainer.rloo.server.sampler import ServedWeights, VLLMSampler
+from trainer.rloo.server.transfer import WeightTransfer
+from trainer.rloo.server.weights import publish, send
 from trainer.rloo.task import RLOOTask
 
 Rolled = tuple[list[Group], list[Group]]
@@ -43,6 +44,7 @@ class ServerRollouts:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._waiting: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
+        self._transfer: WeightTransfer | None = None
 
     def __call__(
         self, sampler: VLLMSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
@@ -53,7 +55,7 @@ class ServerRollouts:
         rolled = waiting.result() if waiting else None
         clock.lap("wait")
         self._num_retries, sampler.num_retries = sampler.num_retries, 0
-        sampler.weights = publish(self._accelerator, self._policy, self._run_folder, step)
+        sampler.weights = self._publish(step)
         clock.lap("publish")
         if rolled is None:
             rolled = self._roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
@@ -62,6 +64,14 @@ class ServerRollouts:
                 self._roll_out, sampler, task, slots, seed=seed, step=step + 1, clock=Clock()
             )
         return rolled
+
+    def _publish(self, num_updates: int) -> ServedWeights:
+        urls = self._task.config.vllm_server_urls
+        if self._task.config.vllm_weight_transfer == "folder":
+            return publish(self._accelerator, self._policy, self._run_folder, num_updates)
+        if self._transfer is None:
+            self._transfer = WeightTransfer(urls, self._policy, rank=self._accelerator.process_index)
+        return send(self._accelerator, self._transfer, urls, num_updates)
 
     def metrics(self) -> dict[str, float]:
         """Updates between the weights that sampled the last batch and those it trained; groups asked for again."""

@@ -4,6 +4,7 @@ rekatrain serve-rollouts RECIPE --port 8000        # becomes the server
 rekatrain serve-rollouts RECIPE --print            # the line to start it with, to add options of vLLM's own
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -65,6 +66,8 @@ def server_command(
     }
     if recipe.model.get("revision"):
         options["revision"] = recipe.model["revision"]
+    if task.config.vllm_weight_transfer == "nccl":
+        options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
     flags = []
     # Adapters at runtime, and the versions of weights, are vLLM's development mode: keep the port off the network.
     environment = {"VLLM_SERVER_DEV_MODE": "1"}

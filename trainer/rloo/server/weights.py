@@ -3,14 +3,14 @@
 With LoRA only the adapter moves: it is written to a folder of the run that the servers see too, loaded at runtime under
 a name that no other weights ever have, and the one before is unloaded. An answer names its adapter.
 In full fine-tuning the whole model is written, and the server reloads it (vLLM's development mode); the version that it
-is told then is asked for after each answer.
+is told then is asked for after each answer. On GPUs it can go by NCCL instead (transfer.py).
 """
 
+import asyncio
 import shutil
 import uuid
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,11 @@ from torch import Tensor
 from data.errors import InputError
 from trainer.models import Policy
 from trainer.rloo.server.client import Json, ServerClient, ServerDown, ServerRefused
+from trainer.rloo.server.transfer import WeightTransfer, gathered
 
 WEIGHTS_FOLDER = "served"
+# Seconds for what a server does at once.
+SHORT_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,44 @@ class FolderWeights:
             raise ServerDown(f"the vLLM server {client.url} has weights {version!r}, not {self.name!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SentWeights:
+    """A whole model that has been sent to the servers' GPUs."""
+
+    name: str
+
+    model: None = None
+
+    async def load(self, client: ServerClient) -> None:
+        """Nothing to load; a server that was started again does not have them."""
+        if await _version(client) != self.name:
+            raise InputError(
+                f"the vLLM server {client.url} lost the weights that NCCL sent it, as in a restart; go on with --resume"
+            )
+
+    async def check(self, client: ServerClient, answer: Json) -> None:
+        """Weights change between steps only: if the version still is this one, the answer came from it."""
+        await self.load(client)
+
+
+def send(accelerator: Accelerator, transfer: WeightTransfer, urls: Sequence[str], num_updates: int) -> SentWeights:
+    """Send the policy's weights to all servers, and tell them the version; on every process."""
+    names = [f"rekatrain-{num_updates}-{uuid.uuid4().hex[:8]}"]
+    broadcast_object_list(names)
+    transfer.send()
+
+    async def tell(url: str) -> None:
+        async with ServerClient(url, request_timeout=SHORT_TIMEOUT) as client:
+            await client.post("/reset_prefix_cache")
+            await client.post("/update_weight_version", {"new_version": names[0]})
+
+    if accelerator.is_main_process:
+        for url in urls:
+            asyncio.run(tell(url))
+    accelerator.wait_for_everyone()
+    return SentWeights(name=names[0])
+
+
 def publish(
     accelerator: Accelerator, policy: Policy, run_folder: Path, num_updates: int
 ) -> AdapterWeights | FolderWeights:
@@ -118,16 +159,8 @@ def publish(
 def trained_weights(policy: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Copies of the trained parameters alone, where `keep` says so; a collective where ZeRO-3 has them in pieces."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    with _gathered(list(trained.values())):
+    with gathered(list(trained.values())):
         return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()} if keep else {}
-
-
-def _gathered(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed  # seconds to import, and only where it has been anyway
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def _lock(folder: Path, client: ServerClient) -> AsyncFileLock:
