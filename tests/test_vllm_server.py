@@ -150,6 +150,31 @@ def assert_sampled_from_the_trainers_weights(metrics: list[dict]) -> None:
     assert max(step["sampler_kl"] for step in metrics) < 1e-6
 
 
+NCCL = """
+import torch
+from vllm.distributed.weight_transfer.base import layerwise_groups
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from trainer.rloo.server.transfer import init_info, policy_source
+
+module = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 4)])})
+source = policy_source(module)
+told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+assert [name for names, _ in source.iter_groups() for name in names] == [name for name, *_ in told] and len(told) == 4
+info = init_info(rank=1, master_address="127.0.0.1", master_port=9, num_workers=4)
+engine = WeightTransferTrainerFactory.trainer_init(info, client=None, source=source)  # 1: does not meet the servers
+engine._broadcast(source, source.metadata())
+print(info.world_size)
+"""
+
+
+def test_vllms_own_classes_take_what_nccl_is_given() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([os.environ["VLLM_PYTHON"], "-c", NCCL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "5"
+
+
 def test_adapters_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
     metrics, rollouts = run(folder, write_recipe(folder, "adapter", server.url))
     assert_sampled_from_the_trainers_weights(metrics)
