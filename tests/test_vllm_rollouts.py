@@ -4,8 +4,10 @@ The real vLLM is in test_vllm_server.py.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from trainer.cli import main
 from trainer.rloo.server import pool
 from trainer.run_folder import read_records
 
+PROJECT = Path(__file__).parents[1]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 REWARD = """
 def letters(completions, **kwargs):
@@ -168,6 +171,27 @@ def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_i
     resumed_metrics, resumed, resumed_weights = run("ahead", serve(stand_in).url, "--resume", max_steps=4, **ONE_OFF)
     assert sampled(resumed) == sampled(rollouts)
     assert [step["staleness"] for step in resumed_metrics] == [0, 1, 1, 1]
+    for name, tensor in weights.items():
+        assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(run, serve, stand_in) -> None:
+    metrics, rollouts, weights = run("one", serve(stand_in).url, **ONE_OFF)
+    stand_in.restart()
+    stand_in.loaded.clear()
+    tree = json.loads(Path("one.yaml").read_text()) | {"output_dir": str(Path("two").absolute())}
+    Path("two.yaml").write_text(json.dumps(tree))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*launch, "train", "two.yaml"], check=True, env=environment, timeout=240)
+    assert sampled(read_records(Path("two/rollouts.jsonl"))) == sampled(rollouts)
+    assert len(stand_in.loaded) == 2  # each version once, not once a process, and none that nobody samples from
+
+    # One process takes up what two have left: the batch of both waits in the checkpoint.
+    shutil.rmtree("two/checkpoints/checkpoint-3")
+    stand_in.restart()
+    _, resumed, resumed_weights = run("two", serve(stand_in).url, "--resume", **ONE_OFF)
+    assert sampled(resumed) == sampled(rollouts)
     for name, tensor in weights.items():
         assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
 

@@ -22,7 +22,7 @@ from trainer.run_folder import read_records
 
 PROJECT = Path(__file__).parents[1]
 READY_SECONDS = 240
-RUN_SECONDS = 240
+RUN_SECONDS = 600
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 REWARD = """
 def letters(completions, **kwargs):

@@ -55,11 +55,13 @@ class ServerRollouts:
         rolled = waiting.result() if waiting else None
         clock.lap("wait")
         self._num_retries, sampler.num_retries = sampler.num_retries, 0
-        sampler.weights = self._publish(step)
-        clock.lap("publish")
+        goes_ahead = task.config.max_staleness and step + 1 < task.config.max_steps
+        if rolled is None or goes_ahead:
+            sampler.weights = self._publish(step)
+            clock.lap("publish")
         if rolled is None:
             rolled = self._roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
-        if task.config.max_staleness and step + 1 < task.config.max_steps:
+        if goes_ahead:
             self._waiting[step + 1] = self._thread.submit(
                 self._roll_out, sampler, task, slots, seed=seed, step=step + 1, clock=Clock()
             )
