@@ -98,12 +98,13 @@ class StandIn:
         self.num_asked += 1
         if (trouble := self.trouble(self.num_asked - 1, body)) is not None:
             return trouble
-        if body["model"] != "policy" and body["model"] not in self.adapters:
-            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        name = body.get("model", "policy")
+        if name != "policy" and name not in self.adapters:
+            return 404, {"error": {"message": f"The model `{name}` does not exist."}}
         assert body["stop"] == ["<sep>"] and body["include_stop_str_in_output"] and body["return_token_ids"]
         assert sorted(map(int, body["logit_bias"])) == list(range(len(self.tokenizer), len(self.tokenizer) + 20))
         sampler = Sampler(
-            self.adapters.get(body["model"], self.model),
+            self.adapters.get(name, self.model),
             self.tokenizer,
             max_completion_length=body["max_tokens"],
             temperature=body["temperature"],
@@ -114,8 +115,8 @@ class StandIn:
             {"index": index, "token_ids": c.ids, "logprobs": {"token_logprobs": c.logprobs}, "finish_reason": "stop"}
             for index, c in enumerate(group)
         ]
-        self.finished.append((body["model"], body["seed"]))
-        return 200, {"model": body["model"], "choices": choices[::-1]}  # in no order: the index counts
+        self.finished.append((name, body["seed"]))
+        return 200, {"model": name, "choices": choices[::-1]}  # in no order: the index counts
 
     forced_logprob = 0.0
 

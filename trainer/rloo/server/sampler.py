@@ -97,7 +97,7 @@ class VLLMSampler:
             async def ask(client: ServerClient) -> list[Completion]:
                 body = {
                     **self._settings,
-                    "model": weights.model or await served_model(client),
+                    **({"model": weights.model} if weights.model else {}),
                     "prompt": prompts[number],
                     "n": num_generations,
                     "seed": seed_of(keys[number]),
@@ -158,11 +158,3 @@ class VLLMSampler:
 def seed_of(key: tuple[int, ...]) -> int:
     """A request's seed from a prompt's key; vLLM numbers the completions of a request on from it."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-async def served_model(client: ServerClient) -> str:
-    """Name of the model that the server was started with."""
-    models = (await client.get("/v1/models")).get("data")
-    if not isinstance(models, list) or not models:
-        raise InputError(f"{client.url}/v1/models names no model: it is no vLLM server")
-    return str(models[0]["id"])

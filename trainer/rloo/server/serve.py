@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+import torch
+
 from data.errors import InputError
 from trainer.models import find_source
 from trainer.recipe import Recipe
@@ -69,12 +71,15 @@ def server_command(
     if task.config.vllm_weight_transfer == "nccl":
         options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
     flags = []
+    if not torch.cuda.is_available():
+        # On a CPU vLLM 0.30's engine dies on a seeded prompt that it prefills in parts: it sets the generator's offset.
+        flags.append("--no-enable-chunked-prefill")
     # Adapters at runtime, and the versions of weights, are vLLM's development mode: keep the port off the network.
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if recipe.lora is not None:
         check_adapter(recipe.lora)
         rank = int(recipe.lora.get("r", 8))
-        flags = ["--enable-lora"]
+        flags.append("--enable-lora")
         options |= {"max-lora-rank": min(size for size in LORA_RANKS if size >= rank), "max-loras": 1}
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     return [*flags, *(text for name, value in options.items() for text in (f"--{name}", str(value)))], environment
