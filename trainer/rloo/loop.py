@@ -82,8 +82,6 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     cost = PassCost.of(decoder_and_head(policy)[0])
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
     servers = ServerRollouts(accelerator, policy, task, run.path, roll_out) if config.vllm_server_urls else None
-    if servers and config.max_staleness:
-        accelerator.register_for_checkpointing(servers)
     sampler = servers.sampler if servers else task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpointer.restore(checkpoint) if checkpoint else 0
@@ -125,8 +123,6 @@ def train(recipe: Recipe, *, resume: bool) -> None:
             checkpointer.save(step + 1, config.save_total_limit)
     if log is not None:
         log.close()
-    if servers:
-        servers.close()
     task.grader.close()
     accelerator.end_training()
 

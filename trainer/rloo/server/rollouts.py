@@ -45,6 +45,8 @@ class ServerRollouts:
         self._waiting: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
         self._transfer: WeightTransfer | None = None
+        if task.config.max_staleness:
+            accelerator.register_for_checkpointing(self)
 
     def __call__(
         self, sampler: VLLMSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
@@ -78,10 +80,6 @@ class ServerRollouts:
     def metrics(self) -> dict[str, float]:
         """Updates between the weights that sampled the last batch and those it trained; groups asked for again."""
         return {"staleness": self._staleness, "groups_sampled_again": self._num_retries}
-
-    def close(self) -> None:
-        """End the thread; nothing waits after the last step."""
-        self._thread.shutdown()
 
     def state_dict(self) -> Json:
         """The batches that wait, of all processes; Accelerate saves it. Waits for what is being sampled."""
