@@ -11,6 +11,8 @@ from data.errors import InputError
 # Overload, a proxy's trouble or an engine that died: the same request may be answered later, or elsewhere.
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 SHOWN_CHARACTERS = 300
+# Seconds for what a server answers at once, busy or not.
+GET_TIMEOUT = 60.0
 
 Json = dict[str, Any]  # Any: a JSON value, not yet checked
 
@@ -55,11 +57,12 @@ class ServerClient:
 
     async def _ask(self, method: str, path: str, body: Json | None) -> Json:
         where = f"the vLLM server {self.url}"
+        timeout = self._timeout if method == "POST" else min(self._timeout, GET_TIMEOUT)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(timeout):
                 response = await self._http.request(method, f"{self.url}{path}", json=body)
         except TimeoutError:
-            raise ServerDown(f"{where} gave no answer within {self._timeout:g} s") from None
+            raise ServerDown(f"{where} gave no answer within {timeout:g} s") from None
         except httpx2.TransportError as error:
             raise ServerDown(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:

@@ -33,6 +33,7 @@ class _Place:
     client: ServerClient
     num_in_flight: int = 0
     is_up: bool = False
+    is_known: bool = False  # to be up or down: until all are, the first to be up would get all the work
 
 
 class ServerPool:
@@ -106,6 +107,8 @@ class ServerPool:
     def _has_room(self) -> bool:
         if self._error is not None:
             return True
+        if not all(place.is_known for place in self._places):
+            return False
         is_free = sum(place.num_in_flight for place in self._places) < self._max_in_flight
         return is_free and any(place.is_up for place in self._places)
 
@@ -125,7 +128,7 @@ class ServerPool:
         except Exception as error:  # what nobody waits for must reach those who wait for a server
             self._error = self._error or error
         else:
-            place.is_up = True
+            place.is_up = place.is_known = True
             if self._down.pop(url, None):
                 logger.warning("rollouts: the vLLM server %s is up again", url)
         await self._notify()
@@ -138,6 +141,8 @@ class ServerPool:
             if place.client.url not in self._down:
                 logger.warning("rollouts: %s; waiting for it", error)
             self._down[place.client.url] = str(error)
+            place.is_known = True
+            await self._notify()
             waited = time.monotonic() - self._last_up
             if waited > self._server_timeout and not any(place.is_up for place in self._places):
                 raise InputError(
