@@ -107,7 +107,9 @@ def cl100k(shared_data: Path) -> PreTrainedTokenizerFast:
 
 @dataclass
 class JsonServer:
-    """A real HTTP server on this machine: each POST goes to `answer`, whose (status, JSON or bytes, headers) it sends.
+    """A real HTTP server on this machine: a POST goes to `answer`, whose (status, JSON or bytes, headers) it sends.
+
+    A GET goes there with the body None.
 
     paths, bodies, headers: of the requests so far
     most_at_once:           requests that were being answered at the same time
@@ -131,8 +133,14 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
         lock, open_now = threading.Lock(), [0]
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(None)
+
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                length = int(self.headers.get("content-length", 0))
+                self._answer(json.loads(self.rfile.read(length)) if length else None)
+
+            def _answer(self, body: Any) -> None:
                 with lock:
                     told.paths.append(self.path)
                     told.bodies.append(body)

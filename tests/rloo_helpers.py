@@ -18,9 +18,10 @@ from rewards.compose import RewardFunction
 from trainer.prompts import Prompt
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.logprobs import CompletionLogprobs, Rows
-from trainer.rloo.loop import make_reference, take_step
+from trainer.rloo.loop import take_step
 from trainer.rloo.metrics import Clock, RolloutRecord
 from trainer.rloo.objective import clipped_surrogates, sequence_weights
+from trainer.rloo.reference import make_reference
 from trainer.rloo.sampler import Completion
 from trainer.rloo.task import RLOOTask
 

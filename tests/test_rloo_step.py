@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.rloo.logprobs import CompletionLogprobs, Rows
-from trainer.rloo.loop import make_reference, take_step
+from trainer.rloo.loop import take_step
 from trainer.rloo.metrics import Clock
+from trainer.rloo.reference import make_reference
 from trainer.rloo.rollouts import Group
 
 

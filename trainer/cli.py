@@ -100,6 +100,21 @@ def _sample(options: argparse.Namespace) -> None:
     sample(recipe, num_prompts=options.num_prompts, by_disagreement=options.by_disagreement)
 
 
+def _serve_rollouts(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    if recipe.stage != "rloo":
+        raise InputError(f"stage {recipe.stage} has no rollouts; give serve-rollouts an rloo recipe")
+    from trainer.rloo.server.serve import serve_rollouts
+
+    serve_rollouts(
+        recipe,
+        host=options.host,
+        port=options.port,
+        tensor_parallel_size=options.tensor_parallel_size,
+        print_only=options.print,
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if recipe.stage == "reward":
@@ -175,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
         "--by-disagreement", action="store_true", help="the completions on which the rewards disagree most first"
     )
     sample.set_defaults(run=_sample)
+
+    serve = commands.add_parser("serve-rollouts", help="start a vLLM server that samples for an rloo run")
+    _add_recipe(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=_positive, help="port (default: of the recipe's vllm_server_base_url, or 8000)")
+    serve.add_argument("--tensor-parallel-size", type=_positive, default=1, help="GPUs of this server (default 1)")
+    serve.add_argument("--print", action="store_true", help="print the line that starts it, and stop")
+    serve.set_defaults(run=_serve_rollouts)
 
     evaluate = commands.add_parser("evaluate", help="accuracy on eval_dataset with a 95 %% interval")
     _add_recipe(evaluate)

@@ -21,9 +21,10 @@ METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 # The last file that a checkpoint gets, here as in transformers' Trainer: a folder without it was cut off.
 STATE_FILE = "trainer_state.json"
-# What may change when a run is continued: how long it goes on and what it keeps, never what a step computes.
+# What may change when a run is continued: how long it goes on, what it keeps, who samples; never what a step computes.
 MAY_CHANGE = re.compile(
-    r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer)|wandb.*|evaluate.*"
+    r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+)"
+    r"|wandb.*|evaluate.*"
 )
 
 

@@ -67,8 +67,9 @@ def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Met
     from accelerate import Accelerator
 
     from trainer.rloo.logprobs import CompletionLogprobs, Rows
-    from trainer.rloo.loop import make_reference, take_step
+    from trainer.rloo.loop import take_step
     from trainer.rloo.metrics import Clock
+    from trainer.rloo.reference import make_reference
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(task.tokenizer)).train()

@@ -94,7 +94,8 @@ class Passes:
         config = self._rloo
         with torch.device("meta"):
             decoder, _ = decoder_and_head(build(self.config, self.recipe, 1))  # of any depth: only ratios count
-        cost = replace(PassCost.of(decoder), sees_half=self.is_cpu)
+        cost = PassCost.of(decoder)
+        cost = cost if self.is_cpu else replace(cost, join=0.0)  # a GPU has the two parts in one kernel
         completions = [config.max_completion_length - 1] * config.num_generations
         return pack([(self.prompt_tokens, completions)] * self.prompts, config.micro_batch_tokens, cost)
 

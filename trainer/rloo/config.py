@@ -52,6 +52,13 @@ class RLOOConfig:
                                         them; scored over the same tokens, up to the rounding that sampler_kl shows
     reasoning_budget:                   tokens after which an open `<reasoning>` is closed for the policy, which is
                                         not trained on the closing
+    vllm_server_base_url:               vLLM servers that sample in the place of the training processes, one or a list
+    vllm_server_timeout:                seconds without any of them after which the run stops
+    vllm_request_timeout:               seconds for a group of completions, from asking to the whole answer
+    vllm_weight_transfer:               how a whole model reaches the servers: in output_dir, which they must see too,
+                                        or sent between GPUs; an adapter always goes by that folder
+    max_staleness:                      1: the servers sample the next batch while this one trains, from the weights of
+                                        one update ago
     """
 
     max_steps: Annotated[int, Ge(1)]
@@ -94,6 +101,11 @@ class RLOOConfig:
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     top_k: Annotated[int, Ge(1)] | None = None
     reasoning_budget: Annotated[int, Ge(1)] | None = None
+    vllm_server_base_url: str | list[str] | None = None
+    vllm_server_timeout: Annotated[float, Gt(0)] = 600.0
+    vllm_request_timeout: Annotated[float, Gt(0)] = 1800.0
+    vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
+    max_staleness: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
         if self.per_device_generation_batch_size < self.num_generations:
@@ -119,6 +131,32 @@ class RLOOConfig:
             raise InputError(
                 "rloo.top_p and rloo.top_k go with num_iterations 1: after an update the policy's likeliest tokens are "
                 "no longer those that were sampled from"
+            )
+        self._check_servers()
+
+    @property
+    def vllm_server_urls(self) -> list[str]:
+        """The servers that sample; none where the training processes do."""
+        urls = self.vllm_server_base_url or []
+        return [urls] if isinstance(urls, str) else urls
+
+    def _check_servers(self) -> None:
+        if self.max_staleness and not self.vllm_server_urls:
+            raise InputError("rloo.max_staleness 1 needs servers that sample beside the training: vllm_server_base_url")
+        if self.max_staleness and (self.importance_sampling_correction is None or self.kl_placement == "loss"):
+            raise InputError(
+                "rloo.max_staleness 1 trains on what older weights have sampled: set importance_sampling_correction "
+                "(sequence_truncate), and kl_placement to reward"
+            )
+        if self.vllm_server_urls and (self.top_p < 1 or self.top_k is not None):
+            raise InputError(
+                "rloo.top_p and rloo.top_k go without vllm_server_base_url: a server does not tell which tokens it "
+                "left out, and the trainer must score a draw over the same ones"
+            )
+        if self.vllm_server_urls and self.reasoning_budget is not None:
+            raise InputError(
+                "rloo.reasoning_budget goes without vllm_server_base_url: a server knows reasoning by tokens, and "
+                "`<reasoning>` is none"
             )
 
     def _check_kl(self) -> None:

@@ -6,7 +6,7 @@ same passes in the same order (`equal_passes` in batches.py), and only whole wei
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -107,10 +107,9 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     if zero_stage(accelerator) < 3:
         yield
         return
-    from deepspeed.runtime.zero import GatheredParameters
     from trl.models.utils import add_hooks, remove_hooks
 
-    with GatheredParameters(list(model.parameters())):
+    with gathered(list(model.parameters())):
         remove_hooks(model)
         try:
             yield
@@ -141,13 +140,13 @@ def trained_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
 
     Sharded ones are gathered one by one: of a model with an adapter, the adapter alone.
     """
-    gathered = {}
+    whole = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with _gathered(accelerator, parameter):
+            with gathered([parameter]):
                 if accelerator.is_main_process:
-                    gathered[name] = parameter.detach().cpu().clone()
-    return gathered
+                    whole[name] = parameter.detach().cpu().clone()
+    return whole
 
 
 @contextmanager
@@ -168,13 +167,14 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
     return nullcontext() if _is_deepspeed(accelerator) else accelerator.autocast()
 
 
-def _gathered(accelerator: Accelerator, parameter: nn.Parameter) -> AbstractContextManager[None]:
-    if zero_stage(accelerator) < 3:
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    """Parameters whole within the context, on every process: an exchange where ZeRO-3 has them in shards."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters  # seconds to import, and only where it has been anyway
 
-    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
-    return gathered
+    context: AbstractContextManager[object] = GatheredParameters(parameters)
+    return context
 
 
 def _is_deepspeed(accelerator: Accelerator) -> bool:

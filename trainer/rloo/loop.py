@@ -7,52 +7,45 @@
 in objective.py. Each process samples and trains its share of a step's prompts; denominators are the whole step's.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from statistics import median
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from peft import PeftModel
-from torch import Tensor
 from transformers import get_scheduler
 
 from trainer.launch import announce
-from trainer.models import Policy, check_trainable, load_policy
+from trainer.models import check_trainable, load_policy
 from trainer.prompts import step_prompts
 from trainer.recipe import Recipe
 from trainer.rloo.attention import NAME as GROUPED_ATTENTION
 from trainer.rloo.batches import Totals, batch_loss, equal_passes, make_batches, set_advantages
 from trainer.rloo.checkpoint import Checkpointer, check_layout, load_weights
 from trainer.rloo.clipping import GradientClipper
-from trainer.rloo.config import RLOOConfig
 from trainer.rloo.engine import (
     accumulating,
-    autocast,
     backward,
     check_dtype,
-    frozen,
     make_accelerator,
     update_weights,
     whole_weights,
     zero_stage,
 )
-from trainer.rloo.logprobs import CompletionLogprobs, Rows, decoder_and_head
+from trainer.rloo.logprobs import CompletionLogprobs, decoder_and_head
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
 from trainer.rloo.packing import PassCost
-from trainer.rloo.rollouts import Group, sample_groups, score_groups
-from trainer.rloo.sampler import Sampler
+from trainer.rloo.reference import Reference, make_reference
+from trainer.rloo.rollouts import Group, GroupSampler, sample_groups, score_groups
+from trainer.rloo.server.checks import check_servers
+from trainer.rloo.server.rollouts import ServerRollouts
 from trainer.rloo.task import RLOOTask, prepare
 from trainer.run_folder import ROLLOUTS_FILE, RunFolder, checkpoint_step
 from trainer.run_log import RunLog
 
 logger = logging.getLogger(__name__)
-
-Reference = Callable[[Rows], Tensor]
 
 
 def train(recipe: Recipe, *, resume: bool) -> None:
@@ -68,6 +61,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
     )
+    check_servers(recipe, config, task.tokenizer, max(len(prompt.ids) for prompt in task.prompts))
     task.grader.warm_up()  # a reward model's weights are loaded here
 
     set_seed(recipe.seed)  # an adapter starts from the same random weights on every process
@@ -100,7 +94,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
     cost = PassCost.of(decoder)
     logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
-    sampler = task.make_sampler(policy)
+    servers = ServerRollouts(accelerator, policy, task, run.path, roll_out) if config.vllm_server_urls else None
+    sampler = servers.sampler if servers else task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and keeps_optimizer:
@@ -119,7 +114,16 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     for step in range(first_step, config.max_steps):
         clock = Clock()
         local_records = take_step(
-            accelerator, model, reference, sampler, task, update, seed=recipe.seed, step=step, clock=clock
+            accelerator,
+            model,
+            reference,
+            sampler,
+            task,
+            update,
+            seed=recipe.seed,
+            step=step,
+            clock=clock,
+            rollouts=servers,
         )
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -128,6 +132,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
             own = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
+            own |= servers.metrics() if servers else {}
             run.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**step_metrics(records), **own, **task.grader.metrics()}, headline=HEADLINE)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
@@ -142,25 +147,27 @@ def take_step(
     accelerator: Accelerator,
     model: torch.nn.Module,
     reference: Reference | None,
-    sampler: Sampler,
+    sampler: GroupSampler,
     task: RLOOTask,
     update: Callable[[], None],
     *,
     seed: int,
     step: int,
     clock: Clock,
+    rollouts: Callable[..., tuple[list[Group], list[Group]]] | None = None,
 ) -> list[RolloutRecord]:
     """Sample, score and train on this process's share of a step -> a record for each of its completions.
 
-    `update` is called with each update's gradient on the model. In the one update that is the default, the policy is
-    run once on each completion: its detached log-probabilities give the KL and so the advantages, which weigh the same
-    log-probabilities in the loss. All processes make the same passes.
+    `update` is called with each update's gradient on the model; `rollouts` stands in for `roll_out`. In the one update
+    that is the default, the policy is run once on each completion: its detached log-probabilities give the KL and so
+    the advantages, which weigh the same log-probabilities in the loss. All processes make the same passes.
     """
     config = task.config
     share = config.prompts_per_process(accelerator.num_processes)
     slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    with whole_weights(accelerator, model):
-        groups, replaced = roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
+    # Servers have weights of their own; here the whole model is needed.
+    with nullcontext() if rollouts else whole_weights(accelerator, model):
+        groups, replaced = (rollouts or roll_out)(sampler, task, slots, seed=seed, step=step, clock=clock)
     totals = count_in_loss(accelerator, groups)
 
     # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
@@ -205,7 +212,7 @@ def take_step(
 
 
 def roll_out(
-    sampler: Sampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
+    sampler: GroupSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
 ) -> tuple[list[Group], list[Group]]:
     """Sample and score a group for each slot -> those to train on, and those that dynamic sampling replaced.
 
@@ -254,36 +261,3 @@ def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> Totals:
     local = torch.tensor([len(counted), sum(counted)], device=accelerator.device)
     num_completions, num_tokens = accelerator.reduce(local, "sum").tolist()
     return Totals(num_completions=num_completions, num_tokens=num_tokens)
-
-
-def make_reference(
-    accelerator: Accelerator,
-    model: CompletionLogprobs,
-    config: RLOOConfig,
-    load_again: Callable[[], Policy] | None = None,
-) -> Reference | None:
-    """Log-probabilities under the policy that the run begins with; None where beta is 0 and nobody asks for them.
-
-    With LoRA that policy is the model without its adapter and costs no memory; otherwise it is a copy of the live one,
-    or under ZeRO-3, where a copy would be of shards, what `load_again` gives, sharded likewise. It computes in the
-    policy's arithmetic: what only rounding makes different is no KL.
-    """
-    if config.beta == 0:
-        return None
-    policy = model.policy
-    initial: torch.nn.Module
-    if isinstance(policy, PeftModel):
-        initial = model
-    elif load_again is not None and zero_stage(accelerator) == 3:
-        again = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
-        initial = frozen(accelerator, again)
-    else:
-        initial = frozen(accelerator, copy.deepcopy(model))
-
-    def reference_logprobs(rows: Rows) -> Tensor:
-        without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
-        with torch.no_grad(), without_adapter, autocast(accelerator):
-            scored: Tensor = initial(replace(rows, floors=None))  # every token, whatever the sampler left out
-            return scored
-
-    return reference_logprobs

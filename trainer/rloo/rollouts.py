@@ -1,8 +1,9 @@
 """Rollouts: the groups of one step, sampled and scored. A completion goes to its graders as soon as it has ended."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +14,20 @@ from rewards.workers import Job
 from trainer.prompts import Prompt, reward_columns
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.objective import overlong_penalty
-from trainer.rloo.sampler import Completion, Sampler
+from trainer.rloo.sampler import Completion
+
+
+class GroupSampler(Protocol):
+    """What samples: the in-process `Sampler`, or `VLLMSampler` on servers."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        keys: Sequence[tuple[int, ...]],
+        num_generations: int,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample a group of completions for each prompt, as `Sampler.sample` does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +67,7 @@ class Sampled:
 
 
 def sample_groups(
-    sampler: Sampler,
+    sampler: GroupSampler,
     grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],

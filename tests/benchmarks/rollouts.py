@@ -1,0 +1,75 @@
+"""Reward and time of one recipe with its rollouts in-process, by vLLM on policy, and by vLLM one step off policy.
+
+    VLLM_PYTHON=... rekatrain serve-rollouts RECIPE --port 8000
+    python tests/benchmarks/rollouts.py RECIPE --url http://127.0.0.1:8000 [--rounds 2] [key=value ...]
+
+Each arm is a whole run of the recipe by `rekatrain train`, in a process of its own; rounds interleave the arms. Seconds
+are those of the steps, from sampling to the update, without loading. Where trainer and server share the same cores, as
+on a CPU, sampling ahead cannot save time: both are slower while the other runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import make_parser, write_report
+from wall_clock import compare_rewards
+
+PROJECT = Path(__file__).parents[2]
+
+
+def arms(url: str) -> dict[str, list[str]]:
+    """Overrides of each arm; all of them weigh by the same importance ratio, 1 where nothing is stale."""
+    served = ["rloo.importance_sampling_correction=sequence_truncate", f"rloo.vllm_server_base_url={url}"]
+    return {
+        "in process": served[:1],
+        "vLLM": served,
+        "vLLM, one step off policy": [*served, "rloo.max_staleness=1"],
+    }
+
+
+def run_arm(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """The steps of one run."""
+    command = [sys.executable, "-m", "trainer", "train", recipe, f"output_dir={folder}", *overrides]
+    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = ("reward", "sampler_mismatch", "sampler_kl", "staleness", "groups_sampled_again")
+    return {
+        "steps": [
+            {
+                "seconds": sum(value for name, value in step.items() if name.startswith("seconds_")),
+                **{name: step.get(name) for name in kept},
+            }
+            for step in steps
+        ]
+    }
+
+
+def main() -> None:
+    """Print the table, write the report and the plot."""
+    parser = make_parser(__doc__, "rollouts.json")
+    parser.add_argument("recipe")
+    parser.add_argument("--url", required=True, help="the server's, started by rekatrain serve-rollouts")
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments, overrides = parser.parse_known_args()
+    results = {}
+    for number in range(arguments.rounds):
+        for arm, settings in arms(arguments.url).items():
+            folder = arguments.out.parent / "rollouts" / f"{arm.replace(' ', '-').replace(',', '')}-{number}"
+            seeded = [f"seed={arguments.seed + number}", *overrides, *settings]
+            results[f"{arm}, seed {arguments.seed + number}"] = run_arm(arguments.recipe, seeded, folder)
+    compared = compare_rewards(results, arguments.out)
+    for row in compared["rows"]:
+        mismatches = [step["sampler_mismatch"] for step in results[row["arm"]]["steps"]]
+        row["sampler_mismatch"] = fmean(value for value in mismatches if value is not None)
+        print(f"{row['arm']}: sampler_mismatch {row['sampler_mismatch']:.2g}")
+    write_report(arguments.out, arguments, compared)
+
+
+if __name__ == "__main__":
+    main()
