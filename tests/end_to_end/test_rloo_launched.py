@@ -76,8 +76,9 @@ def test_any_sharding_takes_the_steps_of_one_process_and_resumes(
         run = Path(case["arguments"][1]).with_suffix("")
         assert_same_run(folder / run.name.rpartition("-")[0], run)
         if "set_aside" in case:
-            whole, resumed = weights(run, "set-aside"), weights(run)
-            assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+            # Bit for bit; four processes' gradients are summed in the order in which they happen to lie in buckets.
+            whole, resumed, atol = weights(run, "set-aside"), weights(run), 0.0 if num_processes == 2 else 1e-6
+            assert all(torch.allclose(whole[name], resumed[name], rtol=0, atol=atol) for name in whole)
 
     # One process takes up the weights of several, the optimizer not unless it is told to begin anew.
     for kind in ("full", "adapter"):

@@ -84,7 +84,8 @@ class Plan:
     def row_tokens(self) -> int:
         """Tokens of a row of stage sft or reward that one GPU holds."""
         section = self.recipe.sft if self.recipe.stage == "sft" else self.recipe.reward
-        length = int(section.get("max_length", 1024) or self.shape.context)
+        # TRL's default is 1,024, whatever the model's context.
+        length = int(section.get("max_length", min(1024, self.shape.context)) or self.shape.context)
         if length > self.shape.context:
             raise InputError(
                 f"{self.recipe.stage}.max_length ({length}) exceeds the model's context of {self.shape.context} tokens"
