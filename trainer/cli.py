@@ -56,17 +56,16 @@ def _train(options: argparse.Namespace) -> None:
         from trainer.dry_run import dry_run
 
         dry_run(recipe, resume=options.resume)
-    elif recipe.stage == "sft":
-        from trainer.sft import train
+        return
+    from trainer.peers import end_with_the_others
 
-        train(recipe, resume=options.resume)
+    if recipe.stage == "sft":
+        from trainer.sft import train
     elif recipe.stage == "reward":
         from trainer.reward_model.train import train
-
-        train(recipe, resume=options.resume)
     else:
         from trainer.rloo.loop import train
-
+    with end_with_the_others():
         train(recipe, resume=options.resume)
 
 
