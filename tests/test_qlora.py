@@ -17,11 +17,14 @@ def test_an_adapter_learns_on_a_four_bit_base_that_does_not_move(model_folder: P
     plain = load_model(str(model_folder), dtype="float32")
     layers = [module for module in base.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7 and all(layer.compute_dtype == torch.float32 for layer in layers)
+    four_bits = bitsandbytes.functional
     for name, module in base.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = plain.get_submodule(name).weight
-            stored = bitsandbytes.functional.dequantize_4bit(module.weight, module.weight.quant_state)
-            assert 0.01 < (stored - weight).norm() / weight.norm() < 0.15  # sixteen levels are near, and not the same
+            weight = plain.get_submodule(name).weight.detach()
+            options = {"quant_type": "nf4", "compress_statistics": True}
+            expected = four_bits.dequantize_4bit(*four_bits.quantize_4bit(weight, **options))
+            assert torch.equal(four_bits.dequantize_4bit(module.weight, module.weight.quant_state), expected)
+            assert not torch.equal(expected, weight)
 
     ids = torch.tensor([encode_text("human: 17 + 25 = <sep> assistant: 42 <sep>", tokenizer)])
     policy = add_adapter(base, {"r": 4, "target_modules": "all-linear"}).train()
