@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 from accelerate.tracking import WandBTracker
 from transformers import AutoModelForCausalLM
@@ -323,6 +324,30 @@ def test_an_eos_of_the_config_that_is_not_the_tokenizers_is_refused(stage, recip
 def test_lora_targets_that_the_model_lacks_are_named(stage, recipe_of, refused):
     message = refused("train", recipe_of(stage, lora={"r": 2, "target_modules": ["no_such_proj"]}))
     assert message.startswith("lora: ") and "no_such_proj" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("quantization", "lora", "message"),
+    [
+        ({"load_in_4bit": True}, LORA, "needs a GPU, and there is none"),
+        ({"load_in_4bit": True}, None, "needs a lora: section"),
+        ({"bnb_4bit_quant_type": "nf4"}, LORA, "quantizes nothing: set load_in_4bit: true"),
+        ({"load_in_4bits": True}, LORA, "did you mean model.quantization_config.load_in_4bit?"),
+    ],
+)
+def test_a_quantization_that_cannot_be_trained_is_refused(stage, quantization, lora, message, recipe_of, refused):
+    if torch.cuda.is_available() and "GPU" in message:
+        pytest.skip("there is a GPU, which this refusal is about")
+    path = recipe_of(stage, lora=lora)
+    settings = ", ".join(f"{key}: {json.dumps(value)}" for key, value in quantization.items())
+    assert message in refused("train", path, f"model.quantization_config={{{settings}}}")
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp"])
+def test_how_a_run_is_sharded_is_not_the_recipes_to_say(key, recipe_of, refused):
+    message = refused("train", recipe_of("sft"), f"sft.{key}=ds.json")
+    assert message == f"sft.{key} is set by the program; take it out of the recipe"
 
 
 def test_lora_dropout_is_refused_by_rloo(recipe_of, refused):

@@ -58,20 +58,18 @@ def _train(options: argparse.Namespace) -> None:
 
         dry_run(recipe, resume=options.resume)
         return
+    from trainer.peers import end_with_the_others
     from trainer.plan.command import check_fits
 
     check_fits(recipe, is_overridden=options.skip_memory_check)
+
     if recipe.stage == "sft":
         from trainer.sft import train
-
-        train(recipe, resume=options.resume)
     elif recipe.stage == "reward":
         from trainer.reward_model.train import train
-
-        train(recipe, resume=options.resume)
     else:
         from trainer.rloo.loop import train
-
+    with end_with_the_others():
         train(recipe, resume=options.resume)
 
 

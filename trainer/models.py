@@ -2,17 +2,26 @@
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
-from trainer.recipe import Recipe
+from trainer.launch import read_launch
+from trainer.recipe import Recipe, check_keywords
 from trainer.run_folder import RECIPE_FILE, newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -51,16 +60,55 @@ def load_model(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     attn_implementation: str | None = None,
+    quantization_config: dict[str, Any] | None = None,
 ) -> Policy:
-    """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`."""
+    """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`.
+
+    quantization_config: keywords of `transformers.BitsAndBytesConfig`, for QLoRA
+    """
     source = find_source(pretrained_model_name_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.base, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+            source.base,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            quantization_config=make_quantization(quantization_config, dtype),
         )
     except OSError as error:
         raise InputError(f"no weights could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
     return PeftModel.from_pretrained(model, source.adapter) if source.adapter else model
+
+
+def make_quantization(section: dict[str, Any] | None, dtype: str) -> BitsAndBytesConfig | None:
+    """The recipe's `model.quantization_config:`; what it does not say is computed in the model's dtype."""
+    return None if section is None else BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **section})
+
+
+def check_quantization(recipe: Recipe) -> None:
+    """Raise InputError for a `model.quantization_config:` (QLoRA, arXiv 2305.14314) that cannot be trained here.
+
+    peft's prepare_model_for_kbit_training is not needed: `get_peft_model` freezes the base, Llama's norms compute in
+    float32 by themselves, and TRL makes the embeddings' outputs require gradients where checkpointing needs it.
+    """
+    section = recipe.model.get("quantization_config")
+    if section is None:
+        return
+    name = "model.quantization_config"
+    check_keywords(name, section, BitsAndBytesConfig, reserved=("kwargs",))
+    if not section.get("load_in_4bit") and not section.get("load_in_8bit"):
+        raise InputError(f"{name} quantizes nothing: set load_in_4bit: true (QLoRA), or take it out")
+    if recipe.lora is None:
+        raise InputError(f"{name} needs a lora: section: quantized weights cannot be trained, an adapter on them can")
+    if not torch.cuda.is_available():
+        raise InputError(f"{name} needs a GPU, and there is none: take it out to train a plain adapter here")
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{name} needs bitsandbytes: pip install -c tests/constraints.txt -e '.[qlora]'")
+    if read_launch().zero_stage == 3:
+        raise InputError(
+            f"{name} keeps the quantized weights whole on each GPU, which ZeRO-3 would shard: launch with "
+            "recipes/accelerate/zero2.yaml or ddp.yaml"
+        )
 
 
 def load_model_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -75,6 +123,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     Raises InputError for a model that is not there, a vocabulary smaller than the tokenizer's, an eos id that the
     tokenizer does not have, and LoRA targets that the architecture does not have.
     """
+    check_quantization(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     try:
         config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"))

@@ -25,6 +25,8 @@ TRL_RESERVED = (
     "disable_tqdm",
     "dataset_kwargs",
     "model_init_kwargs",
+    "deepspeed",  # how a run is sharded is the launch file's to say
+    "fsdp",
 )
 # How text becomes ids is data/judged.py's to say.
 REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")

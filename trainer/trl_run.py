@@ -38,7 +38,12 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     Under ZeRO-3 every model that transformers builds from here on is sharded as it is built.
     """
     read_launch()
-    section = {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **section}
+    # No step leaves a trained weight out, and looking for one costs a traversal of the graph each time.
+    defaults = {
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "ddp_find_unused_parameters": False,
+    }
+    section = defaults | dict(section)
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
     try:

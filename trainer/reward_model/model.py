@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from data.errors import InputError
 from data.tokenizer import load_classifier_tokenizer
 from rewards.classifier import set_pad
-from trainer.models import Policy, add_adapter, describe, find_source
+from trainer.models import Policy, add_adapter, check_quantization, describe, find_source, make_quantization
 from trainer.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> in
     Raises InputError for a model that is not there, one that has no sequence-classification form or several labels, a
     vocabulary smaller than the tokenizer's, and LoRA targets that the architecture does not have.
     """
+    check_quantization(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     try:
         config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"), num_labels=1)
@@ -57,6 +58,7 @@ def load_reward_model(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     attn_implementation: str | None = None,
+    quantization_config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
 ) -> Policy:
     """Load a model to train (its head is random where the folder has none), an export or a run folder."""
@@ -67,6 +69,7 @@ def load_reward_model(
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            quantization_config=make_quantization(quantization_config, dtype),
             num_labels=1,
         )
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another number of labels

@@ -1,0 +1,46 @@
+"""Several runs of the program in one launch, whose start costs more than they do: `python launched.py CASES`.
+
+CASES is a JSON list of cases: "environment", what a launch file would set, and one of
+  "arguments": of the command line; with "set_aside", a checkpoint that is moved away afterwards, so that the next case
+               can resume from the one before it
+  "load":      a recipe whose policy is loaded only, to write into "report" what share of its weights each process holds
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.trainer.sft_config import SFTConfig
+
+from trainer.cli import main
+from trainer.models import load_policy
+from trainer.recipe import load_recipe
+from trainer.trl_run import make_config
+
+
+def run(case: dict) -> None:
+    unset_hf_deepspeed_config()  # a process of its own would start without
+    os.environ.update(case["environment"])
+    if "load" in case:
+        recipe = load_recipe(case["load"])
+        config = make_config("sft", recipe.sft, recipe, SFTConfig)
+        parameters = list(load_policy(recipe).parameters())
+        held = sum(max(parameter.numel(), parameter.ds_tensor.numel()) for parameter in parameters)
+        share = held / sum(parameter.ds_numel for parameter in parameters)
+        Path(f"{case['report']}-{config.process_index}.json").write_text(json.dumps(share))
+        return
+    main(case["arguments"])
+    if "set_aside" in case:
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0":
+            checkpoint = Path(case["set_aside"])
+            checkpoint.rename(checkpoint.parents[1] / "set-aside")
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run(case)
