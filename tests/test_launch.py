@@ -1,7 +1,9 @@
 """The launch files ask for what they say; what Accelerate would silently turn into something else is refused."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from ruamel.yaml import YAML
 from trl.trainer.sft_config import SFTConfig
 
 from data.errors import InputError
+from trainer.cli import main
 from trainer.launch import Launch, check_engine, read_launch
 from trainer.recipe import Recipe
 from trainer.trl_run import make_config
@@ -117,3 +120,27 @@ def test_a_launch_file_that_contradicts_the_recipe_is_refused(option: str, key: 
     assert make_config("sft", {key: 7}, recipe, SFTConfig).deepspeed_plugin is not None
     with pytest.raises(InputError, match=f"the launch file has {option[2:]} 7.*, the recipe's sft section 3"):
         make_config("sft", {key: 3}, recipe, SFTConfig)
+
+
+def test_a_checkpoint_of_another_launch_or_cut_off_is_not_resumed_from(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": 2}\n')
+    recipe = {
+        "stage": "sft",
+        "output_dir": "run",
+        "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
+        "dataset": {"path": "rows.jsonl", "format": "prompt_answer"},
+        "sft": {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_checkpointing": False},
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    main(["train", "recipe.yaml"])
+    (saved,) = Path("run").glob("checkpoints/*/launch.json")
+    assert Launch(**json.loads(saved.read_text())) == ASKED["single"]
+    saved.write_text(json.dumps(asdict(ASKED["zero3"])))
+    for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "was cut off while it was"):
+        with pytest.raises(SystemExit):
+            main(["train", "recipe.yaml", "--resume", "sft.max_steps=2"])
+        assert message in capsys.readouterr().err
+        saved.unlink(missing_ok=True)
