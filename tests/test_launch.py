@@ -1,10 +1,14 @@
 """The launch files ask for what they say; what Accelerate would silently turn into something else is refused."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import deepspeed
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import (
@@ -16,6 +20,7 @@ from ruamel.yaml import YAML
 from trl.trainer.sft_config import SFTConfig
 
 from data.errors import InputError
+from trainer.cli import main
 from trainer.launch import Launch, check_engine, read_launch
 from trainer.recipe import Recipe
 from trainer.trl_run import make_config
@@ -67,6 +72,8 @@ def test_a_launch_file_asks_for_what_it_says_from_any_folder(name: str, launch_i
     launch_it("--config_file", str(FILES / f"{name}.yaml"), *where)
     assert read_launch() == ASKED[name]
     assert ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE" in os.environ) == (name == "zero3-offload")
+    if ASKED[name].engine == "deepspeed" and not torch.cuda.is_available():  # compiling it takes minutes
+        assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
     if ASKED[name].zero_stage == 3:  # nobody holds the whole model, and a checkpoint is one that transformers loads
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true"
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
@@ -117,3 +124,27 @@ def test_a_launch_file_that_contradicts_the_recipe_is_refused(option: str, key: 
     assert make_config("sft", {key: 7}, recipe, SFTConfig).deepspeed_plugin is not None
     with pytest.raises(InputError, match=f"the launch file has {option[2:]} 7.*, the recipe's sft section 3"):
         make_config("sft", {key: 3}, recipe, SFTConfig)
+
+
+def test_a_checkpoint_of_another_launch_or_cut_off_is_not_resumed_from(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": 2}\n')
+    recipe = {
+        "stage": "sft",
+        "output_dir": "run",
+        "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
+        "dataset": {"path": "rows.jsonl", "format": "prompt_answer"},
+        "sft": {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_checkpointing": False},
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    main(["train", "recipe.yaml"])
+    (saved,) = Path("run").glob("checkpoints/*/launch.json")
+    assert Launch(**json.loads(saved.read_text())) == ASKED["single"]
+    saved.write_text(json.dumps(asdict(ASKED["zero3"])))
+    for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "was cut off while it was"):
+        with pytest.raises(SystemExit):
+            main(["train", "recipe.yaml", "--resume", "sft.max_steps=2"])
+        assert message in capsys.readouterr().err
+        saved.unlink(missing_ok=True)

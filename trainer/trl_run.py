@@ -83,8 +83,10 @@ def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | No
     check_trainable(recipe, has_master_weights=is_deepspeed and config.bf16)
     if is_deepspeed and not config.bf16 and recipe.model.get("dtype", "bfloat16") == "bfloat16":
         raise InputError(f"DeepSpeed trains bfloat16 weights in bfloat16 alone: set {recipe.stage}.bf16: true")
-    if checkpoint is None or not (checkpoint / LAUNCH_FILE).exists():
+    if checkpoint is None:
         return
+    if not (checkpoint / LAUNCH_FILE).exists():
+        raise InputError(f"{str(checkpoint)!r} was cut off while it was saved; delete it to go on from the one before")
     saved = Launch(**json.loads((checkpoint / LAUNCH_FILE).read_text(encoding="utf-8")))
     if saved != read_launch():
         raise InputError(
@@ -141,6 +143,7 @@ class _CompleteCheckpoint(TrainerCallback):
         self._tokenizer, self._run = tokenizer, run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # with its part of the checkpoint, which the trainer does not wait for
         if state.is_world_process_zero:
             checkpoint = self._run.checkpoint(state.global_step)
             self._tokenizer.save_pretrained(checkpoint)

@@ -18,6 +18,7 @@ from trainer.cli import main
 PROJECT = Path(__file__).parents[2]
 LAUNCHED = Path(__file__).with_name("launched.py")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+NO_DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "false"}
 KINDS = {"full": None, "lora": LORA}
 
 
@@ -67,8 +68,10 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_zero_takes_the_steps_of_one_process_and_resumes_bit_for_bit(folder: Path, model_folder: Path) -> None:
-    every = [(stage, kind, zero) for stage in ("sft", "reward") for kind in KINDS for zero in (1, 2, 3)]
+def test_every_engine_takes_the_steps_of_one_process_and_resumes_bit_for_bit(folder: Path, model_folder: Path) -> None:
+    every: list[tuple[str, str, int | str]] = [
+        (stage, kind, zero) for stage in ("sft", "reward") for kind in KINDS for zero in (1, 2, 3)
+    ]
     cases = []
     for stage, kind, zero in every:
         name = f"{stage}-{kind}-{zero}"
@@ -86,11 +89,15 @@ def test_zero_takes_the_steps_of_one_process_and_resumes_bit_for_bit(folder: Pat
     # The last case is of stage 3: what is loaded next is sharded as it is loaded.
     loaded = write_recipe(folder, "loaded", model_folder, stage="sft", kind="full", num_processes=2)
     cases.append({"environment": environment, "load": loaded, "report": str(folder / "held")})
-    # With the optimizer in the host's memory, as zero3-offload.yaml has it.
+    # With the optimizer in the host's memory, as zero3-offload.yaml has it; and, at last, without DeepSpeed.
     offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE": "cpu" for part in ("OPTIMIZER", "PARAM")}
-    offloaded = write_recipe(folder, "sft-full-offload", model_folder, stage="sft", kind="full", num_processes=2)
-    cases.append({"environment": environment | offload, "arguments": ["train", offloaded]})
-    every.append(("sft", "full", "offload"))
+    others = [("sft", "full", "offload", environment | offload)]
+    others += [("sft", "full", "ddp", NO_DEEPSPEED), ("reward", "lora", "ddp", NO_DEEPSPEED)]
+    for stage, kind, engine, environment in others:
+        name = f"{stage}-{kind}-{engine}"
+        recipe = write_recipe(folder, name, model_folder, stage=stage, kind=kind, num_processes=2)
+        cases.append({"environment": environment, "arguments": ["train", recipe]})
+        every.append((stage, kind, engine))
     (folder / "cases.json").write_text(json.dumps(cases))
     process = launch(folder, "zero3.yaml", str(LAUNCHED), str(folder / "cases.json"))
     for stage in ("sft", "reward"):
@@ -101,10 +108,12 @@ def test_zero_takes_the_steps_of_one_process_and_resumes_bit_for_bit(folder: Pat
     assert process.returncode == 0, stderr
 
     told = [line for line in stderr.splitlines() if line.startswith("engine: ")]
-    stages = [int(case["environment"]["ACCELERATE_DEEPSPEED_ZERO_STAGE"]) for case in cases if "arguments" in case]
-    assert [line.split(";")[0].split(",")[0] for line in told] == [f"engine: DeepSpeed ZeRO-{zero}" for zero in stages]
+    stages = [case["environment"].get("ACCELERATE_DEEPSPEED_ZERO_STAGE") for case in cases if "arguments" in case]
+    assert [line.split(";")[0].split(",")[0] for line in told] == [
+        f"engine: DeepSpeed ZeRO-{stage}" if stage else "engine: data parallel" for stage in stages
+    ]
     assert all("world size 2" in line and "weights float32" in line and "attention sdpa" in line for line in told)
-    assert "optimizer offloaded to cpu, param offloaded to cpu" in told[-1]
+    assert "optimizer offloaded to cpu, param offloaded to cpu" in told[-3]
 
     for stage, kind, zero in every:
         one, run = folder / f"{stage}-{kind}", folder / f"{stage}-{kind}-{zero}"

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
+from trainer.models import check_quantization
 from trainer.plan.compare import compare
 from trainer.plan.cost import Rates
 from trainer.plan.machine import GB, Launch, launched, read_launch_file
 from trainer.plan.memory import make_plan
 from trainer.plan.scale_out import scale_out
+from trainer.plan.shape import load_config
 from trainer.plan.show import advice_lines, gigabytes, misfits, show
 from trainer.recipe import Recipe
 
@@ -52,7 +54,8 @@ def plan(
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     """Raise InputError where the run cannot fit what it was launched on, unless that is overridden: then warn."""
-    planned = make_plan(recipe, launched())
+    check_quantization(recipe)
+    planned = make_plan(_within_context(recipe), launched())
     if not planned.overfull:
         worst = planned.worst
         logger.info(
@@ -66,3 +69,13 @@ def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     else:
         told = "\n".join([*misfits(planned), *advice_lines(planned)])
         raise InputError(f"{told}\n(--skip-memory-check runs it all the same)")
+
+
+def _within_context(recipe: Recipe) -> Recipe:
+    """A limit on rows may lie beyond the model's context: stage sft looks at the rows themselves."""
+    name = recipe.stage
+    section = {"sft": recipe.sft, "reward": recipe.reward, "rloo": {}}[name]
+    context = load_config(recipe).get_text_config().max_position_embeddings
+    if (section.get("max_length") or 0) <= context:
+        return recipe
+    return replace(recipe, **{name: {**section, "max_length": context}})
