@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data.errors import InputError
 from trainer.models import check_quantization
@@ -72,10 +73,10 @@ def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
 
 
 def _within_context(recipe: Recipe) -> Recipe:
-    """A limit on rows may lie beyond the model's context: stage sft looks at the rows themselves."""
-    name = recipe.stage
-    section = {"sft": recipe.sft, "reward": recipe.reward, "rloo": {}}[name]
+    """A limit on rows may lie beyond the model's context: the stages look at the rows themselves."""
     context = load_config(recipe).get_text_config().max_position_embeddings
-    if (section.get("max_length") or 0) <= context:
-        return recipe
-    return replace(recipe, **{name: {**section, "max_length": context}})
+
+    def capped(section: dict[str, Any]) -> dict[str, Any]:
+        return {**section, "max_length": context} if (section.get("max_length") or 0) > context else section
+
+    return replace(recipe, sft=capped(recipe.sft), reward=capped(recipe.reward))
