@@ -89,9 +89,9 @@ def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int]) -> 
                     lengths = {"max_completion_length": tokens // 8, "micro_batch_tokens": tokens}
                     yield Case(size=size, stage="rloo", section=common | rloo | lengths, has_adapter=has_adapter)
             for zero_stage in zero_stages:
-                yield Case(
-                    size=size, stage="sft", section=common | rows, has_adapter=has_adapter, zero_stage=zero_stage
-                )
+                sharded: dict[str, Any] = {"size": size, "has_adapter": has_adapter, "zero_stage": zero_stage}
+                yield Case(stage="sft", section=common | rows, **sharded)
+                yield Case(stage="rloo", section=common | rloo | lengths, **sharded)
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.sft_config import SFTConfig
 
@@ -23,6 +24,7 @@ from trainer.trl_run import make_config
 
 def run(case: dict) -> None:
     unset_hf_deepspeed_config()  # a process of its own would start without
+    AcceleratorState._reset_state()
     os.environ.update(case["environment"])
     if "load" in case:
         recipe = load_recipe(case["load"])
@@ -41,6 +43,8 @@ def run(case: dict) -> None:
         torch.distributed.barrier()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # reward workers import this file
+    # Stage rloo ends the process group with its run; gloo makes no second one.
+    torch.distributed.destroy_process_group = lambda *_: None
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run(case)

@@ -12,7 +12,7 @@ from test_line import LORA, OPTIONS, folder, records, rloo_recipe, start  # noqa
 
 from trainer.cli import main
 
-LAUNCHED = Path(__file__).with_name("launched_rloo.py")
+LAUNCHED = Path(__file__).with_name("launched.py")
 # Four prompts in micro-batches of a few tokens: more of them on one process than on another, groups split among them.
 FULL = {"prompts_per_step": 4, "micro_batch_tokens": 60}
 KINDS = {
@@ -25,6 +25,15 @@ KINDS = {
 def weights(run: Path, checkpoint: str = "checkpoints/checkpoint-3") -> dict[str, torch.Tensor]:
     [file] = (run / checkpoint).glob("*model.safetensors")
     return load_file(file)
+
+
+def environment(stage: int) -> dict[str, str]:
+    """What a launch file of this ZeRO stage sets, 0 for plain data parallelism."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": str(stage > 0).lower(),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
+    }
 
 
 def launch(folder: Path, num_processes: int, cases: list[dict]) -> None:  # noqa: F811
@@ -67,10 +76,10 @@ def test_any_sharding_takes_the_steps_of_one_process_and_resumes(
     for stage in stages:
         for kind in KINDS:
             recipe = str(rloo_recipe(folder, f"{kind}-{stage}", model_folder, **KINDS[kind]))
-            cases.append({"stage": stage, "arguments": ["train", recipe]})
+            cases.append({"environment": environment(stage), "arguments": ["train", recipe]})
             if kind != "without-kl":
                 cases[-1]["set_aside"] = str(folder / f"{kind}-{stage}" / "checkpoints" / "checkpoint-3")
-                cases.append({"stage": stage, "arguments": ["train", recipe, "--resume"]})
+                cases.append({"environment": environment(stage), "arguments": ["train", recipe, "--resume"]})
     launch(folder, num_processes, cases)
     for case in cases:
         run = Path(case["arguments"][1]).with_suffix("")
