@@ -11,18 +11,21 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from accelerate.state import AcceleratorState
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl.trainer.sft_config import SFTConfig
-
-from trainer.cli import main
-from trainer.models import load_policy
-from trainer.recipe import load_recipe
-from trainer.trl_run import make_config
-
 
 def run(case: dict) -> None:
+    # Here and not above: reward workers import this file, and need none of it.
+    import torch
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from trl.trainer.sft_config import SFTConfig
+
+    from trainer.cli import main
+    from trainer.models import load_policy
+    from trainer.recipe import load_recipe
+    from trainer.trl_run import make_config
+
+    # Stage rloo ends the process group with its run; gloo makes no second one.
+    torch.distributed.destroy_process_group = lambda *_: None
     unset_hf_deepspeed_config()  # a process of its own would start without
     AcceleratorState._reset_state()
     os.environ.update(case["environment"])
@@ -43,8 +46,6 @@ def run(case: dict) -> None:
         torch.distributed.barrier()
 
 
-if __name__ == "__main__":  # reward workers import this file
-    # Stage rloo ends the process group with its run; gloo makes no second one.
-    torch.distributed.destroy_process_group = lambda *_: None
+if __name__ == "__main__":
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run(case)

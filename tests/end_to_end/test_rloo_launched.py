@@ -74,7 +74,7 @@ def test_any_sharding_takes_the_steps_of_one_process_and_resumes(
         main(["train", str(rloo_recipe(folder, kind, model_folder, **sections))])
     cases = []
     for stage in stages:
-        for kind in KINDS:
+        for kind in KINDS if stage == 3 else ("full", "adapter"):
             recipe = str(rloo_recipe(folder, f"{kind}-{stage}", model_folder, **KINDS[kind]))
             cases.append({"environment": environment(stage), "arguments": ["train", recipe]})
             if kind != "without-kl":

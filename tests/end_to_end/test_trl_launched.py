@@ -52,9 +52,9 @@ def write_recipe(folder: Path, name: str, model: Path, *, stage: str, kind: str,
     return str(path)
 
 
-def launch(folder: Path, file: str, *command: str) -> subprocess.Popen[str]:
+def launch(folder: Path, file: str, *command: str, num_processes: int = 2) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
     launcher += ["--config_file", str(PROJECT / "recipes" / "accelerate" / file)]
     return subprocess.Popen([*launcher, *command], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -66,6 +66,18 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same losses and the same weights in the end, which are given back."""
+    expected, found = (weights(path / "checkpoints" / "checkpoint-4") for path in (one, run))
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(expected[name], found[name], rtol=0, atol=1e-5) for name in expected), run
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
+    for mine, theirs in zip(records(one), records(run), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+    return expected, found
 
 
 def test_every_engine_takes_the_steps_of_one_process_and_resumes_bit_for_bit(folder: Path, model_folder: Path) -> None:
@@ -117,13 +129,7 @@ def test_every_engine_takes_the_steps_of_one_process_and_resumes_bit_for_bit(fol
 
     for stage, kind, zero in every:
         one, run = folder / f"{stage}-{kind}", folder / f"{stage}-{kind}-{zero}"
-        expected, found = (weights(path / "checkpoints" / "checkpoint-4") for path in (one, run))
-        assert expected.keys() == found.keys()
-        assert all(torch.allclose(expected[name], found[name], rtol=0, atol=1e-5) for name in expected), run
-        assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
-        for mine, theirs in zip(records(one), records(run), strict=True):
-            assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-5)
-            assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+        expected, found = assert_same_run(one, run)
         before = weights(one / "checkpoints" / "checkpoint-2")
         assert max((expected[name] - before[name]).abs().max() for name in expected) > 1e-4  # it was no idle step
         if (run / "set-aside").exists():
@@ -133,6 +139,26 @@ def test_every_engine_takes_the_steps_of_one_process_and_resumes_bit_for_bit(fol
         assert 0.5 <= json.loads((folder / f"held-{rank}.json").read_text()) < 0.55
     main(["export", str(folder / "sft-lora-3"), str(folder / "export")])
     assert weights(folder / "export").keys() == load_file(model_folder / "model.safetensors").keys()
+
+
+def test_four_processes_take_the_steps_of_one(folder: Path, model_folder: Path) -> None:
+    engines = [(kind, zero) for kind in KINDS for zero in (2, 3)]
+    cases = []
+    for kind, zero in engines:
+        environment = {
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero),
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(zero == 3).lower(),
+        }
+        recipe = write_recipe(folder, f"{kind}-{zero}", model_folder, stage="sft", kind=kind, num_processes=4)
+        cases.append({"environment": environment, "arguments": ["train", recipe]})
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = launch(folder, "zero3.yaml", str(LAUNCHED), str(folder / "cases.json"), num_processes=4)
+    for kind in KINDS:
+        main(["train", write_recipe(folder, kind, model_folder, stage="sft", kind=kind, num_processes=1)])
+    _, stderr = process.communicate(timeout=500)
+    assert process.returncode == 0, stderr
+    for kind, zero in engines:
+        assert_same_run(folder / kind, folder / f"{kind}-{zero}")
 
 
 def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
