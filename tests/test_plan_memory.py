@@ -32,11 +32,9 @@ def llama(num_layers: int) -> LlamaConfig:
     )
 
 
-def passes(
-    *, num_layers: int = 3, stage: str = "rloo", lora: dict | None = None, beta: float = 0.0, **more: Any
-) -> Passes:
+def passes(*, num_layers: int = 3, stage: str = "rloo", lora: dict | None = None, **more: Any) -> Passes:
     model = {"pretrained_model_name_or_path": "unused", "dtype": "float32"}
-    sections: dict[str, Any] = {"rloo": RLOO | {"beta": beta}, "sft": {"per_device_train_batch_size": 2}}
+    sections: dict[str, Any] = {"rloo": RLOO, "sft": {"per_device_train_batch_size": 2}}
     recipe = Recipe(stage=stage, output_dir="", model=model, dataset={}, lora=lora, **sections)  # type: ignore[arg-type]
     config = llama(num_layers)
     return Passes(
@@ -52,13 +50,10 @@ def passes(
 
 
 @pytest.mark.parametrize("casts", [False, True], ids=["as the weights", "bfloat16"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_a_pass_without_data_takes_what_a_real_one_takes(
-    lora: dict | None, checkpointing: bool, beta: float, casts: bool
-) -> None:
-    planned = passes(lora=lora, beta=beta, casts=casts)
+def test_a_pass_without_data_takes_what_a_real_one_takes(lora: dict | None, checkpointing: bool, casts: bool) -> None:
+    planned = passes(lora=lora, casts=casts)
     model = build(planned.config, planned.recipe).train()
     if checkpointing:
         model.activation_checkpointing_enable()

@@ -156,7 +156,9 @@ class Plan:
     @property
     def _parts(self) -> dict[str, Callable[[], tuple[Parts, Parts]]]:
         """What gives each phase's parts, of a GPU and of a host."""
-        with_rollouts = {"sample": self._sample, "score": self._score} if self.recipe.stage == "rloo" else {}
+        with_rollouts = {"sample": self._sample} if self.recipe.stage == "rloo" else {}
+        if self.recipe.stage == "rloo" and self.rloo.beta:
+            with_rollouts["score"] = self._score
         return {"load": self._load, **with_rollouts, "train": self._train, "update": self._update, "save": self._save}
 
     @cached_property

@@ -175,6 +175,7 @@ class Passes:
 
     def _train(self, num_layers: int, checkpointing: bool) -> Parts:
         model = self._model(num_layers, checkpointing)
+        _ = self.num_micro_batches  # found out by a model of its own, which is not to be counted
         with pretended(model):
             if self.keeps_gradients:
                 for parameter in model.parameters():
@@ -201,12 +202,7 @@ class Passes:
     def _loss(self, model: Policy) -> Tensor:
         if self.recipe.stage == "rloo":
             policy = CompletionLogprobs(model, temperature=1.0, num_tokens=self.config.vocab_size).train()
-            rows = self._packed()
-            logprobs = policy(rows)
-            if self._rloo.beta:  # the reference is run on the micro-batch while the policy's pass waits
-                with torch.no_grad():
-                    policy(rows)
-            return logprobs.sum()
+            return cast(Tensor, policy(self._packed())).sum()
         ids = torch.zeros(self._rows, self.row_tokens, dtype=torch.long)
         if self.recipe.stage == "reward":
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().mean()
@@ -226,6 +222,7 @@ class Passes:
 
     def _score(self, num_layers: int) -> Parts:
         model = self._model(num_layers)
+        _ = self.micro_batch  # found out by a model of its own, which is not to be counted
         with pretended(model):
             policy = CompletionLogprobs(model, temperature=1.0, num_tokens=self.config.vocab_size)
             live = LiveMemory(model, self._part)
