@@ -25,7 +25,7 @@ def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.eos_token_id,

@@ -97,10 +97,12 @@ def test_rounds_and_a_system_prompt_are_the_rendered_text(client: OpenAI) -> Non
 
 
 def test_the_client_example_runs(
-    exports: Path, client: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # It samples: room for two answers of as many tokens as it asks for.
+    server = start_server(exports / "gguf" / "model-f32.gguf", n_ctx=2048)
     script = exports / "gguf" / "serving" / "client.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(client.base_url)])
+    monkeypatch.setattr(sys, "argv", [str(script), server.listening_address + "/v1"])
     runpy.run_path(str(script), run_name="__main__")
     assert "answer: " in capsys.readouterr().out
 
@@ -133,7 +135,7 @@ def test_an_adapter_names_its_base_from_anywhere(exports: Path) -> None:
     assert config["base_model_name_or_path"] == str(exports / "model")
     script = (exports / "adapter" / "serving" / "vllm.sh").read_text()
     assert f"vllm serve {exports / 'model'} " in script and "--max-lora-rank 8 --lora-modules adapter=." in script
-    assert "--max-model-len 256" in script  # the model's own, where it is below 32k
+    assert "--max-model-len 2048" in script  # the model's own, where it is below 32k
 
 
 @pytest.mark.parametrize(

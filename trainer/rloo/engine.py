@@ -6,7 +6,7 @@ same passes in the same order (`equal_passes` in batches.py), and only whole wei
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from trainer.launch import adapt_to_device, check_engine, read_launch
+from trainer.rloo.shards import gathered
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
@@ -165,16 +166,6 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
     """The arithmetic of a prepared model's forward, for a call that does not go through it."""
     # DeepSpeed has cast the weights themselves.
     return nullcontext() if _is_deepspeed(accelerator) else accelerator.autocast()
-
-
-def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
-    """Parameters whole within the context, on every process: an exchange where ZeRO-3 has them in shards."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters  # seconds to import, and only where it has been anyway
-
-    context: AbstractContextManager[object] = GatheredParameters(parameters)
-    return context
 
 
 def _is_deepspeed(accelerator: Accelerator) -> bool:

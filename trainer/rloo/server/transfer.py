@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from trainer.rloo.engine import gathered
+from trainer.rloo.shards import gathered
 
 
 class WeightTransfer:
