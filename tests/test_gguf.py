@@ -59,9 +59,11 @@ def test_a_mixture_gives_six_bits_where_llama_cpp_does() -> None:
     assert tensor_type("blk.0.ffn_up.weight", (8, 48), "q8_0", num_layers=2, is_tied=False) == Type.F16
 
 
-def test_padding_leaves_the_function(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_padding_leaves_the_function(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = servable_llama(tokenizer)
-    tokenizer.chat_template = "{{ messages }}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages }}")  # all tests share the tokenizer
     ids = encode_text("human: What is 2+2? <sep> assistant:", tokenizer)
     expected = probe_logprobs(model, torch.tensor([ids]))[-1]
     for size in (96, 256):
