@@ -5,11 +5,13 @@ recipes/reka-flash-3/configs/ stand in for those of the models that they are nam
 """
 
 import copy
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -145,3 +147,11 @@ def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear]:
         for part in getattr(module, name).values()
     }
     return [module for module in modules if isinstance(module, nn.Linear) and id(module) not in adapters]
+
+
+@lru_cache(maxsize=64)
+def model_of(stage: Literal["sft", "reward", "rloo"], model: str, lora: str) -> tuple[PretrainedConfig, ModelShape]:
+    """Config and shape by a recipe's sections, the latter two as JSON: many plans are of one model."""
+    recipe = Recipe(stage=stage, output_dir="", model=json.loads(model), lora=json.loads(lora), dataset={})
+    config = load_config(recipe)
+    return config, measure_shape(config, recipe)
