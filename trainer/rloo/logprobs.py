@@ -7,6 +7,7 @@ size, V the rows of the LM head.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trainer.models import Policy
 from trainer.rloo.attention import PackedGroups, run_decoder
+from trainer.rloo.packing import PassCost
 
 # Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
 # float32 logits take 0.4 GB a thousand positions.
@@ -109,6 +111,12 @@ class CompletionLogprobs(nn.Module):
         self.config = policy.config  # by which Accelerate sizes what ZeRO-3 gathers at a time
         self.temperature = temperature
         self.num_tokens = num_tokens
+
+    @cached_property
+    def pass_cost(self) -> PassCost:
+        """The cost of one pass, by which rows are packed."""
+        decoder, _ = decoder_and_head(self.policy)
+        return PassCost.of(decoder)
 
     def forward(self, rows: Rows) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""

@@ -36,7 +36,6 @@ from trainer.rloo.engine import (
 )
 from trainer.rloo.logprobs import CompletionLogprobs, decoder_and_head
 from trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
-from trainer.rloo.packing import PassCost
 from trainer.rloo.reference import Reference, make_reference
 from trainer.rloo.rollouts import Group, GroupSampler, sample_groups, score_groups
 from trainer.rloo.server.checks import check_servers
@@ -92,8 +91,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     clipper = GradientClipper(config)
     accelerator.register_for_checkpointing(clipper)
     usual_prompt = int(median(len(prompt.ids) for prompt in task.prompts))
-    cost = PassCost.of(decoder)
-    logger.info("training: %s", cost.describe(usual_prompt, config.num_generations, config.max_completion_length))
+    rule = accelerator.unwrap_model(model).pass_cost.describe
+    logger.info("training: %s", rule(usual_prompt, config.num_generations, config.max_completion_length))
     servers = ServerRollouts(accelerator, policy, task, run.path, roll_out) if config.vllm_server_urls else None
     sampler = servers.sampler if servers else task.make_sampler(policy)
     checkpointer = Checkpointer(accelerator, policy, task.tokenizer, run)
@@ -174,22 +173,22 @@ def take_step(
     # in the backward pass.
     idle = [] if reference else [group for group in groups[1:] if group.is_idle]
     trained = [group for group in groups if group not in idle]
-    decoder, _ = decoder_and_head(accelerator.unwrap_model(model).policy)
-    cost = PassCost.of(decoder)
+    cost = accelerator.unwrap_model(model).pass_cost
     some_token = trained[0].prompt.ids[0]
     batches = list(make_batches(trained, config.micro_batch_tokens, cost, accelerator.device))
-    # With the KL in the reward, the advantages of a group that no micro-batch holds whole need a pass of their own.
-    split = [batch for batch in batches if batch.is_split] if reference and config.kl_placement == "reward" else []
-    with torch.no_grad():
-        for batch in equal_passes(accelerator, split, some_token):
-            batch.old_logprobs = model(batch.rows)
+    # With the KL in the reward, advantages come with the pass over their group, and those of a group that no
+    # micro-batch holds whole need a pass of their own before.
+    kl_in_reward = reference is not None and config.kl_placement == "reward"
+    in_advance = [batch for batch in batches if batch.is_split or not kl_in_reward]
+    if kl_in_reward:
+        with torch.no_grad():
+            for batch in equal_passes(accelerator, in_advance, some_token):
+                batch.old_logprobs = model(batch.rows)
     batches = equal_passes(accelerator, batches, some_token)
     if reference is not None:
         for batch in batches:
             batch.reference_logprobs = reference(batch.rows)
-    if reference is None or config.kl_placement == "loss":
-        split = [batch for batch in batches if batch.members]
-    set_advantages(split, config)
+    set_advantages(in_advance, config)
 
     for _ in range(config.num_iterations):
         for number, batch in enumerate(batches, start=1):
