@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from data.errors import InputError
+from trainer.launch import read_launch
 
 GB = 1e9
 ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
@@ -124,19 +125,18 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
 
 def launched() -> Launch:
     """What this process was started by `accelerate launch`, or without it, as; memory is the machine's own."""
-    num_gpus = int(os.environ.get("WORLD_SIZE", "1"))
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    asked = read_launch()
     settings: dict[str, Any] = {}
-    if is_deepspeed:
+    if asked.engine == "deepspeed":
         names = ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
         given = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in names}
         settings = _zero(
             {"deepspeed_" * (key == "config_file") + key: value for key, value in given.items() if value}, Path()
         )
     launch = Launch(
-        engine="deepspeed" if is_deepspeed else "ddp" if num_gpus > 1 else "single",
-        num_gpus=num_gpus,
-        num_nodes=num_gpus // int(os.environ.get("LOCAL_WORLD_SIZE", num_gpus)),
+        engine=asked.engine,
+        num_gpus=asked.num_processes,
+        num_nodes=asked.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", asked.num_processes)),
         host_memory=psutil.virtual_memory().total,
         sequence_parallel=int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")),
         **settings,
