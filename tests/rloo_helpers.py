@@ -95,8 +95,8 @@ def open_reasoning(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) 
     with torch.no_grad():
         for direction, (caller, called) in enumerate(calls, start=1):
             embeddings[:, direction] = head[:, direction] = 0
-            embeddings[caller, direction] = 4
-            head[called, direction] = 1.0 if direction == 1 else 2.0
+            embeddings[caller, direction] = 20
+            head[called, direction] = 1.1 if direction == 1 else 3.0
 
 
 # The objective
