@@ -41,7 +41,7 @@ class StandIn:
         self.finished: list[tuple[str, int]] = []
         self.max_logprobs = 20
         keys = [(1, seed, step, slot) for step in range(20) for slot in range(20)]
-        self._keys = {seed_of(key): key for key in [*keys, *((*key, place) for key in keys for place in range(4))]}
+        self._keys = {seed_of(key): key for key in [*keys, *((*key, place, 1) for key in keys for place in range(4))]}
         self._prompts: dict[tuple[int, ...], list[int]] = {}
         self._lock = threading.Lock()
         self.restart()
@@ -134,7 +134,7 @@ class StandIn:
         prompt = self._prompts.setdefault(key[:4], body["prompt"])
         num_begun, places = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
         assert (
-            body["prompt"][: len(prompt)] == prompt and (num_begun > 0) == (len(key) == 5) and len(places) == body["n"]
+            body["prompt"][: len(prompt)] == prompt and (num_begun > 0) == (len(key) == 6) and len(places) == body["n"]
         )
         end = num_begun + body["max_tokens"]
         uniforms = np.stack([np.random.default_rng([*key[:4], place]).random(end)[num_begun:] for place in places])

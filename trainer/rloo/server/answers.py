@@ -39,13 +39,19 @@ class AnswerReader:
         self._max_completion_length = config.max_completion_length
         self._stop = StopSearch(tokenizer)
 
-    def read(self, answer: Json, url: str, *, num_completions: int, max_tokens: int) -> list[Completion]:
-        """The completions of one answer, in the order of their numbers."""
+    def read(
+        self, answer: Json, url: str, *, num_completions: int, max_tokens: int, goes_on: bool = False
+    ) -> list[Completion]:
+        """The completions of one answer, in the order of their numbers.
+
+        goes_on: what was asked for is the rest of a completion; where its beginning ends within a character vLLM reads
+                 the prompt once more with the first token, and may stop at a `<sep>` there, which is no ending
+        """
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != num_completions:
             raise InputError(f"the vLLM server {url} gave no {num_completions} choices but {str(choices)[:100]}")
         ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [self._read_choice(choice, url, max_tokens) for choice in ordered]
+        return [self._read_choice(choice, url, max_tokens, goes_on) for choice in ordered]
 
     def close_reasoning(self, beginning: Completion) -> Completion:
         """The beginning with the closing forced on it where its reasoning is open, as far as there is room."""
@@ -70,7 +76,7 @@ class AnswerReader:
             ending=Ending.STOP if self._stop.completes_at(ids, len(ids)) else rest.ending,
         )
 
-    def _read_choice(self, choice: Any, url: str, max_tokens: int) -> Completion:  # Any: a JSON value
+    def _read_choice(self, choice: Any, url: str, max_tokens: int, goes_on: bool) -> Completion:  # Any: a JSON value
         told = choice.get("logprobs") or {}
         ids, logprobs = choice.get("token_ids"), told.get("token_logprobs")
         if not isinstance(ids, list) or not isinstance(logprobs, list) or not len(ids) == len(logprobs) > 0:
@@ -84,7 +90,7 @@ class AnswerReader:
             ending = Ending.STOP
         elif ids[-1] == self._tokenizer.eos_token_id:
             ending = Ending.EOS
-        elif len(ids) == max_tokens:
+        elif len(ids) == max_tokens or (goes_on and choice.get("stop_reason") == STOP):
             ending = Ending.LENGTH
         else:
             raise InputError(

@@ -123,17 +123,17 @@ class VLLMSampler:
         if budget is None:
             return group
 
-        async def go_on(beginning: Completion, seed: int) -> Completion:
-            if beginning.ending is not Ending.LENGTH:
-                return beginning
-            begun = self._answers.close_reasoning(beginning)
-            room = self._config.max_completion_length - len(begun.ids)
-            if room == 0:
-                return begun
-            [rest] = await ask(prompt=prompt + begun.ids, n=1, max_tokens=room, seed=seed)
-            return self._answers.join(begun, rest)
+        async def go_on(place: int, begun: Completion) -> Completion:
+            if begun.ending is Ending.LENGTH:
+                begun = self._answers.close_reasoning(begun)
+            number = 0
+            while begun.ending is Ending.LENGTH and (room := self._config.max_completion_length - len(begun.ids)):
+                seed = seed_of((*key, place, number := number + 1))
+                [rest] = await ask(prompt=prompt + begun.ids, n=1, max_tokens=room, seed=seed, goes_on=True)
+                begun = self._answers.join(begun, rest)
+            return begun
 
-        tasks = [asyncio.create_task(go_on(beginning, seed_of((*key, place)))) for place, beginning in enumerate(group)]
+        tasks = [asyncio.create_task(go_on(place, begun)) for place, begun in enumerate(group)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -141,7 +141,15 @@ class VLLMSampler:
                 task.cancel()
 
     async def _ask(
-        self, client: ServerClient, weights: ServedWeights, *, prompt: list[int], n: int, max_tokens: int, seed: int
+        self,
+        client: ServerClient,
+        weights: ServedWeights,
+        *,
+        prompt: list[int],
+        n: int,
+        max_tokens: int,
+        seed: int,
+        goes_on: bool = False,
     ) -> list[Completion]:
         body = {
             **self._settings,
@@ -155,7 +163,7 @@ class VLLMSampler:
                 raise
             raise ServerDown(f"{error}: its weights are gone") from None
         await weights.check(client, answer)
-        return self._answers.read(answer, client.url, num_completions=n, max_tokens=max_tokens)
+        return self._answers.read(answer, client.url, num_completions=n, max_tokens=max_tokens, goes_on=goes_on)
 
 
 def seed_of(key: tuple[int, ...]) -> int:
