@@ -194,13 +194,15 @@ def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"top_k": 40, "top_p": 0.9}, {"top_k": 30, "reasoning_budget": 9}], ids=["filters", "budget"]
+    "settings",
+    [{"top_k": 40, "top_p": 0.9, "temperature": 1.5}, {"top_k": 30, "reasoning_budget": 9}],
+    ids=["filters", "budget"],
 )
 def test_filtered_draws_and_closed_reasonings_are_scored_as_they_were_sampled(
     folder: Path, server: LiveServer, settings: dict
 ) -> None:
     name = "-".join(settings)
-    metrics, rollouts = run(folder, write_recipe(folder, name, server.url, **settings, max_steps=2, temperature=1.5))
+    metrics, rollouts = run(folder, write_recipe(folder, name, server.url, **settings, max_steps=2))
     assert_sampled_from_the_trainers_weights(metrics)
     # The reference has all tokens: over the likeliest alone a draw is that much likelier.
     assert metrics[0]["kl"] > 1

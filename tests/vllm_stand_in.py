@@ -30,6 +30,7 @@ class StandIn:
 
     trouble: called with each request for completions and its number from 0; what it returns is answered instead
     loaded:  names of the weights that have been loaded, in order
+    keys:    of prompts, and of the first and second requests that completions go on by, by their seeds
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, has_lora: bool = True) -> None:
@@ -41,7 +42,10 @@ class StandIn:
         self.finished: list[tuple[str, int]] = []
         self.max_logprobs = 20
         keys = [(1, seed, step, slot) for step in range(20) for slot in range(20)]
-        self._keys = {seed_of(key): key for key in [*keys, *((*key, place, 1) for key in keys for place in range(4))]}
+        self.keys = {
+            seed_of(key): key
+            for key in [*keys, *((*key, place, n) for key in keys for place in range(4) for n in (1, 2))]
+        }
         self._prompts: dict[tuple[int, ...], list[int]] = {}
         self._lock = threading.Lock()
         self.restart()
@@ -130,7 +134,7 @@ class StandIn:
 
     def _sample(self, model: Any, body: Any) -> list[Completion]:
         """A group from its beginning, or one completion from where the prompt has it, by the uniforms from there on."""
-        key = self._keys[body["seed"]]
+        key = self.keys[body["seed"]]
         prompt = self._prompts.setdefault(key[:4], body["prompt"])
         num_begun, places = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
         assert (
