@@ -56,8 +56,7 @@ class RLOOConfig:
                                         not trained on the closing; servers are then asked twice a completion
     vllm_server_base_url:               vLLM servers that sample in the place of the training processes, one or a list
     vllm_server_timeout:                seconds without any of them after which the run stops
-    vllm_request_timeout:               seconds for a group of completions, or for the rest of one, from asking to the whole
-                                        answer
+    vllm_request_timeout:               seconds for a group of completions, or the rest of one, to the whole answer
     vllm_weight_transfer:               how a whole model reaches the servers: in output_dir, which they must see too,
                                         or sent between GPUs; an adapter always goes by that folder
     max_staleness:                      1: the servers sample the next batch while this one trains, from the weights of
