@@ -11,6 +11,7 @@ import httpx2
 import torch
 import xllamacpp
 from safetensors.torch import load_file
+from torch import Tensor
 
 from data.chat import STOP, encode_text, render_prompt
 from data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
@@ -54,17 +55,27 @@ def main() -> None:
     kls = []
     for end in ends[-NUM_PLACES:]:
         expected = reference["logprobs"][end - 1].double()
-        asked = {"n_predict": 1, "n_probs": len(expected), "temperature": 0, "cache_prompt": False}
-        answer = ask("/completion", prompt=ids[:end], **asked)
-        found = torch.full_like(expected, float("nan"))
-        for candidate in answer["completion_probabilities"][0]["top_logprobs"]:
-            found[candidate["id"]] = candidate["logprob"]
-        # The server sums the probabilities one by one in float32, which is off by 1e-4 over a large vocabulary.
-        kls.append((expected.exp() * (expected - found.log_softmax(dim=-1))).sum().item())
+        found = next_logprobs(server.listening_address, ids[:end], len(expected))
+        kls.append((expected.exp() * (expected - found)).sum().item())
     kl = sum(kls) / len(kls)
     # Not `kl > limit`: nan, a token that llama.cpp does not have, is no pass.
     assert kl <= MAX_KL[file.stem.removeprefix("model-")], f"KL from the trained model is {kl} nats a token"
     print(f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats a token")
+
+
+def next_logprobs(url: str, ids: list[int], num_tokens: int) -> Tensor:
+    """llama.cpp's log-probabilities [num_tokens], float64, of every token after `ids`; nan for one it does not have.
+
+    Not where the next token ends the turn: llama.cpp then answers without probabilities.
+    """
+    # Without the cache, so that the sums do not depend on what was asked before.
+    asked = {"n_predict": 1, "n_probs": num_tokens, "temperature": 0, "cache_prompt": False}
+    response = httpx2.post(f"{url}/completion", json={"prompt": ids, **asked}, timeout=600)
+    found = torch.full((num_tokens,), float("nan"), dtype=torch.float64)
+    for candidate in response.raise_for_status().json()["completion_probabilities"][0]["top_logprobs"]:
+        found[candidate["id"]] = candidate["logprob"]
+    # The server sums the probabilities one by one in float32, which is off by 1e-4 over a large vocabulary.
+    return found.log_softmax(dim=-1)
 
 
 def start_server(file: Path, *, n_ctx: int, num_slots: int = 1) -> xllamacpp.Server:
