@@ -94,24 +94,32 @@ class RemoteRewardModel:
             Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
             for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
-        batches = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
-        texts = [prompts[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
+        batches = self._batches(rows)
         if self._route == "http":
-            bodies = [_plain_body(batch, of_batch) for batch, of_batch in zip(batches, texts, strict=True)]
+            bodies = [_plain_body([rows[i] for i in batch], [prompts[i] for i in batch]) for batch in batches]
         else:
-            bodies = [self._vllm_body(batch) for batch in batches]
+            bodies = [self._vllm_body([rows[i] for i in batch]) for batch in batches]
         path = "" if self._route == "http" else f"/{self._route}"
         answers = await self._endpoint.post_all(path, bodies)
-        values: list[Value] = []
+        values: dict[int, Value] = {}
         for batch, answer in zip(batches, answers, strict=True):
-            values += self._read(answer, len(batch))
-        return [(value - self._mean) / self._std if isinstance(value, float) else value for value in values]
+            values.update(zip(batch, self._read(answer, len(batch)), strict=True))
+        found = [values[place] for place in range(len(rows))]
+        return [(value - self._mean) / self._std if isinstance(value, float) else value for value in found]
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: requests and retries sent."""
         counted = {"num_requests": self._endpoint.num_requests, "num_retries": self._endpoint.num_retries}
         self._endpoint.num_requests = self._endpoint.num_retries = 0
         return {key: float(count) for key, count in counted.items()}
+
+    def _batches(self, rows: Sequence[Judged]) -> list[list[int]]:
+        """Places of the rows of each request; an empty text goes by itself, as a decoder's server refuses its batch."""
+        is_text = self._route in ("classify", "pooling") and self._template == "answer"
+        alone = [place for place, row in enumerate(rows) if is_text and not render_text(row, "answer")]
+        others = [place for place in range(len(rows)) if place not in alone]
+        firsts = range(0, len(others), self._batch_size)
+        return [others[first : first + self._batch_size] for first in firsts] + [[place] for place in alone]
 
     def _vllm_body(self, batch: Sequence[Judged]) -> Json:
         """A request of vLLM's routes for the raw outputs, before any sigmoid or softmax."""

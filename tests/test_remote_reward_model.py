@@ -1,4 +1,4 @@
-"""Scores from a server: vLLM's three routes as version 0.30 speaks them, and the plain contract."""
+"""What is sent and read: vLLM's three routes and the plain contract. The real vLLM: test_reward_model_vllm.py."""
 
 import asyncio
 import math
@@ -35,7 +35,15 @@ def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None
     values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5)
     assert values == [0.0, -3.0, 3.0]
     assert server.paths == ["/classify"]
-    assert server.bodies == [{"model": "rm", "use_activation": False, "input": TEXTS}]
+    raw_and_cut = {"use_activation": False, "truncate_prompt_tokens": -1, "truncation_side": "left"}
+    assert server.bodies == [{"model": "rm", "input": TEXTS, **raw_and_cut}]
+
+
+def test_the_reasoning_is_judged_where_it_is_asked_for(serve) -> None:
+    server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [v]}, [0.5, -1.0, 2.0])))
+    score(server.url, route="classify", reasoning=True)
+    thoughtful = "human: Bye <sep> assistant: <reasoning>\nSecret.\n</reasoning>\n\nSee you <sep>"
+    assert server.bodies[0]["input"] == [TEXTS[0], thoughtful, TEXTS[2]]
 
 
 def test_pooling_takes_the_last_token_of_a_model_that_scores_all(serve) -> None:
@@ -102,7 +110,8 @@ def test_errors_are_counted_and_the_others_stand(serve) -> None:
     [
         ({"route": "rerank"}, "route must be one of"),
         ({"route": "http", "template": "pair"}, "template 'pair' must be one of"),
-        ({"route": "classify", "template": "chatml"}, "template 'chatml' must be one of"),
+        ({"route": "classify", "template": "pair"}, "template 'pair' must be one of reka, answer, chat_template"),
+        ({"route": "http", "reasoning": True}, "reasoning goes with vLLM's routes"),
         ({"route": "score", "std": 0}, "std above 0"),
         ({"route": "score", "batch_size": 0}, "batch_size must be"),
         ({"route": "score", "label": -1}, "label 0"),

@@ -63,13 +63,14 @@ def main() -> None:
     print(f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats a token")
 
 
-def next_logprobs(url: str, ids: list[int], num_tokens: int) -> Tensor:
+def next_logprobs(url: str, ids: list[int], num_tokens: int, *, cache_prompt: bool = False) -> Tensor:
     """llama.cpp's log-probabilities [num_tokens], float64, of every token after `ids`; nan for one it does not have.
 
     Not where the next token ends the turn: llama.cpp then answers without probabilities.
+
+    cache_prompt: compute only what is new since the last call; sums then depend, by rounding, on what was asked before
     """
-    # Without the cache, so that the sums do not depend on what was asked before.
-    asked = {"n_predict": 1, "n_probs": num_tokens, "temperature": 0, "cache_prompt": False}
+    asked = {"n_predict": 1, "n_probs": num_tokens, "temperature": 0, "cache_prompt": cache_prompt}
     response = httpx2.post(f"{url}/completion", json={"prompt": ids, **asked}, timeout=600)
     found = torch.full((num_tokens,), float("nan"), dtype=torch.float64)
     for candidate in response.raise_for_status().json()["completion_probabilities"][0]["top_logprobs"]:
