@@ -40,6 +40,7 @@ class RemoteRewardModel:
         template: ServedTemplate | None = None,
         reasoning: bool = False,
         label: int = 0,
+        use_activation: bool = True,
         mean: float = 0.0,
         std: float = 1.0,
         api_key_env: str | None = None,
@@ -59,6 +60,9 @@ class RemoteRewardModel:
         label:      the place of the output that is the score
         mean, std:  of the scores, to bring them to the policy's scale
         batch_size: completions a request
+        use_activation: vLLM's own key: whether the model's activation is applied, which is none for exported reward
+                    models, and a sigmoid or a softmax for most others. False is right for decoders alone: of BERT's
+                    kind it also leaves out the tanh inside the model (vLLM 0.30)
         api_key_env, concurrency, request_timeout, max_retries: see `rewards.endpoint.Endpoint`
         """
         if route not in get_args(Route):
@@ -68,8 +72,8 @@ class RemoteRewardModel:
                 f"remote_reward_model: template {template!r} must be one of {', '.join(TEMPLATES)} and goes "
                 "with the routes classify and pooling"
             )
-        if reasoning and route == "http":
-            raise InputError("remote_reward_model: reasoning goes with vLLM's routes; route http is sent answers alone")
+        if route == "http" and (reasoning or not use_activation):
+            raise InputError("remote_reward_model: reasoning and use_activation go with vLLM's routes, not with http")
         if not (math.isfinite(mean) and 0 < std < math.inf):
             raise InputError(f"remote_reward_model: mean must be finite and std above 0, not {mean} and {std}")
         if batch_size < 1 or label < 0:
@@ -84,6 +88,7 @@ class RemoteRewardModel:
             max_retries=max_retries,
         )
         self._route, self._model, self._label, self._reasoning = route, model, label, reasoning
+        self._use_activation = use_activation
         self._template: ServedTemplate = template or "reka"
         self._mean, self._std = mean, std
         self._batch_size = 1 if self._template == "chat_template" else batch_size
@@ -122,12 +127,12 @@ class RemoteRewardModel:
         return [others[first : first + self._batch_size] for first in firsts] + [[place] for place in alone]
 
     def _vllm_body(self, batch: Sequence[Judged]) -> Json:
-        """A request of vLLM's routes for the raw outputs, before any sigmoid or softmax."""
+        """A request of vLLM's routes."""
         broken = [_broken(row) for row in batch]
         # As `reward_model` does, the beginning is cut of what is longer than the server's --max-model-len: otherwise
         # one such answer is a refusal of its whole batch.
-        body: Json = {"model": self._model, "use_activation": False, "truncate_prompt_tokens": -1}
-        body["truncation_side"] = "left"
+        body: Json = {"model": self._model, "truncate_prompt_tokens": -1, "truncation_side": "left"}
+        body["use_activation"] = self._use_activation
         if self._route == "score":
             body["text_1"] = [row.prompt[-1]["content"] for row in broken]
             body["text_2"] = [render_text(row, "answer") for row in broken]

@@ -32,7 +32,7 @@ def numbered(make: object, values: list) -> dict:
 
 def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [9.0, v]}, [0.5, -1.0, 2.0])))
-    values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5)
+    values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5, use_activation=False)
     assert values == [0.0, -3.0, 3.0]
     assert server.paths == ["/classify"]
     raw_and_cut = {"use_activation": False, "truncate_prompt_tokens": -1, "truncation_side": "left"}
@@ -111,7 +111,8 @@ def test_errors_are_counted_and_the_others_stand(serve) -> None:
         ({"route": "rerank"}, "route must be one of"),
         ({"route": "http", "template": "pair"}, "template 'pair' must be one of"),
         ({"route": "classify", "template": "pair"}, "template 'pair' must be one of reka, answer, chat_template"),
-        ({"route": "http", "reasoning": True}, "reasoning goes with vLLM's routes"),
+        ({"route": "http", "reasoning": True}, "reasoning and use_activation go with vLLM's"),
+        ({"route": "http", "use_activation": False}, "reasoning and use_activation go with vLLM's"),
         ({"route": "score", "std": 0}, "std above 0"),
         ({"route": "score", "batch_size": 0}, "batch_size must be"),
         ({"route": "score", "label": -1}, "label 0"),

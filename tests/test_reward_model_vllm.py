@@ -27,7 +27,8 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no python that has vLLM"),
 ]
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+# It does not end in the eos token: where that is the pad token too, transformers reads the score before it, vLLM there.
+CHAT_TEMPLATE = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
 CONTEXT = 128
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 ROUNDS = [

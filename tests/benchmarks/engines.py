@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.stop import StopSearch
-from trainer.export.verify_gguf import next_logprobs, start_server
+from trainer.export.verify_gguf import kl_divergence, next_logprobs, start_server
 
 SECONDS = 600.0
 
@@ -125,9 +125,9 @@ def measure_kls(url: str, said: Sequence[Said], count: int, special_ids: Sequenc
     places = [(one, place) for one, place in places if one.logprobs[place].argmax().item() not in special_ids]
     kls = []
     for one, place in places[:: max(1, len(places) // count)] if count else []:
-        expected = one.logprobs[place].double()
+        expected = one.logprobs[place]
         found = next_logprobs(url, one.prompt + one.ids[:place], len(expected), cache_prompt=True)
-        kls.append((expected.exp() * (expected - found)).sum().item())
+        kls.append(kl_divergence(expected, found))
     return kls
 
 

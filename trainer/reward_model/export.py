@@ -49,6 +49,9 @@ def export_reward_model(
     if not is_encoder(tokenizer):  # it was trained without a BOS, which servers would add where the tokenizer does
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
 
+    # One number on a scale of its own: without this, servers and pipelines give its sigmoid.
+    model.config.problem_type = "regression"
+
     context = context_of(model)
     pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=context)
     measured_on = "training pairs"
