@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from data.chat import Message, parse_completion, parse_prompt
 from data.errors import InputError
 from data.judged import Judged, TextTemplate, break_markup, render_text
-from rewards.endpoint import Endpoint, Json
+from rewards.endpoint import Endpoint, Json, RefusedError
 from rewards.errors import RewardError
 
 Route = Literal["classify", "pooling", "score", "http"]
@@ -99,18 +99,8 @@ class RemoteRewardModel:
             Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
             for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
-        batches = self._batches(rows)
-        if self._route == "http":
-            bodies = [_plain_body([rows[i] for i in batch], [prompts[i] for i in batch]) for batch in batches]
-        else:
-            bodies = [self._vllm_body([rows[i] for i in batch]) for batch in batches]
-        path = "" if self._route == "http" else f"/{self._route}"
-        answers = await self._endpoint.post_all(path, bodies)
-        values: dict[int, Value] = {}
-        for batch, answer in zip(batches, answers, strict=True):
-            values.update(zip(batch, self._read(answer, len(batch)), strict=True))
-        found = [values[place] for place in range(len(rows))]
-        return [(value - self._mean) / self._std if isinstance(value, float) else value for value in found]
+        values = await self._score(list(zip(prompts, rows, strict=True)), self._batch_size)
+        return [(value - self._mean) / self._std if isinstance(value, float) else value for value in values]
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: requests and retries sent."""
@@ -118,21 +108,27 @@ class RemoteRewardModel:
         self._endpoint.num_requests = self._endpoint.num_retries = 0
         return {key: float(count) for key, count in counted.items()}
 
-    def _batches(self, rows: Sequence[Judged]) -> list[list[int]]:
-        """Places of the rows of each request; an empty text goes by itself, as a decoder's server refuses its batch."""
-        is_text = self._route in ("classify", "pooling") and self._template == "answer"
-        alone = [place for place, row in enumerate(rows) if is_text and not render_text(row, "answer")]
-        others = [place for place in range(len(rows)) if place not in alone]
-        firsts = range(0, len(others), self._batch_size)
-        return [others[first : first + self._batch_size] for first in firsts] + [[place] for place in alone]
+    async def _score(self, rows: Sequence[tuple[str, Judged]], batch_size: int) -> list[Value]:
+        """A value for each (prompt, row), before scaling."""
+        batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        if self._route == "http":
+            bodies = [_plain_body(batch) for batch in batches]
+        else:
+            bodies = [self._vllm_body([row for _, row in batch]) for batch in batches]
+        answers = await self._endpoint.post_all("" if self._route == "http" else f"/{self._route}", bodies)
+        values: list[Value] = []
+        for batch, answer in zip(batches, answers, strict=True):
+            if isinstance(answer, RefusedError) and len(batch) > 1:
+                # vLLM refuses a request whole for one text that is empty or longer than its context.
+                values += await self._score(batch, 1)
+            else:
+                values += self._read(answer, len(batch))
+        return values
 
     def _vllm_body(self, batch: Sequence[Judged]) -> Json:
         """A request of vLLM's routes."""
         broken = [_broken(row) for row in batch]
-        # As `reward_model` does, the beginning is cut of what is longer than the server's --max-model-len: otherwise
-        # one such answer is a refusal of its whole batch.
-        body: Json = {"model": self._model, "truncate_prompt_tokens": -1, "truncation_side": "left"}
-        body["use_activation"] = self._use_activation
+        body: Json = {"model": self._model, "use_activation": self._use_activation}
         if self._route == "score":
             body["text_1"] = [row.prompt[-1]["content"] for row in broken]
             body["text_2"] = [render_text(row, "answer") for row in broken]
@@ -177,11 +173,11 @@ class RemoteRewardModel:
         return _number(item)
 
 
-def _plain_body(batch: Sequence[Judged], prompts: Sequence[str]) -> Json:
+def _plain_body(batch: Sequence[tuple[str, Judged]]) -> Json:
     return {
-        "prompts": list(prompts),
-        "answers": [row.answer for row in batch],
-        "messages": [list(row.prompt) for row in batch],
+        "prompts": [prompt for prompt, _ in batch],
+        "answers": [row.answer for _, row in batch],
+        "messages": [list(row.prompt) for _, row in batch],
     }
 
 

@@ -35,8 +35,7 @@ def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None
     values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5, use_activation=False)
     assert values == [0.0, -3.0, 3.0]
     assert server.paths == ["/classify"]
-    raw_and_cut = {"use_activation": False, "truncate_prompt_tokens": -1, "truncation_side": "left"}
-    assert server.bodies == [{"model": "rm", "input": TEXTS, **raw_and_cut}]
+    assert server.bodies == [{"model": "rm", "use_activation": False, "input": TEXTS}]
 
 
 def test_the_reasoning_is_judged_where_it_is_asked_for(serve) -> None:
@@ -83,6 +82,17 @@ def test_batches_are_put_together_again_and_one_that_fails_fails_alone(serve) ->
 
     first, second, third = score(serve(answer).url, route="http", batch_size=1)
     assert (first, third) == (6.0, 23.0) and isinstance(second, RewardError)
+
+
+def test_one_row_that_a_server_refuses_costs_its_batch_nothing(serve) -> None:
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        refused = any("Bye" in text for text in body["input"])
+        return (400, {}) if refused else (200, numbered(lambda v: {"probs": [v]}, [len(t) for t in body["input"]]))
+
+    server = serve(answer)
+    first, second, third = score(server.url, route="classify", batch_size=2)
+    assert (first, third) == (len(TEXTS[0]), len(TEXTS[2])) and isinstance(second, RewardError)
+    assert sorted(len(body["input"]) for body in server.bodies) == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize(
