@@ -11,8 +11,8 @@ each first difference how much less log-probability transformers gives to the ot
 gap of about 0 is a tie that rounding decides; from there on the two read different texts, so what follows says nothing.
 
 KL is that of a GGUF file's next token from transformers', over the whole vocabulary, in nats: its mean over places of
-transformers' completions, evenly spread, with the half-width of its 95 % interval. A place where transformers would end
-the turn is left out: llama.cpp gives no probabilities there.
+transformers' completions, evenly spread, with the half-width of its 95 % interval. A place where the file would end the
+turn is left out: llama.cpp gives no probabilities there.
 """
 
 import math
@@ -119,15 +119,15 @@ def compare(
     return found
 
 
-def measure_kls(url: str, said: Sequence[Said], count: int, special_ids: Sequence[int]) -> list[float]:
+def measure_kls(url: str, said: Sequence[Said], count: int) -> list[float]:
     """The KL of a GGUF file's next token from transformers', at about `count` places."""
     places = [(one, place) for one in said for place in range(len(one.ids))]
-    places = [(one, place) for one, place in places if one.logprobs[place].argmax().item() not in special_ids]
     kls = []
     for one, place in places[:: max(1, len(places) // count)] if count else []:
         expected = one.logprobs[place]
         found = next_logprobs(url, one.prompt + one.ids[:place], len(expected), cache_prompt=True)
-        kls.append(kl_divergence(expected, found))
+        if found is not None:
+            kls.append(kl_divergence(expected, found))
     return kls
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     for file in arguments.gguf:
         server = start_server(file, n_ctx=max(map(len, prompts)) + length + 8)
         url = server.listening_address
-        kls = measure_kls(url, said, arguments.places, tokenizer.all_special_ids)
+        kls = measure_kls(url, said, arguments.places)
         add(file.name, [ask_llama_cpp(url, prompt, length) for prompt in prompts], kls)
         del server  # which ends it
     print_table([vars(each) for each in differences], "First differences")
