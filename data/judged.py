@@ -88,6 +88,8 @@ def encode_judged(
     else:
         first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
         second = encode_text(render_text(judged, "answer"), tokenizer)
+        if not second:  # no second text, as transformers takes an empty one
+            first, second = [], first
     before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder(tokenizer) else ([], [])
     return _framed(first + after if first else [], second, before, after, max_length)
 

@@ -57,7 +57,6 @@ def export(
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
-    source = find_source(str(run))
     if recipe.stage == "reward":
         from trainer.reward_model.export import export_reward_model
 
@@ -66,9 +65,15 @@ def export(
         if quantize is not None:
             raise InputError("--quantize makes GGUF files; a reward model has none")
         export_reward_model(
-            source, out, recipe, run=recipe_file.parent, stored_dtype=stored_dtype, max_shard_size=max_shard_size
+            find_source(str(run)),
+            out,
+            recipe,
+            run=recipe_file.parent,
+            stored_dtype=stored_dtype,
+            max_shard_size=max_shard_size,
         )
         return
+    source = find_source(str(run))
     _check(source, form, dtype, quantize)
     tokenizer = load_tokenizer(source.folder)
     tokenizer.chat_template = files("data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
