@@ -168,6 +168,7 @@ def main() -> None:
         found = compare(engine, said, [finish(ids, tokenizer, length) for ids in others], tokenizer)
         rows.append(summarise(engine, len(said), found, kls))
         differences.extend(found)
+        print_table(rows[-1:])  # a large model's files take their time
 
     if arguments.url:
         add("vLLM", [ask_vllm(arguments.url, prompt, length) for prompt in prompts])
