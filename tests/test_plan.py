@@ -15,7 +15,7 @@ from data.errors import InputError
 from trainer.cli import main
 from trainer.plan.advice import advise
 from trainer.plan.cost import Rates, estimate
-from trainer.plan.machine import GB, Launch, read_launch_file
+from trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from trainer.plan.memory import make_plan
 from trainer.plan.scale_out import point
 from trainer.plan.shape import ModelShape
@@ -23,11 +23,13 @@ from trainer.plan.states import count_states
 from trainer.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
-DDP = Launch(engine="ddp", num_gpus=8)
+DDP = PlannedLaunch(engine="ddp", num_gpus=8)
 
 
-def zero(stage: int, num_gpus: int = 8, **more: Any) -> Launch:
-    return Launch(engine="deepspeed", zero_stage=stage, num_gpus=num_gpus, num_nodes=max(1, num_gpus // 8), **more)
+def zero(stage: int, num_gpus: int = 8, **more: Any) -> PlannedLaunch:
+    return PlannedLaunch(
+        engine="deepspeed", zero_stage=stage, num_gpus=num_gpus, num_nodes=max(1, num_gpus // 8), **more
+    )
 
 
 def reka(name: str, *overrides: str) -> Recipe:
@@ -106,14 +108,14 @@ def test_zero3_partitions_are_equal_shares(num_gpus: int) -> None:
     [
         ("sft-lora", DDP),
         ("sft-full", zero(3)),
-        ("sft-qlora", Launch(gpu_memory=40 * GB)),
+        ("sft-qlora", PlannedLaunch(gpu_memory=40 * GB)),
         ("reward", DDP),
         ("rloo-lora", DDP),
         ("rloo-3.1", DDP),
         ("rloo-full", zero(3, offload_optimizer=True, host_memory=512 * GB)),
     ],
 )
-def test_every_recipe_of_the_21b_model_fits_its_launch(name: str, launch: Launch) -> None:
+def test_every_recipe_of_the_21b_model_fits_its_launch(name: str, launch: PlannedLaunch) -> None:
     plan = make_plan(reka(name), launch)
     assert plan.overfull == []
     assert plan.worst.gpu_bytes > 20 * GB  # the model is in it
@@ -135,7 +137,7 @@ def test_full_rloo_on_gpus_alone_fits_but_for_its_sampling() -> None:
     ],
     ids=["activations", "states", "batches", "rollouts"],
 )
-def test_advice_makes_it_fit(recipe: Recipe, launch: Launch) -> None:
+def test_advice_makes_it_fit(recipe: Recipe, launch: PlannedLaunch) -> None:
     plan = make_plan(recipe, launch)
     assert plan.overfull
     changes = advise(plan)
@@ -182,9 +184,9 @@ def test_more_sharding_never_needs_more_of_a_gpu() -> None:
 
 def test_a_quantized_base_needs_a_gpu_and_an_adapter() -> None:
     with pytest.raises(InputError, match="needs a GPU"):
-        make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), Launch(is_cpu=True))
+        make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), PlannedLaunch(is_cpu=True))
     with pytest.raises(InputError, match="goes with a lora: section"):
-        make_plan(reka("sft-qlora", "lora=null"), Launch())
+        make_plan(reka("sft-qlora", "lora=null"), PlannedLaunch())
 
 
 def test_arithmetic_is_counted_as_the_roofline_counts_it() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.errors import InputError
 from trainer.plan.advice import LORA, QUANTIZATION
-from trainer.plan.machine import Launch
+from trainer.plan.machine import PlannedLaunch
 from trainer.plan.memory import make_plan
 from trainer.plan.show import table
 from trainer.recipe import Recipe
@@ -37,7 +37,7 @@ def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt
             for engine, settings in ENGINES.items():
                 cells = []
                 for num_gpus in NUM_GPUS:
-                    launch = Launch(
+                    launch = PlannedLaunch(
                         **(settings if num_gpus > 1 or settings["engine"] == "deepspeed" else {"engine": "single"}),
                         num_gpus=num_gpus,
                         num_nodes=-(-num_gpus // 8),
@@ -50,7 +50,7 @@ def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt
     return table(header, rows)
 
 
-def _cell(recipe: Recipe, launch: Launch, prompt_tokens: int | None) -> str:
+def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> str:
     try:
         plan = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
         needed = f"{plan.worst.gpu_bytes / 1e9:.0f}"
@@ -59,7 +59,7 @@ def _cell(recipe: Recipe, launch: Launch, prompt_tokens: int | None) -> str:
         return "-"
 
 
-def _as(recipe: Recipe, stage: str, method: str, launch: Launch) -> Recipe:
+def _as(recipe: Recipe, stage: str, method: str, launch: PlannedLaunch) -> Recipe:
     """The recipe's lengths and batches in another stage, with other trained weights."""
     others = dict(_sections(recipe))
     is_sharded = launch.engine == "deepspeed"

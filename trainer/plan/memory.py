@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from data.errors import InputError
 from trainer.plan.live_memory import Parts
-from trainer.plan.machine import GB, Launch
+from trainer.plan.machine import GB, PlannedLaunch
 from trainer.plan.passes import Passes
 from trainer.plan.shape import ModelShape, model_of
 from trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
@@ -55,7 +55,7 @@ class Plan:
     """Whether and how a recipe fits a launch; everything is worked out when it is asked for."""
 
     recipe: Recipe
-    launch: Launch
+    launch: PlannedLaunch
     config: PretrainedConfig
     shape: ModelShape
     prompt_tokens: int
@@ -254,7 +254,7 @@ class Plan:
         return float(weights * (2 if self.casts else 4 if self.launch.is_cpu else 0))
 
 
-def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | None = None) -> Plan:
     """Plan a recipe; InputError for what no amount of memory makes run."""
     _check(recipe, launch)
     config, shape = model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
@@ -266,7 +266,7 @@ def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = Non
     return Plan(recipe=recipe, launch=launch, config=config, shape=shape, prompt_tokens=prompt_tokens or 0)
 
 
-def _check(recipe: Recipe, launch: Launch) -> None:
+def _check(recipe: Recipe, launch: PlannedLaunch) -> None:
     if recipe.model.get("quantization_config") and launch.is_cpu:
         raise InputError("model.quantization_config needs a GPU: bitsandbytes' four-bit layers do not run on a CPU")
     if recipe.model.get("quantization_config") and recipe.lora is None:
