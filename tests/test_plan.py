@@ -1,6 +1,7 @@
 """`rekatrain plan`: states as DeepSpeed counts them, what fits and what does not, advice that holds, and refusals."""
 
 import json
+import logging
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_the_model_is_built_with_its_true_shapes(shape: ModelShape) -> None:
     assert shape.num_linear + 2 * shape.num_head + (2 * 44 + 1) * 6144 == shape.num_base
     assert 2 * shape.kv_dims * shape.num_layers == 135_168  # bytes of cache a token in bfloat16
     assert (shape.largest_module, shape.vocab_rows, shape.context) == (100_352 * 6144, 100_352, 32_768)
+
+
+def test_a_model_out_of_reach_is_told_once_for_all_plans_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainer.plan.shape")
+    for name in ("sft-lora", "sft-full"):
+        recipe = reka(name, "model.pretrained_model_name_or_path=someone/reka-flash-3")
+        assert make_plan(recipe, zero(3)).shape.num_base == 20_905_482_240
+    assert [record.getMessage() for record in caplog.records] == [
+        "plan: someone/reka-flash-3 is out of reach; its architecture is taken from reka-flash-3.json"
+    ]
 
 
 @pytest.mark.parametrize(("rank", "count"), [(8, 40.8e6), (16, 81.5e6), (32, 163.0e6)])
@@ -182,11 +193,14 @@ def test_more_sharding_never_needs_more_of_a_gpu() -> None:
     assert len(set(needed)) == 3
 
 
-def test_a_quantized_base_needs_a_gpu_and_an_adapter() -> None:
+def test_a_quantized_base_needs_a_gpu_that_holds_it_whole_and_an_adapter() -> None:
     with pytest.raises(InputError, match="needs a GPU"):
         make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), PlannedLaunch(is_cpu=True))
-    with pytest.raises(InputError, match="goes with a lora: section"):
+    with pytest.raises(InputError, match="needs a lora: section"):
         make_plan(reka("sft-qlora", "lora=null"), PlannedLaunch())
+    with pytest.raises(InputError, match="which ZeRO-3 would shard"):
+        make_plan(reka("sft-qlora"), zero(3))
+    assert make_plan(reka("sft-qlora"), zero(2)).fits
 
 
 def test_arithmetic_is_counted_as_the_roofline_counts_it() -> None:
@@ -309,8 +323,10 @@ def test_the_table_over_launches_has_a_row_for_each_method_and_engine(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["plan", *small, "--compare"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("sft", "rloo"))]
-    assert len(lines) == 2 * 3 * 6
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith(("sft", "rloo"))]
+    # Three methods under six engines; the three of ZeRO-3 would shard what QLoRA keeps whole.
+    assert len(rows) == 2 * (3 * 6 - 3)
+    assert {engine.strip(",") for _, method, engine in rows if method == "QLoRA"} == {"ZeRO-0", "ZeRO-1", "ZeRO-2"}
 
 
 def test_a_host_is_compared_too() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from trainer.models import check_quantization
 from trainer.plan.compare import compare
 from trainer.plan.cost import Rates
 from trainer.plan.machine import GB, PlannedLaunch, launched, read_launch_file
@@ -55,7 +54,6 @@ def plan(
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     """Raise InputError where the run cannot fit what it was launched on, unless that is overridden: then warn."""
-    check_quantization(recipe)
     planned = make_plan(_within_context(recipe), launched())
     if not planned.overfull:
         worst = planned.worst

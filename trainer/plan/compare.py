@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from data.errors import InputError
+from trainer.models import check_quantization
 from trainer.plan.advice import LORA, QUANTIZATION
 from trainer.plan.machine import PlannedLaunch
 from trainer.plan.memory import make_plan
@@ -30,11 +31,16 @@ METHODS = ("full", "LoRA", "QLoRA")
 
 
 def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt_tokens: int | None) -> str:
-    """A table of GB a GPU in the worst phase, for SFT and RLOO; brackets where it does not fit."""
+    """A table of GB a GPU in the worst phase, for SFT and RLOO; brackets where it does not fit.
+
+    An engine that a run refuses with a method, as ZeRO-3 with QLoRA, has no row for it.
+    """
     rows = []
     for stage in ("sft", "rloo"):
         for method in METHODS:
             for engine, settings in ENGINES.items():
+                if _is_refused(_as(recipe, stage, method, PlannedLaunch(**settings)), settings):
+                    continue
                 cells = []
                 for num_gpus in NUM_GPUS:
                     launch = PlannedLaunch(
@@ -57,6 +63,14 @@ def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> s
         return f"({needed} {plan.worst.name})" if plan.overfull else needed
     except InputError:  # prompts that so many GPUs cannot share out
         return "-"
+
+
+def _is_refused(recipe: Recipe, settings: dict[str, Any]) -> bool:
+    try:
+        check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
+        return False
+    except InputError:
+        return True
 
 
 def _as(recipe: Recipe, stage: str, method: str, launch: PlannedLaunch) -> Recipe:
