@@ -16,7 +16,7 @@ from typing import Any
 from data.errors import InputError
 from rewards.compose import RewardFunction
 from rewards.errors import RewardError
-from rewards.workers import Score, check_number
+from rewards.worker_process import Score, check_number
 
 STDERR = 2
 

@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le
 from rewards.batch_calls import call_batch_functions
 from rewards.compose import RewardFunction, check_columns, total_reward
 from rewards.errors import RewardError
-from rewards.workers import Job, Limits, Score, WorkerPool, num_workers_here
+from rewards.worker_process import Score
+from rewards.workers import Job, Limits, WorkerPool, num_workers_here
 
 logger = logging.getLogger(__name__)
 
