@@ -1,12 +1,16 @@
 """Shared fixtures: a tokenizer and a Llama made on the spot, and real data where it lies beside the project."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+# Before transformers is imported: no test asks the hub for anything, also where there is a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
