@@ -252,12 +252,12 @@ def test_sharded_weights_are_sharded_as_they_are_loaded(launched: Launch) -> Non
         assert share <= held < 1.1 * share
 
 
-@pytest.mark.parametrize("launched", [2], indirect=True)
+@in_two_and_four
 def test_an_adapter_of_sharded_weights_is_exported(launched: Launch, model_folder: Path) -> None:
-    for name in ("rloo-adapter-3-of-2", "sft-lora-3-of-2"):
-        out = launched.folder / f"{name}-exported"
-        main(["export", str(launched.folder / name), str(out)])
-        assert weights(out, ".").keys() == load_file(model_folder / "model.safetensors").keys()
+    name = {2: "sft-lora-3-of-2/checkpoints/checkpoint-4", 4: "rloo-adapter-3-of-4/checkpoints/checkpoint-3"}
+    out = launched.folder / f"exported-of-{launched.num_processes}"
+    main(["export", str(launched.folder / name[launched.num_processes]), str(out)])
+    assert weights(out, ".").keys() == load_file(model_folder / "model.safetensors").keys()
 
 
 def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
