@@ -19,6 +19,7 @@ from data.tokenizer import is_encoder
 _MARKUP = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?g?[A-Z_]{2,}\d*\])")
 
 Template = Literal["reka", "chat_template", "pair", "answer"]
+TextTemplate = Literal["reka", "answer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,16 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def render_text(judged: Judged, template: Template) -> str:
-    """Text of the answer in a template that needs no tokenizer.
+def render_text(judged: Judged, template: TextTemplate) -> str:
+    """The answer as one text, in a template that needs no tokenizer.
 
     reka:   `human: {question} <sep> assistant: {answer} <sep>`, with the stop also for an answer that was cut off: a
             model that was trained on finished turns knows no other end
-    pair:   the last message of the prompt, a blank line, the answer
     answer: the answer alone
     """
     if template == "reka":
         return render_prompt(judged.prompt) + render_completion(judged.reasoning, judged.answer)
-    return _body(judged) if template == "answer" else f"{judged.prompt[-1]['content']}\n\n{_body(judged)}"
+    return judged.answer if judged.reasoning is None else f"{judged.reasoning}\n\n{judged.answer}"
 
 
 def encode_judged(
@@ -81,13 +81,15 @@ def encode_judged(
     elif template == "chat_template":
         # The template writes the special tokens, so they are read as such; the messages cannot hold any.
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in judged.prompt]
-        turns.append({"role": "assistant", "content": _body(judged)})
+        turns.append({"role": "assistant", "content": render_text(judged, "answer")})
         neutral = [{**turn, "content": break_special_tokens(turn["content"], tokenizer)} for turn in turns]
         text = tokenizer.apply_chat_template(neutral, tokenize=False)
         return _framed([], tokenizer(text, add_special_tokens=False)["input_ids"], [], [], max_length)
     else:
         first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
-        second = encode_text(_body(judged), tokenizer)
+        second = encode_text(render_text(judged, "answer"), tokenizer)
+        if not second:  # no second text, as transformers takes an empty one
+            first, second = [], first
     before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder(tokenizer) else ([], [])
     return _framed(first + after if first else [], second, before, after, max_length)
 
@@ -111,10 +113,6 @@ def break_markup(text: str) -> str:
     '< |im_end|> < /s> [ /INST] a < b'
     """
     return _MARKUP.sub(lambda found: f"{found[0]} ", text)
-
-
-def _body(judged: Judged) -> str:
-    return judged.answer if judged.reasoning is None else f"{judged.reasoning}\n\n{judged.answer}"
 
 
 def _framed(first: list[int], second: list[int], before: list[int], after: list[int], max_length: int) -> JudgedIds:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import END_OF_TEXT, STOP
+from data.chat import AFTER_REASONING, END_OF_TEXT, REASONING_CLOSE, REASONING_OPEN, STOP, encode_text
 
 
 def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -12,6 +12,13 @@ def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
     ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
     text = str(tokenizer.decode(list(ids[:-1] if ended else ids), clean_up_tokenization_spaces=False))
     return text + END_OF_TEXT if ended else text
+
+
+def reasoning_closing(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end the reasoning of a completion which begins with `ids`; none where it is not open there."""
+    text = decode_completion(ids, tokenizer)
+    is_open = REASONING_OPEN in text and REASONING_CLOSE not in text
+    return encode_text(f"\n{REASONING_CLOSE}{AFTER_REASONING}", tokenizer) if is_open else []
 
 
 class StopSearch:

@@ -75,7 +75,7 @@ class Endpoint:
                     try:
                         return await self._retried(client, f"{self.url}{path}", body)
                     except RewardError as error:
-                        return RewardError(_blot(str(error), key))
+                        return type(error)(_blot(str(error), key))
 
             return list(await asyncio.gather(*[post(body) for body in bodies]))
 
@@ -105,7 +105,7 @@ class Endpoint:
         if response.status_code != 200:
             told = f"{url} answered {response.status_code}: {_shorten(response.text)}"
             if response.status_code not in PASSING_STATUS:
-                raise RewardError(told)
+                raise RefusedError(told)
             raise _PassingError(told, wait=_seconds(response.headers.get("retry-after")))
         try:
             answer = response.json()
@@ -114,6 +114,10 @@ class Endpoint:
         if not isinstance(answer, dict):
             raise RewardError(f"{url} answered no JSON object: {_shorten(response.text)}")
         return answer
+
+
+class RefusedError(RewardError):
+    """The server will not take this request, however often it is sent."""
 
 
 class _PassingError(RewardError):

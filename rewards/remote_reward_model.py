@@ -18,11 +18,13 @@ from typing import Any, Literal, get_args
 
 from data.chat import Message, parse_completion, parse_prompt
 from data.errors import InputError
-from data.judged import Judged, Template, break_markup, render_text
-from rewards.endpoint import Endpoint, Json
+from data.judged import Judged, TextTemplate, break_markup, render_text
+from rewards.endpoint import Endpoint, Json, RefusedError
 from rewards.errors import RewardError
 
 Route = Literal["classify", "pooling", "score", "http"]
+ServedTemplate = TextTemplate | Literal["chat_template"]
+TEMPLATES = (*get_args(TextTemplate), "chat_template")
 Value = float | None | RewardError
 
 
@@ -35,8 +37,10 @@ class RemoteRewardModel:
         url: str,
         route: Route,
         model: str | None = None,
-        template: Template | None = None,
+        template: ServedTemplate | None = None,
+        reasoning: bool = False,
         label: int = 0,
+        use_activation: bool = True,
         mean: float = 0.0,
         std: float = 1.0,
         api_key_env: str | None = None,
@@ -49,20 +53,27 @@ class RemoteRewardModel:
 
         url:        of the server, to which /classify, /pooling or /score is added; route http posts to it as it is
         model:      the name that vLLM serves it under
-        template:   how an answer is written for classify and pooling: reka (default), pair, answer, or chat_template,
-                    which sends messages for the server's own template, one request a completion
+        template:   how an answer is written for classify and pooling: reka (default), answer, or chat_template, which
+                    sends messages for the server's own template, one request a completion; score sends the last
+                    message of the prompt and the answer, as `reward_model` reads its template pair
+        reasoning:  have the reasoning judged too, by vLLM's routes
         label:      the place of the output that is the score
         mean, std:  of the scores, to bring them to the policy's scale
         batch_size: completions a request
+        use_activation: vLLM's own key: whether the model's activation is applied, which is none for exported reward
+                    models, and a sigmoid or a softmax for most others. False is right for decoders alone: of BERT's
+                    kind it also leaves out the tanh inside the model (vLLM 0.30)
         api_key_env, concurrency, request_timeout, max_retries: see `rewards.endpoint.Endpoint`
         """
         if route not in get_args(Route):
             raise InputError(f"remote_reward_model: route must be one of {', '.join(get_args(Route))}, not {route!r}")
-        if template is not None and (template not in get_args(Template) or route not in ("classify", "pooling")):
+        if template is not None and (template not in TEMPLATES or route not in ("classify", "pooling")):
             raise InputError(
-                f"remote_reward_model: template {template!r} must be one of {', '.join(get_args(Template))} and goes "
+                f"remote_reward_model: template {template!r} must be one of {', '.join(TEMPLATES)} and goes "
                 "with the routes classify and pooling"
             )
+        if route == "http" and (reasoning or not use_activation):
+            raise InputError("remote_reward_model: reasoning and use_activation go with vLLM's routes, not with http")
         if not (math.isfinite(mean) and 0 < std < math.inf):
             raise InputError(f"remote_reward_model: mean must be finite and std above 0, not {mean} and {std}")
         if batch_size < 1 or label < 0:
@@ -76,27 +87,19 @@ class RemoteRewardModel:
             request_timeout=request_timeout,
             max_retries=max_retries,
         )
-        self._route, self._model, self._template, self._label = route, model, template or "reka", label
+        self._route, self._model, self._label, self._reasoning = route, model, label, reasoning
+        self._use_activation = use_activation
+        self._template: ServedTemplate = template or "reka"
         self._mean, self._std = mean, std
         self._batch_size = 1 if self._template == "chat_template" else batch_size
 
     async def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[Value]:
         """One score a completion, an error where the server gave none."""
         rows = [
-            Judged(prompt=parse_prompt(prompt), answer=parse_completion(completion).answer)
-            for prompt, completion in zip(prompts, completions, strict=True)
+            Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
+            for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
-        batches = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
-        texts = [prompts[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
-        if self._route == "http":
-            bodies = [_plain_body(batch, of_batch) for batch, of_batch in zip(batches, texts, strict=True)]
-        else:
-            bodies = [self._vllm_body(batch) for batch in batches]
-        path = "" if self._route == "http" else f"/{self._route}"
-        answers = await self._endpoint.post_all(path, bodies)
-        values: list[Value] = []
-        for batch, answer in zip(batches, answers, strict=True):
-            values += self._read(answer, len(batch))
+        values = await self._score(list(zip(prompts, rows, strict=True)), self._batch_size)
         return [(value - self._mean) / self._std if isinstance(value, float) else value for value in values]
 
     def metrics(self) -> dict[str, float]:
@@ -105,21 +108,40 @@ class RemoteRewardModel:
         self._endpoint.num_requests = self._endpoint.num_retries = 0
         return {key: float(count) for key, count in counted.items()}
 
+    async def _score(self, rows: Sequence[tuple[str, Judged]], batch_size: int) -> list[Value]:
+        """A value for each (prompt, row), before scaling."""
+        batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        if self._route == "http":
+            bodies = [_plain_body(batch) for batch in batches]
+        else:
+            bodies = [self._vllm_body([row for _, row in batch]) for batch in batches]
+        answers = await self._endpoint.post_all("" if self._route == "http" else f"/{self._route}", bodies)
+        values: list[Value] = []
+        for batch, answer in zip(batches, answers, strict=True):
+            if isinstance(answer, RefusedError) and len(batch) > 1:
+                # vLLM refuses a request whole for one text that is empty or longer than its context.
+                values += await self._score(batch, 1)
+            else:
+                values += self._read(answer, len(batch))
+        return values
+
     def _vllm_body(self, batch: Sequence[Judged]) -> Json:
-        """A request of vLLM's routes for the raw outputs, before any sigmoid or softmax."""
-        # vLLM reads special tokens in any text it is given, and the policy writes this text.
-        broken = [
-            Judged(prompt=[_broken(turn) for turn in row.prompt], answer=break_markup(row.answer)) for row in batch
-        ]
-        body: Json = {"model": self._model, "use_activation": False}
+        """A request of vLLM's routes."""
+        broken = [_broken(row) for row in batch]
+        body: Json = {"model": self._model, "use_activation": self._use_activation}
         if self._route == "score":
-            body |= {"text_1": [row.prompt[-1]["content"] for row in broken], "text_2": [row.answer for row in broken]}
+            body["text_1"] = [row.prompt[-1]["content"] for row in broken]
+            body["text_2"] = [render_text(row, "answer") for row in broken]
         elif self._template == "chat_template":
-            body["messages"] = [*broken[0].prompt, {"role": "assistant", "content": broken[0].answer}]
+            answer = render_text(broken[0], "answer")
+            body["messages"] = [*broken[0].prompt, {"role": "assistant", "content": answer}]
             body |= {"add_generation_prompt": False, "continue_final_message": False}
         else:
             body["input"] = [render_text(row, self._template) for row in broken]
         return {key: value for key, value in body.items() if value is not None}
+
+    def _thought(self, reasoning: str | None) -> str | None:
+        return reasoning if self._reasoning else None
 
     def _read(self, answer: Json | RewardError, size: int) -> list[Value]:
         if isinstance(answer, RewardError):
@@ -151,16 +173,19 @@ class RemoteRewardModel:
         return _number(item)
 
 
-def _plain_body(batch: Sequence[Judged], prompts: Sequence[str]) -> Json:
+def _plain_body(batch: Sequence[tuple[str, Judged]]) -> Json:
     return {
-        "prompts": list(prompts),
-        "answers": [row.answer for row in batch],
-        "messages": [list(row.prompt) for row in batch],
+        "prompts": [prompt for prompt, _ in batch],
+        "answers": [row.answer for _, row in batch],
+        "messages": [list(row.prompt) for _, row in batch],
     }
 
 
-def _broken(turn: Message) -> Message:
-    return {**turn, "content": break_markup(turn["content"])}
+def _broken(row: Judged) -> Judged:
+    """The row without anything that vLLM could read as a special token: it does so in any text, and a policy writes."""
+    prompt: list[Message] = [{**turn, "content": break_markup(turn["content"])} for turn in row.prompt]
+    reasoning = None if row.reasoning is None else break_markup(row.reasoning)
+    return Judged(prompt=prompt, answer=break_markup(row.answer), reasoning=reasoning)
 
 
 def _number(value: Any) -> float | RewardError:  # Any: a JSON value

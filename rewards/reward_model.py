@@ -105,19 +105,27 @@ class RewardModel:
             Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
             for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
-        assert self._template is not None and self._mean is not None and self._std is not None, "setup() comes first"
+        assert self._template is not None, "setup() comes first"
         context = classifier.context_of(self._model)
         rows = [encode_judged(one, self._tokenizer, self._template, max_length=context) for one in judged]
         self._num_cut += sum(row.is_cut for row in rows)
-        logits_NC = classifier.classify(self._model, rows, micro_batch_tokens=self._micro_batch_tokens)
+        # Template answer and a tokenizer without marks leave nothing of an empty answer: no score, good or bad.
+        filled = [row for row in rows if row.input_ids]
+        logits_NC = classifier.classify(self._model, filled, micro_batch_tokens=self._micro_batch_tokens)
         if self._label_id is None:
-            scores = logits_NC[:, 0].tolist()
+            scores = iter(logits_NC[:, 0].tolist())
         else:
-            scores = logits_NC.softmax(dim=-1)[:, self._label_id].tolist()
+            scores = iter(logits_NC.softmax(dim=-1)[:, self._label_id].tolist())
         return [
-            (score - self._mean) / self._std if math.isfinite(score) else RewardError(f"the score is {score}")
-            for score in scores
+            self._scaled(next(scores))
+            if row.input_ids
+            else RewardError("the answer is empty: there is nothing to score")
+            for row in rows
         ]
+
+    def _scaled(self, score: float) -> float | RewardError:
+        assert self._mean is not None and self._std is not None, "setup() comes first"
+        return (score - self._mean) / self._std if math.isfinite(score) else RewardError(f"the score is {score}")
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: answers whose beginning was cut off, to keep to the classifier's context."""

@@ -1,9 +1,17 @@
-"""A tiny model that speaks the Reka format, trained by the real command line: what the serving tests serve."""
+"""A tiny model that speaks the Reka format, trained by the real command line: what the serving tests serve, and how."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from conftest import tiny_llama
 from openai import OpenAI
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +21,15 @@ from trainer.cli import main
 QUESTION = [{"role": "human", "content": "3 + 3 ="}]
 # What the model has learnt to say to it, by heart.
 ANSWER = " <reasoning>\nTwice 3.\n</reasoning>\n\n6 <sep>"
+# The command that serving/vllm.sh calls; builds for CPUs install another distribution's name, and their own lacks it.
+VLLM = """#!/bin/sh
+[ "$1" = serve ] || exit 1
+model=$2
+shift 2
+exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
+"""
+CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1"]
+READY_SECONDS = 600
 
 
 def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -44,3 +61,46 @@ def ask(client: OpenAI, messages: list[dict[str, str]], *, model: str = "any", *
     """A greedy answer of a server, the stream of one where asked for; Any: the client's own types."""
     settings = {"max_tokens": 60, "temperature": 0, **options}
     return client.chat.completions.create(model=model, messages=messages, **settings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def serve_by_vllm(export: Path, work: Path) -> Iterator[str]:
+    """A real vLLM that serves the export by its own start line, on a CPU: its url.
+
+    work: a folder for the server's log
+    """
+    (work / "bin").mkdir()
+    (work / "bin" / "vllm").write_text(VLLM)
+    (work / "bin" / "vllm").chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "PATH": f"{work / 'bin'}:{os.environ['PATH']}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    command = ["bash", str(export / "serving" / "vllm.sh"), *CPU, "--port", port]
+    log = work / "vllm.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + READY_SECONDS
+    try:
+        while not _is_ready(url):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health").status_code == 200
+    except httpx2.TransportError:
+        return False

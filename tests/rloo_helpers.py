@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,18 @@ def perturb(policy: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def open_reasoning(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Have the model begin many completions, not all, with ` <reasoning>`: each token of it calls for the next."""
+    calls = list(pairwise(encode_text("assistant: <reasoning>", tokenizer)[-4:]))
+    assert tokenizer.decode([called for _, called in calls]) == " <reasoning>"
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        for direction, (caller, called) in enumerate(calls, start=1):
+            embeddings[:, direction] = head[:, direction] = 0
+            embeddings[caller, direction] = 20
+            head[called, direction] = 1.1 if direction == 1 else 3.0
 
 
 # The objective

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainer.export.gguf_model import write_gguf
 from trainer.rloo.logprobs import CompletionLogprobs, make_rows
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -114,6 +115,24 @@ def test_growth_plots_every_axis(given: list[str], tmp_path: Path, monkeypatch: 
     assert [len(rows) for rows in results.values()] == [1, 1, 1]
     assert all(rows[0]["slots/needed"] == 1 for rows in results.values())
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_file_in_float32_says_what_transformers_says(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(given[1])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given[1])
+    tokenizer.chat_template = "{{ messages }}"  # the file has to hold one
+    files = []
+    for file_type in ("f32", "q8_0"):
+        files.append(tmp_path / f"model-{file_type}.gguf")
+        size = model.config.intermediate_size
+        write_gguf(files[-1], model, tokenizer, file_type=file_type, name="tiny", intermediate_size=size)
+    size = ["--num-prompts", "3", "--length", "8", "--places", "24"]
+    results = run("engines", [*given, *size, "--gguf", *map(str, files)], tmp_path / "out.json", monkeypatch)
+    exact, coarse = results["engines"]
+    assert exact["equal"] == 1.0 and exact["places"] >= 8 and exact["KL"] < 1e-9 < 1e-6 < coarse["KL"] < 0.1
+    assert all(each["engine"] == "model-q8_0.gguf" and each["gap"] > 0 for each in results["differences"])
 
 
 def test_every_method_learns_from_as_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trainer.rloo.draw import draw
 
@@ -93,8 +94,9 @@ def test_the_likeliest_tokens_are_drawn_in_proportion(top_p: float, top_k: int |
     assert (counts[kept] - num_points * chances).abs().max() <= 1.01
     torch.testing.assert_close(logprobs.exp().double(), chances[torch.searchsorted(torch.tensor(kept), ids)])
     assert floors is not None
-    # The floor is among the log-probabilities of all tokens, so that it says which were kept.
-    assert (LOGITS[0].log_softmax(dim=0) >= floors[0]).nonzero()[:, 0].tolist() == kept
+    # From whichever token was drawn, and whatever is added to all logits, the floor says which were kept.
+    for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
+        assert (LOGITS[0] >= LOGITS[0, drawn] + floor).nonzero()[:, 0].tolist() == kept
 
 
 def test_without_a_filter_there_is_no_floor() -> None:
@@ -104,12 +106,26 @@ def test_without_a_filter_there_is_no_floor() -> None:
 
 def test_tokens_as_likely_as_the_last_one_stay() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 0.0]])
-    _, _, floors = draw(logits, grid(1), 1.0, 1.0, 2)
-    logprobs = logits.log_softmax(dim=1)
-    assert floors is not None
-    # Rounding moves no token over the floor.
+    ids, _, floors = draw(logits.expand(50, -1), grid(50), 1.0, 1.0, 2)
+    assert floors is not None and set(ids.tolist()) == {1, 2, 3}
+    # Rounding moves no token over the floor, and never the drawn one.
     for rounding in (-5e-6, 0.0, 5e-6):
-        assert (logprobs[0] + rounding >= floors).tolist() == [False, True, True, True, False]
+        for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
+            assert floor <= 0
+            assert (logits[0] + rounding >= logits[0, drawn] + floor).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.5, None), (0.9, None), (0.5, 5), (0.8, 5), (0.9, 20)])
+def test_what_is_kept_is_what_transformers_keeps_and_all_ties(top_p: float, top_k: int | None) -> None:
+    logits = torch.randn(500, 60, generator=torch.Generator().manual_seed(0)).mul(8).round() / 4  # full of ties
+    ids, _, floors = draw(logits, torch.full((500,), 0.5), 1.0, top_p, top_k)
+    kept = logits if top_k is None else TopKLogitsWarper(top_k)(ids, logits)
+    kept = (kept if top_p == 1 else TopPLogitsWarper(top_p)(ids, kept)) > -torch.inf
+    last = logits.masked_fill(~kept, torch.inf).amin(dim=1, keepdim=True)
+    assert floors is not None
+    ours = logits >= logits.gather(1, ids[:, None]) + floors[:, None]
+    assert torch.equal(ours, logits >= last)  # transformers' top-p keeps some of the tokens as likely as the last
+    assert not kept[~ours].any()
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

@@ -146,8 +146,9 @@ def test_a_rendered_prompt_is_parsed_back() -> None:
 def test_templates_write_what_they_say(tokenizer: PreTrainedTokenizerFast) -> None:
     judged = Judged(prompt=[QUESTION], answer="Hello!")
     assert render_text(judged, "reka") == "human: Say hello. <sep> assistant: Hello! <sep>"
-    assert render_text(judged, "pair") == "Say hello.\n\nHello!" and render_text(judged, "answer") == "Hello!"
+    assert render_text(judged, "answer") == "Hello!"
     thoughtful = Judged(prompt=[QUESTION], answer="Hello!", reasoning="Greet.")
+    assert render_text(thoughtful, "answer") == "Greet.\n\nHello!"
     assert render_text(thoughtful, "reka").endswith(f"assistant:{render_completion('Greet.', 'Hello!')}")
     ids = encode_judged(judged, tokenizer, "reka", max_length=1000).input_ids
     assert tokenizer.decode(ids) == render_text(judged, "reka")

@@ -1,4 +1,4 @@
-"""Scores from a server: vLLM's three routes as version 0.30 speaks them, and the plain contract."""
+"""What is sent and read: vLLM's three routes and the plain contract. The real vLLM: test_reward_model_vllm.py."""
 
 import asyncio
 import math
@@ -32,10 +32,17 @@ def numbered(make: object, values: list) -> dict:
 
 def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [9.0, v]}, [0.5, -1.0, 2.0])))
-    values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5)
+    values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5, use_activation=False)
     assert values == [0.0, -3.0, 3.0]
     assert server.paths == ["/classify"]
     assert server.bodies == [{"model": "rm", "use_activation": False, "input": TEXTS}]
+
+
+def test_the_reasoning_is_judged_where_it_is_asked_for(serve) -> None:
+    server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [v]}, [0.5, -1.0, 2.0])))
+    score(server.url, route="classify", reasoning=True)
+    thoughtful = "human: Bye <sep> assistant: <reasoning>\nSecret.\n</reasoning>\n\nSee you <sep>"
+    assert server.bodies[0]["input"] == [TEXTS[0], thoughtful, TEXTS[2]]
 
 
 def test_pooling_takes_the_last_token_of_a_model_that_scores_all(serve) -> None:
@@ -77,6 +84,17 @@ def test_batches_are_put_together_again_and_one_that_fails_fails_alone(serve) ->
     assert (first, third) == (6.0, 23.0) and isinstance(second, RewardError)
 
 
+def test_one_row_that_a_server_refuses_costs_its_batch_nothing(serve) -> None:
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        refused = any("Bye" in text for text in body["input"])
+        return (400, {}) if refused else (200, numbered(lambda v: {"probs": [v]}, [len(t) for t in body["input"]]))
+
+    server = serve(answer)
+    first, second, third = score(server.url, route="classify", batch_size=2)
+    assert (first, third) == (len(TEXTS[0]), len(TEXTS[2])) and isinstance(second, RewardError)
+    assert sorted(len(body["input"]) for body in server.bodies) == [1, 1, 1, 2]
+
+
 @pytest.mark.parametrize(
     "answer",
     [{}, {"scores": [1, 2]}, {"scores": "123"}, {"scores": [True, "1", math.nan]}, {"scores": [[1], {}, math.inf]}],
@@ -102,7 +120,9 @@ def test_errors_are_counted_and_the_others_stand(serve) -> None:
     [
         ({"route": "rerank"}, "route must be one of"),
         ({"route": "http", "template": "pair"}, "template 'pair' must be one of"),
-        ({"route": "classify", "template": "chatml"}, "template 'chatml' must be one of"),
+        ({"route": "classify", "template": "pair"}, "template 'pair' must be one of reka, answer, chat_template"),
+        ({"route": "http", "reasoning": True}, "reasoning and use_activation go with vLLM's"),
+        ({"route": "http", "use_activation": False}, "reasoning and use_activation go with vLLM's"),
         ({"route": "score", "std": 0}, "std above 0"),
         ({"route": "score", "batch_size": 0}, "batch_size must be"),
         ({"route": "score", "label": -1}, "label 0"),

@@ -2,11 +2,14 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub import ModelCard
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 from trl.trainer.reward_trainer import RewardTrainer
@@ -14,6 +17,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from data.errors import InputError
 from data.judged import Judged, encode_judged
 from rewards.classifier import CARD_FILE, classify, set_pad
+from rewards.compose import build_reward_functions
 from rewards.errors import RewardError
 from rewards.reward_model import RewardModel
 from trainer.cli import main
@@ -188,6 +192,7 @@ def test_reward_model_from_training_to_rloo(
     main(["export", str(folder / "reward"), str(folder / "export")])
     card = json.loads((folder / "export" / CARD_FILE).read_text())
     assert (card["mean"], card["std"]) == pytest.approx((evaluation["mean"], evaluation["std"]), abs=1e-4)
+    assert_the_export_says_how_it_is_served(folder / "export", card)
 
     # The run (base and adapter) and the export (merged) are one model.
     accuracies = []
@@ -219,6 +224,24 @@ def test_reward_model_from_training_to_rloo(
     steps = [json.loads(line) for line in (folder / "rloo" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(math.isfinite(step["reward/reward_model"]) for step in steps)
     assert steps[0]["reward_model/num_cut"] == 0
+
+
+def assert_the_export_says_how_it_is_served(export: Path, scale: dict) -> None:
+    card = ModelCard.load(export / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert "accuracy 100.0% [" in card.text and "of 8 held-out pairs" in card.text and "| `margin` |" in card.text
+    names = ("reward_model", "remote_reward_model")
+    specs = [YAML(typ="safe").load(export / "serving" / f"{name}.yaml")["rewards"] for name in names]
+    for name, spec in zip(names, specs, strict=True):
+        build_reward_functions(spec)  # every option is one that the reward takes
+        assert list(spec) == [name]
+    remote = specs[1]["remote_reward_model"]
+    assert (remote["mean"], remote["std"], remote["model"]) == (scale["mean"], scale["std"], "export")
+    assert specs[0]["reward_model"]["pretrained_model_name_or_path"] == str(export)
+    line = (export / "serving" / "vllm.sh").read_text()
+    assert "--served-model-name export --runner pooling --dtype float32" in line and "--max-model-len 256" in line
+    files = [path for path in export.rglob("*") if path.is_file()]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in files)
 
 
 def test_what_the_stage_cannot_do_is_told_in_one_line(folder: Path, model_folder: Path, capsys) -> None:
@@ -325,6 +348,11 @@ def test_a_score_that_is_no_number_is_an_error_and_what_is_too_long_is_counted(d
     short, long = reward(prompts=prompts, completions=[" four", " four" * 200])
     assert isinstance(short, float) and isinstance(long, float)
     assert [reward.metrics(), reward.metrics()] == [{"num_cut": 1.0}, {"num_cut": 0.0}]
+    answers = RewardModel(pretrained_model_name_or_path=str(decoder_folder), template="answer")
+    answers.setup()
+    for completions in (["", " four"], ["", ""]):
+        values = answers(prompts=prompts, completions=completions)
+        assert [isinstance(value, RewardError) for value in values] == [text == "" for text in completions]
     reward._model.score.weight.data.fill_(math.nan)
     assert all(isinstance(value, RewardError) for value in reward(prompts=prompts, completions=["a", "b"]))
 

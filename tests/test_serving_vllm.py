@@ -4,16 +4,11 @@ VLLM_PYTHON=/path/to/vllm/bin/python python -m pytest -m vllm tests/test_serving
 """
 
 import os
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from export_helpers import ANSWER, QUESTION, ask, train_run
-from openai import APIConnectionError, OpenAI
+from export_helpers import ANSWER, QUESTION, ask, serve_by_vllm, train_run
+from openai import OpenAI
 from transformers import PreTrainedTokenizerFast
 
 from data.chat import parse_completion, render_prompt
@@ -23,14 +18,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no python that has vLLM"),
 ]
-# The command that serving/vllm.sh calls; builds for CPUs install another distribution's name, and their own lacks it.
-VLLM = """#!/bin/sh
-[ "$1" = serve ] || exit 1
-model=$2
-shift 2
-exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
-"""
-CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1"]
 
 
 @pytest.fixture(scope="module", params=["merged", "adapter"])
@@ -41,31 +28,8 @@ def client(
     folder = tmp_path_factory.mktemp("vllm")
     run = train_run(folder, tokenizer)
     main(["export", str(run), str(folder / "rloo"), "--as", request.param])
-    (folder / "bin").mkdir()
-    (folder / "bin" / "vllm").write_text(VLLM)
-    (folder / "bin" / "vllm").chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    command = ["bash", str(folder / "rloo" / "serving" / "vllm.sh"), *CPU, "--port", port]
-    log = folder / "vllm.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        _wait_for(client, server, log)
-        yield client
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    with serve_by_vllm(folder / "rloo", folder) as url:
+        yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def test_the_answer_is_split_and_stops_without_the_client_saying_so(client: OpenAI) -> None:
@@ -124,15 +88,3 @@ def test_plain_completions_need_the_clients_stop(client: OpenAI) -> None:
     assert client.completions.create(**asked).choices[0].text.startswith(ANSWER)
     stopped = client.completions.create(**asked, stop="<sep>").choices[0]
     assert stopped.text + "<sep>" == ANSWER and stopped.finish_reason == "stop"
-
-
-def _wait_for(client: OpenAI, server: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            client.models.list()
-        except APIConnectionError:
-            time.sleep(0.5)
-        else:
-            return

@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rloo_helpers import open_reasoning
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 from vllm_stand_in import StandIn, one_thread
 
+from data.chat import Ending, encode_text
 from trainer.cli import main
+from trainer.rloo.config import RLOOConfig
+from trainer.rloo.draw import TIE
+from trainer.rloo.sampler import Completion
 from trainer.rloo.server import pool
+from trainer.rloo.server.answers import AnswerReader
 from trainer.run_folder import read_records
 
 PROJECT = Path(__file__).parents[1]
@@ -45,13 +51,18 @@ def run(
     sys.modules.pop("my_rewards", None)
 
     def start(
-        name: str, urls: list[str] | str | None, *arguments: str, lora: dict | None = LORA, **rloo: Any
+        name: str,
+        urls: list[str] | str | None,
+        *arguments: str,
+        lora: dict | None = LORA,
+        model: Path = model_folder,
+        **rloo: Any,
     ) -> tuple[list[dict], list[dict], dict]:
         tree = {
             "stage": "rloo",
             "output_dir": str(tmp_path / name),
             "seed": 3,
-            "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
+            "model": {"pretrained_model_name_or_path": str(model), "dtype": "float32"},
             "lora": lora,
             "dataset": {"path": "sums.jsonl", "format": "prompt_answer"},
             "rewards": {"my_rewards:letters": {"weight": 1.0}},
@@ -114,6 +125,78 @@ def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model
     if lora:
         assert list(stand_in.adapters) == stand_in.loaded[2:]
         assert sum(f.stat().st_size for f in Path("served/served").rglob("*.safetensors")) < 40_000  # no base
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_k": 20, "top_p": 0.8}])
+def test_a_filtered_run_through_servers_is_the_in_process_run(run, serve, stand_in, filters: dict) -> None:
+    filters |= {"temperature": 1.3, "max_steps": 2}
+    metrics, rollouts, weights = run("served", serve(stand_in).url, **filters)
+    _, expected_rollouts, expected_weights = run("here", None, **filters)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cap", "filters"),
+    [(10, {}), (24, {"top_k": 20, "top_p": 0.95, "temperature": 1.5})],
+    ids=["cut off in the closing", "filtered, up to the answer"],
+)
+def test_a_reasoning_budget_through_servers_is_the_in_process_one(
+    run, serve, stand_in, ending_model, tokenizer, tmp_path, cap: int, filters: dict
+) -> None:
+    open_reasoning(ending_model, tokenizer)
+    for made in (ending_model, tokenizer):
+        made.save_pretrained(tmp_path / "model")
+    stand_in.folder = tmp_path / "model"
+    stand_in.restart()
+    settings = {"model": tmp_path / "model", "reasoning_budget": 7, "max_completion_length": cap, "max_steps": 2}
+
+    def die(number: int, body: dict) -> tuple[int, Any] | None:
+        if number not in (2, 7):  # a group and, where there is room for an answer, a completion that goes on
+            return None
+        stand_in.restart()
+        return 500, {}
+
+    def stops_at_once(body: dict, answer: Callable[[dict], tuple[int, Any]] = stand_in._completions) -> tuple[int, Any]:
+        """As where vLLM decodes a prompt that ends within a character once more, and finds its `<sep>`."""
+        status, told = answer(body)
+        if status == 200 and stand_in.keys.get(body.get("seed"), ())[5:] == (1,):
+            [choice] = told["choices"]
+            choice |= {"token_ids": choice["token_ids"][:1], "stop_reason": "<sep>"}
+            choice["logprobs"] = {name: values[:1] for name, values in choice["logprobs"].items()}
+        return status, told
+
+    stand_in.trouble, stand_in._completions = die, stops_at_once
+    metrics, rollouts, weights = run("served", serve(stand_in).url, **settings, **filters)
+    _, expected_rollouts, expected_weights = run("here", None, **settings, **filters)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert [record["num_forced"] for record in rollouts] == [record["num_forced"] for record in expected_rollouts]
+    closing = len(encode_text("\n</reasoning>\n\n", tokenizer))
+    assert {record["num_forced"] for record in rollouts} == {0, min(closing, cap - 7)}
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert sum(step["groups_sampled_again"] for step in metrics) >= 2
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_stop_across_the_seam_of_two_requests_ends_the_completion(tokenizer) -> None:
+    reader = AnswerReader(tokenizer, RLOOConfig(max_steps=1, top_k=2, reasoning_budget=3))
+
+    def part(ids: list[int], **request: int) -> Completion:
+        listed = [{"token_id:0": -0.5, f"token_id:{token}": -1.0, "token_id:9": -9999.0} for token in ids]
+        told = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids), "top_logprobs": listed}}
+        [completion] = reader.read({"choices": [told]}, "http://server", num_completions=1, max_tokens=len(ids))
+        return completion
+
+    first, second = encode_text("4 <s", tokenizer), encode_text("ep> and so on", tokenizer)
+    beginning = reader.close_reasoning(part(first))
+    assert (beginning.ids, beginning.forced, beginning.ending) == (first, range(0), Ending.LENGTH)
+    whole = reader.join(beginning, part(second))
+    end = len(first) + len(encode_text("ep>", tokenizer))
+    assert (whole.ids, whole.ending) == ((first + second)[:end], Ending.STOP)
+    assert whole.logprobs == [-1.0] * end and whole.floors == [-TIE] * end
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
@@ -238,6 +321,15 @@ def test_a_wrong_server_is_told_in_one_line(run, serve, stand_in, capsys, how: s
     assert stand_in.loaded == [] and not Path("refused").exists()
 
 
+def test_a_server_that_lists_too_few_tokens_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
+    line = refusal(run, serve(stand_in).url, capsys=capsys, top_k=25)
+    assert re.search(r"logprobs of 25, .* rloo.top_k asks .* start it with --max-logprobs 25", line)
+    assert stand_in.loaded == [] and not Path("refused").exists()
+    choice = {"token_ids": [0], "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:0": -1.0}]}}
+    stand_in.trouble = lambda number, body: (200, {"model": body["model"], "choices": [choice] * 4})
+    assert "does not list the 5 log-probabilities" in refusal(run, serve(stand_in).url, capsys=capsys, top_k=5)
+
+
 def test_no_server_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
     assert "cannot be reached" in refusal(run, "http://127.0.0.1:9", capsys=capsys)
     assert "must read http://HOST:PORT" in refusal(run, "http://127.0.0.1:9/v1", capsys=capsys)
@@ -263,8 +355,8 @@ def test_a_refused_request_and_an_unknown_ending_stop_the_run(run, serve, stand_
     [
         ({"max_staleness": 1, "vllm_server_base_url": None}, "rloo.max_staleness 1 needs servers"),
         ({"max_staleness": 1}, "set importance_sampling_correction"),
-        ({"top_k": 5}, "rloo.top_p and rloo.top_k go without vllm_server_base_url"),
-        ({"reasoning_budget": 5}, "rloo.reasoning_budget goes without vllm_server_base_url"),
+        ({"top_p": 0.9}, "rloo.top_p 0.9 with vllm_server_base_url needs rloo.top_k as well"),
+        ({"top_k": 5, **ONE_OFF}, "rloo.top_p and rloo.top_k go with num_iterations 1 and max_staleness 0"),
         ({"lora": {**LORA, "use_dora": True}}, "lora.use_dora is not for rollouts by vLLM"),
     ],
 )
@@ -290,5 +382,9 @@ def test_the_line_that_serves_a_recipe(run, serve, stand_in, capsys) -> None:
         "--dtype float32",
     ):
         assert text in line
+    assert "--max-logprobs" not in line
+    for top_k, num_listed in ((50, 50), (999, 300)):  # no more than there are tokens
+        main(["serve-rollouts", "served.yaml", f"rloo.top_k={top_k}", "--print"])
+        assert f"--max-logprobs {num_listed}" in capsys.readouterr().out
     main(["serve-rollouts", "served.yaml", "lora=null", "--print"])
     assert "lora" not in capsys.readouterr().out.lower().replace("served", "").split("--model")[1].split("--host")[1]

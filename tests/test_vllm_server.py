@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from rloo_helpers import open_reasoning
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.run_folder import read_records
@@ -51,7 +52,7 @@ class LiveServer:
             **{"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
             **{"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
         }
-        recipe = write_recipe(self.folder, "serve", self.url, max_completion_length=100)
+        recipe = write_recipe(self.folder, "serve", self.url, max_completion_length=100, top_k=40)
         command = [sys.executable, "-m", "trainer", "serve-rollouts", recipe]
         self.log = (self.folder / "server.log").open("a")
         self._process = subprocess.Popen(
@@ -113,7 +114,7 @@ def run(folder: Path, recipe: str) -> tuple[list[dict], list[dict]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A model whose heads vLLM's CPU kernels take and which ends about every tenth token, rows and a reward."""
+    """A model whose heads vLLM's CPU kernels take and which reasons at times and ends at others, rows and a reward."""
     folder = tmp_path_factory.mktemp("vllm")
     torch.manual_seed(0)
     eos = tokenizer.eos_token_id
@@ -129,6 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[eos] = 0.0
         model.lm_head.weight[eos, 0] = 2.5
+    open_reasoning(model, tokenizer)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(1, 9)]
@@ -189,6 +191,30 @@ def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: 
     metrics, _ = run(folder, write_recipe(folder, "rest", server.url, **settings, temperature=0.7))
     assert [step["staleness"] for step in metrics] == [0, 1, 1]
     assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 40, "top_p": 0.9, "temperature": 1.5}, {"top_k": 30, "reasoning_budget": 9}],
+    ids=["filters", "budget"],
+)
+def test_filtered_draws_and_closed_reasonings_are_scored_as_they_were_sampled(
+    folder: Path, server: LiveServer, settings: dict
+) -> None:
+    name = "-".join(settings)
+    metrics, rollouts = run(folder, write_recipe(folder, name, server.url, **settings, max_steps=2))
+    assert_sampled_from_the_trainers_weights(metrics)
+    # The reference has all tokens: over the likeliest alone a draw is that much likelier.
+    assert metrics[0]["kl"] > 1
+    forced = [record["num_forced"] for record in rollouts]
+    if "reasoning_budget" not in settings:
+        assert set(forced) == {0}
+        return
+    assert {0} < set(forced)
+    for record in rollouts:
+        opened, closed, _ = record["completion"].partition("\n</reasoning>\n\n")
+        assert record["num_forced"] == 0 or ("<reasoning>" in opened and closed)
+        assert len(record["completion_ids"]) <= 24
 
 
 def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:

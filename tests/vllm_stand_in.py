@@ -9,11 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from trainer.rloo.sampler import Sampler
+from trainer.rloo.sampler import Completion, Sampler
 from trainer.rloo.server.sampler import seed_of
 
 
@@ -22,6 +30,7 @@ class StandIn:
 
     trouble: called with each request for completions and its number from 0; what it returns is answered instead
     loaded:  names of the weights that have been loaded, in order
+    keys:    of prompts, and of the first and second requests that completions go on by, by their seeds
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, has_lora: bool = True) -> None:
@@ -31,7 +40,13 @@ class StandIn:
         self.num_asked = 0
         self.loaded: list[str] = []
         self.finished: list[tuple[str, int]] = []
-        self._keys = {seed_of((1, seed, step, slot)): (1, seed, step, slot) for step in range(20) for slot in range(20)}
+        self.max_logprobs = 20
+        keys = [(1, seed, step, slot) for step in range(20) for slot in range(20)]
+        self.keys = {
+            seed_of(key): key
+            for key in [*keys, *((*key, place, n) for key in keys for place in range(4) for n in (1, 2))]
+        }
+        self._prompts: dict[tuple[int, ...], list[int]] = {}
         self._lock = threading.Lock()
         self.restart()
 
@@ -92,6 +107,9 @@ class StandIn:
         return 200, {"success": True}
 
     def _completions(self, body: Any) -> tuple[int, Any]:
+        if body["logprobs"] > self.max_logprobs:
+            told = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
+            return 400, {"error": {"message": told}}
         if (forced := body.get("logit_bias")) and list(forced.values()) == [100.0]:
             choice = {"token_ids": [int(*forced)], "logprobs": {"token_logprobs": [self.forced_logprob]}}
             return 200, {"choices": [choice]}
@@ -103,22 +121,53 @@ class StandIn:
             return 404, {"error": {"message": f"The model `{name}` does not exist."}}
         assert body["stop"] == ["<sep>"] and body["include_stop_str_in_output"] and body["return_token_ids"]
         assert sorted(map(int, body["logit_bias"])) == list(range(len(self.tokenizer), len(self.tokenizer) + 20))
-        sampler = Sampler(
-            self.adapters.get(name, self.model),
-            self.tokenizer,
-            max_completion_length=body["max_tokens"],
-            temperature=body["temperature"],
-            batch_size=body["n"],
-        )
-        (group,) = sampler.sample([body["prompt"]], [self._keys[body["seed"]]], body["n"])
+        model = self.adapters.get(name, self.model)
+        group = self._sample(model, body)
         choices = [
-            {"index": index, "token_ids": c.ids, "logprobs": {"token_logprobs": c.logprobs}, "finish_reason": "stop"}
+            {"index": index, "token_ids": c.ids, "logprobs": self._logprobs(model, body, c), "finish_reason": "stop"}
             for index, c in enumerate(group)
         ]
         self.finished.append((name, body["seed"]))
         return 200, {"model": name, "choices": choices[::-1]}  # in no order: the index counts
 
     forced_logprob = 0.0
+
+    def _sample(self, model: Any, body: Any) -> list[Completion]:
+        """A group from its beginning, or one completion from where the prompt has it, by the uniforms from there on."""
+        key = self.keys[body["seed"]]
+        prompt = self._prompts.setdefault(key[:4], body["prompt"])
+        num_begun, places = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
+        assert (
+            body["prompt"][: len(prompt)] == prompt and (num_begun > 0) == (len(key) == 6) and len(places) == body["n"]
+        )
+        end = num_begun + body["max_tokens"]
+        uniforms = np.stack([np.random.default_rng([*key[:4], place]).random(end)[num_begun:] for place in places])
+        sampler = Sampler(
+            model,
+            self.tokenizer,
+            max_completion_length=body["max_tokens"],
+            temperature=body["temperature"],
+            batch_size=body["n"],
+            top_p=body["top_p"],
+            top_k=body["top_k"] or None,
+        )
+        with torch.no_grad():
+            return sampler._sample_rows([body["prompt"]], uniforms, body["n"], None, 0)
+
+    def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
+        """The drawn token and the likeliest ones, which are as many as were asked for, of those that could be drawn."""
+        assert body["return_tokens_as_token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([body["prompt"] + completion.ids])).logits[0, len(body["prompt"]) - 1 : -1]
+        logits[:, len(self.tokenizer) :] -= 100
+        warpers: list[LogitsProcessor] = [TopKLogitsWarper(body["top_k"])] if body["top_k"] else []
+        for warper in [TemperatureLogitsWarper(body["temperature"]), *warpers, TopPLogitsWarper(body["top_p"])]:
+            logits = warper(torch.empty(0), logits)
+        listed = []
+        for logprobs, drawn in zip(logits.log_softmax(dim=1), completion.ids, strict=True):
+            likeliest = [drawn, *logprobs.topk(body["logprobs"]).indices.tolist()]
+            listed.append({f"token_id:{token}": max(logprobs[token].item(), -9999.0) for token in likeliest})
+        return {"token_logprobs": completion.logprobs, "top_logprobs": listed}
 
 
 @contextmanager

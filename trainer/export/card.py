@@ -14,15 +14,19 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 NUM_LAST_STEPS = 10
 SHOWN = {
     "sft": ("loss", "mean_token_accuracy", "eval_loss"),
+    "reward": ("loss", "accuracy", "margin", "eval_loss", "eval_accuracy"),
     "rloo": ("reward", "kl", "entropy", "share_length", "share_zero_variance"),
 }
-LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "llama.cpp"}
+LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "llama.cpp", "reward": "transformers"}
 
 
-def write_card(folder: Path, form: str, recipe: Recipe, run: Path, source: Source, *, name: str) -> None:
+def write_card(
+    folder: Path, form: str, recipe: Recipe, run: Path, source: Source, *, name: str, evaluation: str | None = None
+) -> None:
     """Write README.md into `folder`.
 
-    run: the run folder, whose metrics.jsonl is read up to the step of the exported checkpoint
+    run:        the run folder, whose metrics.jsonl is read up to the step of the exported checkpoint
+    evaluation: what the exporting process measured
     """
     step = checkpoint_step(Path(source.folder))
     data_set = str(recipe.dataset["path"])
@@ -31,7 +35,7 @@ def write_card(folder: Path, form: str, recipe: Recipe, run: Path, source: Sourc
         base_model=base if _is_hub_id(base) else None,
         datasets=[data_set] if _is_hub_id(data_set) else None,
         library_name=LIBRARIES[form],
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if form == "reward" else "text-generation",
         tags=["rekatrain", recipe.stage, *(["lora"] if form == "adapter" else [])],
     )
     card = ModelCard.from_template(
@@ -47,9 +51,11 @@ def write_card(folder: Path, form: str, recipe: Recipe, run: Path, source: Sourc
         rewards={reward: (settings or {}).get("weight", 1.0) for reward, settings in recipe.rewards.items()},
         metrics=last_metrics(run, recipe.stage, step),
         num_last_steps=NUM_LAST_STEPS,
+        evaluation=evaluation,
         recipe=dump_recipe(recipe).rstrip(),
         files=sorted(path.name for path in folder.glob("*.gguf")),
         end_of_turn=recipe.chat.get("end_of_turn", "sep"),
+        reasoning=bool(recipe.chat.get("reasoning", False)),
     )
     card.save(folder / "README.md")
 

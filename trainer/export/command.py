@@ -8,7 +8,6 @@ Whatever the form, OUT also holds the model card (README.md) and the start lines
 beside its place, loaded by another process and compared, and only then takes its name.
 """
 
-import logging
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -22,15 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.chat import Message, encode_text, render_prompt
 from data.errors import InputError
 from data.tokenizer import load_tokenizer
-from trainer.export.card import write_card
 from trainer.export.folders import write_adapter, write_merged
 from trainer.export.proof import probe_logprobs, prove
-from trainer.export.serving import write_serving
+from trainer.export.publish import publish
 from trainer.models import Source, find_source, load_model
 from trainer.recipe import Recipe, load_recipe
 from trainer.run_folder import RECIPE_FILE
-
-logger = logging.getLogger(__name__)
 
 Form = Literal["merged", "adapter", "gguf"]
 # GGUF's names of the dtypes.
@@ -66,7 +62,16 @@ def export(
 
         if form != "merged":
             raise InputError(f"--as {form}: a reward model is exported as merged only")
-        export_reward_model(run, out, recipe, stored_dtype=stored_dtype, max_shard_size=max_shard_size)
+        if quantize is not None:
+            raise InputError("--quantize makes GGUF files; a reward model has none")
+        export_reward_model(
+            find_source(str(run)),
+            out,
+            recipe,
+            run=recipe_file.parent,
+            stored_dtype=stored_dtype,
+            max_shard_size=max_shard_size,
+        )
         return
     source = find_source(str(run))
     _check(source, form, dtype, quantize)
@@ -75,13 +80,7 @@ def export(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _write(partial, form, source, recipe, tokenizer, stored_dtype, quantize, max_shard_size)
-    write_card(partial, form, recipe, recipe_file.parent, source, name=out.name)
-    write_serving(partial, form, source, name=out.name)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
-    partial.rename(out)
-    logger.info("exported %s to %s (%s, %s)", source.folder, out, form, stored_dtype)
+    publish(partial, out, form, recipe, recipe_file.parent, source)
 
 
 def _write(

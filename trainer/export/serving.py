@@ -1,4 +1,4 @@
-"""The serving/ folder of an export: start lines, a client, and vLLM's plugin, filled in for this model.
+"""The serving/ folder of an export: start lines, clients, and vLLM's plugin, filled in for this model.
 
 The files lie in served/ as they come out, but for names in `string.Template`'s notation.
 """
@@ -10,6 +10,7 @@ from string import Template
 
 from transformers import AutoConfig
 
+from rewards.classifier import read_card
 from trainer.models import Source
 
 SERVED = Path(__file__).with_name("served")
@@ -19,15 +20,21 @@ FILES = {
     "merged": {"vllm_merged.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
     "adapter": {"vllm_adapter.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
     "gguf": {"llama_server.sh": "llama_server.sh", "client.py": "client.py"},
+    "reward": {
+        "vllm_reward.sh": "vllm.sh",
+        "reward_model.yaml": "reward_model.yaml",
+        "remote_reward_model.yaml": "remote_reward_model.yaml",
+    },
 }
 MAX_LENGTH = 32_768
 # The ranks that vLLM has kernels for.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None:
-    """Write serving/ into the export; `name` is what clients call the model."""
+def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None:
+    """Write serving/ into the export in `folder`, which will be at `out`, whose name is what clients call the model."""
     config = AutoConfig.from_pretrained(source.base)
+    name = out.name
     values = {
         "name": name,
         "shell_name": shlex.quote(name),
@@ -41,10 +48,22 @@ def write_serving(folder: Path, form: str, source: Source, *, name: str) -> None
             "base": shlex.quote(adapter["base_model_name_or_path"]),
             "max_rank": next((limit for limit in MAX_RANKS if limit >= rank), rank),
         }
+    if form == "reward":
+        card = read_card(str(folder))
+        assert card is not None
+        stored = AutoConfig.from_pretrained(folder)
+        values |= {
+            "dtype": str(stored.dtype).removeprefix("torch."),
+            "yaml_path": json.dumps(str(out)),  # JSON is YAML
+            "yaml_name": json.dumps(name),
+            "reasoning": json.dumps(card.reasoning),
+            "mean": card.mean,
+            "std": card.std,
+        }
     serving = folder / "serving"
     serving.mkdir()
     for template, target in FILES[form].items():
         text = (SERVED / template).read_text(encoding="utf-8")
         (serving / target).write_text(Template(text).substitute(values), encoding="utf-8")
-    if form != "gguf":
+    if form in ("merged", "adapter"):
         (serving / PARSER).write_text((SERVED / PARSER).read_text(encoding="utf-8"), encoding="utf-8")

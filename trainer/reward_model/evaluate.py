@@ -115,11 +115,16 @@ def calibration_bins(margins: Sequence[float]) -> list[Bin]:
 
 def show_evaluation(evaluation: RewardEvaluation, name: str) -> None:
     """Print it for a person."""
+    print(f"{name}: {describe_evaluation(evaluation)}")
+
+
+def describe_evaluation(evaluation: RewardEvaluation, pairs: str = "held-out pairs") -> str:
+    """The measures in one line; `pairs` says which pairs they are of."""
     right = evaluation.accuracy
     length = evaluation.length_correlation
-    print(
-        f"{name}: accuracy {right.accuracy:.1%} [{right.low:.1%}, {right.high:.1%}] of {right.num_graded} held-out "
-        f"pairs; the longer answer wins {evaluation.longer_wins:.1%}; score and length correlate "
+    return (
+        f"accuracy {right.accuracy:.1%} [{right.low:.1%}, {right.high:.1%}] of {right.num_graded} {pairs}; "
+        f"the longer answer wins {evaluation.longer_wins:.1%}; score and length correlate "
         f"{'-' if length is None else format(length, '+.2f')}; calibration error {evaluation.calibration_error:.3f} "
         f"({NUM_BINS} bins of confidence); scores {evaluation.mean:.3g} +- {evaluation.std:.3g}"
     )

@@ -1,6 +1,7 @@
 """A reward run's weights as a folder that `reward_model`, transformers and vLLM load, and proof that it scores alike.
 
-OUT holds sharded safetensors, the tokenizer with a pad token, and the frozen scale of the scores in reward_model.json.
+OUT holds sharded safetensors, the tokenizer with a pad token, the frozen scale of the scores in reward_model.json, the
+model card and serving/.
 """
 
 import json
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers.processors import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.chat import render_completion, render_prompt
 from data.judged import Judged, encode_judged
-from data.tokenizer import load_classifier_tokenizer
+from data.tokenizer import is_encoder, load_classifier_tokenizer
 from rewards.classifier import RewardModelCard, classify, context_of
-from trainer.models import find_source
+from trainer.export.folders import save_tokenizer
+from trainer.export.publish import publish
+from trainer.models import Source
 from trainer.recipe import Recipe
-from trainer.reward_model.evaluate import MICRO_BATCH_TOKENS, evaluate_pairs, show_evaluation
+from trainer.reward_model.evaluate import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
 from trainer.reward_model.model import load_reward_model
 from trainer.reward_model.pairs import leave_out_trained, load_pairs
 
@@ -31,15 +35,22 @@ NUM_SCALE_PAIRS = 256
 PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.", "Hello, <b>you</b> | 1,234!")]
 
 
-def export_reward_model(run: Path, out: Path, recipe: Recipe, *, stored_dtype: str, max_shard_size: str) -> None:
-    """Write the run's newest checkpoint, or the checkpoint folder given, as a classifier's folder, and verify it.
+def export_reward_model(
+    source: Source, out: Path, recipe: Recipe, *, run: Path, stored_dtype: str, max_shard_size: str
+) -> None:
+    """Write a checkpoint of a run as a classifier's folder, and verify it.
 
     The scale is that of the first 256 held-out pairs, of training pairs where the recipe holds none out.
     """
-    tokenizer = load_classifier_tokenizer(find_source(str(run)).folder)
-    model = _merged(run, tokenizer).to(getattr(torch, stored_dtype))
+    tokenizer = load_classifier_tokenizer(source.folder)
+    model = _merged(source, tokenizer).to(getattr(torch, stored_dtype))
     if tokenizer.pad_token is None:  # a classifier reads batches; transformers refuses them without
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
+    if not is_encoder(tokenizer):  # it was trained without a BOS, which servers would add where the tokenizer does
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+
+    # One number on a scale of its own: without this, servers and pipelines give its sigmoid.
+    model.config.problem_type = "regression"
 
     context = context_of(model)
     pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=context)
@@ -49,12 +60,13 @@ def export_reward_model(run: Path, out: Path, recipe: Recipe, *, stored_dtype: s
         pairs, measured_on = leave_out_trained(held_out, pairs), "held-out pairs"
     pairs = pairs[:NUM_SCALE_PAIRS]
     evaluation = evaluate_pairs(model, pairs)
-    show_evaluation(evaluation, f"{run} ({measured_on})")
+    measured = describe_evaluation(evaluation, measured_on)
+    print(f"{source.folder}: {measured}")
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
     RewardModelCard(
         template="reka",
         reasoning=bool(recipe.chat.get("reasoning", False)),
@@ -62,20 +74,17 @@ def export_reward_model(run: Path, out: Path, recipe: Recipe, *, stored_dtype: s
         std=evaluation.std,
         measured_on=f"both answers of {len(pairs)} {measured_on}",
     ).save(partial)
-    for path in partial.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
     _verify(partial, model, tokenizer, stored_dtype)
-    partial.rename(out)
-    logger.info("exported %s to %s (%s)", find_source(str(run)).folder, out, stored_dtype)
+    publish(partial, out, "reward", recipe, run, source, evaluation=measured)
 
 
-def _merged(run: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    model = load_reward_model(tokenizer, str(run), dtype="float32").eval()
+def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model = load_reward_model(tokenizer, source.folder, dtype="float32").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
-def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
     """Have another process score probes by the reward that users name: memory here proves nothing about the files."""
     judged = [Judged(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES]
     rows = [encode_judged(one, tokenizer, "reka", max_length=context_of(model)) for one in judged]

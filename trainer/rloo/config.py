@@ -48,13 +48,15 @@ class RLOOConfig:
                                         by a fresh one
     grad_norm_quantile, grad_norm_window:  the gradient is scaled down to this quantile of the norms of recent updates,
                                         or to max_grad_norm where that is lower
-    top_p, top_k:                       sampling from the likeliest tokens only, and from those as likely as the last of
-                                        them; scored over the same tokens, up to the rounding that sampler_kl shows
+    top_p, top_k:                       sampling from the top_k likeliest tokens, and of these from the likeliest that
+                                        reach top_p together, those as likely as the last included; scored over the same
+                                        tokens, up to the rounding that sampler_kl shows. vLLM servers want top_k with
+                                        top_p, for they list top_k tokens with each that is drawn
     reasoning_budget:                   tokens after which an open `<reasoning>` is closed for the policy, which is
-                                        not trained on the closing
+                                        not trained on the closing; servers are then asked twice a completion
     vllm_server_base_url:               vLLM servers that sample in the place of the training processes, one or a list
     vllm_server_timeout:                seconds without any of them after which the run stops
-    vllm_request_timeout:               seconds for a group of completions, from asking to the whole answer
+    vllm_request_timeout:               seconds for a group of completions, or the rest of one, to the whole answer
     vllm_weight_transfer:               how a whole model reaches the servers: in output_dir, which they must see too,
                                         or sent between GPUs; an adapter always goes by that folder
     max_staleness:                      1: the servers sample the next batch while this one trains, from the weights of
@@ -127,10 +129,10 @@ class RLOOConfig:
                     f"rloo.{key} ({value}) must be smaller than rloo.max_completion_length "
                     f"({self.max_completion_length})"
                 )
-        if self.num_iterations > 1 and (self.top_p < 1 or self.top_k is not None):
+        if (self.num_iterations > 1 or self.max_staleness) and (self.top_p < 1 or self.top_k is not None):
             raise InputError(
-                "rloo.top_p and rloo.top_k go with num_iterations 1: after an update the policy's likeliest tokens are "
-                "no longer those that were sampled from"
+                "rloo.top_p and rloo.top_k go with num_iterations 1 and max_staleness 0: after an update the policy's "
+                "likeliest tokens are no longer those that were sampled from"
             )
         self._check_servers()
 
@@ -148,15 +150,10 @@ class RLOOConfig:
                 "rloo.max_staleness 1 trains on what older weights have sampled: set importance_sampling_correction "
                 "(sequence_truncate), and kl_placement to reward"
             )
-        if self.vllm_server_urls and (self.top_p < 1 or self.top_k is not None):
+        if self.vllm_server_urls and self.top_p < 1 and self.top_k is None:
             raise InputError(
-                "rloo.top_p and rloo.top_k go without vllm_server_base_url: a server does not tell which tokens it "
-                "left out, and the trainer must score a draw over the same ones"
-            )
-        if self.vllm_server_urls and self.reasoning_budget is not None:
-            raise InputError(
-                "rloo.reasoning_budget goes without vllm_server_base_url: a server knows reasoning by tokens, and "
-                "`<reasoning>` is none"
+                f"rloo.top_p {self.top_p} with vllm_server_base_url needs rloo.top_k as well, such as 100: a server "
+                "lists so many tokens at most, and those that it draws from must be among them"
             )
 
     def _check_kl(self) -> None:

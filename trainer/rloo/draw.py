@@ -19,18 +19,20 @@ def draw(
     """Draw at uniforms in [0, 1) -> ids [R], their log-probabilities [R], floors [R].
 
     Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
-    k likeliest tokens can be drawn, with top_p then only the likeliest ones that reach that probability together; their
-    log-probabilities are among each other, and the floor lies between the last of them and the first that is left out.
-    Tokens as likely as the last one stay too. Without either, floors is None.
+    k likeliest tokens can be drawn, with top_p then only the likeliest of these that reach that probability together;
+    their log-probabilities are among each other. Tokens as likely as the last one stay too. The floor lies between the
+    last of them and the first that is left out, and is told from the drawn token: log p of a token that could be drawn
+    is at least that of the drawn one plus the floor, over all tokens or over those alone. Without a filter it is None.
     """
     scaled_RV = logits_RV.float() if temperature in (0, 1) else logits_RV.float() / temperature
     floors_R = None
     if top_p < 1 or top_k is not None:
-        logprobs_RV = scaled_RV.log_softmax(dim=1)
-        floors_R = _floors(logprobs_RV, top_p, top_k)
-        scaled_RV = logprobs_RV.masked_fill(logprobs_RV < floors_R[:, None], -torch.inf)
+        floors_R = _floors(scaled_RV, top_p, top_k)
+        scaled_RV = scaled_RV.masked_fill(scaled_RV < floors_R[:, None], -torch.inf)
     probabilities_RV = scaled_RV.softmax(dim=1)
     ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(probabilities_RV, uniforms_R)
+    if floors_R is not None:
+        floors_R = floors_R - scaled_RV.gather(1, ids_R1)[:, 0]
     return ids_R1[:, 0], probabilities_RV.gather(1, ids_R1)[:, 0].log(), floors_R
 
 
@@ -56,13 +58,15 @@ def _invert(probabilities_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     return tokens_Rv.gather(1, torch.minimum(place_R1, last_R1))
 
 
-def _floors(logprobs_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    sorted_RV = logprobs_RV.sort(dim=1, descending=True).values
+def _floors(scaled_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Scaled logits below which the filters leave tokens out, as vLLM and transformers do, -> [R]."""
+    sorted_RV = scaled_RV.sort(dim=1, descending=True).values
     num_tokens = sorted_RV.shape[1]
-    num_kept = min(top_k or num_tokens, num_tokens)
-    shares_RV = sorted_RV[:, :num_kept].softmax(dim=1).double()
-    # A token stays if those before it do not reach top_p; the likeliest always does.
-    stays_RV = shares_RV.cumsum(dim=1) - shares_RV < top_p
+    stays_RV = sorted_RV >= sorted_RV[:, min(top_k or num_tokens, num_tokens) - 1, None]
+    if top_p < 1:
+        shares_RV = sorted_RV.masked_fill(~stays_RV, -torch.inf).softmax(dim=1).double()
+        # A token stays if those before it do not reach top_p; the likeliest always does.
+        stays_RV &= shares_RV.cumsum(dim=1) - shares_RV < top_p
     last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
     between_R1 = torch.minimum((kept_R1 + dropped_R1) / 2, kept_R1 - TIE)

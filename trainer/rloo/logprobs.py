@@ -37,7 +37,8 @@ class Rows:
     targets:    [T], the completion tokens
     lengths:    [N], tokens of each completion
     num_pieces: into which the completion tokens are cut for the LM head
-    floors:     [T], the log-probability below which a token could not be drawn; None where every token could
+    floors:     [T], log p of the least likely token that could be drawn, less that of the target, rounded down;
+                None where every token could be drawn
     """
 
     input_ids: Tensor
@@ -141,8 +142,8 @@ def _split(tensor: Tensor | None, num_pieces: int) -> Sequence[Tensor | None]:
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(z / temperature)[target] over the first `num_tokens` logits z, for each of T positions.
 
-    With floors, the softmax is over the target and the tokens whose log-probability reaches the floor: that of a
-    policy that samples from its likeliest tokens only, its choice of them held fixed.
+    With floors, at most 0, the softmax is over the tokens whose log-probability reaches the target's plus the floor:
+    that of a policy that samples from its likeliest tokens only, its choice of them held fixed.
 
     The gradient, (1[v = target] - p_v) / temperature, is written over the logits: the largest tensor of a step exists
     once, where autograd would keep it, its quotient and its exponentials.
@@ -159,18 +160,17 @@ class TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         """-> [T], float32. The caller gives `logits_TV` away."""
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
-        normalisers, lowest = [], []
+        lowest_T = None if floors_T is None else chosen_T + floors_T
+        normalisers = []
         for rows in _rows_at_once(logits_TV):
             scaled = logits_TV[rows, :num_tokens].float()
             if temperature != 1:
                 scaled = scaled / temperature
-            normaliser = scaled.logsumexp(dim=1)
-            if floors_T is not None:
-                lowest.append(torch.minimum(normaliser + floors_T[rows], chosen_T[rows]))
-                normaliser = scaled.masked_fill(scaled < lowest[-1][:, None], -torch.inf).logsumexp(dim=1)
-            normalisers.append(normaliser)
+            if lowest_T is not None:
+                scaled = scaled.masked_fill(scaled < lowest_T[rows, None], -torch.inf)
+            normalisers.append(scaled.logsumexp(dim=1))
         normalisers_T = torch.cat(normalisers)
-        ctx.save_for_backward(logits_TV, targets_T, normalisers_T, torch.cat(lowest) if lowest else None)
+        ctx.save_for_backward(logits_TV, targets_T, normalisers_T, lowest_T)
         ctx.temperature, ctx.num_tokens = temperature, num_tokens
         return chosen_T - normalisers_T
 

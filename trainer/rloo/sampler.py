@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import AFTER_REASONING, REASONING_CLOSE, REASONING_OPEN, Ending, encode_text
-from data.stop import StopSearch, decode_completion
+from data.chat import Ending
+from data.stop import StopSearch, reasoning_closing
 from trainer.models import Policy
 from trainer.rloo.attention import run_decoder
 from trainer.rloo.decoding_weights import decoding_weights
@@ -34,7 +34,8 @@ class Completion:
     logprobs: log-probability that each id was drawn with, at the sampling temperature (same length)
     ending:   `<sep>` was completed, the eos token was drawn, or the length ran out
     forced:   places of ids that were not drawn but forced by the reasoning budget; their log-probability reads 0
-    floors:   for each id, the log-probability below which no token could be drawn; empty where every token could
+    floors:   for each id, log p of the least likely token that could be drawn, less that of the id, rounded down;
+              empty where every token could be drawn
     """
 
     ids: list[int]
@@ -76,7 +77,6 @@ class Sampler:
         self.reasoning_budget = reasoning_budget
         self.dtype = dtype
         self._tokenizer = tokenizer
-        self._closing_ids = encode_text(f"\n{REASONING_CLOSE}{AFTER_REASONING}", tokenizer)
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
         # Embeddings are padded beyond the tokenizer (Reka Flash 3 by 75 rows): those ids mean nothing.
@@ -168,9 +168,7 @@ class Sampler:
         elif drawn == self._eos_id:
             row.ending = Ending.EOS
         elif len(row.ids) == self.reasoning_budget:
-            text = decode_completion(row.ids, self._tokenizer)
-            if REASONING_OPEN in text and REASONING_CLOSE not in text:
-                row.to_force, row.forced_from = list(self._closing_ids), len(row.ids)
+            row.to_force, row.forced_from = reasoning_closing(row.ids, self._tokenizer), len(row.ids)
 
 
 @dataclass(kw_only=True)

@@ -1,22 +1,24 @@
 """The sampler that asks vLLM servers: a group of completions in one request, so that its prompt is computed once.
 
-Ids are the truth: what a completion is, and how it ended, is found from the ids that the server drew, by the same
-search for `<sep>` as in the in-process sampler. A group that is lost with a server is asked for again under the same
-seed, so that nothing is lost and nothing comes twice; an answer from other weights than those asked for is thrown away.
+Where there is a reasoning budget, that request is for the tokens up to it; each completion that has not ended there
+goes on by a request of its own, behind the closing where its reasoning was open. A group that is lost with a server is
+asked for again under the same seeds, so that nothing is lost and nothing comes twice; an answer from other weights than
+those asked for is thrown away.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import STOP, Ending
 from data.errors import InputError
-from data.stop import StopSearch
 from trainer.rloo.config import RLOOConfig
 from trainer.rloo.sampler import Completion
+from trainer.rloo.server.answers import AnswerReader, request_filters
 from trainer.rloo.server.client import Json, ServerClient, ServerDown, ServerRefused
 from trainer.rloo.server.pool import ServerPool
 
@@ -45,12 +47,10 @@ class VLLMSampler:
         self.weights: ServedWeights | None = None
         self.num_retries = 0
         self._config = config
-        self._stop = StopSearch(tokenizer)
-        self._eos_id = tokenizer.eos_token_id
+        self._answers = AnswerReader(tokenizer, config)
         self._settings: Json = {
-            "max_tokens": config.max_completion_length,
             "temperature": config.temperature,
-            "logprobs": 0,
+            **request_filters(config, tokenizer),
             "return_token_ids": True,
             "stop": [STOP],
             "include_stop_str_in_output": True,
@@ -94,24 +94,11 @@ class VLLMSampler:
         )
 
         async def sample_group(number: int) -> list[Completion]:
-            async def ask(client: ServerClient) -> list[Completion]:
-                body = {
-                    **self._settings,
-                    **({"model": weights.model} if weights.model else {}),
-                    "prompt": prompts[number],
-                    "n": num_generations,
-                    "seed": seed_of(keys[number]),
-                }
-                try:
-                    answer = await client.post("/v1/completions", body)
-                except ServerRefused as error:
-                    if error.status != 404:  # a restarted server knows no adapter
-                        raise
-                    raise ServerDown(f"{error}: its weights are gone") from None
-                await weights.check(client, answer)
-                return self.read(answer, num_generations, client.url)
+            async def on_server(client: ServerClient) -> list[Completion]:
+                ask = partial(self._ask, client, weights)
+                return await self._sample_group(ask, prompts[number], keys[number], num_generations)
 
-            group = await pool.run(ask)
+            group = await pool.run(on_server)
             if on_completion is not None:
                 for place, completion in enumerate(group):
                     on_completion(number * num_generations + place, completion)
@@ -123,38 +110,62 @@ class VLLMSampler:
             finally:
                 self.num_retries += pool.num_retries
 
-    def read(self, answer: Json, num_generations: int, url: str) -> list[Completion]:
-        """The completions of one answer, in the order of their numbers."""
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or len(choices) != num_generations:
-            raise InputError(f"the vLLM server {url} gave no {num_generations} choices but {str(choices)[:100]}")
-        ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [self._read_choice(choice, url) for choice in ordered]
+    async def _sample_group(
+        self,
+        ask: Callable[..., Awaitable[list[Completion]]],
+        prompt: list[int],
+        key: tuple[int, ...],
+        num_generations: int,
+    ) -> list[Completion]:
+        budget = self._config.reasoning_budget
+        first = budget or self._config.max_completion_length
+        group = await ask(prompt=prompt, n=num_generations, max_tokens=first, seed=seed_of(key))
+        if budget is None:
+            return group
 
-    def _read_choice(self, choice: Any, url: str) -> Completion:  # Any: a JSON value
-        ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not isinstance(ids, list) or not isinstance(logprobs, list) or not len(ids) == len(logprobs) > 0:
-            raise InputError(
-                f"the vLLM server {url} gives no token_ids with as many token_logprobs: vLLM 0.30 does, "
-                "rekatrain serve-rollouts starts it"
-            )
-        # The server looks for the stop in text that it decodes as it goes; here it is looked for in the ids.
-        cut = self._stop.cut(ids)
-        if self._stop.completes_at(cut, len(cut)):
-            ending = Ending.STOP
-        elif ids[-1] == self._eos_id:
-            ending = Ending.EOS
-        elif len(ids) == self._config.max_completion_length:
-            ending = Ending.LENGTH
-        else:
-            raise InputError(
-                f"the vLLM server {url} ended a completion of {len(ids)} tokens at id {ids[-1]}, which is neither "
-                f"{STOP} nor the eos token {self._eos_id} of the recipe's tokenizer: start it with "
-                "--generation-config vllm, as rekatrain serve-rollouts does"
-            )
-        return Completion(ids=cut, logprobs=[float(logprob) for logprob in logprobs[: len(cut)]], ending=ending)
+        async def go_on(place: int, begun: Completion) -> Completion:
+            if begun.ending is Ending.LENGTH:
+                begun = self._answers.close_reasoning(begun)
+            number = 0
+            while begun.ending is Ending.LENGTH and (room := self._config.max_completion_length - len(begun.ids)):
+                seed = seed_of((*key, place, number := number + 1))
+                [rest] = await ask(prompt=prompt + begun.ids, n=1, max_tokens=room, seed=seed, goes_on=True)
+                begun = self._answers.join(begun, rest)
+            return begun
+
+        tasks = [asyncio.create_task(go_on(place, begun)) for place, begun in enumerate(group)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one has failed the group is begun again, and nobody waits for the others
+                task.cancel()
+
+    async def _ask(
+        self,
+        client: ServerClient,
+        weights: ServedWeights,
+        *,
+        prompt: list[int],
+        n: int,
+        max_tokens: int,
+        seed: int,
+        goes_on: bool = False,
+    ) -> list[Completion]:
+        body = {
+            **self._settings,
+            **({"model": weights.model} if weights.model else {}),
+            **{"prompt": prompt, "n": n, "max_tokens": max_tokens, "seed": seed},
+        }
+        try:
+            answer = await client.post("/v1/completions", body)
+        except ServerRefused as error:
+            if error.status != 404:  # a restarted server knows no adapter
+                raise
+            raise ServerDown(f"{error}: its weights are gone") from None
+        await weights.check(client, answer)
+        return self._answers.read(answer, client.url, num_completions=n, max_tokens=max_tokens, goes_on=goes_on)
 
 
 def seed_of(key: tuple[int, ...]) -> int:
-    """A request's seed from a prompt's key; vLLM numbers the completions of a request on from it."""
+    """A request's seed from the key of a prompt or of a completion; vLLM numbers the completions of one on from it."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

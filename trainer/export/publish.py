@@ -1,0 +1,29 @@
+"""The end of every export: what a folder of verified weights also holds, and the step that gives it its name."""
+
+import logging
+from pathlib import Path
+
+from trainer.export.card import write_card
+from trainer.export.serving import write_serving
+from trainer.models import Source
+from trainer.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def publish(
+    partial: Path, out: Path, form: str, recipe: Recipe, run: Path, source: Source, *, evaluation: str | None = None
+) -> None:
+    """Write the model card and serving/ into `partial`, let everybody read it, and rename it to `out`.
+
+    form:       merged, adapter, gguf or reward
+    run:        the run folder
+    evaluation: what was measured of the exported weights, for the card
+    """
+    write_card(partial, form, recipe, run, source, name=out.name, evaluation=evaluation)
+    write_serving(partial, form, source, out=out)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
+    partial.rename(out)
+    logger.info("exported %s to %s (%s)", source.folder, out, form)
