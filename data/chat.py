@@ -14,11 +14,12 @@ trained mask is made where the ids are made, and what was sampled is never re-to
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, NotRequired, TypedDict
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from data.errors import InputError
+
+if TYPE_CHECKING:  # a second or more of imports, which the reward workers are spared
+    from transformers import PreTrainedTokenizerBase
 
 STOP = "<sep>"
 END_OF_TEXT = "<|endoftext|>"
@@ -182,13 +183,13 @@ def answers_only(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of plain text: a special token's name in the text becomes ordinary ids, and nothing is added around it."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_row(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn = "sep"
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", end_of_turn: EndOfTurn = "sep"
 ) -> EncodedRow:
     """Encode a conversation that ends with the assistant turn to train; only that turn and its stop carry labels.
 

@@ -4,13 +4,7 @@ A grader that fails is an error and not a bad answer: it is counted, its complet
 many fail stops with the first traceback.
 """
 
-import asyncio
-import faulthandler
-import inspect
 import logging
-import reprlib
-import time
-import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,16 +12,16 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from data.errors import InputError
+from rewards.batch_calls import call_batch_functions
 from rewards.compose import RewardFunction, check_columns, total_reward
 from rewards.errors import RewardError
-from rewards.workers import Job, Limits, Score, WorkerPool, check_number, num_workers_here
+from rewards.worker_process import Score
+from rewards.workers import Job, Limits, WorkerPool, num_workers_here
 
 logger = logging.getLogger(__name__)
 
 # A reward's share of errors is that of its last so many completions, and means nothing before so many.
 ERROR_WINDOW, ERROR_MINIMUM = 512, 16
-STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +72,11 @@ class Grader:
         self.functions = list(functions)
         self.config = config or ScoringConfig()
         self._scorers = [function for function in self.functions if function.scorer is not None]
-        self._batches = [function for function in self.functions if function.scorer is None]
+        self._batches = [
+            replace(function, timeout=function.timeout or self.config.batch_timeout)
+            for function in self.functions
+            if function.scorer is None
+        ]
         self._history = {function.name: _History() for function in self.functions}
         self._is_set_up = False
         self._pool = WorkerPool(
@@ -122,9 +120,9 @@ class Grader:
             (submitted or {}).get(place) or self.submit(text, {name: columns[name][place] for name in columns})
             for place, text in enumerate(completions)
         ]
-        scores: dict[str, list[Score]] = {}
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        scores.update(self._run_batches(arguments, len(completions)))
+        self._set_up()
+        scores = call_batch_functions(self._batches, arguments, len(completions))
         for number, scorer in enumerate(self._scorers):
             scores[scorer.name] = [self._pool.result(of_completion[number]) for of_completion in jobs]
         for function in self.functions:
@@ -170,16 +168,6 @@ class Grader:
                     setup()
             self._is_set_up = True
 
-    def _run_batches(self, arguments: Mapping[str, Any], size: int) -> dict[str, list[Score]]:
-        """Call the batch functions: first the plain ones, one by one, then all coroutine functions at once."""
-        self._set_up()
-        timed = [replace(function, timeout=function.timeout or self.config.batch_timeout) for function in self._batches]
-        scores = {function.name: _call(function, arguments, size) for function in timed if not _is_async(function)}
-        waiting = [function for function in timed if _is_async(function)]
-        if waiting:
-            scores.update(asyncio.run(_call_together(waiting, arguments, size)))
-        return scores
-
     def _watch(self, name: str, scores: Sequence[Score]) -> None:
         """Count what failed; RewardError where it is too much of the last completions, or has been all of them."""
         history = self._history[name]
@@ -210,72 +198,3 @@ def score_completions(
     """Score one batch, with workers of its own; see `Grader.score`."""
     with Grader(functions) as grader:
         return grader.score(prompts=prompts, completions=completions, completion_ids=completion_ids, columns=columns)
-
-
-def _is_async(function: RewardFunction) -> bool:
-    # Of an object, what counts is its method __call__.
-    called = function.function
-    return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(getattr(called, "__call__", None))  # noqa: B004
-
-
-def _call(function: RewardFunction, arguments: Mapping[str, Any], size: int) -> list[Score]:
-    assert function.timeout is not None
-    started = time.perf_counter()
-    # A plain function runs where TRL runs it, on the main thread, and cannot be interrupted there. One that hangs ends
-    # the process, with the stack that shows where.
-    faulthandler.dump_traceback_later(function.timeout, exit=True, file=STDERR)
-    try:
-        returned = function.function(**arguments)
-    except Exception as error:  # whatever a grader raises is its failure
-        return _failures(error, size, time.perf_counter() - started)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    return _read(function.name, returned, size, time.perf_counter() - started)
-
-
-async def _call_together(
-    functions: Sequence[RewardFunction], arguments: Mapping[str, Any], size: int
-) -> dict[str, list[Score]]:
-    async def call(function: RewardFunction) -> list[Score]:
-        started = time.perf_counter()
-        limit = asyncio.timeout(function.timeout)
-        try:
-            async with limit:
-                returned = await function.function(**arguments)
-        except Exception as error:  # whatever a grader raises is its failure
-            late = RewardError(f"no result after {function.timeout:g} seconds")
-            return _failures(late if limit.expired() else error, size, time.perf_counter() - started)
-        return _read(function.name, returned, size, time.perf_counter() - started)
-
-    results = await asyncio.gather(*[call(function) for function in functions])
-    return {function.name: scores for function, scores in zip(functions, results, strict=True)}
-
-
-def _failures(error: Exception, size: int, seconds: float) -> list[Score]:
-    """The failure of a whole batch; what the user can mend is raised instead."""
-    if isinstance(error, InputError):
-        raise error
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    text = "".join(traceback.format_exception(error))
-    return [Score(error=told, traceback=text, seconds=seconds / max(size, 1)) for _ in range(size)]
-
-
-def _read(name: str, returned: Any, size: int, seconds: float) -> list[Score]:  # Any: whatever a function returns
-    """What a batch function returned; arrays and tensors of one dimension are lists too."""
-    expected = f"expected a list of {size}, one finite number or None a completion"
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
-    if len(values) != size:
-        raise InputError(f"reward {name} returned {len(values)} values; {expected}")
-    return [_read_value(value, seconds / size) for value in values]
-
-
-def _read_value(value: Any, seconds: float) -> Score:
-    try:
-        if isinstance(value, Exception):
-            raise value
-        number = check_number(value)
-    except Exception as error:  # an error in the place of a value, or no value
-        return Score(error=f"{type(error).__name__}: {error}", traceback=str(error), seconds=seconds)
-    return Score(value=number, seconds=seconds)

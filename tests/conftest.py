@@ -1,12 +1,16 @@
 """Shared fixtures: a tokenizer and a Llama made on the spot, and real data where it lies beside the project."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+# Before transformers is imported: no test asks the hub for anything, also where there is a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -36,24 +40,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """A random float32 Llama of two layers whose embeddings, as Reka's, have more rows than the tokenizer has ids."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaConfig:
+    """A Llama of two layers whose embeddings, as Reka's, have more rows than the tokenizer has ids."""
+    sizes: dict[str, object] = {
+        "vocab_size": len(tokenizer) + 20,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random float32 Llama of that config."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 20,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(tiny_config(tokenizer, **changes)).eval()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
+from conftest import tiny_llama
 from openai import OpenAI
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.cli import main
 
@@ -34,22 +34,8 @@ READY_SECONDS = 600
 
 def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A random Llama with heads of 64, which vLLM has kernels for, and sizes that K-quants' blocks do not divide."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 20,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_llama(tokenizer, intermediate_size=96, max_position_embeddings=2048, initializer_range=0.1, **heads)
 
 
 def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from data.errors import InputError
 from trainer.cli import main
 from trainer.launch import Launch, check_engine, read_launch
+from trainer.models import check_trainable
 from trainer.recipe import Recipe
 from trainer.trl_run import make_config
 
@@ -124,6 +126,27 @@ def test_a_launch_file_that_contradicts_the_recipe_is_refused(option: str, key: 
     assert make_config("sft", {key: 7}, recipe, SFTConfig).deepspeed_plugin is not None
     with pytest.raises(InputError, match=f"the launch file has {option[2:]} 7.*, the recipe's sft section 3"):
         make_config("sft", {key: 3}, recipe, SFTConfig)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "is_deepspeed", "bf16", "message"),
+    [
+        ("bfloat16", None, True, True, None),
+        ("bfloat16", None, True, False, "set sft.bf16: true"),
+        ("bfloat16", {"r": 2}, True, False, "set sft.bf16: true"),
+        ("bfloat16", {"r": 2}, False, False, None),
+        ("bfloat16", None, False, True, "rounds small updates away"),
+        ("float32", None, True, False, None),
+        ("float32", None, False, True, None),
+    ],
+)
+def test_bfloat16_weights_are_trained_where_float32_copies_of_them_are(
+    dtype: str, lora: dict | None, is_deepspeed: bool, bf16: bool, message: str | None, model_folder: Path
+) -> None:
+    model = {"pretrained_model_name_or_path": str(model_folder), "dtype": dtype}
+    recipe = Recipe(stage="sft", output_dir="run", model=model, lora=lora, dataset={})
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_trainable(recipe, is_deepspeed=is_deepspeed, bf16=bf16)
 
 
 def test_a_checkpoint_of_another_launch_or_cut_off_is_not_resumed_from(

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
@@ -89,6 +90,13 @@ def test_the_cost_of_a_decoder_is_its_weights_and_its_heads(model: LlamaForCausa
     cost = PassCost.of(model.model)
     per_layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48  # q, k and v, o, the three of the MLP
     assert cost == PassCost(token=2 * per_layer, pair=2 * 2 * 4 * 8, join=64 * 2 * 4 * 8)
+
+
+def test_the_cost_of_a_sharded_decoder_is_that_of_the_whole_one(model: LlamaForCausalLM) -> None:
+    whole = PassCost.of(model.model)
+    for parameter in model.parameters():  # as ZeRO-3 leaves them between passes
+        parameter.data = torch.empty(0)
+    assert PassCost.of(model.model) == whole
 
 
 @given(COSTS, st.integers(1, 100), st.integers(2, 8), st.integers(1, 200))

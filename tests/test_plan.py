@@ -1,6 +1,7 @@
 """`rekatrain plan`: states as DeepSpeed counts them, what fits and what does not, advice that holds, and refusals."""
 
 import json
+import logging
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from data.errors import InputError
 from trainer.cli import main
 from trainer.plan.advice import advise
 from trainer.plan.cost import Rates, estimate
-from trainer.plan.machine import GB, Launch, read_launch_file
+from trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from trainer.plan.memory import make_plan
 from trainer.plan.scale_out import point
 from trainer.plan.shape import ModelShape
@@ -23,11 +24,13 @@ from trainer.plan.states import count_states
 from trainer.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
-DDP = Launch(engine="ddp", num_gpus=8)
+DDP = PlannedLaunch(engine="ddp", num_gpus=8)
 
 
-def zero(stage: int, num_gpus: int = 8, **more: Any) -> Launch:
-    return Launch(engine="deepspeed", zero_stage=stage, num_gpus=num_gpus, num_nodes=max(1, num_gpus // 8), **more)
+def zero(stage: int, num_gpus: int = 8, **more: Any) -> PlannedLaunch:
+    return PlannedLaunch(
+        engine="deepspeed", zero_stage=stage, num_gpus=num_gpus, num_nodes=max(1, num_gpus // 8), **more
+    )
 
 
 def reka(name: str, *overrides: str) -> Recipe:
@@ -86,6 +89,16 @@ def test_the_model_is_built_with_its_true_shapes(shape: ModelShape) -> None:
     assert (shape.largest_module, shape.vocab_rows, shape.context) == (100_352 * 6144, 100_352, 32_768)
 
 
+def test_a_model_out_of_reach_is_told_once_for_all_plans_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainer.plan.shape")
+    for name in ("sft-lora", "sft-full"):
+        recipe = reka(name, "model.pretrained_model_name_or_path=someone/reka-flash-3")
+        assert make_plan(recipe, zero(3)).shape.num_base == 20_905_482_240
+    assert [record.getMessage() for record in caplog.records] == [
+        "plan: someone/reka-flash-3 is out of reach; its architecture is taken from reka-flash-3.json"
+    ]
+
+
 @pytest.mark.parametrize(("rank", "count"), [(8, 40.8e6), (16, 81.5e6), (32, 163.0e6)])
 def test_an_adapter_grows_with_its_rank(rank: int, count: float) -> None:
     assert make_plan(reka("sft-lora", f"lora.r={rank}"), DDP).shape.num_adapter == pytest.approx(count, rel=2e-3)
@@ -106,14 +119,14 @@ def test_zero3_partitions_are_equal_shares(num_gpus: int) -> None:
     [
         ("sft-lora", DDP),
         ("sft-full", zero(3)),
-        ("sft-qlora", Launch(gpu_memory=40 * GB)),
+        ("sft-qlora", PlannedLaunch(gpu_memory=40 * GB)),
         ("reward", DDP),
         ("rloo-lora", DDP),
         ("rloo-3.1", DDP),
         ("rloo-full", zero(3, offload_optimizer=True, host_memory=512 * GB)),
     ],
 )
-def test_every_recipe_of_the_21b_model_fits_its_launch(name: str, launch: Launch) -> None:
+def test_every_recipe_of_the_21b_model_fits_its_launch(name: str, launch: PlannedLaunch) -> None:
     plan = make_plan(reka(name), launch)
     assert plan.overfull == []
     assert plan.worst.gpu_bytes > 20 * GB  # the model is in it
@@ -135,7 +148,7 @@ def test_full_rloo_on_gpus_alone_fits_but_for_its_sampling() -> None:
     ],
     ids=["activations", "states", "batches", "rollouts"],
 )
-def test_advice_makes_it_fit(recipe: Recipe, launch: Launch) -> None:
+def test_advice_makes_it_fit(recipe: Recipe, launch: PlannedLaunch) -> None:
     plan = make_plan(recipe, launch)
     assert plan.overfull
     changes = advise(plan)
@@ -180,11 +193,14 @@ def test_more_sharding_never_needs_more_of_a_gpu() -> None:
     assert len(set(needed)) == 3
 
 
-def test_a_quantized_base_needs_a_gpu_and_an_adapter() -> None:
+def test_a_quantized_base_needs_a_gpu_that_holds_it_whole_and_an_adapter() -> None:
     with pytest.raises(InputError, match="needs a GPU"):
-        make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), Launch(is_cpu=True))
-    with pytest.raises(InputError, match="goes with a lora: section"):
-        make_plan(reka("sft-qlora", "lora=null"), Launch())
+        make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), PlannedLaunch(is_cpu=True))
+    with pytest.raises(InputError, match="needs a lora: section"):
+        make_plan(reka("sft-qlora", "lora=null"), PlannedLaunch())
+    with pytest.raises(InputError, match="which ZeRO-3 would shard"):
+        make_plan(reka("sft-qlora"), zero(3))
+    assert make_plan(reka("sft-qlora"), zero(2)).fits
 
 
 def test_arithmetic_is_counted_as_the_roofline_counts_it() -> None:
@@ -307,8 +323,10 @@ def test_the_table_over_launches_has_a_row_for_each_method_and_engine(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["plan", *small, "--compare"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("sft", "rloo"))]
-    assert len(lines) == 2 * 3 * 6
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith(("sft", "rloo"))]
+    # Three methods under six engines; the three of ZeRO-3 would shard what QLoRA keeps whole.
+    assert len(rows) == 2 * (3 * 6 - 3)
+    assert {engine.strip(",") for _, method, engine in rows if method == "QLoRA"} == {"ZeRO-0", "ZeRO-1", "ZeRO-2"}
 
 
 def test_a_host_is_compared_too() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 from trl.trainer.reward_trainer import RewardTrainer
 
 from data.errors import InputError
@@ -100,18 +101,8 @@ def decoder_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     """A tiny Llama with one output, and a tokenizer without a pad token."""
     folder = tmp_path_factory.mktemp("decoder")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        num_labels=1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    config = tiny_config(tokenizer, initializer_range=0.3, num_labels=1, **sizes)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

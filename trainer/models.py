@@ -85,8 +85,8 @@ def make_quantization(section: dict[str, Any] | None, dtype: str) -> BitsAndByte
     return None if section is None else BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **section})
 
 
-def check_quantization(recipe: Recipe) -> None:
-    """Raise InputError for a `model.quantization_config:` (QLoRA, arXiv 2305.14314) that cannot be trained here.
+def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None) -> None:
+    """Raise InputError for a `model.quantization_config:` (QLoRA, arXiv 2305.14314) that such a launch cannot train.
 
     peft's prepare_model_for_kbit_training is not needed: `get_peft_model` freezes the base, Llama's norms compute in
     float32 by themselves, and TRL makes the embeddings' outputs require gradients where checkpointing needs it.
@@ -100,14 +100,21 @@ def check_quantization(recipe: Recipe) -> None:
         raise InputError(f"{name} quantizes nothing: set load_in_4bit: true (QLoRA), or take it out")
     if recipe.lora is None:
         raise InputError(f"{name} needs a lora: section: quantized weights cannot be trained, an adapter on them can")
-    if not torch.cuda.is_available():
+    if not has_gpu:
         raise InputError(f"{name} needs a GPU, and there is none: take it out to train a plain adapter here")
-    if find_spec("bitsandbytes") is None:
-        raise InputError(f"{name} needs bitsandbytes: pip install -c tests/constraints.txt -e '.[qlora]'")
-    if read_launch().zero_stage == 3:
+    if zero_stage == 3:
         raise InputError(
             f"{name} keeps the quantized weights whole on each GPU, which ZeRO-3 would shard: launch with "
             "recipes/accelerate/zero2.yaml or ddp.yaml"
+        )
+
+
+def check_quantization_here(recipe: Recipe) -> None:
+    """The same for this process as it was launched, and that the package is there."""
+    check_quantization(recipe, has_gpu=torch.cuda.is_available(), zero_stage=read_launch().zero_stage)
+    if recipe.model.get("quantization_config") is not None and find_spec("bitsandbytes") is None:
+        raise InputError(
+            "model.quantization_config needs bitsandbytes: pip install -c tests/constraints.txt -e '.[qlora]'"
         )
 
 
@@ -123,7 +130,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     Raises InputError for a model that is not there, a vocabulary smaller than the tokenizer's, an eos id that the
     tokenizer does not have, and LoRA targets that the architecture does not have.
     """
-    check_quantization(recipe)
+    check_quantization_here(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     try:
         config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"))
@@ -158,10 +165,10 @@ def check_attention(config: PretrainedConfig) -> None:
             )
 
 
-def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
+def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
     """Raise InputError for a start that cannot be trained as the recipe asks.
 
-    has_master_weights: whether the launcher keeps float32 copies of bfloat16 weights (DeepSpeed does).
+    bf16: whether the stage computes in bfloat16; DeepSpeed then keeps float32 copies of bfloat16 weights.
     """
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     if source.adapter:
@@ -169,7 +176,12 @@ def check_trainable(recipe: Recipe, *, has_master_weights: bool) -> None:
             f"{source.folder!r} is an adapter on {source.base!r}; make one model of them: rekatrain export RUN OUT"
         )
     is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
-    if recipe.lora is None and is_bfloat16 and not has_master_weights:
+    if is_deepspeed and is_bfloat16 and not bf16:
+        raise InputError(
+            "DeepSpeed trains bfloat16 weights, with float32 copies of them, in bfloat16 arithmetic alone: set "
+            f"{recipe.stage}.bf16: true, or model.dtype to float32"
+        )
+    if recipe.lora is None and is_bfloat16 and not is_deepspeed:
         raise InputError(
             "full fine-tuning of bfloat16 weights rounds small updates away: set model.dtype to float32 "
             "(and bf16: true for bfloat16 arithmetic), launch with DeepSpeed, or add a lora: section"

@@ -79,10 +79,7 @@ def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlug
 
 def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | None) -> None:
     """Raise InputError for a start that cannot be trained, or continued, under the engine that was launched."""
-    is_deepspeed = config.deepspeed_plugin is not None
-    check_trainable(recipe, has_master_weights=is_deepspeed and config.bf16)
-    if is_deepspeed and not config.bf16 and recipe.model.get("dtype", "bfloat16") == "bfloat16":
-        raise InputError(f"DeepSpeed trains bfloat16 weights in bfloat16 alone: set {recipe.stage}.bf16: true")
+    check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     if checkpoint is None:
         return
     if not (checkpoint / LAUNCH_FILE).exists():

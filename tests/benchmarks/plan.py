@@ -25,7 +25,7 @@ from common import load_folder_tokenizer, make_parser, print_table, write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from data.chat import encode_text, render_prompt
-from trainer.plan.machine import GB, Launch
+from trainer.plan.machine import GB, PlannedLaunch
 from trainer.plan.memory import make_plan
 from trainer.recipe import Recipe
 
@@ -149,10 +149,10 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
         **({"rewards": {"varying_reward:by_letters": {"weight": 1.0}}} if case.stage == "rloo" else {}),
     }
     recipe = Recipe(stage=case.stage, output_dir=str(folder / "run"), **sections)  # type: ignore[arg-type]
-    launch = Launch(is_cpu=True)
+    launch = PlannedLaunch(is_cpu=True)
     command = [sys.executable]
     if case.zero_stage:
-        launch = Launch(engine="deepspeed", zero_stage=case.zero_stage, num_gpus=2, is_cpu=True)
+        launch = PlannedLaunch(engine="deepspeed", zero_stage=case.zero_stage, num_gpus=2, is_cpu=True)
         (folder / "launch.yaml").write_text(
             json.dumps(
                 {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from data.errors import InputError
-from trainer.plan.machine import Launch
+from trainer.plan.machine import PlannedLaunch
 from trainer.plan.memory import Plan, make_plan
 from trainer.recipe import Recipe, Section
 
@@ -22,7 +22,7 @@ class Change:
 
     text: str
     recipe: Recipe
-    launch: Launch
+    launch: PlannedLaunch
 
     @property
     def kind(self) -> str:
@@ -47,7 +47,7 @@ def advise(plan: Plan) -> list[Change]:
     return []
 
 
-def _strongest(recipe: Recipe, launch: Launch) -> list[Change]:
+def _strongest(recipe: Recipe, launch: PlannedLaunch) -> list[Change]:
     """Of each kind of change the last one, in their order."""
     return list({change.kind: change for change in _changes(recipe, launch)}.values())
 
@@ -59,7 +59,7 @@ def _fits(plan: Plan, change: Change) -> bool:
         return False
 
 
-def _changes(recipe: Recipe, launch: Launch) -> Iterator[Change]:
+def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
     """Single changes, from those that change no result to those that train something else."""
     section = {"sft": recipe.sft, "reward": recipe.reward, "rloo": recipe.rloo}[recipe.stage]
 
@@ -104,9 +104,9 @@ def _changes(recipe: Recipe, launch: Launch) -> Iterator[Change]:
         )
 
 
-def _launches(recipe: Recipe, launch: Launch) -> Iterator[Change]:
+def _launches(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
     def by_launch(text: str, **changes: object) -> Change:
-        return Change(text=text, recipe=recipe, launch=Launch(**{**vars(launch), **changes}))
+        return Change(text=text, recipe=recipe, launch=PlannedLaunch(**{**vars(launch), **changes}))
 
     for stage in (1, 2, 3):
         if launch.num_gpus > 1 and (launch.engine != "deepspeed" or launch.zero_stage < stage):

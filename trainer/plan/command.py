@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from trainer.models import check_quantization
 from trainer.plan.compare import compare
 from trainer.plan.cost import Rates
-from trainer.plan.machine import GB, Launch, launched, read_launch_file
+from trainer.plan.machine import GB, PlannedLaunch, launched, read_launch_file
 from trainer.plan.memory import make_plan
 from trainer.plan.scale_out import scale_out
 from trainer.plan.shape import load_config
@@ -46,7 +45,7 @@ def plan(
         launch = launched()
     else:
         engine = "ddp" if num_gpus > 1 else "single"
-        launch = Launch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # one of the two
+        launch = PlannedLaunch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # one of the two
         launch = replace(launch, host_memory=host)
     planned = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
     print(show(planned, rates=Rates()))
@@ -55,7 +54,6 @@ def plan(
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     """Raise InputError where the run cannot fit what it was launched on, unless that is overridden: then warn."""
-    check_quantization(recipe)
     planned = make_plan(_within_context(recipe), launched())
     if not planned.overfull:
         worst = planned.worst

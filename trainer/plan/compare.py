@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from data.errors import InputError
+from trainer.models import check_quantization
 from trainer.plan.advice import LORA, QUANTIZATION
-from trainer.plan.machine import Launch
+from trainer.plan.machine import PlannedLaunch
 from trainer.plan.memory import make_plan
 from trainer.plan.show import table
 from trainer.recipe import Recipe
@@ -30,14 +31,19 @@ METHODS = ("full", "LoRA", "QLoRA")
 
 
 def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt_tokens: int | None) -> str:
-    """A table of GB a GPU in the worst phase, for SFT and RLOO; brackets where it does not fit."""
+    """A table of GB a GPU in the worst phase, for SFT and RLOO; brackets where it does not fit.
+
+    An engine that a run refuses with a method, as ZeRO-3 with QLoRA, has no row for it.
+    """
     rows = []
     for stage in ("sft", "rloo"):
         for method in METHODS:
             for engine, settings in ENGINES.items():
+                if _is_refused(_as(recipe, stage, method, PlannedLaunch(**settings)), settings):
+                    continue
                 cells = []
                 for num_gpus in NUM_GPUS:
-                    launch = Launch(
+                    launch = PlannedLaunch(
                         **(settings if num_gpus > 1 or settings["engine"] == "deepspeed" else {"engine": "single"}),
                         num_gpus=num_gpus,
                         num_nodes=-(-num_gpus // 8),
@@ -50,7 +56,7 @@ def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt
     return table(header, rows)
 
 
-def _cell(recipe: Recipe, launch: Launch, prompt_tokens: int | None) -> str:
+def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> str:
     try:
         plan = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
         needed = f"{plan.worst.gpu_bytes / 1e9:.0f}"
@@ -59,7 +65,15 @@ def _cell(recipe: Recipe, launch: Launch, prompt_tokens: int | None) -> str:
         return "-"
 
 
-def _as(recipe: Recipe, stage: str, method: str, launch: Launch) -> Recipe:
+def _is_refused(recipe: Recipe, settings: dict[str, Any]) -> bool:
+    try:
+        check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
+        return False
+    except InputError:
+        return True
+
+
+def _as(recipe: Recipe, stage: str, method: str, launch: PlannedLaunch) -> Recipe:
     """The recipe's lengths and batches in another stage, with other trained weights."""
     others = dict(_sections(recipe))
     is_sharded = launch.engine == "deepspeed"

@@ -25,8 +25,8 @@ ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """The processes of a run and what each of them has.
+class PlannedLaunch:
+    """The processes that a run is planned for, and what each of them has; `trainer.launch.Launch` is what was asked.
 
     engine:             single (one process), ddp (a whole model in each), deepspeed
     zero_stage:         of DeepSpeed: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the parameters too
@@ -93,7 +93,7 @@ class Launch:
         return ", ".join(words)
 
 
-def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None = None) -> Launch:
+def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None = None) -> PlannedLaunch:
     """What an Accelerate launch file starts; InputError for one that the stages do not run under."""
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
     parallelism = tree.get("parallelism_config") or {}
     is_cpu = kind == "MULTI_CPU" or tree.get("use_cpu") is True
     num_gpus, num_nodes = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
-    launch = Launch(
+    launch = PlannedLaunch(
         engine="single" if num_gpus == 1 and kind != "DEEPSPEED" else ENGINES[kind],
         num_gpus=num_gpus,
         num_nodes=num_nodes,
@@ -123,7 +123,7 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
     return _on_host(launch) if is_cpu else launch
 
 
-def launched() -> Launch:
+def launched() -> PlannedLaunch:
     """What this process was started by `accelerate launch`, or without it, as; memory is the machine's own."""
     asked = read_launch()
     settings: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def launched() -> Launch:
         settings = _zero(
             {"deepspeed_" * (key == "config_file") + key: value for key, value in given.items() if value}, Path()
         )
-    launch = Launch(
+    launch = PlannedLaunch(
         engine=asked.engine,
         num_gpus=asked.num_processes,
         num_nodes=asked.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", asked.num_processes)),
@@ -147,14 +147,16 @@ def launched() -> Launch:
     return replace_memory(launch, torch.cuda.get_device_properties(device).total_memory)
 
 
-def replace_memory(launch: Launch, gpu_memory: float) -> Launch:
+def replace_memory(launch: PlannedLaunch, gpu_memory: float) -> PlannedLaunch:
     """The same processes with another memory."""
-    return Launch(**{**vars(launch), "gpu_memory": gpu_memory})
+    return PlannedLaunch(**{**vars(launch), "gpu_memory": gpu_memory})
 
 
-def _on_host(launch: Launch) -> Launch:
+def _on_host(launch: PlannedLaunch) -> PlannedLaunch:
     total = psutil.virtual_memory().total
-    return Launch(**{**vars(launch), "gpu_memory": total / launch.gpus_per_node, "host_memory": None, "is_cpu": True})
+    return PlannedLaunch(
+        **{**vars(launch), "gpu_memory": total / launch.gpus_per_node, "host_memory": None, "is_cpu": True}
+    )
 
 
 def _zero(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

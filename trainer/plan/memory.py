@@ -14,8 +14,9 @@ from functools import cached_property, lru_cache
 from transformers import PretrainedConfig
 
 from data.errors import InputError
+from trainer.models import check_quantization
 from trainer.plan.live_memory import Parts
-from trainer.plan.machine import GB, Launch
+from trainer.plan.machine import GB, PlannedLaunch
 from trainer.plan.passes import Passes
 from trainer.plan.shape import ModelShape, model_of
 from trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
@@ -55,7 +56,7 @@ class Plan:
     """Whether and how a recipe fits a launch; everything is worked out when it is asked for."""
 
     recipe: Recipe
-    launch: Launch
+    launch: PlannedLaunch
     config: PretrainedConfig
     shape: ModelShape
     prompt_tokens: int
@@ -254,9 +255,9 @@ class Plan:
         return float(weights * (2 if self.casts else 4 if self.launch.is_cpu else 0))
 
 
-def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | None = None) -> Plan:
     """Plan a recipe; InputError for what no amount of memory makes run."""
-    _check(recipe, launch)
+    check_quantization(recipe, has_gpu=not launch.is_cpu, zero_stage=launch.zero_stage)
     config, shape = model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
     if recipe.stage == "rloo":
         room = shape.context - RLOOConfig(**recipe.rloo).max_completion_length
@@ -264,13 +265,6 @@ def make_plan(recipe: Recipe, launch: Launch, *, prompt_tokens: int | None = Non
             raise InputError(f"rloo.max_completion_length leaves no room for a prompt in a context of {shape.context}")
         prompt_tokens = min(prompt_tokens or PROMPT_TOKENS, room)
     return Plan(recipe=recipe, launch=launch, config=config, shape=shape, prompt_tokens=prompt_tokens or 0)
-
-
-def _check(recipe: Recipe, launch: Launch) -> None:
-    if recipe.model.get("quantization_config") and launch.is_cpu:
-        raise InputError("model.quantization_config needs a GPU: bitsandbytes' four-bit layers do not run on a CPU")
-    if recipe.model.get("quantization_config") and recipe.lora is None:
-        raise InputError("model.quantization_config goes with a lora: section: four-bit weights are not trained")
 
 
 # Plans that differ in what no pass knows of (a ZeRO stage, a number of GPUs) share their passes.

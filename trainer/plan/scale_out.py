@@ -9,7 +9,7 @@ from math import ceil, gcd
 
 from data.errors import InputError
 from trainer.plan.cost import Cost, Rates, estimate
-from trainer.plan.machine import GB, Launch
+from trainer.plan.machine import GB, PlannedLaunch
 from trainer.plan.memory import Plan, make_plan
 from trainer.plan.show import table
 from trainer.plan.states import base_bytes
@@ -70,7 +70,7 @@ def scale_out(recipe: Recipe, gpu_memory: float, prompt_tokens: int | None, rate
     rates = rates or Rates()
     if recipe.stage != "rloo":
         raise InputError("--scale-out is for stage rloo: give it an rloo recipe")
-    config = make_plan(recipe, Launch(num_gpus=1, gpu_memory=gpu_memory), prompt_tokens=prompt_tokens).rloo
+    config = make_plan(recipe, PlannedLaunch(num_gpus=1, gpu_memory=gpu_memory), prompt_tokens=prompt_tokens).rloo
     texts = [f"rates: {rates.describe()}; {ROWS_AT_ONCE} rows to a replica"]
     for title, a_gpu in (
         (f"the recipe's step of {config.prompts_per_step} x {config.num_generations} completions", None),
@@ -135,7 +135,7 @@ def point(
     share = ceil(prompts / trainers)
     shared_out = replace(recipe, rloo={**recipe.rloo, "prompts_per_step": share * trainers})
     is_full = recipe.lora is None
-    launch = Launch(
+    launch = PlannedLaunch(
         engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
         zero_stage=3 if is_full else 0,
         num_gpus=trainers,
@@ -157,7 +157,7 @@ def point(
     )
 
 
-def _collectives(cost: Cost, launch: Launch, rates: Rates) -> float:
+def _collectives(cost: Cost, launch: PlannedLaunch, rates: Rates) -> float:
     sent = sum(size for name, size in cost.traffic.items() if name != "parameters to sample")
     return sent / ((rates.network if launch.num_nodes > 1 else rates.nvlink) * rates.share_links)
 

@@ -80,11 +80,19 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"), **labels)
     except (OSError, ValueError) as error:
-        shipped = CONFIGS / f"{Path(name).name}.json"
-        if not shipped.exists():
+        shipped = _shipped_config(name)
+        if shipped is None:
             raise InputError(f"no model could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
-        logger.info("plan: %s is out of reach; its architecture is taken from %s", name, shipped.name)
         return AutoConfig.from_pretrained(shipped, **labels)
+
+
+@lru_cache  # told once, however many plans are of the model
+def _shipped_config(name: str) -> Path | None:
+    shipped = CONFIGS / f"{Path(name).name}.json"
+    if not shipped.exists():
+        return None
+    logger.info("plan: %s is out of reach; its architecture is taken from %s", name, shipped.name)
+    return shipped
 
 
 def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = None, **options: Any) -> Policy:

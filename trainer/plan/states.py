@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from data.errors import InputError
 from trainer.plan.live_memory import Parts
-from trainer.plan.machine import Launch
+from trainer.plan.machine import PlannedLaunch
 from trainer.plan.shape import ModelShape
 from trainer.recipe import Recipe
 
@@ -48,7 +48,7 @@ class States:
     host: Parts = field(default_factory=Counter)
 
 
-def count_states(recipe: Recipe, shape: ModelShape, launch: Launch, *, casts: bool) -> States:
+def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, casts: bool) -> States:
     """The states of a recipe's stage under a launch; `casts`: bfloat16 arithmetic over the weights' own dtype."""
     is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and casts)
     size = 2 if is_16_bit else 4
@@ -73,7 +73,7 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: Launch, *, casts: bo
     )
 
 
-def _sharded(recipe: Recipe, shape: ModelShape, launch: Launch, base: int, is_16_bit: bool) -> States:
+def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int, is_16_bit: bool) -> States:
     size = 2 if is_16_bit else 4
     is_adapter = recipe.lora is not None
     weights: Parts = Counter({"parameters": base})

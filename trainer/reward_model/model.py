@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from data.errors import InputError
 from data.tokenizer import load_classifier_tokenizer
 from rewards.classifier import set_pad
-from trainer.models import Policy, add_adapter, check_quantization, describe, find_source, make_quantization
+from trainer.models import Policy, add_adapter, check_quantization_here, describe, find_source, make_quantization
 from trainer.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> in
     Raises InputError for a model that is not there, one that has no sequence-classification form or several labels, a
     vocabulary smaller than the tokenizer's, and LoRA targets that the architecture does not have.
     """
-    check_quantization(recipe)
+    check_quantization_here(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     try:
         config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"), num_labels=1)

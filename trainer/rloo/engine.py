@@ -54,12 +54,7 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def check_dtype(accelerator: Accelerator, dtype: str, *, bf16: bool) -> None:
-    """Raise InputError where DeepSpeed would refuse a model's `dtype` in the midst of things."""
-    if zero_stage(accelerator) and dtype == "bfloat16" and not bf16:
-        raise InputError(
-            "DeepSpeed trains bfloat16 weights, with float32 copies of them, where rloo.bf16 is true: set it, or "
-            "model.dtype to float32"
-        )
+    """Raise InputError where ZeRO-3 would refuse a model's `dtype` in the midst of things."""
     if zero_stage(accelerator) == 3 and dtype == "float32" and bf16:
         raise InputError(
             "rloo.bf16 under ZeRO-3 goes with model.dtype bfloat16: weights are sharded as they are loaded, and "

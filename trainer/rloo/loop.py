@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     task = prepare(recipe)
     config = task.config
     accelerator = make_accelerator(bf16=config.bf16)
-    check_trainable(recipe, has_master_weights=zero_stage(accelerator) > 0 and config.bf16)
+    check_trainable(recipe, is_deepspeed=zero_stage(accelerator) > 0, bf16=config.bf16)
     check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=config.bf16)
     config.prompts_per_process(accelerator.num_processes)
     keeps_optimizer = checkpoint is None or check_layout(

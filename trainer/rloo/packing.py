@@ -35,7 +35,8 @@ class PassCost:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_hidden_layers * config.num_attention_heads * head_dim
         return cls(
-            token=float(sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))),
+            # By shape: a weight that ZeRO-3 has sharded is empty between its passes, one of four bits is packed.
+            token=float(sum(m.in_features * m.out_features for m in decoder.modules() if isinstance(m, nn.Linear))),
             pair=2.0 * width,
             # A GPU's kernel has the prompt's keys and the completion's in one loop.
             join=0.0 if decoder.device.type == "cuda" else JOIN * width,

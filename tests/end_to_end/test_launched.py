@@ -1,0 +1,281 @@
+"""Real launches with the shipped launch files: any sharding takes one process's steps, a dead process ends a run.
+
+Starting processes costs more than the runs do: all runs in so many processes share one launch (launched.py).
+"""
+
+import json
+import operator
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import LORA, OPTIONS, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
+
+from trainer.cli import main
+
+LAUNCHED = Path(__file__).with_name("launched.py")
+# Four prompts in micro-batches of a few tokens: more of them on one process than on another, groups split among them.
+FULL = {"prompts_per_step": 4, "micro_batch_tokens": 60}
+RLOO_KINDS: dict[str, dict] = {
+    "full": {"rloo": FULL},
+    "adapter": {"rloo": {**OPTIONS, "prompts_per_step": 4}, "lora": LORA},
+    "without-kl": {"rloo": {**FULL, "beta": 0.0, "loss_type": "token_mean"}},
+    "default": {"lora": LORA},
+}
+TRL_KINDS = {"full": None, "lora": LORA}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run in several processes.
+
+    stage, kind: what is trained, which one process trains too
+    zero:        stage of ZeRO, 0 for data parallelism
+    resumes:     whether it is set aside, and taken up again from the checkpoint before its last
+    offloads:    whether the optimizer and the parameters are on the host, as zero3-offload.yaml has them
+    """
+
+    stage: str
+    kind: str
+    zero: int
+    resumes: bool = False
+    offloads: bool = False
+
+    @property
+    def alone(self) -> str:
+        return f"{self.stage}-{self.kind}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a launch file of this engine sets."""
+        devices = {f"OFFLOAD_{part}_DEVICE": "cpu" if self.offloads else "none" for part in ("OPTIMIZER", "PARAM")}
+        settings = {"ZERO_STAGE": str(self.zero), "ZERO3_INIT": str(self.zero == 3).lower(), **devices}
+        return {
+            "ACCELERATE_USE_DEEPSPEED": str(self.zero > 0).lower(),
+            **{f"ACCELERATE_DEEPSPEED_{name}": value for name, value in settings.items()},
+        }
+
+    def name(self, num_processes: int) -> str:
+        return f"{self.alone}-{self.zero}{'-offload' * self.offloads}-of-{num_processes}"
+
+
+def rloo_runs(*zeros: int) -> list[Run]:
+    runs = [Run(stage="rloo", kind=kind, zero=zero, resumes=True) for zero in zeros for kind in ("full", "adapter")]
+    return [*runs, Run(stage="rloo", kind="without-kl", zero=3)]
+
+
+# RLOO's data parallelism comes first: a process that has run under DeepSpeed stays, to Accelerate, one that does.
+RUNS = {
+    2: [
+        Run(stage="rloo", kind="default", zero=0),
+        *rloo_runs(1, 2, 3),
+        *(Run(stage="sft", kind=kind, zero=zero, resumes=True) for kind in TRL_KINDS for zero in (1, 2, 3)),
+        *(Run(stage="reward", kind=kind, zero=zero) for kind in TRL_KINDS for zero in (1, 2, 3)),
+        Run(stage="sft", kind="full", zero=3, offloads=True),
+        Run(stage="sft", kind="full", zero=0),
+        Run(stage="reward", kind="lora", zero=0),
+    ],
+    4: [*rloo_runs(0, 3), *(Run(stage="sft", kind=kind, zero=zero) for kind in TRL_KINDS for zero in (2, 3))],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What a launch left behind: its runs, in the folder, and what it told."""
+
+    folder: Path
+    num_processes: int
+    told: list[str]
+
+    def runs(self, *stages: str) -> list[tuple[Run, Path, Path]]:
+        """Of some stages: each run, the folder of one process's, and its own."""
+        found = [run for run in RUNS[self.num_processes] if run.stage in stages]
+        return [(run, self.folder / run.alone, self.folder / run.name(self.num_processes)) for run in found]
+
+
+def recipe(folder: Path, name: str, model: Path, *, stage: str, kind: str, num_processes: int = 1) -> str:
+    """The same steps, however many processes share them: four of four rows, or three of RLOO."""
+    if stage == "rloo":
+        return str(rloo_recipe(folder, name, model, **RLOO_KINDS[kind]))
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4 // num_processes, "learning_rate": 1e-3}
+    settings |= {"save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.5}  # the norm is near 4: every step is clipped
+    dataset = {"path": str(folder / f"{stage}.jsonl"), "format": "prompt_answer" if stage == "sft" else "preference"}
+    sections = {"stage": stage, "lora": TRL_KINDS[kind], "dataset": dataset, stage: settings}
+    return str(write_recipe(folder, name, model, **sections))
+
+
+def launch(folder: Path, file: str, *command: str, num_processes: int = 2) -> subprocess.Popen[bytes]:
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    return start(folder, *launcher, "--config_file", str(PROJECT / "recipes" / "accelerate" / file), *command)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working folder of this file, with rows, pairs and a user's reward."""
+    folder = tmp_path_factory.mktemp("launched")
+    write_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, model_folder: Path) -> Path:
+    """The folder with what one process makes of every kind of run; RLOO goes on for a fourth step."""
+    for stage, kinds in (("rloo", RLOO_KINDS), ("sft", TRL_KINDS), ("reward", TRL_KINDS)):
+        for kind in kinds:
+            path = recipe(folder, f"{stage}-{kind}", model_folder, stage=stage, kind=kind)
+            main(["train", path])
+            if stage == "rloo" and kind in ("full", "adapter"):
+                main(["train", path, "--resume", "rloo.max_steps=4"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(alone: Path, model_folder: Path, request: pytest.FixtureRequest) -> Launch:
+    """All runs in so many processes."""
+    folder, num_processes = alone, request.param
+    cases: list[dict] = []
+    for run in RUNS[num_processes]:
+        name = run.name(num_processes)
+        path = recipe(folder, name, model_folder, stage=run.stage, kind=run.kind, num_processes=num_processes)
+        case = {"environment": run.environment, "arguments": ["train", path]}
+        if run.resumes:
+            last = 3 if run.stage == "rloo" else 4
+            cases.append({**case, "set_aside": str(folder / name / "checkpoints" / f"checkpoint-{last}")})
+            case["arguments"] = ["train", path, "--resume"]
+        cases.append(case)
+    loaded = recipe(folder, "loaded", model_folder, stage="sft", kind="full", num_processes=num_processes)
+    sharded = Run(stage="sft", kind="full", zero=3).environment
+    cases.append({"environment": sharded, "load": loaded, "report": str(folder / f"held-of-{num_processes}")})
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [str(LAUNCHED), str(folder / "cases.json")]
+    process = launch(folder, "zero3.yaml", *command, num_processes=num_processes)
+    try:
+        _, stderr = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, stderr.decode()[-8000:]
+    return Launch(folder=folder, num_processes=num_processes, told=stderr.decode().splitlines())
+
+
+in_two_and_four = pytest.mark.parametrize("launched", RUNS, indirect=True)
+
+
+@in_two_and_four
+def test_every_run_has_the_engine_that_it_was_launched_on(launched: Launch) -> None:
+    told = iter([line for line in launched.told if line.startswith("engine: ")])
+    for run in RUNS[launched.num_processes]:
+        engine = f"DeepSpeed ZeRO-{run.zero}" if run.zero else "data parallel"
+        if run.offloads:
+            engine += ", optimizer offloaded to cpu, param offloaded to cpu"
+        has = "weights float32, arithmetic the weights'; attention "
+        has += "rekatrain_groups" if run.stage == "rloo" else "sdpa"
+        for _ in range(1 + run.resumes):
+            assert next(told) == f"engine: {engine}; world size {launched.num_processes}, cpu; {has}"
+    assert list(told) == []
+
+
+@in_two_and_four
+def test_rloo_takes_the_steps_of_one_process_and_resumes(launched: Launch) -> None:
+    for run, one, many in launched.runs("rloo"):
+        by_place = operator.itemgetter("step", "slot")  # the sort is stable: a group keeps its order
+        ours, theirs = (
+            sorted((record for record in records(path, "rollouts.jsonl") if record["step"] <= 3), key=by_place)
+            for path in (one, many)
+        )
+        assert theirs[-1]["step"] == 3
+        for mine, its in zip(ours, theirs, strict=True):
+            assert mine["completion_ids"] == its["completion_ids"]
+            assert mine["advantage"] == pytest.approx(its["advantage"], abs=1e-5)
+        norms = [[line["grad_norm"] for line in records(path) if line["step"] <= 3] for path in (one, many)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        assert_close(weights(one, 3), weights(many, 3), atol=1e-5)
+        if run.resumes:
+            # Bit for bit; four processes' gradients are summed in the order in which they happen to lie in buckets.
+            atol = 0.0 if launched.num_processes == 2 else 1e-6
+            assert_close(weights(many, "set-aside"), weights(many, 3), atol=atol)
+
+
+@in_two_and_four
+def test_sft_and_reward_models_take_the_steps_of_one_process_and_resume(launched: Launch) -> None:
+    for run, one, many in launched.runs("sft", "reward"):
+        assert_close(weights(one, 4), weights(many, 4), atol=1e-5)
+        assert [record["step"] for record in records(many)] == [1, 2, 3, 4]
+        for mine, theirs in zip(records(one), records(many), strict=True):
+            assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-5)
+            assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+        before, after = weights(one, 2), weights(one, 4)
+        assert max((after[name] - before[name]).abs().max() for name in after) > 1e-4  # it was no idle step
+        if run.resumes:
+            assert_close(weights(many, "set-aside"), weights(many, 4), atol=0.0)
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=atol) for name in one)
+
+
+@in_two_and_four
+def test_one_process_takes_up_the_weights_of_several(launched: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The optimizer not, unless it is told to begin anew."""
+    for run, one, many in launched.runs("rloo"):
+        if run.zero == 3 and run.resumes:
+            again = ["train", f"{many}.yaml", "--resume", "rloo.max_steps=4"]
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                main(again)
+            assert f"in {launched.num_processes} shards of ZeRO-3" in capsys.readouterr().err
+            main([*again, "rloo.restart_optimizer=true"])
+            # Its rollouts are those of the run's own next step: it samples from the same weights.
+            fourth = [
+                {tuple(record["completion_ids"]) for record in records(path, "rollouts.jsonl") if record["step"] == 4}
+                for path in (one, many)
+            ]
+            assert fourth[0] == fourth[1] and fourth[0]
+
+
+@in_two_and_four
+def test_sharded_weights_are_sharded_as_they_are_loaded(launched: Launch) -> None:
+    share = 1 / launched.num_processes
+    for rank in range(launched.num_processes):  # a little more: what does not divide is padded
+        held = json.loads((launched.folder / f"held-of-{launched.num_processes}-{rank}.json").read_text())
+        assert share <= held < 1.1 * share
+
+
+@in_two_and_four
+def test_an_adapter_of_sharded_weights_is_exported(launched: Launch, model_folder: Path) -> None:
+    name = {2: "sft-lora-3-of-2/checkpoints/checkpoint-4", 4: "rloo-adapter-3-of-4/checkpoints/checkpoint-3"}
+    out = launched.folder / f"exported-of-{launched.num_processes}"
+    main(["export", str(launched.folder / name[launched.num_processes]), str(out)])
+    assert weights(out, ".").keys() == load_file(model_folder / "model.safetensors").keys()
+
+
+def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
+    path = recipe(folder, "endless", model_folder, stage="sft", kind="lora", num_processes=2)
+    endless = ["sft.max_steps=1000000", "sft.save_steps=1000000"]
+    process = launch(folder, "ddp.yaml", "-m", "trainer", "train", path, *endless)
+    deadline = time.monotonic() + 300
+    while not (folder / "endless" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run did not start"
+        time.sleep(0.1)
+    _, last = sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
+    killed = time.monotonic()
+    last.send_signal(signal.SIGKILL)
+    stderr = process.communicate(timeout=120)[1].decode()
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    assert [line for line in stderr.splitlines() if line.startswith("engine: ")] == [
+        "engine: data parallel; world size 2, cpu; weights float32, arithmetic the weights'; attention sdpa"
+    ]
+    ours = [line for line in stderr.splitlines() if "rekatrain" in line]
+    assert len(ours) == 1 and "another process of it died" in ours[0] and "--resume" in ours[0]
+    assert "Error: [" not in stderr and "[rank0]: Traceback" not in stderr
