@@ -1,11 +1,12 @@
 """Reward and time of one recipe with its rollouts in-process, by vLLM on policy, and by vLLM one step off policy.
 
-    VLLM_PYTHON=... rekatrain serve-rollouts RECIPE --port 8000
-    python tests/benchmarks/rollouts.py RECIPE --url http://127.0.0.1:8000 [--rounds 2] [key=value ...]
+    taskset -c 1 env VLLM_CPU_OMP_THREADS_BIND=1 rekatrain serve-rollouts RECIPE --port 8000
+    taskset -c 0 python tests/benchmarks/rollouts.py RECIPE --url http://127.0.0.1:8000 [--rounds 2] [key=value ...]
 
 Each arm is a whole run of the recipe by `rekatrain train`, in a process of its own; rounds interleave the arms. Seconds
-are those of the steps, from sampling to the update, without loading. Where trainer and server share the same cores, as
-on a CPU, sampling ahead cannot save time: both are slower while the other runs.
+are those of the steps, from sampling to the update, without loading. Trainer and server need cores of their own, as
+above: on the same ones sampling ahead cannot save time, for both are slower while the other runs. The arm that samples
+in process has the trainer's cores alone.
 """
 
 import json
