@@ -112,10 +112,8 @@ class RewardModel:
         # Template answer and a tokenizer without marks leave nothing of an empty answer: no score, good or bad.
         filled = [row for row in rows if row.input_ids]
         logits_NC = classifier.classify(self._model, filled, micro_batch_tokens=self._micro_batch_tokens)
-        if self._label_id is None:
-            scores = iter(logits_NC[:, 0].tolist())
-        else:
-            scores = iter(logits_NC.softmax(dim=-1)[:, self._label_id].tolist())
+        scores_N = logits_NC[:, 0] if self._label_id is None else logits_NC.softmax(dim=-1)[:, self._label_id]
+        scores = iter(scores_N.tolist())
         return [
             self._scaled(next(scores))
             if row.input_ids

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from data.errors import InputError
 from trainer.plan.machine import PlannedLaunch
@@ -105,8 +106,8 @@ def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
 
 
 def _launches(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
-    def by_launch(text: str, **changes: object) -> Change:
-        return Change(text=text, recipe=recipe, launch=PlannedLaunch(**{**vars(launch), **changes}))
+    def by_launch(text: str, **changes: Any) -> Change:  # Any: a field of PlannedLaunch
+        return Change(text=text, recipe=recipe, launch=replace(launch, **changes))
 
     for stage in (1, 2, 3):
         if launch.num_gpus > 1 and (launch.engine != "deepspeed" or launch.zero_stage < stage):

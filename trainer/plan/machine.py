@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,19 +144,12 @@ def launched() -> PlannedLaunch:
     if not torch.cuda.is_available():
         return _on_host(launch)
     device = int(os.environ.get("LOCAL_RANK", "0"))
-    return replace_memory(launch, torch.cuda.get_device_properties(device).total_memory)
-
-
-def replace_memory(launch: PlannedLaunch, gpu_memory: float) -> PlannedLaunch:
-    """The same processes with another memory."""
-    return PlannedLaunch(**{**vars(launch), "gpu_memory": gpu_memory})
+    return replace(launch, gpu_memory=torch.cuda.get_device_properties(device).total_memory)
 
 
 def _on_host(launch: PlannedLaunch) -> PlannedLaunch:
     total = psutil.virtual_memory().total
-    return PlannedLaunch(
-        **{**vars(launch), "gpu_memory": total / launch.gpus_per_node, "host_memory": None, "is_cpu": True}
-    )
+    return replace(launch, gpu_memory=total / launch.gpus_per_node, host_memory=None, is_cpu=True)
 
 
 def _zero(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

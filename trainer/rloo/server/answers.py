@@ -20,14 +20,15 @@ from trainer.rloo.server.client import Json
 LEFT_OUT = -9999.0  # how vLLM writes the log-probability of a token that could not be drawn
 
 
-def request_filters(config: RLOOConfig, tokenizer: PreTrainedTokenizerBase) -> Json:
-    """What a request says of its filters, 0 and 1 being none, and that it lists all tokens which could be drawn.
+def num_listed(config: RLOOConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a server lists with each one it draws, so that all which could be drawn are among them; 0: none."""
+    return min(config.top_k or 0, len(tokenizer))
 
-    They are listed by id: texts of tokens are not unique.
-    """
-    num_listed = min(config.top_k or 0, len(tokenizer))
-    filters = {"top_k": num_listed, "top_p": config.top_p}
-    return {**filters, "logprobs": num_listed, "return_tokens_as_token_ids": True}
+
+def request_filters(config: RLOOConfig, tokenizer: PreTrainedTokenizerBase) -> Json:
+    """What a request says of its filters, 0 and 1 being none, and of the listing: by id, as texts are not unique."""
+    listed = num_listed(config, tokenizer)
+    return {"top_k": listed, "top_p": config.top_p, "logprobs": listed, "return_tokens_as_token_ids": True}
 
 
 class AnswerReader:
@@ -35,7 +36,7 @@ class AnswerReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RLOOConfig) -> None:
         self._tokenizer = tokenizer
-        self._num_listed: int = request_filters(config, tokenizer)["logprobs"]
+        self._num_listed = num_listed(config, tokenizer)
         self._max_completion_length = config.max_completion_length
         self._stop = StopSearch(tokenizer)
 

@@ -14,7 +14,7 @@ from data.tokenizer import CL100K_GOLDEN_IDS
 from trainer.models import find_source
 from trainer.recipe import Recipe
 from trainer.rloo.config import RLOOConfig
-from trainer.rloo.server.answers import request_filters
+from trainer.rloo.server.answers import num_listed, request_filters
 from trainer.rloo.server.client import Json, ServerClient, ServerDown, ServerRefused
 from trainer.rloo.server.serve import check_adapter
 
@@ -98,7 +98,7 @@ async def _check_logprobs(
     token = encode_text("a", tokenizer)[0]
     body: Json = {"model": model, "prompt": encode_text("human:", tokenizer), "max_tokens": 1}
     body |= {"logit_bias": {str(token): 100.0}, "temperature": config.temperature, "return_token_ids": True}
-    body |= (filters := request_filters(config, tokenizer))
+    body |= request_filters(config, tokenizer)
     try:
         choice = ((await client.post("/v1/completions", body)).get("choices") or [{}])[0]
     except ServerRefused as error:
@@ -106,7 +106,7 @@ async def _check_logprobs(
             raise
         raise InputError(
             f"{error}; rloo.top_k asks for as many log-probabilities a token: start it with --max-logprobs "
-            f"{filters['logprobs']}, as rekatrain serve-rollouts does"
+            f"{num_listed(config, tokenizer)}, as rekatrain serve-rollouts does"
         ) from None
     logprob = ((choice.get("logprobs") or {}).get("token_logprobs") or [-math.inf])[0]
     if choice.get("token_ids") != [token] or logprob < -1.0:

@@ -116,7 +116,6 @@ def _to_json(group: Group, places: dict[int, int]) -> Json:
                 "logprobs": completion.logprobs,
                 "ending": completion.ending.value,
                 "forced": [completion.forced.start, completion.forced.stop],
-                "floors": completion.floors,
             }
             for completion in group.completions
         ],

@@ -17,7 +17,7 @@ import torch
 from data.errors import InputError
 from trainer.models import find_source
 from trainer.recipe import Recipe
-from trainer.rloo.server.answers import request_filters
+from trainer.rloo.server.answers import num_listed
 from trainer.rloo.task import RLOOTask, prepare
 
 # Names the python of an environment with vLLM, whose requirements need not be those of training.
@@ -67,9 +67,8 @@ def server_command(
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
     }
-    num_listed = request_filters(task.config, task.tokenizer)["logprobs"]
-    if num_listed:
-        options["max-logprobs"] = num_listed
+    if listed := num_listed(task.config, task.tokenizer):
+        options["max-logprobs"] = listed
     if recipe.model.get("revision"):
         options["revision"] = recipe.model["revision"]
     if task.config.vllm_weight_transfer == "nccl":
