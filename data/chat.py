@@ -8,7 +8,7 @@
 
 Neither `<sep>` nor the reasoning tags are tokens: they are text, and their ids depend on their neighbours. So the
 trained mask is made where the ids are made, and what was sampled is never re-tokenised (data/stop.py).
-`tests/test_chat.py` holds the format against the published template's own outputs.
+`tests/data/test_chat.py` holds the format against the published template's own outputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
-from data.errors import InputError
+from rekatrain.data.errors import InputError
 
 if TYPE_CHECKING:  # a second or more of imports, which the reward workers are spared
     from transformers import PreTrainedTokenizerBase

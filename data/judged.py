@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rekatrain.data.chat import Message, encode_text, render_completion, render_prompt
+from rekatrain.data.errors import InputError
+from rekatrain.data.tokenizer import is_encoder
 from transformers import PreTrainedTokenizerBase
-
-from data.chat import Message, encode_text, render_completion, render_prompt
-from data.errors import InputError
-from data.tokenizer import is_encoder
 
 # `<`, something without a space, `>`; and words in capitals in square brackets, as Mistral's and BERT's tokens.
 _MARKUP = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?g?[A-Z_]{2,}\d*\])")

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data.chat import Message, check_messages, neutralise_messages
-from data.errors import InputError
-from data.rows import Row
+from rekatrain.data.chat import Message, check_messages, neutralise_messages
+from rekatrain.data.errors import InputError
+from rekatrain.data.rows import Row
 
 Record = Mapping[str, Any]  # Any: a JSON value, not yet checked
 

@@ -8,10 +8,19 @@ import math
 import re
 from collections.abc import Callable
 
-from data.chat import Message
-from data.errors import InputError
-from data.layouts import Record, _assistant, _missing_or_mistyped, _optional_text, _others, _question, _text, _turns
-from data.rows import Row
+from rekatrain.data.chat import Message
+from rekatrain.data.errors import InputError
+from rekatrain.data.layouts import (
+    Record,
+    _assistant,
+    _missing_or_mistyped,
+    _optional_text,
+    _others,
+    _question,
+    _text,
+    _turns,
+)
+from rekatrain.data.rows import Row
 
 SIDES = ("chosen", "rejected")
 _HH_SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.chat import Message, answers_only
+from rekatrain.data.chat import Message, answers_only
 
 
 @dataclass(frozen=True, kw_only=True)

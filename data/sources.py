@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data.errors import InputError
-from data.layouts import LAYOUTS, finish_messages, reasoning_gym_row, rename_keys
-from data.preferences import PREFERENCE_LAYOUTS
-from data.rows import Row
-from data.task_layouts import TASK_LAYOUTS
+from rekatrain.data.errors import InputError
+from rekatrain.data.layouts import LAYOUTS, finish_messages, reasoning_gym_row, rename_keys
+from rekatrain.data.preferences import PREFERENCE_LAYOUTS
+from rekatrain.data.rows import Row
+from rekatrain.data.task_layouts import TASK_LAYOUTS
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
+from rekatrain.data.chat import AFTER_REASONING, END_OF_TEXT, REASONING_CLOSE, REASONING_OPEN, STOP, encode_text
 from transformers import PreTrainedTokenizerBase
-
-from data.chat import AFTER_REASONING, END_OF_TEXT, REASONING_CLOSE, REASONING_OPEN, STOP, encode_text
 
 
 def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

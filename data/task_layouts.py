@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.chat import Message
-from data.errors import InputError
-from data.layouts import Record
-from data.rows import Row
+from rekatrain.data.chat import Message
+from rekatrain.data.errors import InputError
+from rekatrain.data.layouts import Record
+from rekatrain.data.rows import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # A question that speaks of its options cannot be asked without them, nor can an option that speaks of the others.

@@ -7,10 +7,9 @@ tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
 
 import logging
 
+from rekatrain.data.chat import END_OF_TEXT, encode_text
+from rekatrain.data.errors import InputError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from data.chat import END_OF_TEXT, encode_text
-from data.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.errors import InputError
-from rewards.compose import RewardFunction
-from rewards.errors import RewardError
-from rewards.worker_process import Score, check_number
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.compose import RewardFunction
+from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.workers.process import Score, check_number
 
 STDERR = 2
 

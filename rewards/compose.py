@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import InputError
-from rewards.lookup import Spec, did_you_mean, read_signature
-from rewards.workers import LiftedScorer
+from rekatrain.data.errors import InputError
+from rekatrain.data.options import did_you_mean
+from rekatrain.rewards.registry import Spec, read_signature
+from rekatrain.rewards.workers.pool import LiftedScorer
 
 # Keys of a reward that are not options of its function.
 OWN_KEYS = ("weight", "timeout", "requires")

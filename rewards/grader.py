@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-
-from rewards.batch_calls import call_batch_functions
-from rewards.compose import RewardFunction, check_columns, total_reward
-from rewards.errors import RewardError
-from rewards.worker_process import Score
-from rewards.workers import Job, Limits, WorkerPool, num_workers_here
+from rekatrain.rewards.batch_calls import call_batch_functions
+from rekatrain.rewards.compose import RewardFunction, check_columns, total_reward
+from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
+from rekatrain.rewards.workers.process import Score
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The command line: `rekatrain COMMAND ...`, the same as `python -m trainer COMMAND ...`.
+"""The command line: `rekatrain COMMAND ...`, the same as `python -m rekatrain COMMAND ...`.
 
 Errors of the user's are one line and exit status 2; anything else is a bug of ours and shows its traceback.
 """
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.errors import InputError
-from rewards.errors import RewardError
-from trainer.recipe import Recipe, load_recipe
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+from rekatrain.trainer.recipe.load import Recipe, load_recipe
 
 RECIPE_HELP = "the recipe, a YAML file"
 GGUF_TYPES = ["f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
@@ -54,27 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if options.dry_run:
-        from trainer.dry_run import dry_run
+        from rekatrain.trainer.dry_run import dry_run
 
         dry_run(recipe, resume=options.resume)
         return
-    from trainer.peers import end_with_the_others
-    from trainer.plan.command import check_fits
+    from rekatrain.trainer.plan.plan import check_fits
+    from rekatrain.trainer.process_failure import end_with_the_others
 
     check_fits(recipe, is_overridden=options.skip_memory_check)
 
     if recipe.stage == "sft":
-        from trainer.sft import train
+        from rekatrain.trainer.sft import train
     elif recipe.stage == "reward":
-        from trainer.reward_model.train import train
+        from rekatrain.trainer.reward_model.train import train
     else:
-        from trainer.rloo.loop import train
+        from rekatrain.trainer.rloo.train import train
     with end_with_the_others():
         train(recipe, resume=options.resume)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from trainer.plan.command import plan
+    from rekatrain.trainer.plan.plan import plan
 
     is_fitting = plan(
         _recipe(options),
@@ -90,7 +90,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from trainer.rloo.show import sample
+    from rekatrain.trainer.rloo.sample_command import sample
 
     recipe = _recipe(options)
     if recipe.stage == "reward":
@@ -102,7 +102,7 @@ def _serve_rollouts(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if recipe.stage != "rloo":
         raise InputError(f"stage {recipe.stage} has no rollouts; give serve-rollouts an rloo recipe")
-    from trainer.rloo.server.serve import serve_rollouts
+    from rekatrain.trainer.rloo.sampler.vllm.serve import serve_rollouts
 
     serve_rollouts(
         recipe,
@@ -116,17 +116,17 @@ def _serve_rollouts(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if recipe.stage == "reward":
-        from trainer.reward_model.evaluate import evaluate as evaluate_reward_model
+        from rekatrain.trainer.reward_model.evaluate_pairs import evaluate as evaluate_reward_model
 
         evaluate_reward_model(recipe, out=options.out)
     else:
-        from trainer.evaluate import evaluate
+        from rekatrain.trainer.evaluate import evaluate
 
         evaluate(recipe, out=options.out)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from trainer.export.command import export
+    from rekatrain.trainer.export.export import export
 
     export(
         options.run_folder,
@@ -140,7 +140,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = load_recipe(options.recipe, options.overrides)
-    from trainer.sections import check_sections
+    from rekatrain.trainer.recipe.sections import check_sections
 
     check_sections(recipe)
     return recipe

@@ -2,10 +2,10 @@
 
 import sys
 
-from data.chat import IGNORED_LABEL, render_completion
-from trainer.prompts import reward_columns
-from trainer.recipe import Recipe, dump_recipe
-from trainer.run_folder import RunFolder
+from rekatrain.data.chat import IGNORED_LABEL, render_completion
+from rekatrain.trainer.prompts import reward_columns
+from rekatrain.trainer.recipe.load import Recipe, dump_recipe
+from rekatrain.trainer.run_folder import RunFolder
 
 TRAINED = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
 
@@ -23,7 +23,7 @@ def dry_run(recipe: Recipe, *, resume: bool) -> None:
 
 
 def _show_sft(recipe: Recipe) -> None:
-    from trainer.sft import prepare
+    from rekatrain.trainer.sft import prepare
 
     task = prepare(recipe)
     lengths = [len(row.input_ids) for row in task.rows]
@@ -37,7 +37,7 @@ def _show_sft(recipe: Recipe) -> None:
 
 
 def _show_reward(recipe: Recipe) -> None:
-    from trainer.reward_model.train import prepare
+    from rekatrain.trainer.reward_model.train import prepare
 
     task = prepare(recipe)
     lengths = [len(row.input_ids) for pair in task.pairs for row in (pair.chosen, pair.rejected)]
@@ -49,7 +49,7 @@ def _show_reward(recipe: Recipe) -> None:
 
 
 def _show_rloo(recipe: Recipe) -> None:
-    from trainer.rloo.task import prepare
+    from rekatrain.trainer.rloo.setup import prepare
 
     task = prepare(recipe)
     config = task.config

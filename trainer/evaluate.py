@@ -17,15 +17,14 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-
-from data.errors import InputError
-from rewards.compose import build_reward_functions, check_columns
-from rewards.grader import Grader, ScoringConfig
-from trainer.models import check_attention, check_model, load_model, load_model_tokenizer
-from trainer.prompts import Prompt, load_prompts, reward_columns
-from trainer.recipe import Recipe
-from trainer.rloo.rollouts import Group, sample_groups, score_groups
-from trainer.rloo.sampler import Sampler
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.compose import build_reward_functions, check_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
+from rekatrain.trainer.prompts import Prompt, load_prompts, reward_columns
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.rollouts import Group, sample_groups, score_groups
+from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from rekatrain.data.errors import InputError
 from transformers import PretrainedConfig
-
-from data.errors import InputError
 
 logger = logging.getLogger(__name__)
 

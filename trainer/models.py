@@ -8,6 +8,12 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from rekatrain.data.errors import InputError
+from rekatrain.data.options import check_keywords
+from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer.launch import read_launch
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run_folder import RECIPE_FILE, newest_checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,12 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-from data.errors import InputError
-from data.tokenizer import load_tokenizer
-from trainer.launch import read_launch
-from trainer.recipe import Recipe, check_keywords
-from trainer.run_folder import RECIPE_FILE, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rekatrain.data.chat import encode_text, render_prompt
+from rekatrain.data.errors import InputError
+from rekatrain.data.rows import Row
+from rekatrain.data.sources import load_rows
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-from data.chat import encode_text, render_prompt
-from data.errors import InputError
-from data.rows import Row
-from data.sources import load_rows
 
 logger = logging.getLogger(__name__)
 

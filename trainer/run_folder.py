@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
-from trainer.recipe import Recipe, differing_keys, dump_recipe, load_recipe
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"

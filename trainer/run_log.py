@@ -9,10 +9,9 @@ from typing import Any
 
 import wandb
 from accelerate.tracking import WandBTracker
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run_folder import METRICS_FILE, RunFolder
 from tqdm import tqdm
-
-from trainer.recipe import Recipe
-from trainer.run_folder import METRICS_FILE, RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
     rekatrain train recipes/smollm2/sft.yaml
 
 Packing is TRL's: rows lie end to end, and their position ids, which start again at 0, keep each from seeing another on
-every attention backend (tests/test_sft.py holds packed and separate losses equal).
+every attention backend (tests/trainer/test_sft.py holds packed and separate losses equal).
 """
 
 import copy
@@ -14,18 +14,17 @@ from typing import Literal
 
 from accelerate.utils import set_seed
 from datasets import Dataset
+from rekatrain.data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
+from rekatrain.data.errors import InputError
+from rekatrain.data.rows import Row
+from rekatrain.data.sources import load_rows
+from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
-
-from data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
-from data.errors import InputError
-from data.rows import Row
-from data.sources import load_rows
-from trainer.models import check_model, load_model_tokenizer, load_policy
-from trainer.recipe import Recipe
-from trainer.run_folder import RunFolder
-from trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 

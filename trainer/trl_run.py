@@ -10,6 +10,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch import Launch, adapt_to_device, announce, check_engine, read_launch
+from rekatrain.trainer.models import check_trainable
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
+from rekatrain.trainer.run_log import RunLog
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -19,13 +25,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-from data.errors import InputError
-from trainer.launch import Launch, adapt_to_device, announce, check_engine, read_launch
-from trainer.models import check_trainable
-from trainer.recipe import Recipe
-from trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
-from trainer.run_log import RunLog
 
 Config = TypeVar("Config", bound=TrainingArguments)
 

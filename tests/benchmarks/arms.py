@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from common import NEVER, load_folder_tokenizer, load_model, load_prompts, memory_mb
+from rekatrain.rewards.compose import RewardFunction
+from rekatrain.trainer.prompts import Prompt, step_prompts
+from rekatrain.trainer.recipe.load import load_recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.setup import RLOOTask, prepare
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from work import Meter, Work, by_ids
-
-from rewards.compose import RewardFunction
-from trainer.prompts import Prompt, step_prompts
-from trainer.recipe import load_recipe
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.task import RLOOTask, prepare
 
 # What the comparison fixes (lengths, k, learning rate, precision, ...) is in `trl_arm`. `defaults` are TRL's own; the
 # others are what its options offer on a CPU. Batches are rows a forward and backward; None: all of a step's.
@@ -65,11 +64,10 @@ def make_task(work: Work) -> RLOOTask:
 def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Meter) -> dict[str, Any]:
     """Steps of this project's loop."""
     from accelerate import Accelerator
-
-    from trainer.rloo.logprobs import CompletionLogprobs, Rows
-    from trainer.rloo.loop import take_step
-    from trainer.rloo.metrics import Clock
-    from trainer.rloo.reference import make_reference
+    from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+    from rekatrain.trainer.rloo.metrics import Clock
+    from rekatrain.trainer.rloo.reference import make_reference
+    from rekatrain.trainer.rloo.train import take_step
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(task.tokenizer)).train()

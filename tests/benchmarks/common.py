@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data.chat import render_prompt  # noqa: E402  # the project's packages are in the folder just added
-from data.rows import Row  # noqa: E402
-from data.sources import load_rows  # noqa: E402
-from data.tokenizer import load_tokenizer  # noqa: E402
-from trainer.prompts import Prompt  # noqa: E402
+from rekatrain.data.chat import render_prompt  # noqa: E402  # the project's packages are in the folder just added
+from rekatrain.data.rows import Row  # noqa: E402
+from rekatrain.data.sources import load_rows  # noqa: E402
+from rekatrain.data.tokenizer import load_tokenizer  # noqa: E402
+from rekatrain.trainer.prompts import Prompt  # noqa: E402
 
 # glibc hands large blocks back to the kernel, which clears them page by page when they come again.
 TUNED_MALLOC = {

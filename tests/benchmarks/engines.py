@@ -34,11 +34,10 @@ from common import (
     print_table,
     write_report,
 )
+from rekatrain.data.stop import StopSearch
+from rekatrain.trainer.export.verify_gguf import kl_divergence, next_logprobs, start_server
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from data.stop import StopSearch
-from trainer.export.verify_gguf import kl_divergence, next_logprobs, start_server
 
 SECONDS = 600.0
 

@@ -43,17 +43,16 @@ from learning_task import (
     make_tokenizer,
     score,
 )
+from rekatrain.rewards.compose import RewardFunction
+from rekatrain.trainer.prompts import step_prompts
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.trainer.rloo.loss import sequence_sums
+from rekatrain.trainer.rloo.metrics import Clock
+from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.train import take_step
 from torch import Tensor
 from transformers import LlamaForCausalLM
-
-from rewards.compose import RewardFunction
-from trainer.prompts import step_prompts
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.logprobs import CompletionLogprobs, make_rows
-from trainer.rloo.loop import take_step
-from trainer.rloo.metrics import Clock
-from trainer.rloo.objective import sequence_sums
-from trainer.rloo.task import RLOOTask
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of a backend that needs no screen

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from rekatrain.data.chat import END_OF_TEXT
+from rekatrain.data.rows import Row
+from rekatrain.trainer.prompts import Prompt
+from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from data.chat import END_OF_TEXT
-from data.rows import Row
-from trainer.prompts import Prompt
-from trainer.rloo.sampler import Sampler
 
 LENGTHS = (2, 8)
 MAX_COMPLETION_LENGTH = LENGTHS[1] + 2

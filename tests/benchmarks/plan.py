@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from common import load_folder_tokenizer, make_parser, print_table, write_report
+from rekatrain.data.chat import encode_text, render_prompt
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch
+from rekatrain.trainer.plan.memory import make_plan
+from rekatrain.trainer.recipe.load import Recipe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-from data.chat import encode_text, render_prompt
-from trainer.plan.machine import GB, PlannedLaunch
-from trainer.plan.memory import make_plan
-from trainer.recipe import Recipe
 
 RETURNS_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 SIZES = {"30M": (256, 8), "60M": (384, 16), "135M": (576, 30)}  # hidden size and layers, with SmolLM2's vocabulary
@@ -46,7 +45,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, and moves no memory
 if __name__ == "__main__":  # the reward's workers import this file, too
-    from trainer.cli import main
+    from rekatrain.trainer.cli import main
     from common import memory_mb
     main(["train", sys.argv[1]])
     Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(memory_mb("VmHWM")))

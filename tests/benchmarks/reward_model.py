@@ -19,14 +19,13 @@ import time
 from pathlib import Path
 
 import torch
-
-from data.chat import encode_text, render_prompt
-from data.sources import load_rows
-from data.stop import decode_completion
-from data.tokenizer import load_tokenizer
-from rewards.reward_model import RewardModel
-from trainer.models import load_model
-from trainer.rloo.sampler import Sampler
+from rekatrain.data.chat import encode_text, render_prompt
+from rekatrain.data.sources import load_rows
+from rekatrain.data.stop import decode_completion
+from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.rewards.models.local import RewardModel
+from rekatrain.trainer.models import load_model
+from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 PROJECT = Path(__file__).parents[2]
 MAX_COMPLETION_LENGTH = 48
@@ -55,18 +54,18 @@ def main() -> None:
         base = f"model.pretrained_model_name_or_path={options.reward_base}"
         train("recipes/smollm2/reward.yaml", base, *data, f"output_dir={out}/reward")
         seconds["train reward model"] = time.monotonic() - started
-        run("-m", "trainer", "export", out / "reward", out / "reward-export")
+        run("-m", "rekatrain", "export", out / "reward", out / "reward-export")
 
     if not (out / "sft-export").exists():
         started = time.monotonic()
         train(write_sft_recipe(out, options.policy))
-        run("-m", "trainer", "export", out / "sft", out / "sft-export")
+        run("-m", "rekatrain", "export", out / "sft", out / "sft-export")
         seconds["SFT"] = time.monotonic() - started
     if not (out / "rloo-export").exists():
         started = time.monotonic()
         train(write_rloo_recipe(out, options.rloo_steps))
         seconds["RLOO"] = time.monotonic() - started
-        run("-m", "trainer", "export", out / "rloo", out / "rloo-export")
+        run("-m", "rekatrain", "export", out / "rloo", out / "rloo-export")
 
     policies = {name: measure(out / f"{name}-export", out, options.held_out_prompts) for name in ("sft", "rloo")}
     lengths = [policies[name]["length"] for name in ("sft", "rloo")]
@@ -187,7 +186,7 @@ def show(result: dict) -> None:
 
 def train(recipe: str | Path, *overrides: str) -> None:
     """The recipe's stage, taken up where it was."""
-    run("-m", "trainer", "train", recipe, *overrides, "--resume")
+    run("-m", "rekatrain", "train", recipe, *overrides, "--resume")
 
 
 def run(*command: object) -> None:

@@ -52,8 +52,8 @@ def main() -> None:
 
 def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
     """Groups of 8 answers, half of them right, in five styles; no two groups share their numbers."""
-    from rewards.compose import build_reward_functions
-    from rewards.grader import Grader, ScoringConfig
+    from rekatrain.rewards.compose import build_reward_functions
+    from rekatrain.rewards.grader import Grader, ScoringConfig
 
     rng = random.Random(0)
     styles = {
@@ -84,8 +84,8 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
 
 def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) -> dict[str, float]:
     """Steps whose completions end at even intervals, with 1 % of them hanging at random places and with none."""
-    from rewards.compose import build_reward_functions
-    from rewards.grader import Grader, ScoringConfig
+    from rekatrain.rewards.compose import build_reward_functions
+    from rekatrain.rewards.grader import Grader, ScoringConfig
 
     rng = random.Random(0)
     spent: dict[str, list[float]] = {"none hangs": [], "1 % hang": []}
@@ -119,7 +119,7 @@ def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) ->
 
 
 def _score(grader: object, texts: Sequence[str], golds: Sequence[str]) -> Sequence[float | None]:
-    from rewards.grader import Grader
+    from rekatrain.rewards.grader import Grader
 
     assert isinstance(grader, Grader)
     scores = grader.score(

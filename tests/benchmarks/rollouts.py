@@ -35,7 +35,7 @@ def arms(url: str) -> dict[str, list[str]]:
 
 def run_arm(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     """The steps of one run."""
-    command = [sys.executable, "-m", "trainer", "train", recipe, f"output_dir={folder}", *overrides]
+    command = [sys.executable, "-m", "rekatrain", "train", recipe, f"output_dir={folder}", *overrides]
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

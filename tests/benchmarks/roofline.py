@@ -32,20 +32,19 @@ from common import (
     print_table,
     write_report,
 )
+from rekatrain.data.chat import Ending
+from rekatrain.rewards.compose import RewardFunction
+from rekatrain.trainer.prompts import Prompt
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
+from rekatrain.trainer.rloo.metrics import Clock
+from rekatrain.trainer.rloo.sampler.in_process import Completion
+from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.train import take_step
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from work import by_ids
-
-from data.chat import Ending
-from rewards.compose import RewardFunction
-from trainer.prompts import Prompt
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.logprobs import CompletionLogprobs
-from trainer.rloo.loop import take_step
-from trainer.rloo.metrics import Clock
-from trainer.rloo.sampler import Completion
-from trainer.rloo.task import RLOOTask
 
 GROUPS = {
     "matrix products": (

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from common import TUNED_MALLOC
+from rekatrain.trainer.rloo.config import RLOOConfig
 from transformers import PreTrainedModel
-
-from trainer.rloo.config import RLOOConfig
 
 Result = dict[str, Any]
 

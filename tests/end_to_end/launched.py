@@ -16,13 +16,12 @@ def run(case: dict) -> None:
     # Here and not above: reward workers import this file, and need none of it.
     import torch
     from accelerate.state import AcceleratorState
+    from rekatrain.trainer.cli import main
+    from rekatrain.trainer.models import load_policy
+    from rekatrain.trainer.recipe.load import load_recipe
+    from rekatrain.trainer.trl_run import make_config
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from trl.trainer.sft_config import SFTConfig
-
-    from trainer.cli import main
-    from trainer.models import load_policy
-    from trainer.recipe import load_recipe
-    from trainer.trl_run import make_config
 
     # Stage rloo ends the process group with its run; gloo makes no second one.
     torch.distributed.destroy_process_group = lambda *_: None

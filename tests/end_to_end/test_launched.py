@@ -15,10 +15,20 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from rekatrain.trainer.cli import main
 from safetensors.torch import load_file
-from small_runs import LORA, OPTIONS, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
 
-from trainer.cli import main
+from tests.end_to_end.small_runs import (
+    LORA,
+    OPTIONS,
+    PROJECT,
+    records,
+    rloo_recipe,
+    start,
+    weights,
+    write_data,
+    write_recipe,
+)
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 # Four prompts in micro-batches of a few tokens: more of them on one process than on another, groups split among them.
@@ -263,7 +273,7 @@ def test_an_adapter_of_sharded_weights_is_exported(launched: Launch, model_folde
 def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
     path = recipe(folder, "endless", model_folder, stage="sft", kind="lora", num_processes=2)
     endless = ["sft.max_steps=1000000", "sft.save_steps=1000000"]
-    process = launch(folder, "ddp.yaml", "-m", "trainer", "train", path, *endless)
+    process = launch(folder, "ddp.yaml", "-m", "rekatrain", "train", path, *endless)
     deadline = time.monotonic() + 300
     while not (folder / "endless" / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run did not start"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import LORA, OPTIONS, records, rloo_recipe, start, weights, write_data, write_recipe
+from rekatrain.data.chat import STOP, encode_text, render_prompt
+from rekatrain.trainer.cli import main
+from rekatrain.trainer.recipe.load import dump_recipe, load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import STOP, encode_text, render_prompt
-from trainer.cli import main
-from trainer.recipe import dump_recipe, load_recipe
+from tests.end_to_end.small_runs import LORA, OPTIONS, records, rloo_recipe, start, weights, write_data, write_recipe
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_killed_rloo_run_goes_on_bit_for_bit(
     main(["train", str(whole)])
 
     killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo=rloo)
-    process = start(folder, "-m", "trainer", "train", str(killed))
+    process = start(folder, "-m", "rekatrain", "train", str(killed))
     wait_for(lambda: (folder / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -145,7 +145,7 @@ def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path)
 def test_two_processes_of_torchrun_take_the_steps_of_one(folder: Path, model_folder: Path) -> None:
     one = rloo_recipe(folder, "one", model_folder, lora=LORA, rloo=OPTIONS)
     two = rloo_recipe(folder, "two", model_folder, lora=LORA, rloo=OPTIONS)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rekatrain"]
     process = start(folder, *launch, "train", str(two))
     main(["train", str(one)])
     _, stderr = process.communicate(timeout=300)

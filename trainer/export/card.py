@@ -4,10 +4,9 @@ from pathlib import Path
 from statistics import fmean
 
 from huggingface_hub import ModelCard, ModelCardData
-
-from trainer.models import Source
-from trainer.recipe import Recipe, dump_recipe
-from trainer.run_folder import METRICS_FILE, checkpoint_step, read_records
+from rekatrain.trainer.models import Source
+from rekatrain.trainer.recipe.load import Recipe, dump_recipe
+from rekatrain.trainer.run_folder import METRICS_FILE, checkpoint_step, read_records
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # Metrics of a single step are noise; the card shows means over the last steps that the checkpoint has behind it.

@@ -5,9 +5,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from rekatrain.trainer.models import Policy, Source
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from trainer.models import Policy, Source
 
 logger = logging.getLogger(__name__)
 

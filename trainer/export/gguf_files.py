@@ -7,14 +7,13 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
+from rekatrain.data.errors import InputError
+from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer.export.folders import save_tokenizer
+from rekatrain.trainer.export.probe import prove
+from rekatrain.trainer.models import Source
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from data.errors import InputError
-from data.tokenizer import load_tokenizer
-from trainer.export.folders import save_tokenizer
-from trainer.export.proof import prove
-from trainer.models import Source
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +27,8 @@ def check_convertible(source: Source, quantize: list[str]) -> None:
         raise InputError(f"--as gguf needs {' and '.join(missing)}: pip install 'rekatrain[gguf]'")
     if len(set(quantize)) < len(quantize):
         raise InputError(f"--quantize names a type twice: {' '.join(quantize)}")
-    from trainer.export.gguf_model import check_architecture
-    from trainer.export.gguf_tokenizer import find_pre_tokenizer
+    from rekatrain.trainer.export.gguf_model import check_architecture
+    from rekatrain.trainer.export.gguf_tokenizer import find_pre_tokenizer
 
     check_architecture(AutoConfig.from_pretrained(source.base))
     find_pre_tokenizer(load_tokenizer(source.folder))
@@ -47,7 +46,7 @@ def write_gguf_files(
 
     probe, logprobs: ids [1, L] and the model's log-probabilities [L, V] after each
     """
-    from trainer.export.gguf_model import padded_size, write_gguf
+    from rekatrain.trainer.export.gguf_model import padded_size, write_gguf
 
     folder.mkdir(parents=True)
     save_tokenizer(tokenizer, folder)
@@ -59,4 +58,4 @@ def write_gguf_files(
         file = folder / f"model-{file_type}.gguf"
         name = folder.name.removesuffix(".partial")
         write_gguf(file, model, tokenizer, file_type=file_type, name=name, intermediate_size=size)
-        prove(file, probe, logprobs, module="trainer.export.verify_gguf")
+        prove(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")

@@ -15,13 +15,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.export.gguf_tokenizer import add_tokenizer
+from rekatrain.trainer.export.gguf_types import FILE_TYPES, quantize, tensor_type
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from data.errors import InputError
-from trainer.export.gguf_tokenizer import add_tokenizer
-from trainer.export.gguf_types import FILE_TYPES, quantize, tensor_type
 
 K_QUANT_BLOCK = 256
 

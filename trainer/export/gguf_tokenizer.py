@@ -8,10 +8,9 @@ import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from rekatrain.data.errors import InputError
+from rekatrain.data.tokenizer import is_cl100k
 from transformers import PreTrainedTokenizerBase
-
-from data.errors import InputError
-from data.tokenizer import is_cl100k
 
 
 def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from trainer.export.card import write_card
-from trainer.export.serving import write_serving
-from trainer.models import Source
-from trainer.recipe import Recipe
+from rekatrain.trainer.export.card import write_card
+from rekatrain.trainer.export.serving import write_serving
+from rekatrain.trainer.models import Source
+from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
 

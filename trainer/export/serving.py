@@ -1,6 +1,6 @@
 """The serving/ folder of an export: start lines, clients, and vLLM's plugin, filled in for this model.
 
-The files lie in served/ as they come out, but for names in `string.Template`'s notation.
+The files lie in templates/ as they come out, but for names in `string.Template`'s notation.
 """
 
 import json
@@ -8,14 +8,13 @@ import shlex
 from pathlib import Path
 from string import Template
 
+from rekatrain.rewards.models.classifier import read_card
+from rekatrain.trainer.models import Source
 from transformers import AutoConfig
 
-from rewards.classifier import read_card
-from trainer.models import Source
-
-SERVED = Path(__file__).with_name("served")
+TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"
-# served/NAME -> serving/NAME
+# templates/NAME -> serving/NAME
 FILES = {
     "merged": {"vllm_merged.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
     "adapter": {"vllm_adapter.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
@@ -63,7 +62,7 @@ def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None
     serving = folder / "serving"
     serving.mkdir()
     for template, target in FILES[form].items():
-        text = (SERVED / template).read_text(encoding="utf-8")
+        text = (TEMPLATES / template).read_text(encoding="utf-8")
         (serving / target).write_text(Template(text).substitute(values), encoding="utf-8")
     if form in ("merged", "adapter"):
-        (serving / PARSER).write_text((SERVED / PARSER).read_text(encoding="utf-8"), encoding="utf-8")
+        (serving / PARSER).write_text((TEMPLATES / PARSER).read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Check an exported folder from a fresh process: `python -m trainer.export.verify FOLDER REFERENCE`.
+"""Check an exported folder from a fresh process: `python -m rekatrain.export.verify FOLDER REFERENCE`.
 
-FOLDER is a merged model or an adapter; REFERENCE is what trainer/export/proof.py writes.
+FOLDER is a merged model or an adapter; REFERENCE is what trainer/export/probe.py writes.
 """
 
 import json
@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from rekatrain.data.chat import render_prompt
+from rekatrain.data.tokenizer import check_tokenizer
+from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from data.chat import render_prompt
-from data.tokenizer import check_tokenizer
-from trainer.export.proof import CONVERSATIONS, probe_logprobs
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Check a GGUF file with llama.cpp in a fresh process: `python -m trainer.export.verify_gguf FILE REFERENCE`.
+"""Check a GGUF file with llama.cpp in a fresh process: `python -m rekatrain.export.verify_gguf FILE REFERENCE`.
 
-The tokenizer that it must equal lies in FILE's folder; REFERENCE is what trainer/export/proof.py writes.
+The tokenizer that it must equal lies in FILE's folder; REFERENCE is what trainer/export/probe.py writes.
 """
 
 import sys
@@ -10,12 +10,11 @@ from typing import Any
 import httpx2
 import torch
 import xllamacpp
+from rekatrain.data.chat import STOP, encode_text, render_prompt
+from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
+from rekatrain.trainer.export.probe import CONVERSATIONS
 from safetensors.torch import load_file
 from torch import Tensor
-
-from data.chat import STOP, encode_text, render_prompt
-from data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
-from trainer.export.proof import CONVERSATIONS
 
 TEXTS = [
     *CL100K_GOLDEN_IDS,

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from data.errors import InputError
-from trainer.plan.machine import PlannedLaunch
-from trainer.plan.memory import Plan, make_plan
-from trainer.recipe import Recipe, Section
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.memory import Plan, make_plan
+from rekatrain.trainer.recipe.load import Recipe, Section
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Changes that are told, and how often a batch is halved.

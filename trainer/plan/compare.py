@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from data.errors import InputError
-from trainer.models import check_quantization
-from trainer.plan.advice import LORA, QUANTIZATION
-from trainer.plan.machine import PlannedLaunch
-from trainer.plan.memory import make_plan
-from trainer.plan.show import table
-from trainer.recipe import Recipe
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.models import check_quantization
+from rekatrain.trainer.plan.advice import LORA, QUANTIZATION
+from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.memory import make_plan
+from rekatrain.trainer.plan.report import table
+from rekatrain.trainer.recipe.load import Recipe
 
 NUM_GPUS = (1, 2, 4, 8, 16, 64)
 ENGINES: dict[str, dict[str, Any]] = {

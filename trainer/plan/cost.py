@@ -9,8 +9,8 @@ memory plan: real ones are shorter. FLOPs are those of tests/benchmarks/roofline
 
 from dataclasses import dataclass
 
-from trainer.plan.memory import Plan
-from trainer.plan.states import base_bytes, is_bfloat16
+from rekatrain.trainer.plan.memory import Plan
+from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Memory of real code on tensors that have none: what is live, and the most that ever was, by part.
 
 torch's fake tensors have shape, dtype and storage size and no data. A step that runs on them allocates and frees what
-it would on real ones, to the byte (tests/test_plan_memory.py), autograd's saved tensors and temporaries included.
+it would on real ones, to the byte (test_plan_memory.py), autograd's saved tensors and temporaries included.
 """
 
 import copy

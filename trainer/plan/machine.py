@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch import read_launch
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-
-from data.errors import InputError
-from trainer.launch import read_launch
 
 GB = 1e9
 ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
@@ -26,7 +25,7 @@ ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLaunch:
-    """The processes that a run is planned for, and what each of them has; `trainer.launch.Launch` is what was asked.
+    """The processes that a run is planned for, and what each of them has; `launch.Launch` is what was requested.
 
     engine:             single (one process), ddp (a whole model in each), deepspeed
     zero_stage:         of DeepSpeed: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the parameters too

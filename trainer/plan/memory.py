@@ -11,17 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.models import check_quantization
+from rekatrain.trainer.plan.live_memory import Parts
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch
+from rekatrain.trainer.plan.model_size import ModelShape, model_of
+from rekatrain.trainer.plan.passes import Passes
+from rekatrain.trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
 from transformers import PretrainedConfig
-
-from data.errors import InputError
-from trainer.models import check_quantization
-from trainer.plan.live_memory import Parts
-from trainer.plan.machine import GB, PlannedLaunch
-from trainer.plan.passes import Passes
-from trainer.plan.shape import ModelShape, model_of
-from trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
-from trainer.recipe import Recipe
-from trainer.rloo.config import RLOOConfig
 
 # CUDA's context and NCCL's buffers, and what PyTorch's allocator cannot use of what it holds.
 CONTEXT = 1.5 * GB
@@ -247,7 +246,7 @@ class Plan:
 
     @property
     def _decoding_copies(self) -> float:
-        """Ready copies of the linear layers (trainer/rloo/decoding_weights.py)."""
+        """Ready copies of the linear layers (trainer/rloo/kernels/cpu/packed_weights.py)."""
         weights = self.shape.num_linear + self.shape.num_head + self.shape.num_adapter
         is_16_bit = is_bfloat16(self.recipe) or (self.launch.engine == "deepspeed" and self.casts)
         if is_16_bit:

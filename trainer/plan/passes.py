@@ -15,21 +15,20 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from rekatrain.trainer.models import Policy
+from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, over_layers, pretended
+from rekatrain.trainer.plan.model_size import build
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
+from rekatrain.trainer.rloo.logprobs import LOGIT_BYTES_AT_ONCE, CompletionLogprobs, Rows, decoder_and_head, make_rows
+from rekatrain.trainer.rloo.packing import PassCost, Piece, pack
+from rekatrain.trainer.rloo.sampler.draw import draw
+from rekatrain.trainer.rloo.sampler.kv_cache import FIRST_ROOM, ForkedCache
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
-
-from trainer.models import Policy
-from trainer.plan.live_memory import LiveMemory, Parts, over_layers, pretended
-from trainer.plan.shape import build
-from trainer.recipe import Recipe
-from trainer.rloo.attention import run_decoder
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.draw import draw
-from trainer.rloo.kv_cache import FIRST_ROOM, ForkedCache
-from trainer.rloo.logprobs import LOGIT_BYTES_AT_ONCE, CompletionLogprobs, Rows, decoder_and_head, make_rows
-from trainer.rloo.packing import PassCost, Piece, pack
 
 ACTIVATIONS, LM_HEAD, GRADIENTS, KV_CACHE = "activations", "LM head", "gradients", "KV cache"
 

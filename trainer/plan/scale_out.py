@@ -7,13 +7,13 @@ vLLM replica a GPU or more), and the way of new weights between them. Completion
 from dataclasses import dataclass, replace
 from math import ceil, gcd
 
-from data.errors import InputError
-from trainer.plan.cost import Cost, Rates, estimate
-from trainer.plan.machine import GB, PlannedLaunch
-from trainer.plan.memory import Plan, make_plan
-from trainer.plan.show import table
-from trainer.plan.states import base_bytes
-from trainer.recipe import Recipe
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.plan.cost import Cost, Rates, estimate
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch
+from rekatrain.trainer.plan.memory import Plan, make_plan
+from rekatrain.trainer.plan.report import table
+from rekatrain.trainer.plan.states import base_bytes
+from rekatrain.trainer.recipe.load import Recipe
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Rows that one replica decodes at a time: vLLM's default limit (max_num_seqs).

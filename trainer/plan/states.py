@@ -1,20 +1,19 @@
 """What is there all the time: parameters, gradients, optimizer and their copies, of one process and on its host.
 
 Bytes a parameter, by DeepSpeed's own accounting where it runs the training (its estimators count the same, see
-tests/test_plan.py): 16-bit parameters and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
+test_plan.py): 16-bit parameters and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.plan.live_memory import Parts
+from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.model_size import ModelShape
+from rekatrain.trainer.recipe.load import Recipe
 from transformers import AutoConfig, AutoModelForSequenceClassification
-
-from data.errors import InputError
-from trainer.plan.live_memory import Parts
-from trainer.plan.machine import PlannedLaunch
-from trainer.plan.shape import ModelShape
-from trainer.recipe import Recipe
 
 # DeepSpeed's defaults: parameters that ZeRO-3 leaves gathered and fetches ahead, and those that are reduced at once.
 MAX_LIVE_PARAMETERS = 1_000_000_000

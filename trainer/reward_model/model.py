@@ -5,13 +5,19 @@ from typing import Any, Final, Literal
 
 import torch
 from peft import PeftModel
+from rekatrain.data.errors import InputError
+from rekatrain.data.tokenizer import load_classifier_tokenizer
+from rekatrain.rewards.models.classifier import set_pad
+from rekatrain.trainer.models import (
+    Policy,
+    add_adapter,
+    check_quantization_here,
+    describe,
+    find_source,
+    make_quantization,
+)
+from rekatrain.trainer.recipe.load import Recipe
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
-
-from data.errors import InputError
-from data.tokenizer import load_classifier_tokenizer
-from rewards.classifier import set_pad
-from trainer.models import Policy, add_adapter, check_quantization_here, describe, find_source, make_quantization
-from trainer.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rekatrain.data.chat import render_prompt, split_turn
+from rekatrain.data.errors import InputError
+from rekatrain.data.judged import Judged, JudgedIds, encode_judged
+from rekatrain.data.rows import Row
+from rekatrain.data.sources import load_rows
 from transformers import PreTrainedTokenizerBase
-
-from data.chat import render_prompt, split_turn
-from data.errors import InputError
-from data.judged import Judged, JudgedIds, encode_judged
-from data.rows import Row
-from data.sources import load_rows
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,16 @@ from dataclasses import asdict, dataclass
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
+from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
+from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
+from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
-
-from trainer.recipe import Recipe
-from trainer.reward_model.evaluate import evaluate_pairs, show_evaluation
-from trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
-from trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
-from trainer.run_folder import RunFolder
-from trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-
-from trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.config import RLOOConfig
 
 # Norms that must be known before their quantile says what is usual.
 FIRST_NORMS = 10

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-
-from data.errors import InputError
+from rekatrain.data.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

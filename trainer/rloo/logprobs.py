@@ -12,13 +12,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from rekatrain.trainer.models import Policy
+from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, run_decoder
+from rekatrain.trainer.rloo.packing import PassCost
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-
-from trainer.models import Policy
-from trainer.rloo.attention import PackedGroups, run_decoder
-from trainer.rloo.packing import PassCost
 
 # Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
 # float32 logits take 0.4 GB a thousand positions.

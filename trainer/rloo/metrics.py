@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
-from data.chat import Ending
-from trainer.rloo.batches import Batch
-from trainer.rloo.rollouts import Group
+from rekatrain.data.chat import Ending
+from rekatrain.trainer.rloo.microbatch import Batch
+from rekatrain.trainer.rloo.rollouts import Group
 
 RolloutRecord = dict[str, Any]
 HEADLINE = ["reward", "kl", "completion_length", "share_stop", "tokens_per_second"]

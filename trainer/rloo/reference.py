@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from rekatrain.trainer.models import Policy
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.distributed import autocast, frozen, zero_stage
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
 from torch import Tensor
-
-from trainer.models import Policy
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.engine import autocast, frozen, zero_stage
-from trainer.rloo.logprobs import CompletionLogprobs, Rows
 
 Reference = Callable[[Rows], Tensor]
 

@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rekatrain.data.chat import Ending
+from rekatrain.data.stop import decode_completion
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.workers.pool import Job
+from rekatrain.trainer.prompts import Prompt, reward_columns
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.loss import overlong_penalty
+from rekatrain.trainer.rloo.sampler.in_process import Completion
 from transformers import PreTrainedTokenizerBase
-
-from data.chat import Ending
-from data.stop import decode_completion
-from rewards.grader import Grader
-from rewards.workers import Job
-from trainer.prompts import Prompt, reward_columns
-from trainer.rloo.config import RLOOConfig
-from trainer.rloo.objective import overlong_penalty
-from trainer.rloo.sampler import Completion
 
 
 class GroupSampler(Protocol):

@@ -1,0 +1,1 @@
+../../rekatrain.py

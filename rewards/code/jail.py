@@ -1,0 +1,144 @@
+"""The inside of the sandbox: confines this process, then runs the program it was given. Started by sandbox.py only.
+
+    python -I -S -B jail.py JOB_FD STATUS_FD [CHANNEL_FD ...]
+
+A first process makes the namespaces and waits; a second one, alone in them, gives up every right and runs the code.
+The files that it can see are the interpreter's, read only, and one small folder in memory, which goes when it ends.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION = 0x20080522
+NOBODY = 65534
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    job_fd, status_fd, *channels = [int(text) for text in sys.argv[1:]]
+    with os.fdopen(job_fd) as file:
+        job = json.load(file)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import jail_jobs  # while its file can still be seen
+
+    del sys.path[0]
+    try:
+        pid = shut_in(job)
+    except OSError as error:
+        os.write(status_fd, f"{error.strerror}: {error.filename}".encode())
+        os._exit(1)
+    os.close(status_fd)
+    if pid:  # the first process: what it waits for dies with it
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.waitstatus_to_exitcode(status) % 256)
+    jail_jobs.run(job, channels)
+
+
+def shut_in(job: dict) -> int:
+    """Fork the process that is shut in; returns its id outside and 0 inside."""
+    is_root = os.geteuid() == 0
+    if job["isolation"] == "namespaces":
+        if is_root:
+            call("unshare", NAMESPACES)
+        else:
+            uid, gid = os.geteuid(), os.getegid()
+            call("unshare", NAMESPACES | CLONE_NEWUSER)
+            write("/proc/self/setgroups", "deny")
+            write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
+            write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
+        make_root(job["visible"], job["folder_bytes"])
+    else:
+        os.chdir(job["folder"])
+    pid = os.fork()
+    if pid:
+        return pid
+    if is_root:
+        # An id that nothing else has: the limit on processes counts by it, and it may signal nobody.
+        own = 1_000_000 + job["number"] % 1_000_000
+        if job["isolation"] == "rlimits":
+            os.chown(job["folder"], own, own)
+        os.setgroups([])
+        os.setresgid(own, own, own)
+        os.setresuid(own, own, own)
+        if not os.access(os.__file__, os.R_OK):
+            raise PermissionError(errno.EACCES, "other users than root cannot read Python's own files", os.__file__)
+    else:
+        drop_capabilities()
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    limit(resource.RLIMIT_CPU, job["cpu_seconds"])
+    limit(resource.RLIMIT_AS, job["memory"])
+    limit(resource.RLIMIT_NPROC, job["processes"] + (not is_root))  # where the waiting process has the same user
+    limit(resource.RLIMIT_FSIZE, job["file_bytes"])
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_CORE, 0)
+    return 0
+
+
+def make_root(visible: list[str], folder_bytes: int) -> None:
+    """Make a file tree in memory the whole of what can be seen: `visible`, read only, and /tmp."""
+    root = "/tmp"  # any folder that is always there; in this namespace only
+    mount(None, "/", None, MS_REC | MS_PRIVATE, None)
+    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in visible}  # some may lie below `root`
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
+    for path, source in sources.items():
+        is_folder = os.path.isdir(f"/proc/self/fd/{source}")
+        os.makedirs(root + (path if is_folder else os.path.dirname(path)), exist_ok=True)
+        if not is_folder:
+            os.close(os.open(root + path, os.O_CREAT | os.O_WRONLY))
+        mount(f"/proc/self/fd/{source}", root + path, None, MS_BIND | MS_REC, None)
+        if not path.startswith("/dev/"):
+            mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
+        os.close(source)
+    for link in ("bin", "lib", "lib64"):
+        if os.path.islink(f"/{link}"):
+            os.symlink(os.readlink(f"/{link}"), f"{root}/{link}")
+    os.makedirs(f"{root}/tmp")
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={folder_bytes},nr_inodes=1024")
+    os.chdir(root)
+    mount(None, root, None, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
+    call("pivot_root", b".", b".")
+    call("umount2", b".", MNT_DETACH)
+    os.chdir("/tmp")
+
+
+def drop_capabilities() -> None:
+    """Give up what a new user namespace grants in itself."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    call("capset", header, (ctypes.c_uint32 * 6)())
+
+
+def limit(what: int, value: int) -> None:
+    resource.setrlimit(what, (value, value))
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None) -> None:
+    arguments = [None if text is None else text.encode() for text in (source, target, kind)]
+    call("mount", *arguments, ctypes.c_ulong(flags), None if options is None else options.encode(), name=target)
+
+
+def write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def call(function: str, *arguments: object, name: str = "") -> None:
+    if getattr(libc, function)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), f"{function} {name}")
+
+
+if __name__ == "__main__":
+    main()

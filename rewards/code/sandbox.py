@@ -1,0 +1,222 @@
+"""The sandbox for generated code, seen from outside: starts it, feeds it, and ends it at a limit.
+
+`isolation="namespaces"`: the code sees the interpreter's files, read only, and a fresh folder in memory; it has no
+network, sees no process but its own and cannot signal another. `isolation="rlimits"`: limits only, for machines whose
+kernel or container forbids namespaces; the code can read, and connect to, what its user can. rewards/README.md says
+what neither protects against.
+"""
+
+import itertools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+
+Isolation = Literal["namespaces", "rlimits"]
+
+JAIL = Path(__file__).with_name("jail.py")
+_numbers = itertools.count(os.getpid() * 1_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one run may use; bytes and seconds.
+
+    seconds:   of the clock, and of the processor
+    memory:    address space of each of its processes
+    processes: that it may be at once, threads included, in each sandbox
+    output:    of standard output, beyond which it is ended
+    files:     in its folder, all together
+    """
+
+    seconds: float = 5.0
+    memory: int = 1 << 30
+    processes: int = 1
+    output: int = 1 << 20
+    files: int = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended, and its standard output up to there.
+
+    ending: exited by itself, or was ended for its time or its output
+    code:   exit code of one that exited; negative or above 128 for a signal
+    """
+
+    ending: Literal["exited", "time", "output"]
+    code: int
+    output: bytes
+
+
+def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolation) -> Outcome:
+    """Run a Python program on the given input; RewardError where the sandbox could not be made."""
+    input_file = _memory_file("stdin", stdin)
+    output_out, output_in = os.pipe()
+    with (
+        os.fdopen(output_out, "rb", buffering=0),
+        _start({"kind": "program", "source": source}, limits, isolation, stdio=(input_file, output_in)) as sandbox,
+    ):
+        output, ending = _read(output_out, limits.output, limits.seconds)
+        if ending != "closed":
+            return Outcome(ending=ending, code=-signal.SIGKILL, output=output)
+        return Outcome(ending="exited", code=sandbox.exit_code(), output=output)
+
+
+def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation) -> list[bool]:
+    """Whether each of `tests["asserts"]` holds of the first of `solutions` that is Python, in a sandbox of its own.
+
+    tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, where not empty: code
+    that the tests may use, and the one name that is then taken from the solution.
+    """
+    calls_out, calls_in = os.pipe()
+    answers_out, answers_in = os.pipe()
+    verdicts_out, verdicts_in = os.pipe()
+    num_tests = len(tests["asserts"])
+    solution_job = {"kind": "solution", "sources": solutions}
+    with (
+        os.fdopen(verdicts_out, "rb", buffering=0),
+        _start(solution_job, limits, isolation, channels=(calls_out, answers_in)) as solution,
+        _start({"kind": "tests", **tests}, limits, isolation, channels=(answers_out, calls_in, verdicts_in)) as tester,
+    ):
+        verdicts, _ = _read(verdicts_out, num_tests, limits.seconds)
+        if len(verdicts) < num_tests:
+            solution.check_made()
+            tester.check_made()
+    passed = [verdict == ord("1") for verdict in verdicts]
+    return passed + [False] * (num_tests - len(passed))
+
+
+def check_isolation(isolation: Isolation) -> None:
+    """Raise InputError where this machine cannot give that isolation."""
+    problem = _problem(isolation)
+    if problem:
+        raise InputError(
+            f"this machine cannot isolate generated code by {isolation}: {problem}; run as root or allow user "
+            "namespaces (in a container: --security-opt seccomp=unconfined), or accept isolation: rlimits, which "
+            "limits time and memory but leaves files and network open to the code"
+        )
+
+
+@cache
+def _problem(isolation: Isolation) -> str:
+    """Why the sandbox cannot be made here; empty where it can."""
+    if sys.platform != "linux":
+        return f"the sandbox needs Linux, not {sys.platform}"
+    try:
+        outcome = run_program("print(6 * 7)", stdin=b"", limits=Limits(seconds=30), isolation=isolation)
+    except RewardError as error:
+        return str(error)
+    return "" if outcome.output == b"42\n" else f"a trial run gave {outcome}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sandbox:
+    """A running sandbox; `status` has why it could not be made, once it is known."""
+
+    process: subprocess.Popen[bytes]
+    status: int
+
+    def check_made(self) -> None:
+        """Raise RewardError where the sandbox could not be made, so that its code never ran."""
+        problem = os.read(self.status, 1_000) if select.select([self.status], [], [], 0)[0] else b""
+        if problem:
+            raise RewardError(f"the sandbox could not be made: {problem.decode()}")
+
+    def exit_code(self) -> int:
+        """Of a sandbox that has closed its output and so is about to end."""
+        code = self.process.wait()
+        self.check_made()
+        return code
+
+
+@contextmanager
+def _start(
+    job: dict[str, Any],
+    limits: Limits,
+    isolation: Isolation,
+    *,
+    channels: tuple[int, ...] = (),
+    stdio: tuple[int, int] = (subprocess.DEVNULL, subprocess.DEVNULL),
+) -> Iterator[_Sandbox]:
+    """A sandbox that runs `job`, owns `channels` and `stdio`, and is ended with all that is in it on the way out."""
+    status_out, status_in = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, os.fdopen(status_out, "rb", buffering=0):
+        own = {
+            "isolation": isolation,
+            "folder": folder,
+            "folder_bytes": limits.files,
+            "visible": _visible(),
+            "number": next(_numbers),
+            "cpu_seconds": int(limits.seconds) + 1,
+            "memory": limits.memory,
+            "processes": limits.processes,
+            "file_bytes": limits.files,
+        }
+        job_file = _memory_file("job", json.dumps({**job, **own}).encode())
+        handed_over = (job_file, status_in, *channels)
+        try:
+            process = subprocess.Popen(
+                [os.path.realpath(sys.executable), "-I", "-S", "-B", str(JAIL), *map(str, handed_over)],
+                stdin=stdio[0],
+                stdout=stdio[1],
+                stderr=subprocess.DEVNULL,
+                pass_fds=handed_over,
+                env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+                cwd="/",
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in (*handed_over, *stdio):
+                if descriptor >= 0:  # DEVNULL is not
+                    os.close(descriptor)
+        with process:
+            try:
+                yield _Sandbox(process=process, status=status_out)
+            finally:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _read(descriptor: int, size: int, seconds: float) -> tuple[bytes, Literal["closed", "time", "output"]]:
+    """What arrives until the other end is closed, the time is over, or more than `size` bytes have come."""
+    deadline = time.monotonic() + seconds
+    found = b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            return found, "time"
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            return found, "closed"
+        found += part
+        if len(found) > size:
+            return found[:size], "output"
+
+
+def _memory_file(name: str, content: bytes) -> int:
+    descriptor = os.memfd_create(name)
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+@cache
+def _visible() -> list[str]:
+    """What Python needs to see of this machine."""
+    wanted = ["/usr", sys.base_prefix, "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
+    return [path for path in dict.fromkeys(wanted) if os.path.exists(path) and not os.path.islink(path)]

@@ -1,0 +1,138 @@
+"""A sequence classifier of any family as a judge: loaded from a folder, run on micro-batches of equal-length rows.
+
+What a reward model's folder says of itself stands in `reward_model.json`: its template, whether it was trained on the
+reasoning too, and the mean and standard deviation of its scores when it was exported.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rekatrain.data.errors import InputError
+from rekatrain.data.judged import JudgedIds, Template
+from rekatrain.data.tokenizer import load_classifier_tokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "reward_model.json"
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelCard:
+    """What a reward model's folder says of itself.
+
+    template:  how an answer is rendered for it
+    reasoning: whether it judges the reasoning too
+    mean, std: of its scores on `measured_on`; a reward is (score - mean) / std
+    """
+
+    template: Template
+    reasoning: bool
+    mean: float
+    std: float
+    measured_on: str
+
+    def save(self, folder: Path) -> None:
+        """Write the card into the folder."""
+        (folder / CARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_card(folder: str) -> RewardModelCard | None:
+    """The card in a model's folder; None where there is none, InputError where it cannot be read."""
+    file = Path(folder) / CARD_FILE
+    if not file.is_file():
+        return None
+    try:
+        return RewardModelCard(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be read: {error}; export the reward model again") from error
+
+
+def load_classifier(
+    folder: str, *, revision: str | None, dtype: Dtype, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a folder's (or the hub's) sequence classifier with its tokenizer, ready to score."""
+    tokenizer = load_classifier_tokenizer(folder, revision=revision)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, revision=revision, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"no classifier could be loaded from {folder!r}: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise InputError(
+            f"{folder!r} is not a sequence classifier: it has no weights for {missing}, which would be random"
+        )
+    model.to(device).eval().requires_grad_(False)
+    set_pad(model, tokenizer)
+    return model, tokenizer
+
+
+def set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's config a pad id where it has none: decoders read their verdict off the last other token."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model can read at once."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0)) or 1_000_000
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """Names of the classifier's outputs, in their order; a reward model has one."""
+    return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def memory_of(model: torch.nn.Module) -> str:
+    """Parameters and bytes of a model, for a person."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return f"{num_parameters:,} parameters, {num_bytes / 2**30:.2f} GiB"
+
+
+def classify(model: PreTrainedModel, rows: Sequence[JudgedIds], *, micro_batch_tokens: int) -> torch.Tensor:
+    """Logits [N, labels] in float32 on the CPU, in the order of `rows`.
+
+    Rows are run in the order of their length, so that a micro-batch holds little padding: at most `micro_batch_tokens`
+    tokens with it, unless one row alone has more.
+    """
+    pad_id = model.config.get_text_config().pad_token_id
+    takes_types = getattr(model.config, "type_vocab_size", 0) > 1
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place].input_ids), reverse=True)
+    logits_NC = torch.empty(len(rows), len(label_names(model)))
+    with torch.inference_mode():
+        for places in _micro_batches(rows, order, micro_batch_tokens):
+            longest = len(rows[places[0]].input_ids)
+            ids_BT = torch.full((len(places), longest), pad_id)
+            types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
+            for number, place in enumerate(places):
+                length = len(rows[place].input_ids)
+                ids_BT[number, :length] = torch.tensor(rows[place].input_ids)
+                types_BT[number, :length] = torch.tensor(rows[place].token_type_ids)
+                mask_BT[number, :length] = 1
+            inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+            if takes_types:
+                inputs["token_type_ids"] = types_BT
+            output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+            logits_NC[places] = output.logits.float().cpu()
+    return logits_NC
+
+
+def _micro_batches(rows: Sequence[JudgedIds], order: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for place in order:
+        longest = len(rows[batches[-1][0]].input_ids) if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= micro_batch_tokens:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches

@@ -1,0 +1,154 @@
+"""A JSON endpoint over HTTP, asked politely: bounded concurrency, a time limit, retries with back-off, no secret shown.
+
+The key of an endpoint is read from the environment each time it is needed. It is never stored, so that neither the
+recipe, a checkpoint nor an error can hold it, and it is blotted out of whatever a server sends back.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+# Worth asking again: overload, a proxy's or the server's own trouble.
+PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+LONGEST_WAIT = 60.0
+SHOWN_CHARACTERS = 200
+BLOT = "***"
+_BACK_OFF = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
+
+Json = dict[str, Any]  # Any: a JSON value, not yet checked
+
+
+class Endpoint:
+    """Posts JSON to one server; `num_requests` and `num_retries` count what was sent since they were last reset."""
+
+    def __init__(
+        self, url: str, *, api_key_env: str | None, concurrency: int, request_timeout: float, max_retries: int
+    ) -> None:
+        """Check the settings; nothing is sent.
+
+        url:             http or https, without a user, a password or a query: those could hold a secret
+        api_key_env:     name of the environment variable with the bearer token
+        concurrency:     requests in flight
+        request_timeout: seconds for one attempt, from its start to its whole answer
+        max_retries:     further attempts after a passing failure: no connection, no answer in time, 429, 5xx
+        """
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL:
+            raise InputError("the URL cannot be read; write it as http://host:port/v1") from None
+        if parsed.userinfo or parsed.query or parsed.fragment:
+            raise InputError(
+                "the URL holds a user, a query or a fragment: secrets come from the environment, see api_key_env"
+            )
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"the URL must begin with http:// or https:// and a host, not {url!r}")
+        if api_key_env is not None:
+            _read_key(api_key_env)
+        if concurrency < 1 or request_timeout <= 0 or max_retries < 0:
+            raise InputError(
+                "concurrency must be at least 1, request_timeout above 0 and max_retries at least 0, not "
+                f"{concurrency}, {request_timeout}, {max_retries}"
+            )
+        self.url = url.rstrip("/")
+        self.num_requests = self.num_retries = 0
+        self._api_key_env, self._concurrency = api_key_env, concurrency
+        self._request_timeout, self._max_retries = request_timeout, max_retries
+
+    async def post_all(self, path: str, bodies: Sequence[Json]) -> list[Json | RewardError]:
+        """The server's JSON objects in the order of `bodies`; an error in the place of what could not be had."""
+        key = _read_key(self._api_key_env) if self._api_key_env else None
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=self._concurrency)
+        in_flight = asyncio.Semaphore(self._concurrency)
+        async with httpx2.AsyncClient(headers=headers, timeout=self._request_timeout, limits=limits) as client:
+
+            async def post(body: Json) -> Json | RewardError:
+                async with in_flight:
+                    try:
+                        return await self._retried(client, f"{self.url}{path}", body)
+                    except RewardError as error:
+                        return type(error)(_blot(str(error), key))
+
+            return list(await asyncio.gather(*[post(body) for body in bodies]))
+
+    async def _retried(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(_PassingError),
+            wait=_wait,
+            stop=stop_after_attempt(1 + self._max_retries),
+            reraise=True,
+        )
+        async for attempt in attempts:
+            with attempt:
+                self.num_requests += 1
+                self.num_retries += attempt.retry_state.attempt_number > 1
+                return await self._post(client, url, body)
+        raise AssertionError("reraise leaves no other way out")
+
+    async def _post(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
+        try:
+            # httpx's own limits are for each read, so that a server which drips would be waited for.
+            async with asyncio.timeout(self._request_timeout):
+                response = await client.post(url, json=body)
+        except TimeoutError:
+            raise _PassingError(f"{url} gave no answer within {self._request_timeout:g} s") from None
+        except httpx2.TransportError as error:
+            raise _PassingError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
+        if response.status_code != 200:
+            told = f"{url} answered {response.status_code}: {_shorten(response.text)}"
+            if response.status_code not in PASSING_STATUS:
+                raise RefusedError(told)
+            raise _PassingError(told, wait=_seconds(response.headers.get("retry-after")))
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RewardError(f"{url} answered no JSON object: {_shorten(response.text)}")
+        return answer
+
+
+class RefusedError(RewardError):
+    """The server will not take this request, however often it is sent."""
+
+
+class _PassingError(RewardError):
+    """A failure that may be over at the next attempt; `wait` are the seconds that the server asked for."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.wait if isinstance(error, _PassingError) else 0.0
+    return max(min(asked, LONGEST_WAIT), _BACK_OFF(state))
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Seconds of a Retry-After header; 0 for none, and for a date, which the back-off serves as well."""
+    return float(retry_after) if retry_after and re.fullmatch(r"\d{1,6}(\.\d+)?", retry_after) else 0.0
+
+
+def _read_key(name: str) -> str:
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise InputError(f"the environment variable {name} (api_key_env) is not set: it holds the endpoint's key")
+    return key
+
+
+def _blot(text: str, key: str | None) -> str:
+    return text.replace(key, BLOT) if key else text
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."

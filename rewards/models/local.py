@@ -1,0 +1,150 @@
+"""The reward `reward_model`: a local sequence classifier's score of the answer, on a frozen scale.
+
+    rewards:
+      reward_model: {pretrained_model_name_or_path: exports/reward, weight: 1.0}
+
+torch and the model are loaded by `setup`, in the process that scores.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from rekatrain.data.chat import parse_completion, parse_prompt
+from rekatrain.data.errors import InputError
+from rekatrain.data.judged import Judged, Template, check_template, encode_judged
+from rekatrain.rewards.errors import RewardError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class RewardModel:
+    """(score - mean) / std, the score being a classifier's one output or the probability of one of its labels."""
+
+    def __init__(
+        self,
+        *,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        template: Template | None = None,
+        reasoning: bool | None = None,
+        label: str | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "cpu",
+        micro_batch_tokens: int = 8192,
+    ) -> None:
+        """Check the options; no weight is read.
+
+        template:           reka (default), chat_template, pair, answer: see `rekatrain.data.judged.encode_judged`
+        reasoning:          judge the reasoning too; the default is to judge the answer alone
+        label:              of a classifier with several, whose probability is the score
+        mean, std:          of the scores; default 0 and 1
+        device:             cpu, cuda (this process's GPU) or cuda:1
+        micro_batch_tokens: in one forward, with padding
+
+        An exported reward model's `reward_model.json` gives the defaults of template, reasoning, mean and std.
+        """
+        if template is not None and template not in get_args(Template):
+            raise InputError(f"template must be one of {', '.join(get_args(Template))}, not {template!r}")
+        if (mean is None) != (std is None):
+            raise InputError(f"mean and std go together, but mean is {mean} and std is {std}: give both or neither")
+        if mean is not None and std is not None and not (math.isfinite(mean) and 0 < std < math.inf):
+            raise InputError(f"mean must be finite and std above 0, not {mean} and {std}")
+        if micro_batch_tokens < 1:
+            raise InputError(f"micro_batch_tokens must be at least 1, not {micro_batch_tokens}")
+        path = pretrained_model_name_or_path
+        if path.startswith((".", "/", "~", "runs/", "exports/")) and not Path(path).is_dir():
+            raise InputError(f"there is no reward model at {path!r}")
+        self._path, self._revision, self._label = path, revision, label
+        self._template, self._reasoning, self._mean, self._std = template, reasoning, mean, std
+        self._dtype, self._device, self._micro_batch_tokens = dtype, device, micro_batch_tokens
+        self._num_cut = 0
+
+    def setup(self) -> None:
+        """Load the classifier, say what it takes, and fix the scale of its scores."""
+        from rekatrain.rewards.models import classifier
+
+        card = classifier.read_card(self._path)
+        self._template = self._template or (card.template if card else "reka")
+        self._reasoning = self._reasoning if self._reasoning is not None else bool(card and card.reasoning)
+        if self._mean is None or self._std is None:
+            self._mean, self._std = (card.mean, card.std) if card else (0.0, 1.0)
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self._device == "cuda" else self._device
+        self._model, self._tokenizer = classifier.load_classifier(
+            self._path, revision=self._revision, dtype=self._dtype, device=device
+        )
+        check_template(self._template, self._tokenizer)
+        self._label_id = self._find_label()
+        logger.info(
+            "reward_model: %s, %s of %s in each process, besides the policy's; template %s, scores scaled by mean %.4g "
+            "and std %.4g%s",
+            self._path,
+            classifier.memory_of(self._model),
+            device,
+            self._template,
+            self._mean,
+            self._std,
+            "" if card or self._mean or self._std != 1.0 else " (as they are: the folder has no reward_model.json)",
+        )
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float | None | RewardError]:
+        """One normalised score a completion; an error for one whose score is not a number."""
+        from rekatrain.rewards.models import classifier
+
+        judged = [
+            Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
+            for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
+        ]
+        assert self._template is not None, "setup() comes first"
+        context = classifier.context_of(self._model)
+        rows = [encode_judged(one, self._tokenizer, self._template, max_length=context) for one in judged]
+        self._num_cut += sum(row.is_cut for row in rows)
+        # Template answer and a tokenizer without marks leave nothing of an empty answer: no score, good or bad.
+        filled = [row for row in rows if row.input_ids]
+        logits_NC = classifier.classify(self._model, filled, micro_batch_tokens=self._micro_batch_tokens)
+        scores_N = logits_NC[:, 0] if self._label_id is None else logits_NC.softmax(dim=-1)[:, self._label_id]
+        scores = iter(scores_N.tolist())
+        return [
+            self._scaled(next(scores))
+            if row.input_ids
+            else RewardError("the answer is empty: there is nothing to score")
+            for row in rows
+        ]
+
+    def _scaled(self, score: float) -> float | RewardError:
+        assert self._mean is not None and self._std is not None, "setup() comes first"
+        return (score - self._mean) / self._std if math.isfinite(score) else RewardError(f"the score is {score}")
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: answers whose beginning was cut off, to keep to the classifier's context."""
+        counted = {"num_cut": float(self._num_cut)}
+        self._num_cut = 0
+        return counted
+
+    def _thought(self, reasoning: str | None) -> str | None:
+        return reasoning if self._reasoning else None
+
+    def _find_label(self) -> int | None:
+        """The output that is the score; None for the only one."""
+        from rekatrain.rewards.models import classifier
+
+        names = classifier.label_names(self._model)
+        if len(names) == 1 and self._label is None:
+            return None
+        if self._label not in names or len(names) == 1:
+            wanted = f"label {self._label!r} is not one of them" if self._label else "name the one that is the reward"
+            raise InputError(f"the classifier {self._path!r} has the labels {', '.join(names)}: {wanted} (label:)")
+        return names.index(self._label)
+
+    _model: "PreTrainedModel"
+    _tokenizer: "PreTrainedTokenizerBase"

@@ -1,0 +1,186 @@
+"""Scorers of a final answer: it equals, lies near, names, matches or fits what the row or the recipe says.
+
+All judge the answer after the reasoning. Text that makes no sense scores 0.0; a row that cannot be graded gives None.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from jsonschema.protocols import Validator
+from rekatrain.data.chat import ParsedCompletion
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.scorers.math_answer import find_boxes
+
+ANSWER_MARK = re.compile(r"\b(?:final\s+)?answer\b\W*(?:\bis\b|:)\W*", re.IGNORECASE)
+NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?!\w|\.\d)")
+# A letter that stands as an option: alone, or marked by brackets, a full stop, a colon or stars.
+OPTION = re.compile(
+    r"(?<![\w'])(?:option\s+|choice\s+)?[*(\[{]*([A-Z])[*)\]}]*(?![\w'’])(?:[.:)](?=\s|$))?", re.IGNORECASE
+)
+WORD_FOLLOWS = re.compile(r"\s+(?!or\b|and\b|nor\b)[a-z]")  # so that "A" is an article and "I" a pronoun
+FENCED_JSON = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def final_answer(text: str) -> str:
+    """The last `\\boxed{...}`, else what stands after the last "answer is" or "answer:" in its line, else all of it.
+
+    >>> final_answer("Both fit. The answer is **Paris**.")
+    'Paris**.'
+    """
+    boxes = find_boxes(text)
+    if boxes:
+        return boxes[-1].strip()
+    marks = list(ANSWER_MARK.finditer(text))
+    return text[marks[-1].end() :].strip().partition("\n")[0] if marks else text.strip()
+
+
+def exact_match(
+    completion: ParsedCompletion, *, answer: str | float | list[Any] | None, ignore_case: bool = True
+) -> float | None:
+    """1.0 where the final answer is the column `answer`, or one of a list, but for case, white space and outer marks.
+
+    None where the row has no answer. A longer text that contains the answer scores 0.0.
+    """
+    accepted = answer if isinstance(answer, list) else [answer]
+    golds = {_normalise(str(gold), ignore_case) for gold in accepted if gold is not None} - {""}
+    if not golds:
+        return None
+    return float(_normalise(final_answer(completion.answer), ignore_case) in golds)
+
+
+def numeric_close(
+    completion: ParsedCompletion, *, answer: str | float | None, rel_tol: float = 0.01, abs_tol: float = 0.0
+) -> float | None:
+    """1.0 where the only number of the final answer, else the last one of the text, is close to the column `answer`.
+
+    Close as in `math.isclose`, relative to the larger of the two. None where the column holds no number.
+    """
+    golds = _numbers(str(answer)) if answer is not None else []
+    if len(golds) != 1:
+        return None
+    numbers = _numbers(final_answer(completion.answer))
+    is_marked = final_answer(completion.answer) != completion.answer.strip()
+    if not numbers or (is_marked and len(set(numbers)) > 1):
+        return 0.0
+    return float(math.isclose(numbers[-1], golds[0], rel_tol=rel_tol, abs_tol=abs_tol))
+
+
+def multiple_choice(completion: ParsedCompletion, *, choice: str | None) -> float | None:
+    """1.0 where the final answer names the option of the column `choice`, a letter, and no other one.
+
+    Reads `B`, `(b)`, `**B**`, `B. Paris`, `\\boxed{B}`, `The answer is B`. A text without such a mark counts where one
+    letter only stands as an option in it: to name them all is no answer. None where the column holds no letter.
+    """
+    gold = re.fullmatch(r"\W*([A-Za-z])\W*", str(choice)) if choice is not None else None
+    if gold is None:
+        return None
+    return float(_options(final_answer(completion.answer)) == {gold[1].upper()})
+
+
+class Regex:
+    """1.0 where the answer matches the regular expression `pattern`; the whole of it with `whole: true`."""
+
+    def __init__(self, *, pattern: str, whole: bool = False) -> None:
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise InputError(f"regex: pattern {pattern!r} is not a regular expression: {error}") from error
+        self._match = compiled.fullmatch if whole else compiled.search
+
+    def __call__(self, completion: ParsedCompletion) -> float:
+        return float(self._match(completion.answer) is not None)
+
+
+class JsonSchema:
+    """1.0 where the answer is JSON that fits `schema`: an object of the recipe, or the path of a file with one.
+
+    The JSON is the whole answer, or its only fenced block with nothing but white space around it, unless
+    `text_around: true`, where it is the last fenced block. A repeated key and NaN are no JSON.
+    """
+
+    def __init__(self, *, schema: Mapping[str, Any] | str, text_around: bool = False) -> None:
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"json_schema: schema {schema!r} cannot be read as JSON: {error}") from error
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        try:
+            kind.check_schema(schema)
+        except jsonschema.SchemaError as error:
+            raise InputError(f"json_schema: schema is not a JSON schema: {error.message}") from error
+        self._validator: Validator = kind(schema)
+        self._text_around = text_around
+
+    def __call__(self, completion: ParsedCompletion) -> float:
+        blocks = FENCED_JSON.findall(completion.answer)
+        is_alone = len(blocks) == 1 and not FENCED_JSON.sub("", completion.answer).strip()
+        text = blocks[-1] if is_alone or (blocks and self._text_around) else completion.answer
+        try:
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(self._validator.is_valid(value))
+
+
+def reasoning_gym(
+    completion: ParsedCompletion, *, reasoning_gym_task: str, reasoning_gym_entry: Mapping[str, Any]
+) -> float:
+    """1.0 where the task's own verifier gives the answer full marks, else 0.0: part credit is for answers not right.
+
+    Raises ValueError for an unknown task, and what the verifier raises on the gold answer of the entry.
+    """
+    score = _load_verifier(reasoning_gym_task)
+    try:
+        return float(score(completion.answer, reasoning_gym_entry) == 1.0)
+    except Exception:
+        # Verifiers raise whatever their parsing raises (prime_factorization: ValueError from int("two")). A verifier
+        # that can judge the gold answer is sound, so the text is at fault; one that cannot raises again, here.
+        score(reasoning_gym_entry["answer"], reasoning_gym_entry)
+        return 0.0
+
+
+@cache
+def _load_verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
+    # Imported late: it takes over a second, and only rows of this kind need it.
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(task)
+
+
+def _normalise(text: str, ignore_case: bool) -> str:
+    text = " ".join(text.replace("\\text", "").split()).strip("*_`'\"“”‘’{}()[]$.,;:!? ")
+    return text.casefold() if ignore_case else text
+
+
+def _numbers(text: str) -> list[float]:
+    found = [match.group().replace(",", "").replace("−", "-") for match in NUMBER.finditer(text)]
+    return [float(number) for number in found if number.strip("+-")]
+
+
+def _options(text: str) -> set[str]:
+    """Letters that stand as options in a text."""
+    found = set()
+    for match in OPTION.finditer(text):
+        letter, whole = match[1], match.group()
+        is_bare = whole == letter and text.strip() != letter
+        if is_bare and (letter.islower() or (letter in "AI" and WORD_FOLLOWS.match(text, match.end()))):
+            continue
+        found.add(letter.upper())
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a repeated key")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")

@@ -1,0 +1,138 @@
+"""The pool: worker processes that score one completion at a time, each under a time and a memory limit.
+
+pebble's process pool kills a worker at the time limit and replaces it. Workers are forked from a server process that
+has no threads and no torch, only the modules that the recipe's rewards need; so a replacement costs milliseconds.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.registry import REWARDS, Spec
+from rekatrain.rewards.workers.process import OUT_OF_MEMORY, Score, do_nothing, score_completion, start_worker
+
+# Beyond the time limit: a worker that takes this long to be killed and replaced is not coming back.
+GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a worker may use: seconds for a completion and a reward, bytes of address space."""
+
+    timeout: float = 2.0
+    memory: int = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A completion with a reward, being scored."""
+
+    scorer: int
+    text: str
+    columns: Mapping[str, Any]  # Any: JSON values of the row
+    timeout: float
+    future: ProcessFuture
+
+
+class WorkerPool:
+    """Scores completions by any of `specs`. Starts with the first completion, or with `warm_up`."""
+
+    def __init__(self, specs: Sequence[Spec], *, num_workers: int, limits: Limits) -> None:
+        self.specs = list(specs)
+        self.num_workers = num_workers
+        self.limits = limits
+        self._pool: ProcessPool | None = None
+        self._num_open = 0
+
+    def warm_up(self) -> None:
+        """Start the workers without waiting for them: their imports take seconds."""
+        self._schedule(do_nothing, (), None)
+
+    def submit(self, scorer: int, text: str, columns: Mapping[str, Any], timeout: float | None = None) -> Job:
+        """Have a completion scored by the reward of that number; never waits."""
+        timeout = timeout or self.limits.timeout
+        self._num_open += 1
+        future = self._schedule(score_completion, (scorer, text, columns), timeout)
+        return Job(scorer=scorer, text=text, columns=columns, timeout=timeout, future=future)
+
+    def result(self, job: Job, *, is_last_try: bool = False) -> Score:
+        """Wait for the score, not longer than the limits of all that is before it; InputError is the user's to mend."""
+        wait = GRACE_SECONDS + self._num_open * job.timeout / self.num_workers
+        try:
+            score = job.future.result(timeout=wait)
+        except TimeoutError as error:
+            if not job.future.done():
+                raise RewardError(f"the reward workers have not answered for {wait:.0f} seconds") from error
+            score = Score(error=f"no result after {job.timeout:g} seconds", seconds=job.timeout)
+        except ProcessExpired as error:
+            is_memory = error.exitcode == OUT_OF_MEMORY
+            score = Score(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")
+        except BrokenProcessPool as error:
+            # pebble gives a pool up where a worker dies at a moment that it cannot assign to a completion.
+            if is_last_try:
+                raise RewardError(f"the reward workers die before they score: {error}") from error
+            return self.result(self.submit(job.scorer, job.text, job.columns, job.timeout), is_last_try=True)
+        finally:
+            self._num_open -= 1
+        if isinstance(score, str):
+            raise InputError(score)
+        return score
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def _schedule(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float | None
+    ) -> ProcessFuture:
+        if self._pool is None or not self._pool.active:
+            self._pool = self._new_pool()
+        return self._pool.schedule(function, args=arguments, timeout=timeout)
+
+    def _new_pool(self) -> ProcessPool:
+        context = multiprocessing.get_context("forkserver")
+        ours = [REWARDS[spec.name].partition(":")[0] for spec in self.specs if spec.name in REWARDS]
+        context.set_forkserver_preload(["rekatrain.rewards.workers.process", *ours])
+        return ProcessPool(
+            max_workers=self.num_workers,
+            initializer=start_worker,
+            initargs=(self.specs, self.limits.memory, os.getcwd()),
+            context=context,
+        )
+
+
+class LiftedScorer:
+    """A scorer as a TRL reward function, for trainers that are not ours: each of its completions goes to a worker."""
+
+    def __init__(self, spec: Spec, columns: Sequence[str], timeout: float | None) -> None:
+        self.__name__ = spec.name  # TRL logs a reward by it
+        self._columns = tuple(columns)
+        self._timeout = timeout
+        self._pool = WorkerPool([spec], num_workers=num_workers_here(), limits=Limits())
+
+    def __call__(self, completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+        jobs = [
+            self._pool.submit(0, text, {name: columns[name][at] for name in self._columns}, self._timeout)
+            for at, text in enumerate(completions)
+        ]
+        scores = [self._pool.result(job) for job in jobs]
+        for score in scores:
+            if score.error:
+                raise RewardError(f"reward {self.__name__} failed: {score.error}\n{score.traceback}".rstrip())
+        return [score.value for score in scores]
+
+
+def num_workers_here() -> int:
+    """Workers of one training process: the cores that it may use, shared with the other processes of its node."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share, 1), 16)

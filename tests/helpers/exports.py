@@ -1,0 +1,106 @@
+"""A tiny model that speaks the Reka format, trained by the real command line: what the serving tests serve, and how."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from openai import OpenAI
+from rekatrain.trainer.cli import main
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.conftest import tiny_llama
+
+QUESTION = [{"role": "human", "content": "3 + 3 ="}]
+# What the model has learnt to say to it, by heart.
+ANSWER = " <reasoning>\nTwice 3.\n</reasoning>\n\n6 <sep>"
+# The command that serving/vllm.sh calls; builds for CPUs install another distribution's name, and their own lacks it.
+VLLM = """#!/bin/sh
+[ "$1" = serve ] || exit 1
+model=$2
+shift 2
+exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
+"""
+CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1"]
+READY_SECONDS = 600
+
+
+def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama with heads of 64, which vLLM has kernels for, and sizes that K-quants' blocks do not divide."""
+    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_llama(tokenizer, intermediate_size=96, max_position_embeddings=2048, initializer_range=0.1, **heads)
+
+
+def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A LoRA run of 60 SFT steps in `folder`, on rows with a reasoning; the run's folder."""
+    servable_llama(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in range(1, 7)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "stage": "sft",
+        "output_dir": str(folder / "run"),
+        "model": {"pretrained_model_name_or_path": str(folder / "model"), "dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "dataset": {"path": str(folder / "sums.jsonl"), "format": "prompt_answer"},
+        "sft": {"max_steps": 60, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 5},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    main(["train", str(folder / "recipe.yaml")])
+    return folder / "run"
+
+
+def ask(client: OpenAI, messages: list[dict[str, str]], *, model: str = "any", **options: Any) -> Any:
+    """A greedy answer of a server, the stream of one where asked for; Any: the client's own types."""
+    settings = {"max_tokens": 60, "temperature": 0, **options}
+    return client.chat.completions.create(model=model, messages=messages, **settings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def serve_by_vllm(export: Path, work: Path) -> Iterator[str]:
+    """A real vLLM that serves the export by its own start line, on a CPU: its url.
+
+    work: a folder for the server's log
+    """
+    (work / "bin").mkdir()
+    (work / "bin" / "vllm").write_text(VLLM)
+    (work / "bin" / "vllm").chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "PATH": f"{work / 'bin'}:{os.environ['PATH']}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    command = ["bash", str(export / "serving" / "vllm.sh"), *CPU, "--port", port]
+    log = work / "vllm.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + READY_SECONDS
+    try:
+        while not _is_ready(url):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health").status_code == 200
+    except httpx2.TransportError:
+        return False

@@ -1,0 +1,76 @@
+"""Every shipped recipe of CPU size trains for two steps, on a tiny model in the place of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.cli import main
+from rekatrain.trainer.plan.machine import launched
+from rekatrain.trainer.plan.memory import make_plan
+from rekatrain.trainer.recipe.load import load_recipe
+from rekatrain.trainer.run_folder import STATE_FILE
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import tiny_llama
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "smollm2"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+TRAINED = [path for path in RECIPES if path.stem != "sft-qlora"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows that the recipes name, as their own scripts write them or like those, and a model."""
+    folder = tmp_path_factory.mktemp("shipped")
+    model = tiny_llama(tokenizer)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 1024  # a tokenizer of 300 ids makes many of a row
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} + 1 ="}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(8)
+    ]
+    pairs = [
+        {"instruction": f"{n} + 1 =", "input": "", "chosen": f"{n + 1}, dear", "rejected": str(n)} for n in range(20)
+    ]
+    for path, lines in (
+        ("runs/quickstart/sft.jsonl", rows),
+        ("runs/politeness/train.jsonl", pairs[:16]),
+        ("runs/politeness/held_out.jsonl", pairs[16:]),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_small_recipes_are_those_of_the_large_model() -> None:
+    large = {path.stem for path in (FOLDER.parent / "reka-flash-3").glob("*.yaml")}
+    same = {"sft": "sft-full", "rloo": "rloo-full"}
+    assert {same.get(path.stem, path.stem) for path in RECIPES} == large
+    assert large == {"sft-lora", "sft-full", "sft-qlora", "reward", "rloo-lora", "rloo-full", "rloo-3.1"}
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_a_recipe_trains_for_two_steps(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    stage = load_recipe(path).stage
+    out = workspace / "out" / path.stem
+    main(
+        [
+            "train",
+            str(path),
+            "model.pretrained_model_name_or_path=model",
+            f"output_dir={out}",
+            f"{stage}.max_steps=2",
+            f"{stage}.save_steps=2",
+        ]
+    )
+    state = json.loads((out / "checkpoints" / "checkpoint-2" / STATE_FILE).read_text())
+    assert state["global_step"] == 2
+
+
+def test_qlora_is_refused_without_a_gpu() -> None:
+    with pytest.raises(InputError, match="needs a GPU"):
+        make_plan(load_recipe(FOLDER / "sft-qlora.yaml"), launched())

@@ -1,0 +1,252 @@
+"""The sandbox: what hostile programs get (nothing), and that no program can forge the result of its tests."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+from rekatrain.rewards.code.sandbox import Limits, _problem, check_isolation, run_program, run_tests
+from rekatrain.rewards.errors import RewardError
+
+pytestmark = pytest.mark.skipif(bool(_problem("namespaces")), reason=_problem("namespaces"))
+
+LIMITS = Limits(seconds=3.0, memory=512 << 20, output=10_000)
+TESTS = {
+    "asserts": ["assert double(2) == 4", "assert sorted(double([1])) == [1, 1]"],
+    "setup": "",
+    "prefix": "",
+    "entry_point": "",
+}
+GOOD = "def double(x): return x * 2"
+
+
+def run(source, stdin=b"", limits=LIMITS):
+    return run_program(source, stdin=stdin, limits=limits, isolation="namespaces")
+
+
+def verdicts(source, tests=TESTS):
+    return run_tests([source], tests, limits=LIMITS, isolation="namespaces")
+
+
+def test_a_program_reads_its_input_and_its_output_is_read():
+    outcome = run("import sys\nfor line in sys.stdin: print(int(line) * 2)\nsys.exit(3)", b"1\n20\n")
+    assert (outcome.ending, outcome.code, outcome.output) == ("exited", 3, b"2\n40\n")
+
+
+def attempt(action):
+    """A program that prints what came of an action, whichever way it went."""
+    return (
+        f"try:\n    print('DONE', {action})\nexcept BaseException as error:\n    print('REFUSED', type(error).__name__)"
+    )
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "open('/etc/passwd').read()",
+        f"open({__file__!r}).read()",
+        "__import__('os').listdir('/proc')",
+        "__import__('os').listdir('/home')",
+        "open('/usr/evil', 'w')",
+        "open('/evil', 'w')",
+        "__import__('os').chmod('/usr/bin', 0o777)",
+        "__import__('os').mkdir('/dev/evil')",
+        "__import__('socket').create_connection(('1.1.1.1', 53), timeout=1)",
+        "__import__('socket').getaddrinfo('example.com', 80)",
+        "__import__('os').fork()",
+        "__import__('threading').Thread(target=print).start()",
+        "__import__('subprocess').run(['/bin/ls'])",
+        "__import__('os').kill(1 << 20, 9)",
+        "__import__('os').setuid(0)",
+        "len(bytearray(10 << 30))",
+        "__import__('resource').setrlimit(__import__('resource').RLIMIT_AS, (-1, -1))",
+        "open('/tmp/large', 'wb').write(bytes(20 << 20))",
+        "[open(f'/tmp/{n}', 'w').close() for n in range(5_000)]",
+        "[open(f'/tmp/{n}', 'wb').write(bytes(1 << 20)) for n in range(20)]",
+    ],
+)
+def test_what_lies_outside_is_out_of_reach(action):
+    outcome = run(attempt(action))
+    # A write beyond the limit on files may also end the program by a signal.
+    assert outcome.output.startswith(b"REFUSED") or (outcome.output == b"" and outcome.code != 0), outcome
+
+
+def test_a_server_on_this_machine_is_out_of_reach():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+        outcome = run(attempt(f"__import__('socket').create_connection(('127.0.0.1', {port}), timeout=1)"))
+    assert outcome.output == b"REFUSED OSError\n"
+
+
+def test_the_environment_and_open_files_do_not_come_along(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with open(__file__) as file:
+        os.set_inheritable(file.fileno(), True)
+        source = "import os\nprint(sorted(os.environ))\n" + attempt(f"os.fstat({file.fileno()})")
+        outcome = run(source)
+    assert outcome.output == b"['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED']\nREFUSED OSError\n"
+
+
+def test_its_folder_is_fresh_and_goes_with_it():
+    source = "import os\nprint(os.listdir('.'))\nopen('left', 'w').write('x')\nprint(open('left').read())"
+    assert [run(source).output for _ in range(2)] == [b"[]\nx\n"] * 2
+    assert not os.path.exists("/tmp/left")
+
+
+@pytest.mark.parametrize(
+    ("source", "ending"),
+    [
+        ("while True: pass", "time"),
+        ("import time; time.sleep(60)", "time"),
+        ("import os\nos.setsid()\nwhile True: pass", "time"),
+        ("import signal\nfor s in range(1, 9): signal.signal(s, signal.SIG_IGN)\nwhile True: pass", "time"),
+        ("while True: print('x' * 1000)", "output"),
+        ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "time"),
+        ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "time"),
+    ],
+)  # fmt: skip
+def test_a_program_without_end_is_ended_and_leaves_nothing_behind(source, ending):
+    before, started = set(os.listdir("/proc")), time.monotonic()
+    outcome = run(source, limits=Limits(seconds=1.0, output=10_000))
+    assert outcome.ending == ending and time.monotonic() - started < 3.0
+    deadline = time.monotonic() + 5  # one in a session of its own ends with its parent, a moment later
+    while left := {pid for pid in set(os.listdir("/proc")) - before if pid.isdigit() and _is_jail(pid)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _is_jail(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"jail.py" in file.read()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nprint('on')",
+        "import os, signal\nos.kill(-1, signal.SIGKILL)\nprint('on')",
+        "import os, signal\nos.killpg(0, signal.SIGKILL)\nprint('on')",
+        "def f(n): return f(n + 1)\nf(0)",
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)",
+        "x = []\nfor _ in range(10**6): x = [x]\nprint(x == x)\nrepr(x)",
+        "import ctypes; ctypes.string_at(0)",
+        "9**9**9",
+    ],
+)
+def test_a_program_that_lashes_out_hits_itself(source):
+    outcome = run(source, limits=Limits(seconds=2.0, output=10_000))
+    assert outcome.ending in ("exited", "time")
+    assert run("print('fine')").output == b"fine\n"
+
+
+def test_right_code_passes_and_wrong_code_fails_the_tests_that_it_fails():
+    assert verdicts(GOOD) == [True, True]
+    assert verdicts("def double(x): return 4") == [True, False]
+    assert verdicts("def double(x): return x +") == [False, False]
+    assert verdicts("") == [False, False]
+
+
+FORGERIES = {
+    "exits before the tests": "import sys; sys.exit(0)",
+    "ends before the tests": "import os; os._exit(0)",
+    "exits in the tests": "import os\ndef double(x): os._exit(0)",
+    "prints a pass": "print('1' * 100, 'OK PASSED 100%')",
+    "equals everything": (
+        "class Any:\n  def __eq__(self, other): return True\n  def __iter__(self): return iter([1, 1])\n"
+        "def double(x): return Any()"
+    ),
+    "is a list that equals everything": "class L(list):\n  __eq__ = lambda s, o: True\ndef double(x): return L([7])",
+    "replaces what the tests use": "def sorted(x): return [1, 1]\ndef double(x): return None",
+    "replaces the built-in": "import builtins\nbuiltins.sorted = lambda x: [1, 1]\ndef double(x): return None",
+    "writes to every open file": (
+        "import os\nfor n in range(3, 64):\n  try: os.write(n, b'11')\n  except OSError: pass\ndef double(x): return 0"
+    ),
+    "answers before it is asked": (
+        "import os\nfor n in range(3, 64):\n  try: os.write(n, b'null\\n' * 9)\n  except OSError: pass\n"
+        "def double(x): return 0"
+    ),
+    "looks for the expected value": (
+        "import sys\ndef double(x):\n  frame = sys._getframe()\n  while frame.f_back: frame = frame.f_back\n"
+        "  values = [c for c in frame.f_code.co_consts if c == 4 or c == [1, 1]]\n  return values[0]"
+    ),
+    "raises what stops the tests": "def double(x): raise SystemExit(0)",
+    "raises like a keyboard": "def double(x): raise KeyboardInterrupt",
+    "never answers": "def double(x):\n  while True: pass",
+    "answers without end": "import itertools\ndef double(x): return itertools.count()",
+    "answers too much": "def double(x): return 'x' * (1 << 28)",
+    "patches the interpreter": (
+        "import sys, json\nsys.modules['__main__'].__dict__.clear()\njson.dumps = lambda v: 'true'\n"
+        "def double(x): return 0"
+    ),
+    "recurses": "def double(x): return double(x)",
+    "kills": "import os\ndef double(x): os.kill(-1, 9); os.kill(1, 9); os.kill(0, 9)",
+}
+
+
+@pytest.mark.parametrize("trick", FORGERIES)
+def test_a_pass_cannot_be_forged(trick):
+    assert verdicts(FORGERIES[trick]) == [False, False]
+
+
+def test_the_tests_names_are_their_own():
+    tests = {**TESTS, "asserts": ["assert math.isclose(half(3), 1.5)", "assert isinstance(half(2), float)"]}
+    assert verdicts("def half(x): return x / 2", tests) == [True, True]
+    forged = "class math:\n  isclose = lambda *a: True\ndef isinstance(*a): return True\ndef half(x): return None"
+    assert verdicts(forged, tests) == [False, False]
+    # with an entry point, that one name is the solution's
+    checked = {"prefix": "def helper(x): return x + 1\n", "entry_point": "inc"}
+    tests = {**TESTS, **checked, "asserts": ["def check(f):\n    assert f(1) == helper(1)\ncheck(inc)"]}
+    assert verdicts("def inc(x): return x + 1", tests) == [True]
+    assert verdicts("def helper(x): return 0\ndef inc(x): return 0\ndef check(f): pass", tests) == [False]
+
+
+def test_values_cross_as_what_they_are():
+    values = [
+        "None", "True", "-(10 ** 50)", "0.1", "float('inf')", "1 + 2j", "b'\\xff'", "'\\ud800é'", "(1, [2, {3}])",
+        "{(1, 2): frozenset('a')}", "range(1, 9, 2)", "int", "collections.deque([1])", "collections.Counter('aab')",
+    ]  # fmt: skip
+    tests = {**TESTS, "asserts": [f"assert same({value}) == {value} and has({value})" for value in values]}
+    source = (
+        f"import collections\nvalues = [{', '.join(values)}]\ndef same(x): return x\ndef has(x): return x in values"
+    )
+    assert verdicts(source, tests) == [True] * len(values)
+
+
+def test_objects_of_the_solution_are_called_and_changed_by_the_tests():
+    source = (
+        "class Node:\n  def __init__(self, v): self.v, self.next = v, None\n"
+        "def total(n): return n.v + (total(n.next) if n.next else 0)"
+    )
+    tests = {**TESTS, "setup": "first = Node(1)\nfirst.next = Node(2)", "asserts": ["assert total(first) == 3"]}
+    assert verdicts(source, tests) == [True]
+
+
+def test_sandboxes_run_side_by_side():
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(verdicts(GOOD))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[True, True]] * 8
+
+
+def test_a_sandbox_that_cannot_be_made_is_an_error_and_no_bad_answer(monkeypatch):
+    monkeypatch.setattr("rekatrain.rewards.code.sandbox._visible", lambda: ["/no/such/folder"])
+    with pytest.raises(RewardError, match="the sandbox could not be made: No such file or directory: /no/such/folder"):
+        run("print(1)")
+    with pytest.raises(RewardError, match="the sandbox could not be made"):
+        verdicts(GOOD)
+
+
+def test_isolation_that_the_machine_cannot_give_is_refused(monkeypatch):
+    from rekatrain.data.errors import InputError
+
+    monkeypatch.setattr("rekatrain.rewards.code.sandbox._problem", lambda isolation: "Operation not permitted: unshare")
+    with pytest.raises(InputError, match="cannot isolate generated code by namespaces: Operation not permitted"):
+        check_isolation("namespaces")

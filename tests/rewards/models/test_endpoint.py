@@ -1,0 +1,145 @@
+"""Endpoints, against a real server: what is retried, what is bounded, and that no secret is shown or kept."""
+
+import asyncio
+import logging
+import threading
+import time
+
+import pytest
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.models import endpoint
+from rekatrain.rewards.models.endpoint import Endpoint
+
+KEY = "sk-a-very-secret-key"
+
+
+def make(url: str, **options: object) -> Endpoint:
+    settings = {"api_key_env": None, "concurrency": 4, "request_timeout": 5.0, "max_retries": 3} | options
+    return Endpoint(url, **settings)
+
+
+def post(server: Endpoint, *bodies: dict) -> list:
+    return asyncio.run(server.post_all("/it", bodies))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_BACK_OFF", lambda state: 0.0)
+
+
+def test_answers_come_in_the_order_of_the_requests(serve) -> None:
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        time.sleep(0.05 * (3 - body["n"]))
+        return 200, {"n": body["n"]}
+
+    server = serve(answer)
+    assert post(make(server.url + "/"), *[{"n": n} for n in range(3)]) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert server.paths == ["/it"] * 3 and server.most_at_once > 1
+
+
+def test_no_more_requests_are_in_flight_than_allowed(serve) -> None:
+    server = serve(lambda path, body: time.sleep(0.02) or (200, {}))
+    post(make(server.url, concurrency=3), *[{}] * 20)
+    assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_failure_is_asked_again(serve, status: int) -> None:
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        return (status, {"why": "busy"}) if len(server.bodies) < 3 else (200, {"ok": True})
+
+    server = serve(answer)
+    client = make(server.url)
+    assert post(client, {}) == [{"ok": True}]
+    assert (client.num_requests, client.num_retries) == (3, 2)
+
+
+def test_a_server_that_stays_down_is_an_error_of_its_requests_alone(serve) -> None:
+    server = serve(lambda path, body: (500, {"why": "down"}) if body["n"] else (200, {"n": 0}))
+    client = make(server.url)
+    good, bad = post(client, {"n": 0}, {"n": 1})
+    assert good == {"n": 0}
+    assert isinstance(bad, RewardError) and '500: {"why": "down"}' in str(bad)
+    assert client.num_requests == 1 + 4
+
+
+def test_nobody_listening_is_an_error_and_not_an_exception() -> None:
+    (error,) = post(make("http://127.0.0.1:9"), {})
+    assert isinstance(error, RewardError) and "cannot be reached: ConnectError" in str(error)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_is_not_asked_again(serve, status: int) -> None:
+    server = serve(lambda path, body: (status, {"why": "no"}))
+    (error,) = post(make(server.url), {})
+    assert isinstance(error, RewardError) and len(server.bodies) == 1
+
+
+def test_the_server_says_how_long_to_wait(serve) -> None:
+    def answer(path: str, body: dict) -> tuple:
+        times.append(time.monotonic())
+        return (429, {}, {"Retry-After": "0.3"}) if len(times) == 1 else (200, {})
+
+    times: list[float] = []
+    post(make(serve(answer).url), {})
+    assert 0.3 <= times[1] - times[0] < 2
+
+
+def test_a_server_that_never_answers_is_left_in_time(serve) -> None:
+    release = threading.Event()
+    server = serve(lambda path, body: release.wait(10) and (200, {}) or (200, {}))
+    started = time.monotonic()
+    (error,) = post(make(server.url, request_timeout=0.2, max_retries=1), {})
+    release.set()
+    assert isinstance(error, RewardError) and "no answer within 0.2 s" in str(error)
+    assert time.monotonic() - started < 3 and len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"[1]", b'"text"', b""])
+def test_an_answer_that_is_no_object_is_an_error(serve, content: bytes) -> None:
+    (error,) = post(make(serve(lambda path, body: (200, content)).url), {})
+    assert isinstance(error, RewardError) and "no JSON object" in str(error)
+
+
+# Secrets
+
+
+def test_the_key_is_sent_and_neither_kept_nor_shown(serve, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+
+    def answer(path: str, body: dict) -> tuple[int, dict]:  # a server that tells the key back
+        return 401, {"error": f"wrong key {server.headers[-1]['authorization']}"}
+
+    server = serve(answer)
+    with caplog.at_level(logging.DEBUG):
+        client = make(server.url, api_key_env="MY_KEY")
+        (error,) = post(client, {})
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert "wrong key Bearer ***" in str(error)
+    assert KEY not in f"{error!r} {vars(client)} {caplog.text}"
+
+
+def test_a_key_that_is_not_there_is_told_before_anything_is_sent(monkeypatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(InputError, match="environment variable MY_KEY"):
+        make("http://127.0.0.1:9", api_key_env="MY_KEY")
+
+
+@pytest.mark.parametrize("url", [f"http://user:{KEY}@host", f"http://host/v1?api-key={KEY}", f"http://host/#{KEY}"])
+def test_a_url_cannot_hold_a_secret(url: str) -> None:
+    with pytest.raises(InputError, match="secrets come from the environment") as caught:
+        make(url)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", "", "http://[::1"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="URL"):
+        make(url)
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"request_timeout": 0}, {"max_retries": -1}])
+def test_limits_must_be_limits(options: dict) -> None:
+    with pytest.raises(InputError, match="concurrency must be"):
+        make("http://host", **options)

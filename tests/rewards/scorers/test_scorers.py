@@ -1,0 +1,388 @@
+"""Rule-based scorers: gold answers of real data earn full marks, and answers meant to fool them none."""
+
+import gzip
+import json
+
+import pytest
+from rekatrain.data.chat import parse_completion, render_completion
+from rekatrain.data.errors import InputError
+from rekatrain.data.sources import load_rows
+from rekatrain.rewards.code.code_tests import CodeTests, extract_code
+from rekatrain.rewards.scorers.answers import JsonSchema, Regex, exact_match, multiple_choice, numeric_close
+from rekatrain.rewards.scorers.instructions import CHECKS, InstructionFollowing, count_sentences, is_followed
+from rekatrain.rewards.scorers.math_answer import math_answer
+from rekatrain.rewards.scorers.text import Language, Length, repetition
+
+
+def answered(text):
+    return parse_completion(render_completion("Hm.", text) if text else "<reasoning>\nHm.\n</reasoning> <sep>")
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "score"),
+    [
+        ("Paris", "Paris", 1.0),
+        ("**paris.**", "Paris", 1.0),
+        (r"It is \boxed{\text{Paris}}", "Paris", 1.0),
+        ("The answer is Paris.\nIt lies on the Seine.", "Paris", 1.0),
+        ("Final answer: new  york", "New York", 1.0),
+        ("NYC", ["New York", "NYC"], 1.0),
+        ("42", 42, 1.0),
+        # a longer text that holds the answer, or several answers, is not the answer
+        ("It is not Paris", "Paris", 0.0),
+        ("Paris or London", "Paris", 0.0),
+        ("Paris, London, Rome, Berlin", "Paris", 0.0),
+        ("The answer is London, not Paris.", "Paris", 0.0),
+        ("The answer is Paris. No, the answer is London.", "Paris", 0.0),
+        ("", "Paris", 0.0),
+        ("...", "Paris", 0.0),
+        ("Paris", None, None),
+        ("Paris", "", None),
+        ("Paris", [], None),
+    ],
+)
+def test_exact_match(text, gold, score):
+    assert exact_match(answered(text), answer=gold) == score
+
+
+def test_exact_match_minds_case_where_asked():
+    assert exact_match(answered("paris"), answer="Paris", ignore_case=False) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "score"),
+    [
+        ("9.81", 9.8, 1.0),
+        ("about 9.81 m/s", "9.8", 1.0),
+        ("g = 9.81", "9.8", 1.0),
+        (r"\boxed{1,234.5}", 1234, 1.0),
+        ("−3", -3, 1.0),
+        ("6.02e23", 6.022e23, 1.0),
+        (".5", 0.5, 1.0),
+        ("10.0", 9.8, 0.0),
+        ("-9.8", 9.8, 0.0),
+        ("The answer is 9.8 or 5.", 9.8, 0.0),
+        (r"\boxed{1, 2, 9.8}", 9.8, 0.0),
+        ("nothing", 9.8, 0.0),
+        ("9.8.1", 9.8, 0.0),
+        ("", 9.8, 0.0),
+        ("5", "many", None),
+        ("5", None, None),
+    ],
+)
+def test_numeric_close(text, gold, score):
+    assert numeric_close(answered(text), answer=gold) == score
+
+
+def test_the_tolerance_is_the_recipes():
+    assert numeric_close(answered("10.0"), answer=9.8, rel_tol=0.05) == 1.0
+    assert numeric_close(answered("0.001"), answer=0, abs_tol=0.01) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("B", 1.0),
+        ("b", 1.0),
+        ("(B)", 1.0),
+        ("**B**", 1.0),
+        ("B. Paris", 1.0),
+        ("B) Paris", 1.0),
+        (r"\boxed{B}", 1.0),
+        (r"\boxed{\text{B}}", 1.0),
+        ("The answer is (B).", 1.0),
+        ("The answer is B: Paris", 1.0),
+        ("A is too small and I doubt C. The answer is B.", 1.0),
+        ("Option B", 1.0),
+        # hedging
+        ("A B C D", 0.0),
+        ("A or B", 0.0),
+        ("The answer is A or B", 0.0),
+        ("The answer is B and C", 0.0),
+        ("The answer is B. No, the answer is C.", 0.0),
+        ("(A) (B) (C) (D)", 0.0),
+        (r"\boxed{A, B}", 0.0),
+        ("ABCD", 0.0),
+        ("Paris", 0.0),
+        ("C", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_multiple_choice(text, score):
+    assert multiple_choice(answered(text), choice="B") == score
+
+
+def test_a_row_without_a_letter_has_no_choice_to_grade():
+    assert multiple_choice(answered("B"), choice=None) is None
+    assert multiple_choice(answered("B"), choice="Paris") is None
+
+
+def test_regex_and_json_schema():
+    assert Regex(pattern=r"^\d+$")(answered("42")) == 1.0
+    assert Regex(pattern=r"\d+", whole=True)(answered("42 or so")) == 0.0
+    schema = {
+        "type": "object",
+        "required": ["a"],
+        "additionalProperties": False,
+        "properties": {"a": {"type": "integer"}},
+    }
+    strict, lenient = JsonSchema(schema=schema), JsonSchema(schema=schema, text_around=True)
+    for text, score in [
+        ('{"a": 1}', 1.0),
+        ('```json\n{"a": 1}\n```', 1.0),
+        ('{"a": "1"}', 0.0),
+        ('{"a": 1, "b": 2}', 0.0),
+        ('{"a": 1, "a": "x"}', 0.0),
+        ('{"a": NaN}', 0.0),
+        ('{"a": 1', 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ]:
+        assert strict(answered(text)) == score, text
+    assert (strict(answered('So: \n```\n{"a": 1}\n```')), lenient(answered('So: \n```\n{"a": 1}\n```'))) == (0.0, 1.0)
+
+
+def test_length_is_counted_in_tokens():
+    overlong, cosine = Length(max_length=100, buffer=20), Length(max_length=100, shape="cosine")
+    ids = [[0] * length for length in (0, 80, 90, 100, 200)]
+    texts = ["x"] * 5
+    assert overlong(completions=texts, completion_ids=ids) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert cosine(completions=texts, completion_ids=[[0] * n for n in (0, 50, 100, 200)]) == pytest.approx(
+        [1, 0.5, 0, 0]
+    )
+
+
+def test_repetition_grows_with_what_is_said_again():
+    fresh = "one two three four five six seven eight nine ten"
+    assert repetition(answered(fresh)) == 0.0
+    assert repetition(answered("so it goes on " * 100)) < -0.95
+    assert -0.6 < repetition(answered(f"{fresh} {fresh}")) < -0.3
+    assert repetition(answered("")) == 0.0
+
+
+def test_language_looks_at_thought_and_answer_and_past_mathematics():
+    language = Language()
+    language.setup()
+    english = "Okay, so we need to find the sum of both numbers, which is easy."
+    german = "Gut, wir müssen also die Summe der beiden Zahlen finden, das ist einfach."
+    for thought, answer, score in [
+        (english, "The answer is therefore forty-two apples.", 1.0),
+        (english, "42", 1.0),
+        (english + r" So $\sum_i x_i = \frac{\pi}{2}$, and α + β = γ.", r"\boxed{42}", 1.0),
+        (german, "42", 0.0),
+        (english, german, 0.0),
+        (english + " 所以答案是四十二,因为我们把两个数加在一起。", "42", 0.0),
+        (english, "Ответ сорок два.", 0.0),
+        ("1 + 1 = 2", "2", None),
+    ]:
+        assert language(parse_completion(render_completion(thought, answer))) == score, (thought, answer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Regex(pattern="("), r"regex: pattern '\(' is not a regular expression"),
+        (lambda: JsonSchema(schema={"type": "no"}), "json_schema: schema is not a JSON schema"),
+        (lambda: JsonSchema(schema="no/such/file"), "json_schema: schema 'no/such/file' cannot be read"),
+        (lambda: Length(max_length=10), "buffer goes with shape overlong, which needs it"),
+        (lambda: Length(max_length=10, buffer=20), r"buffer \(20\) must not exceed max_length"),
+        (lambda: Length(max_length=10, shape="round"), "shape must be one of overlong, cosine, not 'round'"),
+        (lambda: Language(language="english"), "must be a code of two letters"),
+        (lambda: CodeTests(time_limit=0), "code_tests: time_limit must be a number above 0"),
+        (lambda: CodeTests(isolation="none"), "isolation must be namespaces or rlimits, not 'none'"),
+        (lambda: is_followed("no:such", {}, "x"), "there is no instruction 'no:such'"),
+        (lambda: is_followed("punctuation:no_comma", {"x": 1}, "x"), "cannot have the options"),
+    ],
+)
+def test_a_wrong_option_is_told_when_the_recipe_is_read(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# Instructions: for each of IFEval's 25 kinds a text that follows and one that does not
+
+INSTRUCTIONS = [
+    ("keywords:existence", {"keywords": ["sea", "Sun"]}, "The sun set over the sea.", "The sun set."),
+    ("keywords:frequency", {"keyword": "sea", "frequency": 2, "relation": "at least"}, "Sea, sea.", "Sea."),
+    ("keywords:frequency", {"keyword": "sea", "frequency": 2, "relation": "less than"}, "Sea.", "Sea, sea."),
+    ("keywords:forbidden_words", {"forbidden_words": ["art"]}, "A cart.", "Art is long."),
+    ("keywords:letter_frequency", {"letter": "q", "let_frequency": 2, "let_relation": "at least"}, "Qq", "q"),
+    ("language:response_language", {"language": "de"}, "Das Wetter ist heute schön.", "The weather is nice today."),
+    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "One. Two.", "1! 2? Three."),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "a b c", "a-b"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        "First.\n\nThen, last.",
+        "First.\n\nLast.",
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] [town]", "[name]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye\nP.S. again", "Bye PS again"),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye\nP.P.S again", "Bye\nP.S. again"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+    ("detectable_format:constrained_response", {}, "My answer is maybe.", "Maybe."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and **b**", "*a* and b"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Day", "num_sections": 2}, "Day 1 a Day 2 b", "Day 1"),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{a: 1}"),
+    ("detectable_format:title", {}, "<<On rain>>\nIt falls.", "<< >>\nIt falls."),
+    ("combination:two_responses", {}, "Yes.\n******\nNo.", "Yes.\n******\nYes."),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "why? Because.", "Because. Why?"),
+    ("startend:end_checker", {"end_phrase": "The end."}, "So. THE END.", "The end. Or not"),
+    ("startend:quotation", {}, '"Yes."', '"Yes'),
+    ("change_case:capital_word_frequency", {"capital_frequency": 1, "capital_relation": "at least"}, "A b", "Ab b"),
+    ("change_case:english_capital", {}, "IT IS RAINING ON THE HOUSE", "It Is Raining On The House"),
+    ("change_case:english_lowercase", {}, "it is raining on the house", "It is raining on the house"),
+    ("punctuation:no_comma", {}, "One; two.", "One, two."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "followed", "broken"), INSTRUCTIONS)
+def test_each_instruction_is_followed_by_one_text_and_broken_by_another(name, options, followed, broken):
+    options_of_the_hub = {**options, "unused": None}  # its rows have every key, most of them null
+    assert is_followed(name, options_of_the_hub, followed) and not is_followed(name, options_of_the_hub, broken)
+
+
+def test_all_25_kinds_are_there():
+    assert len(CHECKS) == 25 and {name for name, *_ in INSTRUCTIONS} == set(CHECKS)
+
+
+def test_instructions_are_judged_together_and_an_empty_answer_follows_none():
+    columns = {"instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, None]}
+    strict, partial = InstructionFollowing(), InstructionFollowing(partial_credit=True)
+    assert (strict(answered("<<T>>"), **columns), strict(answered("T"), **columns)) == (1.0, 0.0)
+    assert partial(answered("T"), **columns) == 0.5
+    assert partial(answered(""), **columns) == 0.0
+    assert strict(answered("T"), instruction_id_list=None, kwargs=None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("One. Two! Three?", 3),
+        ("Dr. Smith paid $3.50, e.g. for tea. He left.", 2),
+        ("1. Wash it.\n2. Dry it.", 2),
+        ('He said "No." Then he left', 2),
+        ("No mark", 1),
+        ("", 0),
+        ("What?! Really...", 2),
+    ],
+)
+def test_sentences_are_counted_by_their_ends(text, count):
+    assert count_sentences(text) == count
+
+
+# Code
+
+
+@pytest.fixture(scope="module")
+def code_tests():
+    try:
+        return CodeTests(time_limit=10)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_code_is_taken_from_the_last_block_of_python():
+    assert extract_code("```python\na\n```\n```py\nb\n```\n```json\n{}\n```") == "b\n"
+    assert extract_code("x = 1") == "x = 1"
+    assert extract_code("```\nx = 1\n```") == "x = 1\n"
+
+
+def test_unit_tests_and_programs(code_tests):
+    add, wrong = "```python\ndef add(a, b):\n    return a + b\n```", "```python\ndef add(a, b):\n    return 3\n```"
+    asserts = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
+    assert (code_tests(answered(add), tests=asserts), code_tests(answered(wrong), tests=asserts)) == (1.0, 0.0)
+    program = "```python\nprint(sum(map(int, input().split())))\n```"
+    pairs = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10 \n\n"}]
+    assert (code_tests(answered(program), tests=pairs), code_tests(answered("print(3)"), tests=pairs)) == (1.0, 0.0)
+    assert code_tests(answered("print(3)\nraise SystemExit(1)"), tests=pairs[:1]) == 0.0
+    assert code_tests(answered(add), tests=None) is None
+    partial = CodeTests(partial_credit=True)
+    assert partial(answered(wrong), tests=asserts) == partial(answered("print(3)"), tests=pairs) == 0.5
+
+
+@pytest.mark.parametrize(
+    "tests", ["assert True", [1], {"asserts": []}, {"asserts": ["x"], "tset": ""}, [{"input": "1"}], {"setup": "x"}]
+)
+def test_tests_that_are_none_are_refused(code_tests, tests):
+    with pytest.raises(InputError, match="the column tests"):
+        code_tests(answered("x = 1"), tests=tests)
+
+
+# Gold answers of real data, read through their layouts
+
+
+def golds(path, **options):
+    return [(row, render_completion(None, row.messages[-1]["content"])) for row in load_rows(str(path), **options).rows]
+
+
+def test_svamp_golds_earn_full_marks(shared_data):
+    rows = golds(shared_data / "svamp" / "SVAMP.json", format="svamp")
+    assert len(rows) == 1_000
+    for row, text in rows:
+        assert math_answer(parse_completion(text), **row.columns) == 1.0, row
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("mbpp/mbpp.jsonl", "mbpp"), ("humaneval/HumanEval.jsonl.gz", "humaneval")]
+)
+def test_golds_of_code_earn_full_marks(shared_data, code_tests, name, format):
+    # Each costs two processes: every tenth here.
+    rows = golds(shared_data / name, format=format)[::10]
+    assert len(rows) >= 16
+    failed = [row.where for row, text in rows if code_tests(parse_completion(text), **row.columns) != 1.0]
+    assert not failed
+
+
+def test_a_body_alone_completes_a_humaneval_prompt(shared_data, code_tests):
+    with gzip.open(shared_data / "humaneval" / "HumanEval.jsonl.gz") as lines:
+        records = [json.loads(line) for line in lines]
+    rows = golds(shared_data / "humaneval" / "HumanEval.jsonl.gz", format="humaneval")
+    for record, (row, _) in list(zip(records, rows, strict=True))[5:60:15]:
+        body = f"```python\n{record['canonical_solution']}```"
+        assert code_tests(parse_completion(render_completion(None, body)), **row.columns) == 1.0, row.where
+
+
+def test_ifeval_rows_are_judged_and_an_answer_made_to_follow_them_earns_full_marks(shared_data):
+    rows = load_rows(str(shared_data / "ifeval" / "input_data.jsonl"), format="prompt_answer").rows
+    columns = [{key: row.columns[key] for key in ("instruction_id_list", "kwargs")} for row in rows]
+    assert {name for given in columns for name in given["instruction_id_list"]} == set(CHECKS)
+    scorer = InstructionFollowing()
+    followed = 0
+    for given in columns:
+        text = follow(given)
+        if text is not None:
+            followed += 1
+            assert scorer(answered(text), **given) == 1.0, (given, text)
+    assert followed >= 180
+    assert sum(scorer(answered("Sure, I can help."), **given) == 1.0 for given in columns) < 120
+
+
+def follow(given):
+    """An answer made for the instructions, where all of them are of simple kinds."""
+    text = "it rains on the house and the sea is calm"
+    for name, options in zip(given["instruction_id_list"], given["kwargs"], strict=True):
+        kind = name.partition(":")[2]
+        if kind == "existence":
+            text += " " + " ".join(options["keywords"])
+        elif kind == "frequency" and options["relation"] == "at least":
+            text += f" {options['keyword']}" * options["frequency"]
+        elif kind == "number_placeholders":
+            text += " [x]" * options["num_placeholders"]
+        elif kind == "number_highlighted_sections":
+            text += " *x*" * options["num_highlights"]
+        elif kind == "postscript":
+            text += f"\n{options['postscript_marker']} bye"
+        elif kind == "title":
+            text = f"<<rain>>\n{text}"
+        elif kind == "number_words" and options["relation"] == "at least":
+            text += " word" * options["num_words"]
+        elif kind == "multiple_sections":
+            text += "".join(
+                f"\n{options['section_spliter']} {number} x" for number in range(1, options["num_sections"] + 1)
+            )
+        elif kind not in ("no_comma", "forbidden_words", "english_lowercase"):
+            return None
+    is_lower = "change_case:english_lowercase" in given["instruction_id_list"]
+    return None if is_lower and not text.islower() else text

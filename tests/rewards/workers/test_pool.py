@@ -1,0 +1,214 @@
+"""The pool: whatever a grader does, a step ends, other completions are scored, and no process is left behind."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rekatrain.rewards.compose import build_reward_functions
+from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.grader import Grader, ScoringConfig
+
+PROJECT = Path(__file__).parents[3]
+
+GRADERS = """
+import os, sys, threading, time
+
+from rekatrain.data.errors import InputError
+
+
+def length(completion, *, offset=0):
+    return len(completion.answer) + offset
+
+
+def dangerous(completion):
+    text = completion.answer
+    if text == "sleep":
+        time.sleep(1_000)
+    if text == "loop":
+        while True:
+            pass
+    if text == "power":  # within one call of C, where Python hears no signal
+        9 ** 9 ** 9
+    if text == "exit":
+        os._exit(3)
+    if text == "kill":
+        os.kill(os.getpid(), 9)
+    if text == "memory":
+        bytearray(10 << 30)
+    if text == "raise":
+        raise KeyError("solution")
+    if text == "system exit":
+        sys.exit()
+    if text == "nan":
+        return float("nan")
+    if text == "text":
+        return "0.5"
+    return 1.0
+
+
+def mend_me(completion):
+    raise InputError("the column answer must be a number")
+
+
+def tell(completion, *, path):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} {'torch' in sys.modules} {threading.current_thread() is threading.main_thread()}\\n")
+    if completion.answer == "sleep":
+        time.sleep(1_000)
+    if completion.answer == "power":
+        9 ** 9 ** 9
+    return None
+"""
+
+
+@pytest.fixture(autouse=True)
+def graders(tmp_path, monkeypatch):
+    (tmp_path / "graders.py").write_text(GRADERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "graders", raising=False)
+    yield
+    sys.modules.pop("graders", None)
+
+
+def batch(answers, **columns):
+    completions = [f"{answer} <sep>" for answer in answers]
+    size = len(answers)
+    return {"prompts": ["?"] * size, "completions": completions, "completion_ids": [[1]] * size, "columns": columns}
+
+
+DANGERS = {
+    "sleep": "no result after 0.5 seconds",
+    "loop": "no result after 0.5 seconds",
+    "power": "no result after 0.5 seconds",
+    "exit": "the worker died (exit code 3)",
+    "kill": "the worker died (exit code -9)",
+    "memory": "out of memory",
+    "raise": "KeyError: 'solution'",
+    "system exit": "SystemExit",
+    "nan": "RewardError: returned the value nan",
+    "text": "RewardError: returned the value '0.5'",
+}
+
+
+def test_a_grader_that_fails_fails_alone():
+    answers = [word for danger in DANGERS for word in ("fine", danger, "fine", "fine", "fine", "fine")]
+    functions = build_reward_functions({"graders:dangerous": {"timeout": 0.5}, "graders:length": {"weight": 0.0}})
+    with Grader(functions, ScoringConfig(num_workers=2)) as grader:
+        for _ in range(2):
+            started = time.monotonic()
+            scores = grader.score(**batch(answers))
+            assert time.monotonic() - started < 15
+            values = dict(zip(answers, scores.by_name["graders:dangerous"], strict=True))
+            errors = dict(zip(answers, scores.errors, strict=True))
+            assert values["fine"] == 1.0 and errors["fine"] == {}
+            for danger, message in DANGERS.items():
+                assert values[danger] is None and message in errors[danger]["graders:dangerous"], danger
+            assert [math.isnan(total) for total in scores.total] == [answer != "fine" for answer in answers]
+            assert scores.by_name["graders:length"] == [float(len(answer)) for answer in answers]
+        assert grader.metrics()["seconds/graders:dangerous"] > 2 * 3 * 0.5
+
+
+def test_what_the_user_can_mend_stops_at_once_and_a_missing_module_of_the_workers_too(tmp_path):
+    from rekatrain.data.errors import InputError
+
+    with (
+        Grader(build_reward_functions({"graders:mend_me": None})) as grader,
+        pytest.raises(InputError, match="the column answer must be a number"),
+    ):
+        grader.score(**batch(["x"]))
+
+
+def test_a_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
+    import torch  # noqa: F401  # as in the training process
+
+    path = str(tmp_path / "told")
+    with Grader(build_reward_functions({"graders:tell": None})) as grader:
+        grader.score(**batch(["x"] * 4, path=[path] * 4))
+    told = [line.split() for line in Path(path).read_text().splitlines()]
+    assert len(told) == 4 and all(line[1:] == ["False", "True"] for line in told)
+    assert str(os.getpid()) not in {line[0] for line in told}
+
+
+def test_completions_are_scored_while_others_are_still_written(tmp_path):
+    path = tmp_path / "told"
+    with Grader(build_reward_functions({"graders:tell": None})) as grader:
+        jobs = grader.submit("x <sep>", {"path": str(path)})
+        wait_for(path.exists)  # without anyone asking for the score
+        given = batch(["x", "y"], path=[str(path)] * 2)
+        grader.score(**given, submitted={0: jobs})
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_submitted_or_not_the_scores_are_the_same():
+    functions = build_reward_functions({"graders:length": {"offset": 2}, "reasoning_format": {"weight": 0.5}})
+    answers = [f"{'x' * n}" for n in range(1, 9)]
+    with Grader(functions) as grader:
+        given = batch(answers)
+        whole = grader.score(**given)
+        jobs = {place: grader.submit(given["completions"][place], {}) for place in (1, 6, 3)}
+        assert grader.score(**given, submitted=jobs) == whole
+    assert whole.by_name["graders:length"] == [float(n + 2) for n in range(1, 9)]
+
+
+def test_a_lifted_scorer_is_a_trl_function():
+    (function,) = build_reward_functions({"graders:length": None})
+    assert function.function(prompts=["?"] * 2, completions=["ab <sep>", "c <sep>"], other=[1, 2]) == [2.0, 1.0]
+    (function,) = build_reward_functions({"graders:dangerous": {"timeout": 0.5}})
+    with pytest.raises(RewardError, match="(?s)graders:dangerous failed: KeyError: 'solution'.*in dangerous"):
+        function.function(completions=["raise <sep>"])
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_worker_outlives_the_training_process(tmp_path, ended_by):
+    code = """
+import signal
+from rekatrain.rewards.compose import build_reward_functions
+from rekatrain.rewards.grader import Grader, ScoringConfig
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
+grader = Grader(build_reward_functions({"graders:tell": {"timeout": 600}}), ScoringConfig(num_workers=2))
+for answer in ("sleep", "power"):
+    jobs = grader.submit(answer + " <sep>", {"path": "told"})
+grader._pool.result(jobs[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    told = tmp_path / "told"
+    wait_for(lambda: told.exists() and len(told.read_text().splitlines()) == 2)
+    workers = [line.split()[0] for line in told.read_text().splitlines()]
+    assert all(is_running(pid) for pid in workers)
+    process.send_signal(ended_by)
+    process.wait(timeout=20)
+    wait_for(lambda: not any(is_running(pid) for pid in workers))
+
+
+def is_running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_hanging_graders_do_not_hold_up_the_others():
+    """One hang in a hundred costs its time limit once, not for each completion behind it."""
+    answers = ["fine"] * 99 + ["sleep"] + ["fine"] * 100
+    functions = build_reward_functions({"graders:dangerous": {"timeout": 1.0}})
+    with Grader(functions, ScoringConfig(num_workers=2)) as grader:
+        grader.score(**batch(["fine"]))
+        started = time.monotonic()
+        scores = grader.score(**batch(answers))
+    assert time.monotonic() - started < 5.0
+    assert json.dumps([error for error in scores.errors if error]).count("no result") == 1

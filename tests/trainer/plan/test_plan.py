@@ -1,0 +1,335 @@
+"""`rekatrain plan`: states as DeepSpeed counts them, what fits and what does not, advice that holds, and refusals."""
+
+import json
+import logging
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.cli import main
+from rekatrain.trainer.plan.advice import advise
+from rekatrain.trainer.plan.cost import Rates, estimate
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch, read_launch_file
+from rekatrain.trainer.plan.memory import make_plan
+from rekatrain.trainer.plan.model_size import ModelShape
+from rekatrain.trainer.plan.scale_out import point
+from rekatrain.trainer.plan.states import count_states
+from rekatrain.trainer.recipe.load import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[3]
+DDP = PlannedLaunch(engine="ddp", num_gpus=8)
+
+
+def zero(stage: int, num_gpus: int = 8, **more: Any) -> PlannedLaunch:
+    return PlannedLaunch(
+        engine="deepspeed", zero_stage=stage, num_gpus=num_gpus, num_nodes=max(1, num_gpus // 8), **more
+    )
+
+
+def reka(name: str, *overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes" / "reka-flash-3" / f"{name}.yaml", overrides)
+
+
+# Model states
+
+
+@pytest.mark.parametrize("num_gpus", [1, 8, 16])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(2, "nothing"), (2, "optimizer"), (3, "nothing"), (3, "optimizer"), (3, "all")]
+)
+def test_model_states_are_those_of_deepspeeds_estimators(stage: int, offload: str, num_gpus: int) -> None:
+    launch = zero(stage, num_gpus, offload_optimizer=offload != "nothing", offload_parameters=offload == "all")
+    plan = make_plan(reka("sft-full"), launch)
+    counted = count_states(plan.recipe, plan.shape, launch, casts=True)
+    nodes = {"num_gpus_per_node": launch.gpus_per_node, "num_nodes": launch.num_nodes, "additional_buffer_factor": 1}
+    on_gpu = counted.weights.total() + counted.gradients + counted.optimizer
+    if stage == 2:
+        host, gpu = estimate_zero2_model_states_mem_needs(plan.shape.num_all, cpu_offload=offload != "nothing", **nodes)
+        largest = 0
+    else:
+        host, gpu, largest = estimate_zero3_model_states_mem_needs(
+            plan.shape.num_all,
+            plan.shape.largest_module,
+            cpu_offload=offload != "nothing",
+            cpu_offload_params=offload == "all",
+            **nodes,
+        )
+    assert on_gpu == pytest.approx(gpu - largest, rel=1e-6)
+    # For stage 2 the estimator counts, on the host, the model that every process loads as well.
+    if offload != "nothing" and stage == 3:
+        assert counted.host.total() == pytest.approx(host, rel=1e-6)
+
+
+def test_the_published_figures_of_the_estimator_for_eight_gpus() -> None:
+    shape = make_plan(reka("sft-full"), zero(3)).shape
+    assert estimate_zero3_model_states_mem_needs(shape.num_all, shape.largest_module, 8, 1, cpu_offload=False)[
+        1
+    ] / 2**30 == pytest.approx(46.1, abs=0.1)
+
+
+# Reka Flash 3, from its config
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return make_plan(reka("rloo-lora"), DDP).shape
+
+
+def test_the_model_is_built_with_its_true_shapes(shape: ModelShape) -> None:
+    assert (shape.num_base, shape.num_adapter, shape.num_trained) == (20_905_482_240, 81_506_304, 81_506_304)
+    assert shape.num_linear + 2 * shape.num_head + (2 * 44 + 1) * 6144 == shape.num_base
+    assert 2 * shape.kv_dims * shape.num_layers == 135_168  # bytes of cache a token in bfloat16
+    assert (shape.largest_module, shape.vocab_rows, shape.context) == (100_352 * 6144, 100_352, 32_768)
+
+
+def test_a_model_out_of_reach_is_told_once_for_all_plans_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "rekatrain.trainer.plan.model_size")
+    for name in ("sft-lora", "sft-full"):
+        recipe = reka(name, "model.pretrained_model_name_or_path=someone/reka-flash-3")
+        assert make_plan(recipe, zero(3)).shape.num_base == 20_905_482_240
+    assert [record.getMessage() for record in caplog.records] == [
+        "plan: someone/reka-flash-3 is out of reach; its architecture is taken from reka-flash-3.json"
+    ]
+
+
+@pytest.mark.parametrize(("rank", "count"), [(8, 40.8e6), (16, 81.5e6), (32, 163.0e6)])
+def test_an_adapter_grows_with_its_rank(rank: int, count: float) -> None:
+    assert make_plan(reka("sft-lora", f"lora.r={rank}"), DDP).shape.num_adapter == pytest.approx(count, rel=2e-3)
+
+
+@pytest.mark.parametrize("num_gpus", [2, 8, 64])
+def test_zero3_partitions_are_equal_shares(num_gpus: int) -> None:
+    states = make_plan(reka("sft-full"), zero(3, num_gpus)).states
+    assert states.weights["parameters"] * num_gpus == pytest.approx(2 * 20_905_482_240)
+    assert states.gradients * num_gpus == pytest.approx(2 * 20_905_482_240)
+
+
+# What fits 8 GPUs of 80 GB
+
+
+@pytest.mark.parametrize(
+    ("name", "launch"),
+    [
+        ("sft-lora", DDP),
+        ("sft-full", zero(3)),
+        ("sft-qlora", PlannedLaunch(gpu_memory=40 * GB)),
+        ("reward", DDP),
+        ("rloo-lora", DDP),
+        ("rloo-3.1", DDP),
+        ("rloo-full", zero(3, offload_optimizer=True, host_memory=512 * GB)),
+    ],
+)
+def test_every_recipe_of_the_21b_model_fits_its_launch(name: str, launch: PlannedLaunch) -> None:
+    plan = make_plan(reka(name), launch)
+    assert plan.overfull == []
+    assert plan.worst.gpu_bytes > 20 * GB  # the model is in it
+
+
+def test_full_rloo_on_gpus_alone_fits_but_for_its_sampling() -> None:
+    plan = make_plan(reka("rloo-full"), zero(3))
+    assert [phase.name for phase in plan.overfull] == ["sample"]
+    assert plan.phases[1].gpu["rollout weights"] == 2 * 20_905_482_240
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch"),
+    [
+        (reka("sft-lora", "sft.gradient_checkpointing=false"), DDP),
+        (reka("sft-full"), DDP),
+        (reka("rloo-lora", "rloo.micro_batch_tokens=65536"), DDP),
+        (reka("rloo-full"), zero(3)),
+    ],
+    ids=["activations", "states", "batches", "rollouts"],
+)
+def test_advice_makes_it_fit(recipe: Recipe, launch: PlannedLaunch) -> None:
+    plan = make_plan(recipe, launch)
+    assert plan.overfull
+    changes = advise(plan)
+    assert changes
+    for change in changes:
+        assert make_plan(change.recipe, change.launch).overfull == [], change.text
+
+
+def test_the_nearest_advice_changes_no_result() -> None:
+    plan = make_plan(reka("sft-lora", "sft.gradient_checkpointing=false"), DDP)
+    assert advise(plan)[0].text.startswith("sft.gradient_checkpointing=true")
+
+
+# Long rows
+
+
+def test_32k_fits_with_sharded_weights_and_96k_with_sequence_parallelism() -> None:
+    flash = "model.attn_implementation=flash_attention_2"
+    assert make_plan(reka("sft-lora", "sft.max_length=32768", flash), zero(3)).overfull == []
+    of_3_1 = "model.pretrained_model_name_or_path=RekaAI/reka-flash-3.1"
+    long = reka("sft-lora", "sft.max_length=98304", flash, of_3_1)
+    assert make_plan(long, zero(3)).overfull != []
+    assert make_plan(long, zero(3, sequence_parallel=4)).overfull == []
+
+
+def test_96k_is_beyond_the_context_of_flash_3() -> None:
+    with pytest.raises(InputError, match=r"sft\.max_length \(98304\) exceeds the model's context of 32768"):
+        make_plan(reka("sft-lora", "sft.max_length=98304"), zero(3)).phases  # noqa: B018  # worked out when asked for
+
+
+def test_rloo_says_that_it_has_no_sequence_parallelism() -> None:
+    with pytest.raises(InputError, match="stage rloo has no sequence parallelism"):
+        make_plan(reka("rloo-lora"), zero(3, sequence_parallel=2)).phases  # noqa: B018
+
+
+# Properties
+
+
+def test_more_sharding_never_needs_more_of_a_gpu() -> None:
+    needed = [make_plan(reka("sft-full"), zero(stage)).worst.gpu_bytes for stage in (1, 2, 3)]
+    assert needed == sorted(needed, reverse=True)
+    assert len(set(needed)) == 3
+
+
+def test_a_quantized_base_needs_a_gpu_that_holds_it_whole_and_an_adapter() -> None:
+    with pytest.raises(InputError, match="needs a GPU"):
+        make_plan(load_recipe(ROOT / "recipes/smollm2/sft-qlora.yaml"), PlannedLaunch(is_cpu=True))
+    with pytest.raises(InputError, match="needs a lora: section"):
+        make_plan(reka("sft-qlora", "lora=null"), PlannedLaunch())
+    with pytest.raises(InputError, match="which ZeRO-3 would shard"):
+        make_plan(reka("sft-qlora"), zero(3))
+    assert make_plan(reka("sft-qlora"), zero(2)).fits
+
+
+def test_arithmetic_is_counted_as_the_roofline_counts_it() -> None:
+    plan = make_plan(reka("rloo-lora", "lora=null", "rloo.beta=0.0", "rloo.gradient_checkpointing=false"), zero(3))
+    cost = estimate(plan, Rates())
+    config, prompt = plan.rloo, plan.prompt_tokens
+    tokens = plan.prompts * (prompt + config.num_generations * (config.max_completion_length - 1))
+    assert cost.train_tokens == tokens
+    linear = 6 * (plan.shape.num_linear + plan.shape.num_head) * tokens
+    assert 1.0 < cost.flops["train"] / linear < 1.1  # attention on top
+    assert cost.traffic["parameters gathered"] == pytest.approx(
+        2 * 7 / 8 * 2 * plan.shape.num_base * plan.passes.num_micro_batches
+    )
+
+
+def test_twice_the_servers_halve_the_rollouts_down_to_the_longest_completion() -> None:
+    recipe = reka("rloo-lora")
+    points = [point(recipe, 64, servers, 4096, 80 * GB, None, Rates()) for servers in (64, 128)]
+    assert points[0].rollouts == pytest.approx(2 * points[1].rollouts, rel=0.01)
+    assert points[0].longest == points[1].longest
+    crowded = point(recipe, 64, 4096, 64, 80 * GB, None, Rates())
+    assert crowded.sampling >= crowded.longest == points[0].longest
+
+
+# Launch files
+
+
+@pytest.mark.parametrize(
+    ("tree", "engine", "stage", "gpus"),
+    [
+        ({"distributed_type": "NO"}, "single", 0, 1),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 8}, "ddp", 0, 8),
+        (
+            {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 3}},
+            "deepspeed",
+            3,
+            4,
+        ),
+    ],
+)
+def test_a_launch_file_is_read(tree: dict, engine: str, stage: int, gpus: int, tmp_path: Path) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(json.dumps(tree))
+    launch = read_launch_file(path, gpu_memory=80 * GB)
+    assert (launch.engine, launch.zero_stage, launch.num_gpus, launch.offload_optimizer) == (engine, stage, gpus, False)
+
+
+def test_offload_is_read_from_the_file_or_the_json_that_it_names(tmp_path: Path) -> None:
+    inline = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    for number, settings in enumerate((inline, {"deepspeed_config_file": "zero3.json"})):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(json.dumps({"distributed_type": "DEEPSPEED", "num_processes": 8, "deepspeed_config": settings}))
+        launch = read_launch_file(path, gpu_memory=80 * GB)
+        assert (launch.zero_stage, launch.offload_optimizer, launch.offload_parameters) == (3, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("distributed_type: FSDP", "FSDP is not one of"), ("[", "not valid YAML"), ("- a", "is a mapping")],
+)
+def test_another_launch_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "launch.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_launch_file(tmp_path / "launch.yaml", gpu_memory=80 * GB)
+
+
+# The commands
+
+
+@pytest.fixture
+def small(model_folder: Path, tmp_path: Path) -> list[str]:
+    """A tiny recipe of stage sft as arguments."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "2 + 2 =", "answer": "4"}) + "\n")
+    tree = {
+        "stage": "sft",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
+        "dataset": {"path": str(tmp_path / "rows.jsonl"), "format": "prompt_answer"},
+        "sft": {"max_steps": 1, "max_length": 128, "gradient_checkpointing": False},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    return [str(tmp_path / "recipe.yaml")]
+
+
+def test_train_refuses_what_cannot_fit_unless_told_otherwise(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = namedtuple("memory", ["total"])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(total=3 * 10**8))
+    with pytest.raises(SystemExit) as exit:
+        main(["train", *small])
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert "phase train needs" in told and "of a process's 0.30" in told and "--skip-memory-check" in told
+    assert not (tmp_path / "run").exists()
+    main(["train", *small, "--skip-memory-check"])
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-1").is_dir()
+
+
+def test_plan_prints_the_phases_and_says_by_its_status_whether_it_fits(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as fits:
+        main(["plan", *small, "--gpus", "1"])
+    assert fits.value.code == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("load", "train", "update", "save", "activations", "fits: phase"))
+    recipe = str(ROOT / "recipes/reka-flash-3/sft-full.yaml")
+    with pytest.raises(SystemExit) as does_not:
+        main(["plan", recipe, "--gpus", "8"])
+    assert does_not.value.code == 1
+    told = capsys.readouterr().out
+    assert "does not fit: phase train" in told and "launch with ZeRO-3" in told
+
+
+def test_the_table_over_launches_has_a_row_for_each_method_and_engine(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", *small, "--compare"])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith(("sft", "rloo"))]
+    # Three methods under six engines; the three of ZeRO-3 would shard what QLoRA keeps whole.
+    assert len(rows) == 2 * (3 * 6 - 3)
+    assert {engine.strip(",") for _, method, engine in rows if method == "QLoRA"} == {"ZeRO-0", "ZeRO-1", "ZeRO-2"}
+
+
+def test_a_host_is_compared_too() -> None:
+    launch = replace(zero(3, offload_optimizer=True), host_memory=128 * GB)
+    plan = make_plan(reka("rloo-full"), launch)
+    assert {phase.name for phase in plan.overfull} >= {"train", "update"}
+    assert plan.phases[3].host["optimizer"] == pytest.approx(16 * 20_905_482_240)

@@ -1,0 +1,134 @@
+"""One uniform number draws one token, exactly from the distribution, also from a part of it."""
+
+import math
+
+import pytest
+import torch
+from rekatrain.trainer.rloo.sampler.draw import draw
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+
+def grid(num_points: int) -> torch.Tensor:
+    """The middles of `num_points` equal parts of [0, 1)."""
+    return (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_each_token_takes_its_probability_of_the_uniforms(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(60) * 3
+    num_points = 20_000
+    ids, logprobs, floors = draw(logits.expand(num_points, -1), grid(num_points), temperature)
+
+    probabilities = torch.softmax(logits.double() / temperature, dim=0)
+    counts = torch.bincount(ids, minlength=len(logits))
+    assert (counts - num_points * probabilities).abs().max() <= 1.01
+    torch.testing.assert_close(logprobs.double(), probabilities.log()[ids], rtol=0, atol=1e-5)
+    assert torch.equal(ids, ids.sort().values)
+
+
+def test_each_row_is_drawn_from_its_own_logits() -> None:
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]])
+    ids, logprobs, floors = draw(logits, torch.tensor([0.6, 0.6, 0.4]), 1.0)
+    assert ids.tolist() == [1, 0, 0]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.75, 0.5]))
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(200, 12)
+    forbidden = [0, 1, 5, 10, 11]
+    logits[:, forbidden] = -math.inf
+    edges = [0.0, 2.0**-53, 0.5, 1 - 2.0**-53]  # numpy's uniforms are the multiples of 2^-53 below 1
+    for uniform in edges:
+        ids, logprobs, floors = draw(logits, torch.full((200,), uniform, dtype=torch.float64), 1.0)
+        assert not set(ids.tolist()) & set(forbidden)
+        assert logprobs.isfinite().all()
+
+
+def test_the_tail_of_a_large_vocabulary_can_be_drawn() -> None:
+    logits = torch.full((1, 100_000), -10.0)
+    logits[0, 0] = 10.0  # the others share 2e-4, each less than float32 can add to 1
+    ids, _, _ = draw(logits.expand(2, -1), torch.tensor([1 - 1e-9, 1 - 1e-4], dtype=torch.float64), 1.0)
+    assert ids[0].item() == 99_999
+    assert 1 < ids[1].item() < 99_999
+
+
+def test_temperature_zero_takes_the_most_likely_token_and_its_logprob_at_one() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
+    for uniform in (0.0, 0.999):
+        ids, logprobs, floors = draw(logits, torch.full((2,), uniform), 0)
+        assert ids.tolist() == [1, 0]
+        torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=1)[[0, 1], [1, 0]], rtol=0, atol=1e-6)
+
+
+LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.25]]).log()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 1, [1]),
+        (1.0, 2, [1, 4]),
+        (1.0, 4, [0, 1, 2, 4]),
+        (1.0, 5, [0, 1, 2, 3, 4]),
+        (1.0, 99, [0, 1, 2, 3, 4]),
+        (0.39, None, [1]),
+        (0.41, None, [1, 4]),  # the token that reaches top_p stays
+        (0.64, None, [1, 4]),
+        (0.66, None, [1, 2, 4]),
+        (0.96, None, [0, 1, 2, 3, 4]),
+        (0.6, 2, [1]),  # top_p is of what top_k leaves: 0.4 of 0.65
+        (0.62, 2, [1, 4]),
+        (0.7, 3, [1, 4]),
+        (0.8, 3, [1, 2, 4]),
+    ],
+)
+def test_the_likeliest_tokens_are_drawn_in_proportion(top_p: float, top_k: int | None, kept: list[int]) -> None:
+    num_points = 1000
+    ids, logprobs, floors = draw(LOGITS.expand(num_points, -1), grid(num_points), 1.0, top_p, top_k)
+    chances = LOGITS[0, kept].double().exp() / LOGITS[0, kept].double().exp().sum()
+    counts = torch.bincount(ids, minlength=5)
+    assert counts.nonzero()[:, 0].tolist() == kept
+    assert (counts[kept] - num_points * chances).abs().max() <= 1.01
+    torch.testing.assert_close(logprobs.exp().double(), chances[torch.searchsorted(torch.tensor(kept), ids)])
+    assert floors is not None
+    # From whichever token was drawn, and whatever is added to all logits, the floor says which were kept.
+    for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
+        assert (LOGITS[0] >= LOGITS[0, drawn] + floor).nonzero()[:, 0].tolist() == kept
+
+
+def test_without_a_filter_there_is_no_floor() -> None:
+    assert draw(LOGITS, grid(1), 1.0)[2] is None
+    assert draw(LOGITS, grid(1), 1.0, 1.0, None)[2] is None
+
+
+def test_tokens_as_likely_as_the_last_one_stay() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 0.0]])
+    ids, _, floors = draw(logits.expand(50, -1), grid(50), 1.0, 1.0, 2)
+    assert floors is not None and set(ids.tolist()) == {1, 2, 3}
+    # Rounding moves no token over the floor, and never the drawn one.
+    for rounding in (-5e-6, 0.0, 5e-6):
+        for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
+            assert floor <= 0
+            assert (logits[0] + rounding >= logits[0, drawn] + floor).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.5, None), (0.9, None), (0.5, 5), (0.8, 5), (0.9, 20)])
+def test_what_is_kept_is_what_transformers_keeps_and_all_ties(top_p: float, top_k: int | None) -> None:
+    logits = torch.randn(500, 60, generator=torch.Generator().manual_seed(0)).mul(8).round() / 4  # full of ties
+    ids, _, floors = draw(logits, torch.full((500,), 0.5), 1.0, top_p, top_k)
+    kept = logits if top_k is None else TopKLogitsWarper(top_k)(ids, logits)
+    kept = (kept if top_p == 1 else TopPLogitsWarper(top_p)(ids, kept)) > -torch.inf
+    last = logits.masked_fill(~kept, torch.inf).amin(dim=1, keepdim=True)
+    assert floors is not None
+    ours = logits >= logits.gather(1, ids[:, None]) + floors[:, None]
+    assert torch.equal(ours, logits >= last)  # transformers' top-p keeps some of the tokens as likely as the last
+    assert not kept[~ours].any()
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_filters_change_nothing_about_a_greedy_draw(top_k: int | None) -> None:
+    ids, logprobs, _ = draw(LOGITS, torch.tensor([0.99]), 0, 1.0, top_k)
+    assert ids.tolist() == [1]
+    assert logprobs.exp().item() == pytest.approx(0.4 if top_k is None else 0.4 / 0.85)

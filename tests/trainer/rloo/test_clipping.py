@@ -1,0 +1,101 @@
+"""Gradients are scaled down to a fixed norm, or to a quantile of the norms that came before."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from rekatrain.trainer.rloo.clipping import FIRST_NORMS, GradientClipper
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.distributed import update_weights
+
+
+def make_clipper(**settings: float) -> GradientClipper:
+    return GradientClipper(RLOOConfig(max_steps=1, **settings))
+
+
+def step(clipper: GradientClipper, model: torch.nn.Module) -> None:
+    """An update as the loop makes it; leaves the gradient that was applied."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    clipper.remember(update_weights(Accelerator(cpu=True), model, optimizer, clipper.limit))
+    model.weight.grad = before - model.weight.detach()  # at rate 1 the step is the clipped gradient
+
+
+def clip(clipper: GradientClipper, norm: float) -> tuple[float, float]:
+    """Clip a gradient of this norm -> its norm afterwards, and the limit that was logged."""
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    model.weight.grad = torch.tensor([[0.6 * norm, 0.8 * norm]], dtype=torch.float64)
+    step(clipper, model)
+    metrics = clipper.metrics()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    return model.weight.grad.norm().item(), metrics["grad_norm_limit"]
+
+
+NORMS = [3.0, 1.0, 2.0, 8.0, 5.0, 0.5, 4.0, 2.5, 1.5, 6.0, 20.0, 1.0, 30.0, 2.0, 9.0]
+
+
+def test_by_default_the_limit_is_fixed() -> None:
+    clipper = make_clipper(max_grad_norm=2.0)
+    for norm in NORMS:
+        clipped, limit = clip(clipper, norm)
+        assert limit == 2.0
+        assert clipped == pytest.approx(min(norm, 2.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("quantile", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("window", [4, 12, 100])
+@pytest.mark.parametrize("max_norm", [2.5, 1e9])
+def test_the_limit_is_the_quantile_of_the_window_and_at_most_the_fixed_one(
+    quantile: float, window: int, max_norm: float
+) -> None:
+    clipper = make_clipper(max_grad_norm=max_norm, grad_norm_quantile=quantile, grad_norm_window=window)
+    for done, norm in enumerate(NORMS):
+        recent = NORMS[max(0, done - window) : done]
+        is_known = len(recent) >= min(FIRST_NORMS, window)
+        expected = min(max_norm, float(np.quantile(recent, quantile))) if is_known else max_norm
+        clipped, limit = clip(clipper, norm)
+        assert limit == pytest.approx(expected, rel=1e-5)
+        assert clipped == pytest.approx(min(norm, limit), rel=1e-5)
+
+
+def test_steps_without_a_gradient_do_not_close_the_door() -> None:
+    # Groups without variance give the gradient 0; a quantile of such norms would scale every later one down to 0.
+    clipper = make_clipper(grad_norm_quantile=0.5)
+    for _ in range(3 * FIRST_NORMS):
+        assert clip(clipper, 0.0) == (0.0, 1.0)
+    clipped, limit = clip(clipper, 0.7)
+    assert (clipped, limit) == (pytest.approx(0.7), 1.0)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_is_not_remembered(value: float) -> None:
+    clipper = make_clipper(grad_norm_quantile=1.0)
+    for norm in [0.5] * FIRST_NORMS:
+        clip(clipper, norm)
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[value, 1.0]])
+    step(clipper, model)
+    assert clipper.metrics()["grad_norm"] == pytest.approx(value, nan_ok=True)
+    assert clip(clipper, 2.0)[1] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_norms_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+    settings = {"grad_norm_quantile": 0.5, "grad_norm_window": 12}
+    whole = make_clipper(**settings)
+    limits = [clip(whole, norm)[1] for norm in NORMS]
+
+    stopped = make_clipper(**settings)
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(stopped)
+    for norm in NORMS[:11]:
+        clip(stopped, norm)
+    accelerator.save_state(str(tmp_path / "state"))
+
+    resumed = make_clipper(**settings)
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(resumed)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert [clip(resumed, norm)[1] for norm in NORMS[11:]] == limits[11:]

@@ -1,0 +1,124 @@
+"""Tokens that were forced on the policy are in no term of a step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rekatrain.trainer.rloo.metrics import step_metrics
+from rekatrain.trainer.rloo.sampler.in_process import Completion
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.rloo import (
+    AnySampler,
+    KeepingSampler,
+    advantages_by_hand,
+    assert_gradients_close,
+    by_ids,
+    exact_copy,
+    gradient_of,
+    make_task,
+    perturb,
+    reference_of,
+    run_step,
+    run_updates,
+    token_logprobs,
+)
+
+
+class ForcingSampler:
+    """Calls some tokens of every second completion forced: they were not drawn."""
+
+    def __init__(self, sampler: AnySampler) -> None:
+        self._sampler = sampler
+
+    def sample(
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
+    ) -> list[list[Completion]]:
+        groups = self._sampler.sample(prompts, keys, num_generations)
+        return [[self._forced(completion, number) for number, completion in enumerate(group)] for group in groups]
+
+    def _forced(self, completion: Completion, number: int) -> Completion:
+        if number % 2 or len(completion.ids) < 4:
+            return completion
+        forced = range(1, min(4, len(completion.ids)))
+        logprobs = [0.0 if place in forced else value for place, value in enumerate(completion.logprobs)]
+        return replace(completion, forced=forced, logprobs=logprobs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.3},
+        {"loss_type": "token_mean"},
+        {"loss_type": "sequence_mean", "importance_sampling_level": "token"},
+        {"importance_sampling_level": "token", "importance_sampling_correction": "token_truncate"},
+        {"importance_sampling_correction": "sequence_truncate"},
+        {"beta": 0.3, "kl_estimator": "k2", "kl_placement": "loss"},
+    ],
+    ids=["default", "kl", "token mean", "sequence mean", "token weights", "sequence weights", "k2"],
+)
+def test_forced_tokens_are_in_no_term_of_the_step(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]
+) -> None:
+    task = make_task(tokenizer, micro_batch_tokens=150, **options)
+    config = task.config
+    initial = exact_copy(policy)
+    reference = reference_of(policy, task) if config.beta else None
+    perturb(policy)
+    sampler = KeepingSampler(ForcingSampler(task.make_sampler(policy)))
+    records, gradient = run_step(policy, task, reference, sampler)
+    assert 0 < sum(record["num_forced"] > 0 for record in records) < 20
+
+    exact = exact_copy(policy)
+    num_drawn = {id(r): len(r["completion_ids"]) - r["num_forced"] for r in records}
+    weights = {
+        "sequence_sum": lambda record: 1 / 20,
+        "sequence_mean": lambda record: 1 / 20 / num_drawn[id(record)],
+        "token_mean": lambda record: 1 / sum(num_drawn.values()),
+    }[config.loss_type]
+    in_reward = config.beta if config.kl_placement == "reward" else 0.0
+    assert [r["advantage"] for r in records] == pytest.approx(advantages_by_hand(records, in_reward), abs=1e-5)
+    for record in records:
+        forced = sampler.completion(task, record).forced
+        is_drawn = torch.tensor([place not in forced for place in range(len(record["completion_ids"]))])
+        logprobs_T = token_logprobs(exact, task, record)[is_drawn]
+        assert record["logprob"] == pytest.approx(logprobs_T.sum().item(), abs=1e-4)
+        assert record["sampler_logprob"] == pytest.approx(record["logprob"], abs=1e-4)
+        assert record["sampler_kl"] == pytest.approx(0, abs=1e-8)
+        loss = -record["advantage"] * weights(record) * logprobs_T.sum()
+        if config.beta:
+            log_ratio = logprobs_T.sum() - token_logprobs(initial, task, record).detach()[is_drawn].sum()
+            assert record["kl"] == pytest.approx(log_ratio.item(), abs=1e-4)
+            loss = loss + (config.beta / 2 * log_ratio**2 / 20 if config.kl_placement == "loss" else 0.0)
+        loss.backward()
+    assert_gradients_close(gradient, gradient_of(exact))
+    assert step_metrics(records)["share_forced"] == sum(r["num_forced"] > 0 for r in records) / 20
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_forced_tokens_are_in_no_ratio(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, level: str
+) -> None:
+    # The clip is so wide that it holds nothing.
+    task = make_task(tokenizer, by_ids, num_iterations=2, importance_sampling_level=level, epsilon=0.9)
+    sampler = KeepingSampler(ForcingSampler(task.make_sampler(policy)))
+    policies = [exact_copy(policy)]
+
+    def change() -> None:
+        perturb(policy, scale=0.005)
+        policies.append(exact_copy(policy))
+
+    records, gradients = run_updates(policy, task, None, sampler, change=change)
+    before, updated, _ = policies
+    for record in records:
+        forced = sampler.completion(task, record).forced
+        is_drawn = torch.tensor([place not in forced for place in range(len(record["completion_ids"]))])
+        new, old = (token_logprobs(each, task, record)[is_drawn] for each in (updated, before))
+        log_ratios = new - old.detach()
+        ratios = log_ratios.exp().sum() if level == "token" else log_ratios.sum().exp()
+        (-record["advantage"] / 20 * ratios).backward()
+    assert step_metrics(records)["clip_fraction"] == 0
+    assert_gradients_close(gradients[1], gradient_of(updated))

@@ -1,0 +1,100 @@
+"""Metrics of a step are what its records say."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.rloo import for_some_prompts, make_task, run_step
+
+
+def record(slot: int, rewards: dict[str, float | None], reward: float | None, **others: Any) -> RolloutRecord:
+    defaults = {"completion_ids": [1, 2], "num_forced": 0, "ending": "stop", "kl": None, "logprob": -2.0}
+    defaults |= {"sampler_logprob": -2.0, "sampler_kl": 0.0, "clipped": 0.0}
+    defaults |= {"reward_errors": {}}
+    return {"slot": slot, "rewards": rewards, "reward": reward, **defaults, **others}
+
+
+IDLE = {"kl": None, "logprob": None, "sampler_kl": None, "clipped": None}
+
+
+def test_metrics_worked_out_by_hand() -> None:
+    a_1 = {"a": 1.0, "b": None}
+    records = [
+        record(0, a_1, 1.0, kl=0.5, completion_ids=[1, 2, 3], sampler_logprob=-6.0, logprob=-6.5, sampler_kl=0.25),
+        record(0, {"a": 0.0, "b": 2.0}, 4.0, kl=-0.25, ending="eos", completion_ids=[1], sampler_logprob=-1.0),
+        record(1, a_1, 1.0, ending="length", **IDLE | {"kl": 1.0}),
+        record(1, {"a": None, "b": None}, None, sampler_logprob=-3.0, reward_errors={"b": "no result"}, **IDLE),
+        record(2, a_1, 1.0, kl=0.75, completion_ids=[1, 2, 3, 4], num_forced=2, clipped=1.0, sampler_kl=0.15),
+        record(2, a_1, 1.0, kl=0.0, logprob=-2.25, clipped=0.5),
+    ]
+    assert step_metrics(records) == pytest.approx(
+        {
+            "reward": 8 / 5,  # of 1, 4, 1, 1, 1
+            "reward_std": 1.2,
+            "reward/a": 4 / 5,
+            "reward_std/a": 0.4,
+            "none/a": 1 / 6,
+            "errors/a": 0,
+            # Of 1, 0, 1, 1, 1 with 3, 1, 2, 4, 2 tokens: the covariance over both deviations, all times 5.
+            "length_correlation/a": 1.4 / math.sqrt(5.2 * 0.8),
+            "reward/b": 2.0,
+            "reward_std/b": 0,
+            "none/b": 4 / 6,
+            "errors/b": 1 / 6,
+            "length_correlation/b": None,
+            "share_zero_variance": 2 / 3,  # alone in being scorable teaches nothing either
+            "kl": 2 / 5,
+            "entropy": 16 / 12,  # a forced token is not drawn
+            "sampler_mismatch": (0.5 + 1.0 + 0.0 + 0.25) / 4,
+            "sampler_kl": 0.4 / 8,
+            "clip_fraction": 1.5 / 4,
+            "share_forced": 1 / 6,
+            "completion_length": 14 / 6,
+            "share_stop": 4 / 6,
+            "share_eos": 1 / 6,
+            "share_length": 1 / 6,
+        }
+    )
+
+
+def test_metrics_of_what_nobody_has_are_none() -> None:
+    metrics = step_metrics([record(0, {"a": None}, None, **IDLE), record(0, {"a": None}, None, **IDLE)])
+    assert [name for name, value in metrics.items() if value is None] == [
+        "reward",
+        "reward_std",
+        "reward/a",
+        "reward_std/a",
+        "length_correlation/a",
+        "kl",
+        "sampler_mismatch",
+        "sampler_kl",
+        "clip_fraction",
+    ]
+    assert metrics["none/a"] == 1
+    assert metrics["share_zero_variance"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rewards", "is_zero_variance"),
+    [([1, 1, 1], True), ([1, 0, 1], False), ([None, None, None], True), ([1, 1, None], True), ([1, None, 0], False)],
+)
+def test_a_group_whose_rewards_are_all_equal_has_no_variance(
+    rewards: list[float | None], is_zero_variance: bool
+) -> None:
+    metrics = step_metrics([record(0, {"a": reward}, reward) for reward in rewards])
+    assert metrics["share_zero_variance"] == is_zero_variance
+
+
+def test_metrics_of_a_step_are_made_from_its_records(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records, _ = run_step(policy, make_task(tokenizer, for_some_prompts))
+    metrics = step_metrics(records)
+    assert metrics["share_zero_variance"] == pytest.approx(3 / 5)
+    assert metrics["sampler_mismatch"] < 1e-4
+    assert metrics["reward"] == pytest.approx(sum(record["reward"] for record in records) / 20)
+    assert re.fullmatch(r"prompts\.jsonl:[1-5]", records[0]["row"])

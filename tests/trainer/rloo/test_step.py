@@ -1,0 +1,282 @@
+"""One step of RLOO: its gradient is the one that its records say, whatever the batching."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+from rekatrain.trainer.rloo.metrics import Clock
+from rekatrain.trainer.rloo.reference import make_reference
+from rekatrain.trainer.rloo.rollouts import Group
+from rekatrain.trainer.rloo.train import take_step
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.rloo import (
+    TEXTS,
+    advantages_by_hand,
+    assert_gradients_close,
+    by_completion,
+    distance,
+    for_some_prompts,
+    gradient_from_records,
+    gradient_of,
+    make_task,
+    never,
+    perturb,
+    reference_of,
+    run_step,
+    run_updates,
+    scorer_of,
+    sequence_logprob,
+    sometimes_none,
+    with_adapter,
+)
+
+
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_the_gradient_is_the_one_of_the_records(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool
+) -> None:
+    trained = with_adapter(policy) if is_lora else policy
+    perturb(trained)
+    task = make_task(tokenizer)
+    records, gradient = run_step(trained, task)
+    assert_gradients_close(gradient, gradient_from_records(trained, task, records))
+
+    assert [record["slot"] for record in by_completion(records)] == [slot for slot in range(5) for _ in range(4)]
+    assert {record["prompt"] for record in records} == set(TEXTS)
+    assert len({len(record["completion_ids"]) for record in records}) > 1
+    assert [record["reward"] for record in records] == [
+        pytest.approx(2 * (sum(record["completion_ids"]) % 7 / 7)) for record in records
+    ]
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
+    for record in records:
+        expected = sequence_logprob(trained, task, record).item()
+        assert record["sampler_logprob"] == pytest.approx(expected, abs=1e-4)
+        assert record["kl"] is None
+        assert record["logprob"] is None or record["logprob"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_with_a_kl_penalty_rewards_are_regularised_within_the_baseline(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool, is_checkpointing: bool
+) -> None:
+    beta = 0.3
+    task = make_task(tokenizer, beta=beta, micro_batch_tokens=300)
+    initial = copy.deepcopy(policy)
+    trained = with_adapter(policy) if is_lora else policy
+    if is_checkpointing:
+        trained.activation_checkpointing_enable()
+    reference = reference_of(trained, task)
+    perturb(trained)
+    records, gradient = run_step(trained, task, reference)
+
+    kls = [record["kl"] for record in records]
+    expected_kls = [
+        (sequence_logprob(trained, task, record) - sequence_logprob(initial, task, record)).item() for record in records
+    ]
+    assert kls == pytest.approx(expected_kls, abs=1e-4)
+    assert max(map(abs, kls)) > 0.1
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, beta), abs=1e-5)
+    assert_gradients_close(gradient, gradient_from_records(trained, task, records))
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_the_reference_is_the_policy_bit_for_bit_before_the_first_update(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool, is_checkpointing: bool
+) -> None:
+    trained = with_adapter(policy) if is_lora else policy
+    if is_checkpointing:
+        trained.activation_checkpointing_enable()
+    task = make_task(tokenizer, beta=0.3)
+    records, _ = run_step(trained, task, reference_of(trained, task))
+    assert [record["kl"] for record in records] == [0.0] * 20
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
+
+
+@pytest.fixture
+def bf16_accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(True)  # Accelerate allows one precision a process
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("is_sampler_bf16", [False, True], ids=["float32 sampler", "bfloat16 sampler"])
+@pytest.mark.parametrize("budget", [100, 10**6])
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_in_bfloat16_arithmetic_too(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    bf16_accelerator: Accelerator,
+    is_lora: bool,
+    budget: int,
+    is_sampler_bf16: bool,
+) -> None:
+    trained = with_adapter(policy) if is_lora else policy
+    task = make_task(tokenizer, beta=0.3, micro_batch_tokens=budget, bf16=is_sampler_bf16)
+    model = scorer_of(trained, task)
+    reference = make_reference(bf16_accelerator, model, task.config)
+    model = bf16_accelerator.prepare(model)
+    sampler, clock = task.make_sampler(trained), Clock()
+    records = take_step(bf16_accelerator, model, reference, sampler, task, lambda: None, seed=5, step=0, clock=clock)
+    assert [record["kl"] for record in records] == [0.0] * 20
+    # The arithmetic was bfloat16: whatever the sampler's, a sum of rounded logits differs.
+    assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in records) < 0.5
+    gradient = gradient_of(trained)
+    assert {value.dtype for value in gradient.values()} == {torch.float32}
+    expected = gradient_from_records(trained, task, records)
+    assert distance(gradient, expected) < 0.05
+
+
+def test_without_beta_there_is_no_reference(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = make_task(tokenizer, beta=0.0)
+    model = CompletionLogprobs(policy, temperature=1.0, num_tokens=len(tokenizer))
+    assert make_reference(Accelerator(cpu=True), model, task.config) is None
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_micro_batches_of_any_size_give_the_same_step(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
+) -> None:
+    policy.double()
+    steps = []
+    for budget in (1, 150, 400, 10**6):
+        trained = copy.deepcopy(policy)
+        task = make_task(tokenizer, sometimes_none, beta=beta, micro_batch_tokens=budget)
+        reference = reference_of(trained, task) if beta else None
+        perturb(trained)
+        records, gradient = run_step(trained, task, reference)
+        steps.append((by_completion(records), gradient))
+    (expected_records, expected), *others = steps
+    for records, gradient in others:
+        assert [r["completion_ids"] for r in records] == [r["completion_ids"] for r in expected_records]
+        assert [r["advantage"] for r in records] == pytest.approx([r["advantage"] for r in expected_records], abs=1e-5)
+        assert_gradients_close(gradient, expected)
+
+
+def test_unscorable_completions_are_excluded(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = make_task(tokenizer, sometimes_none)
+    records, gradient = run_step(policy, task)
+    unscorable = [record for record in records if record["reward"] is None]
+    assert 0 < len(unscorable) < len(records)
+    assert all(record["advantage"] == 0 for record in unscorable)
+    assert all((record["rewards"]["reward"] is None) == (record["reward"] is None) for record in records)
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
+    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+
+
+def test_unscorable_completions_have_no_pull_through_the_kl(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = make_task(tokenizer, sometimes_none, beta=0.3)
+    reference = reference_of(policy, task)
+    perturb(policy)
+    records, gradient = run_step(policy, task, reference)
+    assert any(record["reward"] is None for record in records)
+    assert all(record["advantage"] == 0 for record in records if record["reward"] is None)
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0.3), abs=1e-5)
+    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_a_step_that_cannot_be_scored_moves_nothing(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
+) -> None:
+    task = make_task(tokenizer, never, beta=beta)
+    records, gradient = run_step(policy, task, reference_of(policy, task) if beta else None)
+    assert [record["advantage"] for record in records] == [0.0] * 20
+    assert set(gradient) == {name for name, _ in policy.named_parameters()}
+    assert all(torch.count_nonzero(value) == 0 for value in gradient.values())
+
+
+def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each forward of the policy from now on."""
+    counts: list[int] = []
+    forward = CompletionLogprobs.forward
+
+    def counting(self: CompletionLogprobs, rows: Rows) -> Tensor:
+        counts.append(len(rows.lengths))
+        return forward(self, rows)
+
+    monkeypatch.setattr(CompletionLogprobs, "forward", counting)
+    return counts
+
+
+@pytest.mark.parametrize("reward", [for_some_prompts, lambda prompts, **_: [0.7] * len(prompts)], ids=["some", "all"])
+def test_skipping_idle_groups_changes_no_gradient(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    reward: Callable[..., list[float | None]],
+) -> None:
+    counts = count_scored_rows(monkeypatch)
+    task = make_task(tokenizer, reward)
+    records, gradient = run_step(policy, task)
+    monkeypatch.setattr(Group, "is_idle", False)
+    all_records, expected = run_step(policy, task)
+    # The first group is always run, so that every process takes part in the backward pass.
+    idle_slots = {slot for slot in range(1, 5) if len({r["reward"] for r in records if r["slot"] == slot}) == 1}
+    assert len(idle_slots) >= 2
+    assert counts == [(5 - len(idle_slots)) * 4, 5 * 4]
+    assert gradient.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=1e-5)
+
+    for record, other in zip(by_completion(records), by_completion(all_records), strict=True):
+        is_idle = record["slot"] in idle_slots
+        assert (record["logprob"] is None) == is_idle
+        assert other["advantage"] == pytest.approx(record["advantage"], abs=1e-6)
+        unlike = {"logprob": None, "advantage": None, "sampler_kl": None, "clipped": None}
+        assert record | unlike == other | unlike
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_advantages_from_the_training_forward_or_from_one_before_it_give_the_same_step(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, beta: float
+) -> None:
+    tasks = [make_task(tokenizer, beta=beta, micro_batch_tokens=budget) for budget in (10**6, 20)]
+    reference = reference_of(policy, tasks[0]) if beta else None
+    perturb(policy)
+    counts = count_scored_rows(monkeypatch)
+    single_records, single = run_step(policy, tasks[0], reference)
+    # Each completion once, with the reference where there is one.
+    assert sum(counts) == (40 if beta else 20)
+    counts.clear()
+    records, gradient = run_step(policy, tasks[1], reference)
+    # Groups that no micro-batch holds whole have their KL from a forward before the training one.
+    assert sum(counts) == (60 if beta else 20)
+    for record, other in zip(by_completion(records), by_completion(single_records), strict=True):
+        assert record["completion_ids"] == other["completion_ids"]
+        assert record["advantage"] == pytest.approx(other["advantage"], abs=1e-5)
+    assert_gradients_close(gradient, single)
+
+
+def test_with_a_kl_penalty_no_group_is_idle(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tokenizer, for_some_prompts, beta=0.3)
+    reference = reference_of(policy, task)
+    perturb(policy)
+    counts = count_scored_rows(monkeypatch)
+    records, gradient = run_step(policy, task, reference)
+    assert counts == [20, 20]  # the reference and the policy
+    assert all(record["advantage"] != 0 for record in records)
+    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+
+
+def test_other_steps_and_seeds_sample_anew(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = make_task(tokenizer)
+
+    def sampled(seed: int, step: int) -> list[tuple]:
+        records, _ = run_updates(policy, task, seed=seed, step=step)
+        assert {record["step"] for record in records} == {step + 1}
+        return [(record["prompt"], *record["completion_ids"]) for record in records]
+
+    assert sampled(5, 0) == sampled(5, 0)
+    assert len({tuple(sampled(seed, step)) for seed, step in [(5, 0), (5, 1), (6, 0)]}) == 3

@@ -1,0 +1,208 @@
+"""Several updates of one batch: ratios to the policy that sampled, their clip, and weights for another arithmetic."""
+
+import itertools
+
+import pytest
+import torch
+from rekatrain.trainer.rloo.loss import clipped_surrogates
+from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
+from rekatrain.trainer.rloo.setup import RLOOTask
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.rloo import (
+    KeepingSampler,
+    Policy,
+    advantages_by_hand,
+    assert_gradients_close,
+    exact_copy,
+    gradient_of_terms,
+    make_task,
+    perturb,
+    reference_of,
+    run_step,
+    run_updates,
+    sometimes_none,
+    token_logprobs,
+    with_adapter,
+)
+
+LEVELS = ["sequence", "token"]
+EPSILON = 0.05
+
+
+@pytest.fixture
+def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Log-ratios of each loss that is computed from now on."""
+    seen: list[Tensor] = []
+
+    def watched(log_ratios_T: Tensor, *arguments: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        seen.append(log_ratios_T.detach())
+        return clipped_surrogates(log_ratios_T, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("rekatrain.trainer.rloo.microbatch.clipped_surrogates", watched)
+    return seen
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("budget", [40, 150, 10**6])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("level", LEVELS)
+def test_at_learning_rate_zero_every_ratio_is_exactly_one(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    log_ratios: list[Tensor],
+    level: str,
+    beta: float,
+    budget: int,
+    is_checkpointing: bool,
+) -> None:
+    options = {"importance_sampling_level": level, "beta": beta, "micro_batch_tokens": budget}
+    once = make_task(tokenizer, **options)
+    thrice = make_task(tokenizer, num_iterations=3, epsilon=1e-9, **options)
+    if is_checkpointing:
+        policy.activation_checkpointing_enable()
+    reference = reference_of(policy, once) if beta else None
+    perturb(policy)
+    _, expected = run_step(policy, once, reference)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    log_ratios.clear()
+    records, gradients = run_updates(policy, thrice, reference, change=optimizer.step)
+
+    assert len(gradients) == 3
+    assert len(log_ratios) % 3 == 0 and (len(log_ratios) > 15) == (budget == 40)
+    assert all(torch.count_nonzero(ratios_T) == 0 for ratios_T in log_ratios)
+    assert [record["clipped"] for record in records] == [0.0] * 20
+    for gradient in gradients:
+        assert all(torch.equal(gradient[name], value) for name, value in expected.items())
+
+
+def clipped_by_hand(log_ratio: Tensor, advantage: float) -> tuple[Tensor, bool]:
+    ratio = log_ratio.exp()
+    held = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+    is_held = bool(ratio * advantage > held * advantage)
+    return (held if is_held else ratio) * advantage, is_held
+
+
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("level", LEVELS)
+def test_each_update_has_the_gradient_of_the_clipped_objective(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, level: str, beta: float, is_lora: bool
+) -> None:
+    trained = with_adapter(policy) if is_lora else policy
+    task = make_task(
+        tokenizer,
+        sometimes_none,
+        num_iterations=3,
+        importance_sampling_level=level,
+        epsilon=EPSILON,
+        beta=beta,
+        micro_batch_tokens=150,
+    )
+    reference = reference_of(trained, task) if beta else None
+    perturb(trained)
+    seeds = itertools.count(10)
+    policies = [exact_copy(trained)]
+
+    def change() -> None:
+        perturb(trained, scale=0.01, seed=next(seeds))
+        policies.append(exact_copy(trained))
+
+    records, gradients = run_updates(trained, task, reference, change=change)
+    assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, beta), abs=1e-5)
+    num_scorable = sum(record["reward"] is not None for record in records)
+    old = {id(record): token_logprobs(policies[0], task, record).detach() for record in records}
+
+    for updated, gradient in zip(policies, gradients, strict=False):
+        shares = []
+
+        def term(record: RolloutRecord, logprobs_T: Tensor, shares: list[float] = shares) -> Tensor:
+            log_ratios_T = logprobs_T - old[id(record)]
+            ratios = log_ratios_T if level == "token" else log_ratios_T.sum()[None]
+            terms = [clipped_by_hand(ratio, record["advantage"]) for ratio in ratios]
+            shares.append(sum(is_held for _, is_held in terms) / len(terms))
+            return -sum(surrogate for surrogate, _ in terms) / num_scorable
+
+        expected = gradient_of_terms(updated, task, records, term)
+        assert_gradients_close(gradient, expected)
+    # The last update's.
+    assert [record["clipped"] for record in records] == pytest.approx(shares)
+    assert 0.1 < step_metrics(records)["clip_fraction"] < 0.9
+
+
+def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = make_task(tokenizer, epsilon=1e-6)
+    records, gradients = run_updates(policy, task, change=lambda: perturb(policy))
+    assert len(gradients) == 1
+    assert step_metrics(records)["clip_fraction"] == 0
+
+
+# Importance weights
+
+
+def mismatch(policy: Policy, task: RLOOTask, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:
+    """log pi - log sampler of each token, [T]."""
+    recorded = torch.tensor(sampler.completion(task, record).logprobs, dtype=torch.float64)
+    return token_logprobs(exact_copy(policy), task, record).detach() - recorded
+
+
+@pytest.mark.parametrize(
+    ("level", "correction"),
+    [("token", "token_truncate"), ("token", "sequence_truncate"), ("sequence", "sequence_truncate")],
+)
+@pytest.mark.parametrize("cap", [1.1, 2.0])
+def test_weights_correct_for_a_sampler_that_drew_otherwise(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, level: str, correction: str, cap: float
+) -> None:
+    task = make_task(
+        tokenizer,
+        importance_sampling_level=level,
+        importance_sampling_correction=correction,
+        importance_sampling_cap=cap,
+        micro_batch_tokens=150,
+    )
+    sampler = KeepingSampler(task.make_sampler(policy), noise=0.5)
+    records, gradient = run_step(policy, task, sampler=sampler)
+    weights = []
+
+    def term(record: RolloutRecord, logprobs_T: Tensor) -> Tensor:
+        log_ratios_T = mismatch(policy, task, sampler, record)
+        log_ratios = log_ratios_T if correction == "token_truncate" else log_ratios_T.sum()
+        weights.append(log_ratios.exp().clamp(max=cap))
+        return -(weights[-1] * record["advantage"] * logprobs_T).sum() / 20
+
+    assert_gradients_close(gradient, gradient_of_terms(policy, task, records, term))
+    assert max(weight.max() for weight in weights) == cap and min(weight.min() for weight in weights) < 0.8
+
+
+def test_without_correction_the_mismatch_is_logged_and_changes_nothing(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = make_task(tokenizer)
+    plain_records, plain = run_step(policy, task)
+    sampler = KeepingSampler(task.make_sampler(policy), noise=0.3)
+    records, gradient = run_step(policy, task, sampler=sampler)
+    assert all(torch.equal(gradient[name], value) for name, value in plain.items())
+    assert step_metrics(plain_records)["sampler_kl"] == pytest.approx(0, abs=1e-9)
+
+    log_ratios = [mismatch(policy, task, sampler, record) for record in records]
+    by_token = torch.cat(log_ratios)
+    metrics = step_metrics(records)
+    assert metrics["sampler_kl"] == pytest.approx((by_token.exp() - 1 - by_token).mean().item(), rel=1e-3)
+    assert metrics["sampler_mismatch"] == pytest.approx(
+        torch.stack([log_ratio.sum().abs() for log_ratio in log_ratios]).mean().item(), rel=1e-3
+    )
+    assert metrics["sampler_kl"] > 0.01
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate"])
+def test_a_sampler_of_the_same_arithmetic_has_weights_of_one(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, correction: str
+) -> None:
+    options = {"importance_sampling_level": "token", "importance_sampling_correction": correction}
+    _, expected = run_step(policy, make_task(tokenizer))
+    _, gradient = run_step(policy, make_task(tokenizer, **options))
+    assert_gradients_close(gradient, expected, rtol=1e-5)

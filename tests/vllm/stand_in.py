@@ -1,0 +1,178 @@
+"""A vLLM server for fast tests: its routes and schema as of version 0.30, its answers from the in-process sampler.
+
+It draws with the numbers that an in-process run draws with, so that a run through it must be that run.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
+from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
+from transformers import (
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+class StandIn:
+    """Answers as a vLLM server would that was started with the model in `folder`.
+
+    trouble: called with each request for completions and its number from 0; what it returns is answered instead
+    loaded:  names of the weights that have been loaded, in order
+    keys:    of prompts, and of the first and second requests that completions go on by, by their seeds
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, has_lora: bool = True) -> None:
+        self.folder, self.tokenizer, self.has_lora = folder, tokenizer, has_lora
+        self.version_told, self.context = "0.30.0", 256
+        self.trouble: Callable[[int, dict], tuple[int, Any] | None] = lambda number, body: None
+        self.num_asked = 0
+        self.loaded: list[str] = []
+        self.finished: list[tuple[str, int]] = []
+        self.max_logprobs = 20
+        keys = [(1, seed, step, slot) for step in range(20) for slot in range(20)]
+        self.keys = {
+            seed_of(key): key
+            for key in [*keys, *((*key, place, n) for key in keys for place in range(4) for n in (1, 2))]
+        }
+        self._prompts: dict[tuple[int, ...], list[int]] = {}
+        self._lock = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all weights but those it was started with."""
+        self.adapters: dict[str, PeftModel] = {}
+        self.model: Any = LlamaForCausalLM.from_pretrained(self.folder)
+        self.weight_version = "default"
+
+    def __call__(self, path: str, body: Any) -> tuple[int, Any]:
+        with self._lock:
+            name = path.removeprefix("/v1").strip("/").split("?")[0].replace("/", "_")
+            return getattr(self, f"_{name}", lambda body: (404, {"detail": "Not Found"}))(body)
+
+    def _health(self, _: None) -> tuple[int, Any]:
+        return 200, {}
+
+    def _version(self, _: None) -> tuple[int, Any]:
+        return 200, {"version": self.version_told}
+
+    def _models(self, _: None) -> tuple[int, Any]:
+        served = [{"id": "policy", "root": str(self.folder), "max_model_len": self.context}]
+        return 200, {"data": [*served, *({"id": name, "root": name} for name in self.adapters)]}
+
+    def _tokenize(self, body: Any) -> tuple[int, Any]:
+        return 200, {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
+
+    def _load_lora_adapter(self, body: Any) -> tuple[int, Any]:
+        if not self.has_lora:
+            return 500, {"error": {"message": "Call to add_lora method failed: LoRA is not enabled."}}
+        if not Path(body["lora_path"]).exists():
+            return 404, {"error": {"message": f"No adapter found for {body['lora_path']}"}}
+        if body["lora_name"] in self.adapters:
+            return 400, {"error": {"message": "already loaded"}}
+        base = LlamaForCausalLM.from_pretrained(self.folder)
+        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"])
+        self.loaded.append(body["lora_name"])
+        return 200, b"Success"
+
+    def _unload_lora_adapter(self, body: Any) -> tuple[int, Any]:
+        del self.adapters[body["lora_name"]]
+        return 200, b"Success"
+
+    def _weight_info(self, _: None) -> tuple[int, Any]:
+        return 200, {"weight_version": self.weight_version}
+
+    def _collective_rpc(self, body: Any) -> tuple[int, Any]:
+        assert body["method"] == "reload_weights"
+        self.model = LlamaForCausalLM.from_pretrained(body["kwargs"]["weights_path"])
+        return 200, {"results": [None]}
+
+    def _reset_prefix_cache(self, _: None) -> tuple[int, Any]:
+        return 200, {"success": True}
+
+    def _update_weight_version(self, body: Any) -> tuple[int, Any]:
+        self.weight_version = body["new_version"]
+        self.loaded.append(self.weight_version)
+        return 200, {"success": True}
+
+    def _completions(self, body: Any) -> tuple[int, Any]:
+        if body["logprobs"] > self.max_logprobs:
+            told = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
+            return 400, {"error": {"message": told}}
+        if (forced := body.get("logit_bias")) and list(forced.values()) == [100.0]:
+            choice = {"token_ids": [int(*forced)], "logprobs": {"token_logprobs": [self.forced_logprob]}}
+            return 200, {"choices": [choice]}
+        self.num_asked += 1
+        if (trouble := self.trouble(self.num_asked - 1, body)) is not None:
+            return trouble
+        name = body.get("model", "policy")
+        if name != "policy" and name not in self.adapters:
+            return 404, {"error": {"message": f"The model `{name}` does not exist."}}
+        assert body["stop"] == ["<sep>"] and body["include_stop_str_in_output"] and body["return_token_ids"]
+        assert sorted(map(int, body["logit_bias"])) == list(range(len(self.tokenizer), len(self.tokenizer) + 20))
+        model = self.adapters.get(name, self.model)
+        group = self._sample(model, body)
+        choices = [
+            {"index": index, "token_ids": c.ids, "logprobs": self._logprobs(model, body, c), "finish_reason": "stop"}
+            for index, c in enumerate(group)
+        ]
+        self.finished.append((name, body["seed"]))
+        return 200, {"model": name, "choices": choices[::-1]}  # in no order: the index counts
+
+    forced_logprob = 0.0
+
+    def _sample(self, model: Any, body: Any) -> list[Completion]:
+        """A group from its beginning, or one completion from where the prompt has it, by the uniforms from there on."""
+        key = self.keys[body["seed"]]
+        prompt = self._prompts.setdefault(key[:4], body["prompt"])
+        num_begun, places = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
+        assert (
+            body["prompt"][: len(prompt)] == prompt and (num_begun > 0) == (len(key) == 6) and len(places) == body["n"]
+        )
+        end = num_begun + body["max_tokens"]
+        uniforms = np.stack([np.random.default_rng([*key[:4], place]).random(end)[num_begun:] for place in places])
+        sampler = Sampler(
+            model,
+            self.tokenizer,
+            max_completion_length=body["max_tokens"],
+            temperature=body["temperature"],
+            batch_size=body["n"],
+            top_p=body["top_p"],
+            top_k=body["top_k"] or None,
+        )
+        with torch.no_grad():
+            return sampler._sample_rows([body["prompt"]], uniforms, body["n"], None, 0)
+
+    def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
+        """The drawn token and the likeliest ones, which are as many as were asked for, of those that could be drawn."""
+        assert body["return_tokens_as_token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([body["prompt"] + completion.ids])).logits[0, len(body["prompt"]) - 1 : -1]
+        logits[:, len(self.tokenizer) :] -= 100
+        warpers: list[LogitsProcessor] = [TopKLogitsWarper(body["top_k"])] if body["top_k"] else []
+        for warper in [TemperatureLogitsWarper(body["temperature"]), *warpers, TopPLogitsWarper(body["top_p"])]:
+            logits = warper(torch.empty(0), logits)
+        listed = []
+        for logprobs, drawn in zip(logits.log_softmax(dim=1), completion.ids, strict=True):
+            likeliest = [drawn, *logprobs.topk(body["logprobs"]).indices.tolist()]
+            listed.append({f"token_id:{token}": max(logprobs[token].item(), -9999.0) for token in likeliest})
+        return {"token_logprobs": completion.logprobs, "top_logprobs": listed}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whoever samples."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,390 @@
+"""Rollouts by servers, against a stand-in that speaks vLLM's schema: a run through it is the in-process run.
+
+The real vLLM is in test_vllm_server.py.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rekatrain.data.chat import Ending, encode_text
+from rekatrain.trainer.cli import main
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.sampler.draw import TIE
+from rekatrain.trainer.rloo.sampler.in_process import Completion
+from rekatrain.trainer.rloo.sampler.vllm import pool
+from rekatrain.trainer.rloo.sampler.vllm.responses import AnswerReader
+from rekatrain.trainer.run_folder import read_records
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.rloo import open_reasoning
+from tests.vllm.stand_in import StandIn, one_thread
+
+PROJECT = Path(__file__).parents[2]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+REWARD = """
+def letters(completions, **kwargs):
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+"""
+ONE_OFF = {"max_staleness": 1, "importance_sampling_correction": "sequence_truncate", "save_steps": 1}
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[dict], list[dict], dict]]:
+    """Run RLOO for some steps -> its metrics, its rollouts, its last weights."""
+    rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(1, 9)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pool, "_BACK_OFF", lambda state: 0.02)
+    sys.modules.pop("my_rewards", None)
+
+    def start(
+        name: str,
+        urls: list[str] | str | None,
+        *arguments: str,
+        lora: dict | None = LORA,
+        model: Path = model_folder,
+        **rloo: Any,
+    ) -> tuple[list[dict], list[dict], dict]:
+        tree = {
+            "stage": "rloo",
+            "output_dir": str(tmp_path / name),
+            "seed": 3,
+            "model": {"pretrained_model_name_or_path": str(model), "dtype": "float32"},
+            "lora": lora,
+            "dataset": {"path": "sums.jsonl", "format": "prompt_answer"},
+            "rewards": {"my_rewards:letters": {"weight": 1.0}},
+            "rloo": {
+                **{"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 12},
+                **{"beta": 0.1, "learning_rate": 3e-3, "vllm_server_base_url": urls},
+                **rloo,
+            },
+        }
+        Path(f"{name}.yaml").write_text(json.dumps(tree))
+        with one_thread():
+            main(["train", f"{name}.yaml", *arguments])
+        last = max((tmp_path / name / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+        (weights,) = last.glob("*model.safetensors")
+        folder = tmp_path / name
+        return read_records(folder / "metrics.jsonl"), read_records(folder / "rollouts.jsonl"), load_file(weights)
+
+    return start
+
+
+@pytest.fixture
+def stand_in(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> StandIn:
+    return StandIn(model_folder, tokenizer, seed=3)
+
+
+def sampled(rollouts: list[dict]) -> list[tuple]:
+    """What was sampled and earned in each step, slot and place."""
+    ordered = sorted(rollouts, key=lambda record: (record["step"], record["slot"]))
+    return [(r["step"], r["slot"], r["completion_ids"], r["ending"], r["reward"]) for r in ordered]
+
+
+def refusal(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:
+    """The one line that a run ends with."""
+    with pytest.raises(SystemExit) as caught:
+        run("refused", *arguments, **rloo)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0].split("error: ", 1)[1]
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
+def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model_folder, tokenizer, lora) -> None:
+    other = StandIn(model_folder, tokenizer, seed=3)
+    metrics, rollouts, weights = run("served", [serve(stand_in).url, serve(other).url + "/"], lora=lora)
+    expected, expected_rollouts, expected_weights = run("here", None, lora=lora)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert [step["reward"] for step in metrics] == [step["reward"] for step in expected]
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    # The trainer finds the probabilities that the server drew with, at every version of the weights.
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4 and metrics[2]["kl"] > 1e-3
+    assert [step["staleness"] for step in metrics] == [0, 0, 0]
+
+    # Each server got each version once, under names of their own, and holds no more than the last.
+    assert len(stand_in.finished) > 0 < len(other.finished)
+    assert len(stand_in.finished) + len(other.finished) == 3 * 4
+    assert stand_in.loaded == other.loaded and len(set(stand_in.loaded)) == 3
+    assert [path.name for path in Path("served/served").iterdir() if path.is_dir()] == stand_in.loaded[2:]
+    if lora:
+        assert list(stand_in.adapters) == stand_in.loaded[2:]
+        assert sum(f.stat().st_size for f in Path("served/served").rglob("*.safetensors")) < 40_000  # no base
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_k": 20, "top_p": 0.8}])
+def test_a_filtered_run_through_servers_is_the_in_process_run(run, serve, stand_in, filters: dict) -> None:
+    filters |= {"temperature": 1.3, "max_steps": 2}
+    metrics, rollouts, weights = run("served", serve(stand_in).url, **filters)
+    _, expected_rollouts, expected_weights = run("here", None, **filters)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cap", "filters"),
+    [(10, {}), (24, {"top_k": 20, "top_p": 0.95, "temperature": 1.5})],
+    ids=["cut off in the closing", "filtered, up to the answer"],
+)
+def test_a_reasoning_budget_through_servers_is_the_in_process_one(
+    run, serve, stand_in, ending_model, tokenizer, tmp_path, cap: int, filters: dict
+) -> None:
+    open_reasoning(ending_model, tokenizer)
+    for made in (ending_model, tokenizer):
+        made.save_pretrained(tmp_path / "model")
+    stand_in.folder = tmp_path / "model"
+    stand_in.restart()
+    settings = {"model": tmp_path / "model", "reasoning_budget": 7, "max_completion_length": cap, "max_steps": 2}
+
+    def die(number: int, body: dict) -> tuple[int, Any] | None:
+        if number not in (2, 7):  # a group and, where there is room for an answer, a completion that goes on
+            return None
+        stand_in.restart()
+        return 500, {}
+
+    def stops_at_once(body: dict, answer: Callable[[dict], tuple[int, Any]] = stand_in._completions) -> tuple[int, Any]:
+        """As where vLLM decodes a prompt that ends within a character once more, and finds its `<sep>`."""
+        status, told = answer(body)
+        if status == 200 and stand_in.keys.get(body.get("seed"), ())[5:] == (1,):
+            [choice] = told["choices"]
+            choice |= {"token_ids": choice["token_ids"][:1], "stop_reason": "<sep>"}
+            choice["logprobs"] = {name: values[:1] for name, values in choice["logprobs"].items()}
+        return status, told
+
+    stand_in.trouble, stand_in._completions = die, stops_at_once
+    metrics, rollouts, weights = run("served", serve(stand_in).url, **settings, **filters)
+    _, expected_rollouts, expected_weights = run("here", None, **settings, **filters)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert [record["num_forced"] for record in rollouts] == [record["num_forced"] for record in expected_rollouts]
+    closing = len(encode_text("\n</reasoning>\n\n", tokenizer))
+    assert {record["num_forced"] for record in rollouts} == {0, min(closing, cap - 7)}
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert sum(step["groups_sampled_again"] for step in metrics) >= 2
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_stop_across_the_seam_of_two_requests_ends_the_completion(tokenizer) -> None:
+    reader = AnswerReader(tokenizer, RLOOConfig(max_steps=1, top_k=2, reasoning_budget=3))
+
+    def part(ids: list[int], **request: int) -> Completion:
+        listed = [{"token_id:0": -0.5, f"token_id:{token}": -1.0, "token_id:9": -9999.0} for token in ids]
+        told = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids), "top_logprobs": listed}}
+        [completion] = reader.read({"choices": [told]}, "http://server", num_completions=1, max_tokens=len(ids))
+        return completion
+
+    first, second = encode_text("4 <s", tokenizer), encode_text("ep> and so on", tokenizer)
+    beginning = reader.close_reasoning(part(first))
+    assert (beginning.ids, beginning.forced, beginning.ending) == (first, range(0), Ending.LENGTH)
+    whole = reader.join(beginning, part(second))
+    end = len(first) + len(encode_text("ep>", tokenizer))
+    assert (whole.ids, whole.ending) == ((first + second)[:end], Ending.STOP)
+    assert whole.logprobs == [-1.0] * end and whole.floors == [-TIE] * end
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_a_server_that_dies_in_mid_step_costs_nothing(
+    run, serve, stand_in, model_folder, tokenizer, lora, num_servers
+) -> None:
+    def die(number: int, body: dict) -> tuple[int, Any] | None:
+        if number in (2, 5, 6):  # it comes back with the weights that it was started with
+            stand_in.restart()
+            return 500, {"error": {"message": "EngineCore encountered an issue."}}
+        return (503, {}) if number == 9 else None
+
+    stand_in.trouble = die
+    urls = [serve(stand_in).url] + [serve(StandIn(model_folder, tokenizer, seed=3)).url] * (num_servers - 1)
+    metrics, rollouts, weights = run("served", urls, lora=lora, per_device_generation_batch_size=8)
+    _, expected_rollouts, expected_weights = run("here", None, lora=lora)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    for name, tensor in expected_weights.items():
+        assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    assert sum(step["groups_sampled_again"] for step in metrics) >= (4 if num_servers == 1 else 1)
+
+
+def test_an_answer_from_other_weights_is_thrown_away(run, serve, stand_in) -> None:
+    def answer_from_the_base(number: int, body: dict) -> None:
+        if number == 3:
+            stand_in.restart()
+
+    stand_in.trouble = answer_from_the_base  # its completions come from the base: the version says so
+    metrics, rollouts, _ = run("served", serve(stand_in).url, lora=None)
+    _, expected_rollouts, _ = run("here", None, lora=None)
+    assert sampled(rollouts) == sampled(expected_rollouts)
+    assert sum(step["groups_sampled_again"] for step in metrics) >= 1
+
+
+def test_no_more_is_in_flight_than_the_recipe_says(run, serve, stand_in) -> None:
+    server = serve(stand_in)
+    run("served", server.url, max_steps=1, per_device_generation_batch_size=8)
+    assert server.most_at_once == 2
+
+
+def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_in) -> None:
+    metrics, rollouts, weights = run("ahead", serve(stand_in).url, max_steps=4, **ONE_OFF)
+    assert [step["staleness"] for step in metrics] == [0, 1, 1, 1]
+    assert metrics[0]["sampler_mismatch"] < 1e-4 < 1e-3 < metrics[1]["sampler_mismatch"]
+    # The second batch comes from the weights that the first was sampled from.
+    _, at_rest, _ = run("rest", None, max_steps=2, learning_rate=0.0)
+    assert sampled(rollouts)[:32] == sampled(at_rest)
+    assert len(sampled(rollouts)) == 4 * 16
+
+    # Resumed from any checkpoint, with a server that knows nothing of the run, it ends with the same weights.
+    shutil.rmtree("ahead/checkpoints/checkpoint-4")
+    shutil.rmtree("ahead/checkpoints/checkpoint-3")
+    stand_in.restart()
+    resumed_metrics, resumed, resumed_weights = run("ahead", serve(stand_in).url, "--resume", max_steps=4, **ONE_OFF)
+    assert sampled(resumed) == sampled(rollouts)
+    assert [step["staleness"] for step in resumed_metrics] == [0, 1, 1, 1]
+    for name, tensor in weights.items():
+        assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(run, serve, stand_in) -> None:
+    metrics, rollouts, weights = run("one", serve(stand_in).url, **ONE_OFF)
+    stand_in.restart()
+    stand_in.loaded.clear()
+    tree = json.loads(Path("one.yaml").read_text()) | {"output_dir": str(Path("two").absolute())}
+    Path("two.yaml").write_text(json.dumps(tree))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rekatrain"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*launch, "train", "two.yaml"], check=True, env=environment, timeout=240)
+    assert sampled(read_records(Path("two/rollouts.jsonl"))) == sampled(rollouts)
+    assert len(stand_in.loaded) == 2  # each version once, not once a process, and none that nobody samples from
+
+    # One process takes up what two have left: the batch of both waits in the checkpoint.
+    shutil.rmtree("two/checkpoints/checkpoint-3")
+    stand_in.restart()
+    _, resumed, resumed_weights = run("two", serve(stand_in).url, "--resume", **ONE_OFF)
+    assert sampled(resumed) == sampled(rollouts)
+    for name, tensor in weights.items():
+        assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_at_learning_rate_0_one_step_off_policy_is_on_policy(run, serve, stand_in) -> None:
+    metrics, _, _ = run("ahead", serve(stand_in).url, learning_rate=0.0, **ONE_OFF)
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+
+
+# What is told in one line, before a weight is loaded
+
+
+def break_it(stand_in: StandIn, how: str) -> None:
+    change: dict[str, Callable[[], object]] = {
+        "old": lambda: setattr(stand_in, "version_told", "0.19.1"),
+        "no vLLM": lambda: setattr(stand_in, "_version", lambda body: (200, {"hello": 1})),
+        "other model": lambda: setattr(stand_in, "folder", Path("/models/other")),
+        "short": lambda: setattr(stand_in, "context", 20),
+        "other tokenizer": lambda: setattr(stand_in, "_tokenize", lambda body: (200, {"tokens": [1]})),
+        "raw logprobs": lambda: setattr(stand_in, "forced_logprob", -7.5),
+        "no lora": lambda: setattr(stand_in, "has_lora", False),
+        "no runtime": lambda: setattr(stand_in, "_load_lora_adapter", lambda body: (404, {"detail": "Not Found"})),
+    }
+    change[how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("old", r"is vLLM 0.19.1: rollouts need 0.30.0 or newer"),
+        ("no vLLM", r"does not answer as vLLM does"),
+        ("other model", r"serves '/models/other', the recipe trains '.*model0'; start it by rekatrain serve-rollouts"),
+        ("short", r"has a context of 20 tokens, .* need \d+; start it with --max-model-len \d+"),
+        ("other tokenizer", r"has another tokenizer: it encodes '.*' as \[1\]"),
+        ("raw logprobs", r"--logprobs-mode processed_logprobs"),
+        ("no lora", r"was started without --enable-lora"),
+        ("no runtime", r"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+    ],
+)
+def test_a_wrong_server_is_told_in_one_line(run, serve, stand_in, capsys, how: str, told: str) -> None:
+    break_it(stand_in, how)
+    line = refusal(run, serve(stand_in).url, capsys=capsys)
+    assert re.search(told, line) and "http://127.0.0.1" in line
+    assert stand_in.loaded == [] and not Path("refused").exists()
+
+
+def test_a_server_that_lists_too_few_tokens_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
+    line = refusal(run, serve(stand_in).url, capsys=capsys, top_k=25)
+    assert re.search(r"logprobs of 25, .* rloo.top_k asks .* start it with --max-logprobs 25", line)
+    assert stand_in.loaded == [] and not Path("refused").exists()
+    choice = {"token_ids": [0], "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:0": -1.0}]}}
+    stand_in.trouble = lambda number, body: (200, {"model": body["model"], "choices": [choice] * 4})
+    assert "does not list the 5 log-probabilities" in refusal(run, serve(stand_in).url, capsys=capsys, top_k=5)
+
+
+def test_no_server_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
+    assert "cannot be reached" in refusal(run, "http://127.0.0.1:9", capsys=capsys)
+    assert "must read http://HOST:PORT" in refusal(run, "http://127.0.0.1:9/v1", capsys=capsys)
+    stand_in._health = lambda body: (503, {})  # it goes down after the checks, for good
+    told = refusal(run, serve(stand_in).url, capsys=capsys, vllm_server_timeout=0.2)
+    assert "no vLLM server for 0.2 s" in told and "--resume" in told
+
+
+def test_a_refused_request_and_an_unknown_ending_stop_the_run(run, serve, stand_in, capsys) -> None:
+    stand_in.trouble = lambda number, body: (400, {"error": {"message": "max_tokens is too large"}})
+    assert "max_tokens is too large" in refusal(run, serve(stand_in).url, capsys=capsys)
+    shutil.rmtree("refused")
+    choice = {"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+    stand_in.trouble = lambda number, body: (200, {"model": body["model"], "choices": [choice] * 4})
+    assert "--generation-config vllm" in refusal(run, serve(stand_in).url, capsys=capsys)
+    shutil.rmtree("refused")
+    stand_in.trouble = lambda number, body: (500, {})
+    assert "failed 8 times" in refusal(run, serve(stand_in).url, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_staleness": 1, "vllm_server_base_url": None}, "rloo.max_staleness 1 needs servers"),
+        ({"max_staleness": 1}, "set importance_sampling_correction"),
+        ({"top_p": 0.9}, "rloo.top_p 0.9 with vllm_server_base_url needs rloo.top_k as well"),
+        ({"top_k": 5, **ONE_OFF}, "rloo.top_p and rloo.top_k go with num_iterations 1 and max_staleness 0"),
+        ({"lora": {**LORA, "use_dora": True}}, "lora.use_dora is not for rollouts by vLLM"),
+    ],
+)
+def test_what_does_not_go_with_servers_is_refused(run, capsys, settings: dict, told: str) -> None:
+    url = settings.pop("vllm_server_base_url", "http://127.0.0.1:9")
+    assert told in refusal(run, url, capsys=capsys, **settings)
+
+
+def test_the_line_that_serves_a_recipe(run, serve, stand_in, capsys) -> None:
+    run("served", serve(stand_in).url, max_steps=1, lora={**LORA, "r": 12})
+    main(["serve-rollouts", "served.yaml", "--port", "8123", "--tensor-parallel-size", "2", "--print"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    longest = max(int(length) for length in re.findall(r"--max-model-len (\d+)", line))
+    assert 12 < longest < 60
+    for text in (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
+        "--enable-lora",
+        "--max-lora-rank 16",
+        "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
+        "--port 8123",
+        "--tensor-parallel-size 2",
+        "--dtype float32",
+    ):
+        assert text in line
+    assert "--max-logprobs" not in line
+    for top_k, num_listed in ((50, 50), (999, 300)):  # no more than there are tokens
+        main(["serve-rollouts", "served.yaml", f"rloo.top_k={top_k}", "--print"])
+        assert f"--max-logprobs {num_listed}" in capsys.readouterr().out
+    main(["serve-rollouts", "served.yaml", "lora=null", "--print"])
+    assert "lora" not in capsys.readouterr().out.lower().replace("served", "").split("--model")[1].split("--host")[1]

@@ -1,0 +1,246 @@
+"""Rollouts by the real vLLM, started by `rekatrain serve-rollouts` with the python that VLLM_PYTHON names.
+
+The server runs on a CPU, on a tiny random model: what is tested is that its weights are the trainer's at every step.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+from rekatrain.trainer.run_folder import read_records
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.rloo import open_reasoning
+
+PROJECT = Path(__file__).parents[2]
+READY_SECONDS = 240
+RUN_SECONDS = 600
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+REWARD = """
+def letters(completions, **kwargs):
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+"""
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no python with vLLM"),
+]
+
+
+class LiveServer:
+    """`rekatrain serve-rollouts` in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.start()
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            **{"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            **{"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+        }
+        recipe = write_recipe(self.folder, "serve", self.url, max_completion_length=100, top_k=40)
+        command = [sys.executable, "-m", "rekatrain", "serve-rollouts", recipe]
+        self.log = (self.folder / "server.log").open("a")
+        self._process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        end = time.monotonic() + READY_SECONDS
+        while not self._is_ready():
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
+            assert time.monotonic() < end, "the server is not ready in time"
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """End it and its engine at once, as a machine that fails does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self.log.close()
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in httpx2.get(f"{self.url}/v1/models").json()["data"]]
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/health").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+
+def write_recipe(folder: Path, name: str, url: str, lora: dict | None = LORA, **rloo: object) -> str:
+    settings = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 24}
+    settings |= {"beta": 0.1, "learning_rate": 3e-3, "vllm_server_base_url": url}
+    tree = {
+        "stage": "rloo",
+        "output_dir": str(folder / name),
+        "seed": 3,
+        "model": {"pretrained_model_name_or_path": str(folder / "model"), "dtype": "float32"},
+        "lora": lora,
+        "dataset": {"path": str(folder / "sums.jsonl"), "format": "prompt_answer"},
+        "rewards": {"my_rewards:letters": {"weight": 1.0}},
+        "rloo": settings | rloo,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(tree))
+    return f"{name}.yaml"
+
+
+def start_run(folder: Path, recipe: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rekatrain", "train", recipe]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder: Path, recipe: str) -> tuple[list[dict], list[dict]]:
+    """Metrics and rollouts of a whole run."""
+    process = start_run(folder, recipe)
+    _, told = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, told
+    name = folder / recipe.removesuffix(".yaml")
+    return read_records(name / "metrics.jsonl"), read_records(name / "rollouts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model whose heads vLLM's CPU kernels take and which reasons at times and ends at others, rows and a reward."""
+    folder = tmp_path_factory.mktemp("vllm")
+    torch.manual_seed(0)
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(
+        **{"vocab_size": len(tokenizer) + 20, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256},
+        **{"initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": eos, "eos_token_id": eos},
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[eos] = 0.0
+        model.lm_head.weight[eos, 0] = 2.5
+    open_reasoning(model, tokenizer)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(1, 9)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
+    server = LiveServer(folder)
+    yield server
+    server.kill()
+
+
+def assert_sampled_from_the_trainers_weights(metrics: list[dict]) -> None:
+    assert all(step["staleness"] == 0 for step in metrics)
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert max(step["sampler_kl"] for step in metrics) < 1e-6
+
+
+NCCL = """
+import torch
+from vllm.distributed.weight_transfer.base import layerwise_groups
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from rekatrain.trainer.rloo.sampler.vllm.transfer import init_info, policy_source
+
+module = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 4)])})
+source = policy_source(module)
+told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+assert [name for names, _ in source.iter_groups() for name in names] == [name for name, *_ in told] and len(told) == 4
+info = init_info(rank=1, master_address="127.0.0.1", master_port=9, num_workers=4)
+engine = WeightTransferTrainerFactory.trainer_init(info, client=None, source=source)  # 1: does not meet the servers
+engine._broadcast(source, source.metadata())
+print(info.world_size)
+"""
+
+
+def test_vllms_own_classes_take_what_nccl_is_given() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([os.environ["VLLM_PYTHON"], "-c", NCCL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "5"
+
+
+def test_adapters_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
+    metrics, rollouts = run(folder, write_recipe(folder, "adapter", server.url))
+    assert_sampled_from_the_trainers_weights(metrics)
+    assert abs(metrics[2]["kl"]) > 1e-3  # an estimate, of either sign
+    assert len(rollouts) == 3 * 16 and {record["ending"] for record in rollouts} == {"eos", "length"}
+    assert max(max(record["completion_ids"]) for record in rollouts) < 300  # none of the ids beyond the tokenizer
+    assert len(server.models()) == 2  # its own, and the last adapter
+
+
+def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: LiveServer) -> None:
+    settings = {"max_staleness": 1, "importance_sampling_correction": "sequence_truncate", "learning_rate": 0.0}
+    metrics, _ = run(folder, write_recipe(folder, "rest", server.url, **settings, temperature=0.7))
+    assert [step["staleness"] for step in metrics] == [0, 1, 1]
+    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 40, "top_p": 0.9, "temperature": 1.5}, {"top_k": 30, "reasoning_budget": 9}],
+    ids=["filters", "budget"],
+)
+def test_filtered_draws_and_closed_reasonings_are_scored_as_they_were_sampled(
+    folder: Path, server: LiveServer, settings: dict
+) -> None:
+    name = "-".join(settings)
+    metrics, rollouts = run(folder, write_recipe(folder, name, server.url, **settings, max_steps=2))
+    assert_sampled_from_the_trainers_weights(metrics)
+    # The reference has all tokens: over the likeliest alone a draw is that much likelier.
+    assert metrics[0]["kl"] > 1
+    forced = [record["num_forced"] for record in rollouts]
+    if "reasoning_budget" not in settings:
+        assert set(forced) == {0}
+        return
+    assert {0} < set(forced)
+    for record in rollouts:
+        opened, closed, _ = record["completion"].partition("\n</reasoning>\n\n")
+        assert record["num_forced"] == 0 or ("<reasoning>" in opened and closed)
+        assert len(record["completion_ids"]) <= 24
+
+
+def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while not path.exists() or len(read_records(path)) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def test_a_server_is_killed_and_started_again_and_the_run_goes_on(folder: Path, server: LiveServer) -> None:
+    steps = 30
+    recipe = write_recipe(folder, "killed", server.url, max_steps=steps, max_completion_length=100, save_steps=50)
+    process = start_run(folder, recipe)
+    wait_for_step(folder / "killed" / "metrics.jsonl", 2, process)
+    server.kill()
+    server.start()
+    _, told = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, told
+    assert "waiting for it" in told and "is up again" in told
+    metrics = read_records(folder / "killed" / "metrics.jsonl")
+    assert [step["step"] for step in metrics] == list(range(1, steps + 1))
+    assert_sampled_from_the_trainers_weights(metrics)
+    assert len(read_records(folder / "killed" / "rollouts.jsonl")) == steps * 16
+
+
+def test_whole_models_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
+    # The last test of this server: its own model is another one from here on.
+    metrics, rollouts = run(folder, write_recipe(folder, "whole", server.url, None, learning_rate=1e-3))
+    assert_sampled_from_the_trainers_weights(metrics)
+    assert abs(metrics[2]["kl"]) > 1e-2 and len(rollouts) == 3 * 16

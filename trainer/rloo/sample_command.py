@@ -1,0 +1,90 @@
+"""`rekatrain sample`: a few groups rolled out and judged as a step would, for a person to read. Trains nothing."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+
+import torch
+from rekatrain.trainer.models import load_policy
+from rekatrain.trainer.prompts import step_prompts
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.loss import leave_one_out_advantages
+from rekatrain.trainer.rloo.rollouts import Group, sample_groups, score_groups
+from rekatrain.trainer.rloo.setup import prepare
+
+
+def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -> None:
+    """Print the first prompts of the run's first step with their completions, rewards and advantages (without a KL).
+
+    by_disagreement: print the completions, of all prompts, on which the rewards disagree most first: where one is being
+                     gamed, it likes what the others do not
+    """
+    task = prepare(recipe)
+    config = task.config
+    policy = load_policy(recipe)
+    # transformers wraps `to` and loses its signature
+    policy.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    sampler = task.make_sampler(policy)
+    chosen = step_prompts(len(task.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
+    prompts = [task.prompts[place] for place in chosen[:num_prompts]]
+    slots = range(len(prompts))
+    sampled = sample_groups(
+        sampler,
+        task.grader,
+        task.tokenizer,
+        prompts,
+        slots,
+        seed=recipe.seed,
+        step=0,
+        num_generations=config.num_generations,
+    )
+    groups = score_groups(task.grader, task.tokenizer, sampled, config)
+    task.grader.close()
+    if by_disagreement:
+        _print_by_disagreement(groups, {reward.name: reward.weight for reward in task.rewards})
+        return
+    for group in groups:
+        print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
+        for place in range(len(group.completions)):
+            print(f"--- {_describe(group, place)}\n{group.texts[place]}")
+
+
+def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:
+    """How far apart the rewards are on each completion: the spread of its standardised rewards, in deviations.
+
+    A reward is standardised over the completions that have it, and turned round where its weight is negative. One that
+    is the same for all of them says nothing and is left out.
+
+    >>> disagreements({"a": [0, 0, 1, 1], "b": [0, 0, 1, 0]}, {"a": 1.0, "b": 1.0})[3] > 1
+    True
+    """
+    num_completions = len(next(iter(values.values()), ()))
+    standardised: list[list[float]] = [[] for _ in range(num_completions)]
+    for name, of_reward in values.items():
+        given = [value for value in of_reward if value is not None]
+        deviation = pstdev(given) if given else 0.0
+        for place, value in enumerate(of_reward):
+            if value is not None and deviation:
+                distance = (value - fmean(given)) / deviation
+                standardised[place].append(-distance if weights.get(name, 1.0) < 0 else distance)
+    return [max(of_completion, default=0.0) - min(of_completion, default=0.0) for of_completion in standardised]
+
+
+def _print_by_disagreement(groups: Sequence[Group], weights: Mapping[str, float]) -> None:
+    members = [(group, place) for group in groups for place in range(len(group.completions))]
+    values = {name: [group.rewards_by_name[name][place] for group, place in members] for name in weights}
+    ordered = sorted(zip(disagreements(values, weights), members, strict=True), key=lambda pair: -pair[0])
+    for spread, (group, place) in ordered:
+        print(f"\n=== disagreement {spread:.2f}, {group.prompt.row.where}, {_describe(group, place)}")
+        print(f"{group.prompt.text}{group.texts[place]}")
+
+
+def _describe(group: Group, place: int) -> str:
+    completion = group.completions[place]
+    is_in_loss = group.is_in_loss[place]
+    advantage = leave_one_out_advantages(torch.tensor([group.rewards]))[0, place].item() if is_in_loss else 0.0
+    given = [f"{name} {values[place]}" for name, values in group.rewards_by_name.items()]
+    failed = [f"{name} failed: {error}" for name, error in group.reward_errors[place].items()]
+    return (
+        f"{completion.ending}, {len(completion.ids)} tokens, reward {group.rewards[place]:.4g} "
+        f"({', '.join([*given, *failed])}), advantage {advantage:+.4g}"
+    )

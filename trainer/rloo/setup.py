@@ -1,0 +1,69 @@
+"""All of an RLOO run that can be wrong without a weight being loaded."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.compose import RewardFunction, build_reward_functions, check_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.prompts import Prompt, load_prompts, reward_columns
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.sampler.in_process import Sampler
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOTask:
+    """A checked run: its settings, its prompts and what judges their completions."""
+
+    config: RLOOConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    rewards: list[RewardFunction]
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+
+    @cached_property
+    def grader(self) -> Grader:
+        """What runs the rewards; has worker processes from its first completion on."""
+        return Grader(self.rewards, self.scoring)
+
+    def make_sampler(self, policy: Policy) -> Sampler:
+        """The in-process sampler with this run's settings."""
+        return Sampler(
+            policy,
+            self.tokenizer,
+            max_completion_length=self.config.max_completion_length,
+            temperature=self.config.temperature,
+            batch_size=self.config.per_device_generation_batch_size,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            reasoning_budget=self.config.reasoning_budget,
+            dtype=torch.bfloat16 if self.config.bf16 else None,
+        )
+
+
+def prepare(recipe: Recipe) -> RLOOTask:
+    """Check the recipe against its data, its rewards and its model's config; InputError says what is wrong."""
+    config = RLOOConfig(**recipe.rloo)
+    rewards = build_reward_functions(recipe.rewards)
+    tokenizer = load_model_tokenizer(recipe)
+    model_config = check_model(recipe, tokenizer)
+    check_attention(model_config)
+    if recipe.model.get("attn_implementation") is not None:
+        raise InputError("model.attn_implementation is not for stage rloo, whose attention is its own: take it out")
+    _check_no_dropout(recipe, model_config)
+    prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
+    check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
+    scoring = ScoringConfig(**recipe.scoring)
+    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards, scoring=scoring)
+
+
+def _check_no_dropout(recipe: Recipe, model_config: PretrainedConfig) -> None:
+    if recipe.lora and recipe.lora.get("lora_dropout", 0) != 0:
+        raise InputError("lora.lora_dropout must be 0 in stage rloo: with it the trained policy is not the sampled one")
+    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if getattr(model_config, key, 0):
+            raise InputError(f"the model's config.json has {key}: set it to 0, RLOO trains the policy that it samples")
