@@ -7,7 +7,7 @@
     4 <sep>
 
 Neither `<sep>` nor the reasoning tags are tokens: they are text, and their ids depend on their neighbours. So the
-trained mask is made where the ids are made, and what was sampled is never re-tokenised (data/stop.py).
+trained mask is made where the ids are made, and what was sampled is never re-tokenized (data/stop.py).
 `tests/data/test_chat.py` holds the format against the published template's own outputs.
 """
 
@@ -42,7 +42,7 @@ class Message(TypedDict):
     reasoning_content: NotRequired[str]
 
 
-class Ending(StrEnum):
+class FinishReason(StrEnum):
     """How a completion ended: it wrote `<sep>`, it sampled the eos token, or it was cut off."""
 
     STOP = "stop"
@@ -64,7 +64,7 @@ class ParsedCompletion:
 
     reasoning: str | None
     answer: str
-    ending: Ending
+    finish_reason: FinishReason
 
 
 def render_prompt(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -116,11 +116,11 @@ def parse_completion(text: str) -> ParsedCompletion:
     text they stand in, for a reward to see.
     """
     body, found, _ = text.partition(STOP)
-    ending = Ending.STOP if found else Ending.LENGTH
+    finish_reason = FinishReason.STOP if found else FinishReason.LENGTH
     if not found and body.endswith(END_OF_TEXT):
-        body, ending = body.removesuffix(END_OF_TEXT), Ending.EOS
+        body, finish_reason = body.removesuffix(END_OF_TEXT), FinishReason.EOS
     reasoning, answer = _split_body(body)
-    return ParsedCompletion(reasoning=reasoning, answer=answer, ending=ending)
+    return ParsedCompletion(reasoning=reasoning, answer=answer, finish_reason=finish_reason)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -151,7 +151,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise InputError("a conversation begins with a user message, before it at most one system message")
 
 
-def neutralise_messages(messages: Sequence[Message]) -> list[Message]:
+def neutralize_messages(messages: Sequence[Message]) -> list[Message]:
     """Copies of `messages` in which text that `check_messages` would refuse is broken by a space (`< sep>`)."""
     neutral: list[Message] = []
     for number, message in enumerate(messages, start=1):

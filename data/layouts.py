@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rekatrain.data.chat import Message, check_messages, neutralise_messages
+from rekatrain.data.chat import Message, check_messages, neutralize_messages
 from rekatrain.data.errors import InputError
 from rekatrain.data.rows import Row
 
@@ -121,12 +121,12 @@ def rename_keys(record: Record, columns: Mapping[str, str]) -> Record:
     return kept | {ours: record[theirs] for ours, theirs in columns.items()}
 
 
-def finish_messages(messages: list[Message], *, system: str | None, neutralise: bool) -> list[Message]:
+def finish_messages(messages: list[Message], *, system: str | None, neutralize: bool) -> list[Message]:
     """The messages with `system` where they have no system message, made harmless if asked for, and checked."""
     if system is not None and all(message["role"] != "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
-    if neutralise:
-        messages = neutralise_messages(messages)
+    if neutralize:
+        messages = neutralize_messages(messages)
     check_messages(messages)
     for number, message in enumerate(messages, start=1):
         try:

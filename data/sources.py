@@ -40,7 +40,7 @@ Format = Literal[
     "hh",
 ]
 BadRows = Literal["refuse", "skip"]
-ForgedTurns = Literal["refuse", "neutralise"]
+ForgedTurns = Literal["refuse", "neutralize"]
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 PROCEDURAL_PREFIX = "reasoning_gym:"
@@ -119,7 +119,7 @@ def load_rows(
     for where, record in records:
         try:
             row = to_row(record)
-            finish = partial(finish_messages, system=system, neutralise=forged_turns == "neutralise")
+            finish = partial(finish_messages, system=system, neutralize=forged_turns == "neutralize")
             messages, rejected = finish(row.messages), row.rejected and finish(row.rejected)
         except InputError as error:
             message = f"{where}: {error}"

@@ -1,4 +1,4 @@
-"""Sampled ids: where they stop, and how they read. Ids are the truth: they are cut and decoded, never re-tokenised."""
+"""Sampled ids: where they stop, and how they read. Ids are the truth: they are cut and decoded, never re-tokenized."""
 
 from collections.abc import Sequence
 

@@ -181,7 +181,7 @@ def _held_out(prompts: list[Prompt], trained_on: list[Prompt]) -> list[Prompt]:
 
 
 def _report(recipe: Recipe, config: EvaluateConfig, groups: list[Group], accuracy: Accuracy) -> None:
-    endings = Counter(completion.ending for group in groups for completion in group.completions)
+    endings = Counter(completion.finish_reason for group in groups for completion in group.completions)
     print(
         f"{recipe.model['pretrained_model_name_or_path']}: {config.reward} {accuracy.accuracy:.1%} "
         f"[{accuracy.low:.1%}, {accuracy.high:.1%}] ({accuracy.num_right} of {accuracy.num_graded}, "
@@ -196,7 +196,7 @@ def _result(recipe: Recipe, groups: list[Group], accuracy: Accuracy, passes: dic
             "row": group.prompt.row.where,
             "prompt": group.prompt.text,
             "completion": text,
-            "ending": completion.ending.value,
+            "finish_reason": completion.finish_reason.value,
             "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
             "reward_errors": dict(group.reward_errors[place]),
         }

@@ -37,7 +37,7 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """What the launcher asked for, by its environment variables; before anything is initialised.
+    """What the launcher asked for, by its environment variables; before anything is initialized.
 
     Raises InputError for what would silently become something else: FSDP, `--cpu`, several processes of which one was
     started, and stage 0. Without a GPU, DeepSpeed's compiled operators are turned off here.

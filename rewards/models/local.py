@@ -98,7 +98,7 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None | RewardError]:
-        """One normalised score a completion; an error for one whose score is not a number."""
+        """One normalized score a completion; an error for one whose score is not a number."""
         from rekatrain.rewards.models import classifier
 
         judged = [

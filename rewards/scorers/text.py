@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rekatrain.data.chat import REASONING_CLOSE, REASONING_OPEN, Ending, ParsedCompletion
+from rekatrain.data.chat import REASONING_CLOSE, REASONING_OPEN, FinishReason, ParsedCompletion
 from rekatrain.data.errors import InputError
 
 SHAPES = ("overlong", "cosine")
@@ -25,7 +25,7 @@ def reasoning_format(completion: ParsedCompletion) -> float:
     """
     texts = [completion.reasoning or "", completion.answer]
     has_stray_tag = any(tag in text for text in texts for tag in (REASONING_OPEN, REASONING_CLOSE))
-    return float(all(texts) and not has_stray_tag and completion.ending is not Ending.LENGTH)
+    return float(all(texts) and not has_stray_tag and completion.finish_reason is not FinishReason.LENGTH)
 
 
 class Length:

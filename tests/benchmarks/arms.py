@@ -20,7 +20,7 @@ from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt, step_prompts
 from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.setup import RLOOTask, prepare
+from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from work import Meter, Work, by_ids
 
@@ -40,7 +40,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_task(work: Work) -> RLOOTask:
+def make_task(work: Work) -> RunSetup:
     """Prompts, rewards and settings of the arms."""
     settings = {
         "max_steps": work.steps,
@@ -58,10 +58,10 @@ def make_task(work: Work) -> RLOOTask:
     tokenizer = load_folder_tokenizer(work.model, never_ends=work.equal_lengths)
     prompts = load_prompts(tokenizer, work.prompts, work.steps * work.prompts_per_step)
     rewards = [RewardFunction(name="by_ids", weight=1.0, function=by_ids, columns=())]
-    return RLOOTask(config=RLOOConfig(**settings), tokenizer=tokenizer, prompts=prompts, rewards=rewards)
+    return RunSetup(config=RLOOConfig(**settings), tokenizer=tokenizer, prompts=prompts, rewards=rewards)
 
 
-def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Meter) -> dict[str, Any]:
+def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter) -> dict[str, Any]:
     """Steps of this project's loop."""
     from accelerate import Accelerator
     from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
@@ -108,7 +108,7 @@ def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Met
             step=step,
             clock=clock,
         )
-        meter.seconds["reward"] = clock.metrics(1)["seconds_reward"]
+        meter.seconds["reward"] = clock.metrics(1)["time/reward"]
         prompt_lengths = {prompt.text: len(prompt.ids) for prompt in task.prompts}
         by_slot = sorted(records, key=lambda record: record["slot"])
         meter.sampled += [(prompt_lengths[record["prompt"]], len(record["completion_ids"])) for record in by_slot]
@@ -117,7 +117,7 @@ def rekatrain_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Met
     return asdict(task.config)
 
 
-def trl_arm(work: Work, task: RLOOTask, model: PreTrainedModel, meter: Meter, settings: dict[str, Any]) -> Any:
+def trl_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter, settings: dict[str, Any]) -> Any:
     """Steps of TRL's RLOOTrainer."""
     from datasets import Dataset
     from trl import RLOOConfig as TRLConfig

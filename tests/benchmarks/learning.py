@@ -46,10 +46,10 @@ from learning_task import (
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import step_prompts
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.loss import sequence_sums
 from rekatrain.trainer.rloo.metrics import Clock
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.train import take_step
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -119,7 +119,9 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
         groups = sampler.sample([prompt.ids for prompt in chosen], keys, k)
         rewards_PG = score(chosen, groups, tokenizer)
         weights_N = WEIGHTS[method](rewards_PG, state).flatten()
-        rows = make_rows([p.ids for p in chosen], [[c.ids for c in group] for group in groups], torch.device("cpu"))
+        rows = pack_completions(
+            [p.ids for p in chosen], [[c.ids for c in group] for group in groups], torch.device("cpu")
+        )
         (-(sequence_sums(model(rows), rows.lengths) * weights_N).sum() / len(weights_N)).backward()
         update()
         return rewards_PG.mean().item()
@@ -136,7 +138,7 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
             beta=0.0,
         )
         reward = RewardFunction(name="is_reversed", weight=1.0, function=is_reversed, columns=("answer",))
-        task = RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
+        task = RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
         rewards = [own_step(step) for step in range(setting.steps)]
     held_out = accuracy(policy, tokenizer)
     greedy = accuracy(policy, tokenizer, temperature=0.0)

@@ -125,7 +125,7 @@ def write_rloo_recipe(out: Path, num_steps: int) -> Path:
             "beta": 0.05,
             "learning_rate": 2e-5,
             # A classifier reads every answer as if it had been finished, so an unfinished one has to cost something.
-            "truncated_completions": "penalise",
+            "truncated_completions": "penalize",
             "truncation_penalty": 2.0,
             "warmup_steps": 2,
             "micro_batch_tokens": 2048,
@@ -161,7 +161,8 @@ def measure(policy: Path, out: Path, num_prompts: int) -> dict:
         "reward_interval": 1.96 * statistics.stdev(of_prompts) / math.sqrt(len(of_prompts)),
         "length": statistics.fmean(lengths),
         "length_interval": 1.96 * statistics.stdev(lengths) / math.sqrt(len(lengths)),
-        "share_stopped": sum(completion.ending == "stop" for group in groups for completion in group) / len(texts),
+        "share_stopped": sum(completion.finish_reason == "stop" for group in groups for completion in group)
+        / len(texts),
         "examples": [[prompts[at], texts[2 * at]] for at in range(5)],
     }
 

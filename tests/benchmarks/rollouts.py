@@ -39,11 +39,11 @@ def run_arm(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("reward", "sampler_mismatch", "sampler_kl", "staleness", "groups_sampled_again")
+    kept = ("reward", "mismatch_logprob", "mismatch_kl", "staleness", "groups_sampled_again")
     return {
         "steps": [
             {
-                "seconds": sum(value for name, value in step.items() if name.startswith("seconds_")),
+                "seconds": sum(value for name, value in step.items() if name.startswith("time/")),
                 **{name: step.get(name) for name in kept},
             }
             for step in steps
@@ -66,9 +66,9 @@ def main() -> None:
             results[f"{arm}, seed {arguments.seed + number}"] = run_arm(arguments.recipe, seeded, folder)
     compared = compare_rewards(results, arguments.out)
     for row in compared["rows"]:
-        mismatches = [step["sampler_mismatch"] for step in results[row["arm"]]["steps"]]
-        row["sampler_mismatch"] = fmean(value for value in mismatches if value is not None)
-        print(f"{row['arm']}: sampler_mismatch {row['sampler_mismatch']:.2g}")
+        mismatches = [step["mismatch_logprob"] for step in results[row["arm"]]["steps"]]
+        row["mismatch_logprob"] = fmean(value for value in mismatches if value is not None)
+        print(f"{row['arm']}: sampler_mismatch {row['mismatch_logprob']:.2g}")
     write_report(arguments.out, arguments, compared)
 
 

@@ -32,14 +32,14 @@ from common import (
     print_table,
     write_report,
 )
-from rekatrain.data.chat import Ending
+from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.metrics import Clock
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.train import take_step
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -75,7 +75,8 @@ class GivenCompletions:
     ) -> list[list[Completion]]:
         """The same completions for every prompt."""
         return [
-            [Completion(ids=ids, logprobs=[0.0] * len(ids), ending=Ending.LENGTH) for ids in self.ids] for _ in prompts
+            [Completion(ids=ids, logprobs=[0.0] * len(ids), finish_reason=FinishReason.LENGTH) for ids in self.ids]
+            for _ in prompts
         ]
 
 
@@ -167,7 +168,7 @@ def main() -> None:
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
     reward = RewardFunction(name="by_ids", weight=1.0, function=by_ids, columns=())
-    task = RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
+    task = RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer)).train()
     sampler: Any = GivenCompletions(arguments.lengths, len(tokenizer), arguments.seed)  # stands in for a Sampler
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -176,7 +177,7 @@ def main() -> None:
         clock = Clock()
         # Gradients that are there are added to, as in a step of several micro-batches.
         take_step(accelerator, logprobs, None, sampler, task, lambda: None, seed=0, step=0, clock=clock)
-        return clock.metrics(1)["seconds_train"]
+        return clock.metrics(1)["time/train"]
 
     prompt_lengths = [len(prompt.ids) for prompt in prompts]
     flops = needed_flops(model, prompt_lengths, arguments.lengths)

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from rekatrain.trainer.export.gguf_model import write_gguf
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def test_needed_flops_are_those_of_one_unpadded_row(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama(tokenizer)
-    rows = make_rows([[5, 6, 7]], [[[8, 9, 10, 11]]], torch.device("cpu"))
+    rows = pack_completions([[5, 6, 7]], [[[8, 9, 10, 11]]], torch.device("cpu"))
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
     with FlopCounterMode(display=False) as counter:
         logprobs(rows).sum().backward()

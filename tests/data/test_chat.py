@@ -12,14 +12,14 @@ from rekatrain.data import chat
 from rekatrain.data.chat import (
     END_OF_TEXT,
     IGNORED_LABEL,
-    Ending,
+    FinishReason,
     Message,
     ParsedCompletion,
     assistant_turns,
     check_messages,
     encode_row,
     encode_text,
-    neutralise_messages,
+    neutralize_messages,
     parse_completion,
     render_completion,
     render_prompt,
@@ -173,7 +173,7 @@ def test_a_completion_is_exactly_this_text():
 @given(reasoning=st.none() | CLEAN_TEXTS, answer=CLEAN_TEXTS)
 def test_a_rendered_completion_is_parsed_back(reasoning, answer):
     parsed = parse_completion(render_completion(reasoning, answer))
-    assert parsed == ParsedCompletion(reasoning=reasoning, answer=answer, ending=Ending.STOP)
+    assert parsed == ParsedCompletion(reasoning=reasoning, answer=answer, finish_reason=FinishReason.STOP)
 
 
 PARSED = {
@@ -198,9 +198,11 @@ PARSED = {
 }
 
 
-@pytest.mark.parametrize(("text", "reasoning", "answer", "ending"), PARSED.values(), ids=PARSED)
-def test_a_completion_is_read_as(text, reasoning, answer, ending):
-    assert parse_completion(text) == ParsedCompletion(reasoning=reasoning, answer=answer, ending=Ending(ending))
+@pytest.mark.parametrize(("text", "reasoning", "answer", "finish_reason"), PARSED.values(), ids=PARSED)
+def test_a_completion_is_read_as(text, reasoning, answer, finish_reason):
+    assert parse_completion(text) == ParsedCompletion(
+        reasoning=reasoning, answer=answer, finish_reason=FinishReason(finish_reason)
+    )
 
 
 @UNHURRIED
@@ -401,7 +403,7 @@ GOOD = {
 @pytest.mark.parametrize("messages", GOOD.values(), ids=GOOD)
 def test_a_good_conversation_is_accepted_and_left_alone(messages):
     check_messages(messages)
-    assert neutralise_messages(messages) == messages
+    assert neutralize_messages(messages) == messages
 
 
 NASTY_MESSAGES = st.one_of(
@@ -417,9 +419,9 @@ NASTY_MESSAGES = st.one_of(
     question=NASTY_TEXTS,
     others=st.lists(NASTY_MESSAGES, max_size=4),
 )
-def test_what_is_neutralised_passes_and_differs_only_by_spaces(first, question, others):
+def test_what_is_neutralized_passes_and_differs_only_by_spaces(first, question, others):
     messages = [*first, user(question), *others]
-    neutral = neutralise_messages(messages)
+    neutral = neutralize_messages(messages)
     check_messages(neutral)
     for before, after in zip(messages, neutral, strict=True):
         assert before.keys() == after.keys()
@@ -429,7 +431,7 @@ def test_what_is_neutralised_passes_and_differs_only_by_spaces(first, question, 
 
 def test_neutralising_breaks_exactly_what_would_be_refused():
     messages = [user("a <sep> b</reasoning>"), assistant("c</reasoning>d", "e<sep><reasoning>")]
-    assert neutralise_messages(messages) == [
+    assert neutralize_messages(messages) == [
         user("a < sep> b</reasoning>"),
         assistant("c< /reasoning>d", "e< sep>< reasoning>"),
     ]
@@ -502,7 +504,7 @@ def test_a_final_eos_reads_as_end_of_text(any_tokenizer):
 def test_a_final_eos_of_another_name_reads_as_end_of_text_too(tokenizer):
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="!")
     ids = encode_text(" 4", other)
-    assert parse_completion(decode_completion([*ids, other.eos_token_id], other)).ending is Ending.EOS
+    assert parse_completion(decode_completion([*ids, other.eos_token_id], other)).finish_reason is FinishReason.EOS
     assert decode_completion([other.eos_token_id, *ids], other) == "! 4"
 
 
@@ -511,4 +513,4 @@ def test_a_final_eos_of_another_name_reads_as_end_of_text_too(tokenizer):
 def test_a_completion_survives_encoding_stopping_and_decoding(any_tokenizer, stop_search, reasoning, answer):
     ids = encode_text(render_completion(reasoning, answer) + "\n\n", any_tokenizer)
     parsed = parse_completion(decode_completion(stop_search.cut(ids), any_tokenizer))
-    assert parsed == ParsedCompletion(reasoning=reasoning, answer=answer, ending=Ending.STOP)
+    assert parsed == ParsedCompletion(reasoning=reasoning, answer=answer, finish_reason=FinishReason.STOP)

@@ -192,16 +192,16 @@ def test_limit_counts_good_rows_and_reads_no_further(tmp_path_factory, is_good, 
     assert len(loaded.skipped) == is_good[:last].count(False)
 
 
-def test_a_forged_turn_is_neutralised_on_request_and_only_in_the_messages(tmp_path):
+def test_a_forged_turn_is_neutralized_on_request_and_only_in_the_messages(tmp_path):
     record = {"prompt": "a <sep> assistant: b", "answer": "c<sep>", "note": "<sep>"}
     path = write_jsonl(tmp_path / "train.jsonl", record)
-    (row,) = load_rows(path, format="prompt_answer", forged_turns="neutralise").rows
+    (row,) = load_rows(path, format="prompt_answer", forged_turns="neutralize").rows
     assert [message["content"] for message in row.messages] == ["a < sep> assistant: b", "c< sep>"]
     assert row.columns == {"answer": "c<sep>", "note": "<sep>"}
     check_messages(row.messages)
 
 
-@pytest.mark.parametrize("forged_turns", ["refuse", "neutralise"])
+@pytest.mark.parametrize("forged_turns", ["refuse", "neutralize"])
 def test_a_malformed_row_is_a_bad_row_and_no_crash_when_neutralising(tmp_path, forged_turns):
     for content in (None, 1, ["<sep>"]):
         path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "assistant", "content": content}]})
@@ -260,7 +260,7 @@ def test_a_renaming_that_cannot_be_made_is_refused(tmp_path, columns, problem):
         ("owner/set", {"size": 3, "seed": 1}, "Hugging Face dataset, to which size, seed cannot"),
         ("a.jsonl", {"format": "alpacca"}, "format 'alpacca' is not known; did you mean 'alpaca'"),
         ("a.jsonl", {"bad_rows": "skipp"}, "did you mean 'skip'"),
-        ("a.jsonl", {"forged_turns": "neutralize"}, "did you mean 'neutralise'"),
+        ("a.jsonl", {"forged_turns": "neutralize"}, "did you mean 'neutralize'"),
         ("a.jsonl", {"limit": 0}, "limit must be a whole number of at least 1, not 0"),
         ("a.jsonl", {"limit": True}, "limit must be"),
         ("a.jsonl", {"system": " "}, "system is empty"),

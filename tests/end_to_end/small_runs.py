@@ -18,7 +18,7 @@ OPTIONS = {
     "importance_sampling_level": "token",
     "importance_sampling_correction": "token_truncate",
     "loss_type": "token_mean",
-    "truncated_completions": "penalise",
+    "truncated_completions": "penalize",
     "overlong_buffer": 4,
     "dynamic_sampling_rounds": 1,
     "max_grad_norm": 1e3,

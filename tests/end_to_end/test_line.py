@@ -50,7 +50,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     main(["train", str(rloo), "--dry-run"])
     shown = capsys.readouterr().out
     assert "[[ ...what the policy samples is trained]]" in shown and "math_answer 1.0" in shown
-    main(["sample", str(rloo), "--num-prompts", "1", "rloo.truncated_completions=penalise"])
+    main(["sample", str(rloo), "--num-prompts", "1", "rloo.truncated_completions=penalize"])
     shown = capsys.readouterr().out
     assert shown.count("advantage") == shown.count("truncation_penalty") == 4
     assert not (folder / "rloo").exists()
@@ -59,7 +59,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     metrics = records(folder / "rloo", "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2, 3]
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5) and metrics[2]["kl"] != 0
-    assert max(record["sampler_mismatch"] for record in metrics) < 1e-3
+    assert max(record["mismatch_logprob"] for record in metrics) < 1e-3
     rollouts = records(folder / "rloo", "rollouts.jsonl")
     assert len(rollouts) == 3 * 2 * 4
     for slot in (0, 1):

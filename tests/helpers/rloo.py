@@ -15,12 +15,12 @@ from rekatrain.data.rows import Row
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
 from rekatrain.trainer.rloo.loss import clipped_surrogates, sequence_weights
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
 from rekatrain.trainer.rloo.reference import make_reference
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.train import take_step
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -134,7 +134,7 @@ def make_task(
     reward: Callable[..., list[float | None]] = by_ids,
     texts: Sequence[str] = TEXTS,
     **settings: Any,
-) -> RLOOTask:
+) -> RunSetup:
     prompts = [
         Prompt(
             text=text,
@@ -146,14 +146,14 @@ def make_task(
     defaults = {"max_steps": 1, "prompts_per_step": len(TEXTS), "num_generations": 4, "max_completion_length": 8}
     config = RLOOConfig(**{**defaults, "temperature": TEMPERATURE, "beta": 0.0, **settings})
     rewards = [RewardFunction(name="reward", weight=2.0, function=reward, columns=())]
-    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards)
+    return RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards)
 
 
-def scorer_of(policy: Policy, task: RLOOTask) -> CompletionLogprobs:
+def scorer_of(policy: Policy, task: RunSetup) -> CompletionLogprobs:
     return CompletionLogprobs(policy, temperature=task.config.temperature, num_tokens=len(task.tokenizer)).train()
 
 
-def reference_of(policy: Policy, task: RLOOTask) -> Callable[[Rows], Tensor]:
+def reference_of(policy: Policy, task: RunSetup) -> Callable[[PackedCompletions], Tensor]:
     reference = make_reference(Accelerator(cpu=True), scorer_of(policy, task), task.config)
     assert reference is not None
     return reference
@@ -165,8 +165,8 @@ def gradient_of(policy: torch.nn.Module) -> Gradient:
 
 def run_updates(
     policy: Policy,
-    task: RLOOTask,
-    reference: Callable[[Rows], Tensor] | None = None,
+    task: RunSetup,
+    reference: Callable[[PackedCompletions], Tensor] | None = None,
     sampler: AnySampler | None = None,
     *,
     change: Callable[[], object] = lambda: None,
@@ -198,8 +198,8 @@ def run_updates(
 
 def run_step(
     policy: Policy,
-    task: RLOOTask,
-    reference: Callable[[Rows], Tensor] | None = None,
+    task: RunSetup,
+    reference: Callable[[PackedCompletions], Tensor] | None = None,
     sampler: AnySampler | None = None,
 ) -> tuple[list[RolloutRecord], Gradient]:
     """Records and gradient of the run's first step, which is one update."""
@@ -233,14 +233,14 @@ class KeepingSampler:
         noise = self._noise * torch.randn(len(completion.ids), generator=self._generator)
         return replace(completion, logprobs=(torch.tensor(completion.logprobs) + noise).tolist())
 
-    def completion(self, task: RLOOTask, record: RolloutRecord) -> Completion:
+    def completion(self, task: RunSetup, record: RolloutRecord) -> Completion:
         return self.kept[(*encode_text(record["prompt"], task.tokenizer), *record["completion_ids"])]
 
 
 # What a step should give
 
 
-def token_logprobs(policy: torch.nn.Module, task: RLOOTask, record: RolloutRecord) -> Tensor:
+def token_logprobs(policy: torch.nn.Module, task: RunSetup, record: RolloutRecord) -> Tensor:
     """log pi of each token of a record's completion from one plain forward of its row, with gradient -> [T]."""
     prompt, completion = encode_text(record["prompt"], task.tokenizer), record["completion_ids"]
     logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -248,7 +248,7 @@ def token_logprobs(policy: torch.nn.Module, task: RLOOTask, record: RolloutRecor
     return logprobs[range(len(completion)), completion]
 
 
-def sequence_logprob(policy: torch.nn.Module, task: RLOOTask, record: RolloutRecord) -> Tensor:
+def sequence_logprob(policy: torch.nn.Module, task: RunSetup, record: RolloutRecord) -> Tensor:
     return token_logprobs(policy, task, record).sum()
 
 
@@ -260,7 +260,7 @@ def exact_copy(policy: Policy) -> Policy:
 
 
 def gradient_of_terms(
-    policy: Policy, task: RLOOTask, records: list[RolloutRecord], term: Callable[[RolloutRecord, Tensor], Tensor]
+    policy: Policy, task: RunSetup, records: list[RolloutRecord], term: Callable[[RolloutRecord, Tensor], Tensor]
 ) -> Gradient:
     """Gradient of a sum over records of `term(record, its token log-probabilities)`, in float64."""
     exact = exact_copy(policy)
@@ -269,7 +269,7 @@ def gradient_of_terms(
     return gradient_of(exact)
 
 
-def gradient_from_records(policy: Policy, task: RLOOTask, records: list[RolloutRecord]) -> Gradient:
+def gradient_from_records(policy: Policy, task: RunSetup, records: list[RolloutRecord]) -> Gradient:
     """- sum of advantage * grad log pi over the records, over the number of scorable completions."""
     num_scorable = sum(record["reward"] is not None for record in records)
     return gradient_of_terms(
@@ -296,13 +296,13 @@ def distance(one: Gradient, other: Gradient) -> float:
 
 
 def advantages_by_hand(records: list[RolloutRecord], beta: float = 0.0) -> list[float]:
-    """Reward minus beta * kl, minus the mean of the same over the others of its slot that have a reward."""
+    """Reward minus beta * kl, minus the mean of the same over the others of its prompt_index that have a reward."""
     advantages = []
     for record in records:
         others = [
             other["reward"] - (beta * other["kl"] if beta else 0.0)
             for other in records
-            if other["slot"] == record["slot"] and other is not record and other["reward"] is not None
+            if other["prompt_index"] == record["prompt_index"] and other is not record and other["reward"] is not None
         ]
         if record["reward"] is None or not others:
             advantages.append(0.0)
@@ -314,4 +314,4 @@ def advantages_by_hand(records: list[RolloutRecord], beta: float = 0.0) -> list[
 
 def by_completion(records: list[RolloutRecord]) -> list[RolloutRecord]:
     """Records by their place in the step, whatever micro-batch they came with."""
-    return sorted(records, key=lambda record: record["slot"])
+    return sorted(records, key=lambda record: record["prompt_index"])

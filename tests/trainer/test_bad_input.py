@@ -139,6 +139,7 @@ def test_a_missing_recipe_is_refused(refused):
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
+        ("rloo", "rloo.kl_estimator=k1", "unknown key rloo.kl_estimator: did you mean rloo.kl_placement?"),
         ("sft", "datset.path=x", "unknown key datset: did you mean dataset?"),
         ("sft", "sft.learning_rat=1", "unknown key sft.learning_rat: did you mean sft.learning_rate?"),
         ("sft", "sft.output_dir=x", "sft.output_dir is set by the program; take it out of the recipe"),

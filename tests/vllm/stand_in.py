@@ -40,7 +40,7 @@ class StandIn:
         self.loaded: list[str] = []
         self.finished: list[tuple[str, int]] = []
         self.max_logprobs = 20
-        keys = [(1, seed, step, slot) for step in range(20) for slot in range(20)]
+        keys = [(1, seed, step, prompt_index) for step in range(20) for prompt_index in range(20)]
         self.keys = {
             seed_of(key): key
             for key in [*keys, *((*key, place, n) for key in keys for place in range(4) for n in (1, 2))]

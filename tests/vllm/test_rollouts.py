@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rekatrain.data.chat import Ending, encode_text
+from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
@@ -89,9 +89,9 @@ def stand_in(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> StandIn:
 
 
 def sampled(rollouts: list[dict]) -> list[tuple]:
-    """What was sampled and earned in each step, slot and place."""
-    ordered = sorted(rollouts, key=lambda record: (record["step"], record["slot"]))
-    return [(r["step"], r["slot"], r["completion_ids"], r["ending"], r["reward"]) for r in ordered]
+    """What was sampled and earned in each step, prompt_index and place."""
+    ordered = sorted(rollouts, key=lambda record: (record["step"], record["prompt_index"]))
+    return [(r["step"], r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in ordered]
 
 
 def refusal(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:
@@ -114,7 +114,7 @@ def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model
     for name, tensor in expected_weights.items():
         assert_close(weights[name], tensor, rtol=0, atol=1e-6)
     # The trainer finds the probabilities that the server drew with, at every version of the weights.
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4 and metrics[2]["kl"] > 1e-3
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4 and metrics[2]["kl"] > 1e-3
     assert [step["staleness"] for step in metrics] == [0, 0, 0]
 
     # Each server got each version once, under names of their own, and holds no more than the last.
@@ -133,7 +133,7 @@ def test_a_filtered_run_through_servers_is_the_in_process_run(run, serve, stand_
     metrics, rollouts, weights = run("served", serve(stand_in).url, **filters)
     _, expected_rollouts, expected_weights = run("here", None, **filters)
     assert sampled(rollouts) == sampled(expected_rollouts)
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
     for name, tensor in expected_weights.items():
         assert_close(weights[name], tensor, rtol=0, atol=1e-6)
 
@@ -175,7 +175,7 @@ def test_a_reasoning_budget_through_servers_is_the_in_process_one(
     assert [record["num_forced"] for record in rollouts] == [record["num_forced"] for record in expected_rollouts]
     closing = len(encode_text("\n</reasoning>\n\n", tokenizer))
     assert {record["num_forced"] for record in rollouts} == {0, min(closing, cap - 7)}
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
     assert sum(step["groups_sampled_again"] for step in metrics) >= 2
     for name, tensor in expected_weights.items():
         assert_close(weights[name], tensor, rtol=0, atol=1e-6)
@@ -192,11 +192,11 @@ def test_a_stop_across_the_seam_of_two_requests_ends_the_completion(tokenizer) -
 
     first, second = encode_text("4 <s", tokenizer), encode_text("ep> and so on", tokenizer)
     beginning = reader.close_reasoning(part(first))
-    assert (beginning.ids, beginning.forced, beginning.ending) == (first, range(0), Ending.LENGTH)
+    assert (beginning.ids, beginning.forced, beginning.finish_reason) == (first, range(0), FinishReason.LENGTH)
     whole = reader.join(beginning, part(second))
     end = len(first) + len(encode_text("ep>", tokenizer))
-    assert (whole.ids, whole.ending) == ((first + second)[:end], Ending.STOP)
-    assert whole.logprobs == [-1.0] * end and whole.floors == [-TIE] * end
+    assert (whole.ids, whole.finish_reason) == ((first + second)[:end], FinishReason.STOP)
+    assert whole.logprobs == [-1.0] * end and whole.cutoffs == [-TIE] * end
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
@@ -241,7 +241,7 @@ def test_no_more_is_in_flight_than_the_recipe_says(run, serve, stand_in) -> None
 def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_in) -> None:
     metrics, rollouts, weights = run("ahead", serve(stand_in).url, max_steps=4, **ONE_OFF)
     assert [step["staleness"] for step in metrics] == [0, 1, 1, 1]
-    assert metrics[0]["sampler_mismatch"] < 1e-4 < 1e-3 < metrics[1]["sampler_mismatch"]
+    assert metrics[0]["mismatch_logprob"] < 1e-4 < 1e-3 < metrics[1]["mismatch_logprob"]
     # The second batch comes from the weights that the first was sampled from.
     _, at_rest, _ = run("rest", None, max_steps=2, learning_rate=0.0)
     assert sampled(rollouts)[:32] == sampled(at_rest)
@@ -281,7 +281,7 @@ def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(
 
 def test_at_learning_rate_0_one_step_off_policy_is_on_policy(run, serve, stand_in) -> None:
     metrics, _, _ = run("ahead", serve(stand_in).url, learning_rate=0.0, **ONE_OFF)
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
 
 
 # What is told in one line, before a weight is loaded

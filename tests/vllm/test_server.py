@@ -148,8 +148,8 @@ def server(folder: Path) -> Iterator[LiveServer]:
 
 def assert_sampled_from_the_trainers_weights(metrics: list[dict]) -> None:
     assert all(step["staleness"] == 0 for step in metrics)
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
-    assert max(step["sampler_kl"] for step in metrics) < 1e-6
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
+    assert max(step["mismatch_kl"] for step in metrics) < 1e-6
 
 
 NCCL = """
@@ -181,7 +181,7 @@ def test_adapters_reach_the_server_at_every_step(folder: Path, server: LiveServe
     metrics, rollouts = run(folder, write_recipe(folder, "adapter", server.url))
     assert_sampled_from_the_trainers_weights(metrics)
     assert abs(metrics[2]["kl"]) > 1e-3  # an estimate, of either sign
-    assert len(rollouts) == 3 * 16 and {record["ending"] for record in rollouts} == {"eos", "length"}
+    assert len(rollouts) == 3 * 16 and {record["finish_reason"] for record in rollouts} == {"eos", "length"}
     assert max(max(record["completion_ids"]) for record in rollouts) < 300  # none of the ids beyond the tokenizer
     assert len(server.models()) == 2  # its own, and the last adapter
 
@@ -190,7 +190,7 @@ def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: 
     settings = {"max_staleness": 1, "importance_sampling_correction": "sequence_truncate", "learning_rate": 0.0}
     metrics, _ = run(folder, write_recipe(folder, "rest", server.url, **settings, temperature=0.7))
     assert [step["staleness"] for step in metrics] == [0, 1, 1]
-    assert max(step["sampler_mismatch"] for step in metrics) < 1e-4
+    assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
 
 
 @pytest.mark.parametrize(

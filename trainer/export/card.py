@@ -14,7 +14,7 @@ NUM_LAST_STEPS = 10
 SHOWN = {
     "sft": ("loss", "mean_token_accuracy", "eval_loss"),
     "reward": ("loss", "accuracy", "margin", "eval_loss", "eval_accuracy"),
-    "rloo": ("reward", "kl", "entropy", "share_length", "share_zero_variance"),
+    "rloo": ("reward", "kl", "entropy", "completions/clipped_ratio", "frac_reward_zero_std"),
 }
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "llama.cpp", "reward": "transformers"}
 
@@ -62,7 +62,7 @@ def write_card(
 def last_metrics(run: Path, stage: str, step: int) -> dict[str, float]:
     """Means of the shown metrics over the last 10 recorded steps up to `step`; each reward's own mean among them."""
     records = [record for record in read_records(run / METRICS_FILE) if record["step"] <= step]
-    names = [name for record in records for name in record if name in SHOWN[stage] or name.startswith("reward/")]
+    names = [name for record in records for name in record if name in SHOWN[stage] or _is_reward_mean(name)]
     means = {}
     for name in dict.fromkeys(names):
         values = [record[name] for record in records if record.get(name) is not None][-NUM_LAST_STEPS:]
@@ -73,3 +73,7 @@ def last_metrics(run: Path, stage: str, step: int) -> dict[str, float]:
 
 def _is_hub_id(text: str) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
+
+
+def _is_reward_mean(name: str) -> bool:
+    return name.startswith("rewards/") and name.endswith("/mean")

@@ -81,10 +81,10 @@ def next_logprobs(url: str, ids: list[int], num_tokens: int, *, cache_prompt: bo
 
 
 def kl_divergence(expected: Tensor, found: Tensor) -> float:
-    """KL(expected || found) in nats, of log-probabilities [V] that are normalised to no more than float32's precision.
+    """KL(expected || found) in nats, of log-probabilities [V] that are normalized to no more than float32's precision.
 
     Over a large vocabulary llama.cpp's sum of probabilities is off by 1e-4 and torch's by 1e-5, several times the KL of
-    a file in float32: both are normalised again.
+    a file in float32: both are normalized again.
     """
     expected, found = expected.double().log_softmax(dim=-1), found.double().log_softmax(dim=-1)
     return (expected.exp() * (expected - found)).sum().item()

@@ -21,7 +21,13 @@ from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
-from rekatrain.trainer.rloo.logprobs import LOGIT_BYTES_AT_ONCE, CompletionLogprobs, Rows, decoder_and_head, make_rows
+from rekatrain.trainer.rloo.logprobs import (
+    LOGIT_BYTES_AT_ONCE,
+    CompletionLogprobs,
+    PackedCompletions,
+    decoder_and_head,
+    pack_completions,
+)
 from rekatrain.trainer.rloo.packing import PassCost, Piece, pack
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.kv_cache import FIRST_ROOM, ForkedCache
@@ -209,9 +215,9 @@ class Passes:
         add_fused_lm_head(cast(PreTrainedModel, base), outputs=("log_probs", "entropy", "is_top1"))
         return -model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs.sum()
 
-    def _packed(self) -> Rows:
+    def _packed(self) -> PackedCompletions:
         prompts, groups, shared = self.micro_batch
-        rows = make_rows(
+        rows = pack_completions(
             [[0] * length for length in prompts],
             [[[0] * length for length in group] for group in groups],
             torch.device("cpu"),

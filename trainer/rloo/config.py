@@ -38,9 +38,10 @@ class RLOOConfig:
     importance_sampling_correction:     weights for a sampler whose arithmetic differs, of tokens or of sequences
     importance_sampling_cap:            where those weights are cut off
     loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean, over the whole step
-    kl_estimator, kl_placement:         k1 in the reward or k2 in the loss; other pairs do not give the KL's gradient
+    kl_placement:                       reward: the k1 estimate, detached, in the reward and its baseline; loss: the k2
+                                        estimate in the loss. Only these two have the gradient of the KL
     truncated_completions:              what a completion that met max_completion_length does. keep: as any other;
-                                        penalise: reward - truncation_penalty; drop_from_loss: no term in the loss and
+                                        penalize: reward - truncation_penalty; drop_from_loss: no term in the loss and
                                         its denominator, but a part in its siblings' baseline; drop_from_group: neither
     overlong_buffer, overlong_penalty:  reward + overlong_penalty * (0 falling to -1 over the last tokens of the cap)
     dynamic_sampling_rounds:            times that a prompt whose rewards, penalties included, are all equal is replaced
@@ -90,9 +91,8 @@ class RLOOConfig:
     importance_sampling_correction: Literal["token_truncate", "sequence_truncate"] | None = None
     importance_sampling_cap: Annotated[float, Gt(0)] = 2.0
     loss_type: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_placement: Literal["reward", "loss"] = "reward"
-    truncated_completions: Literal["keep", "penalise", "drop_from_loss", "drop_from_group"] = "keep"
+    truncated_completions: Literal["keep", "penalize", "drop_from_loss", "drop_from_group"] = "keep"
     truncation_penalty: Annotated[float, Gt(0)] = 1.0
     overlong_buffer: Annotated[int, Ge(1)] | None = None
     overlong_penalty: Annotated[float, Gt(0)] = 1.0
@@ -156,16 +156,9 @@ class RLOOConfig:
             )
 
     def _check_kl(self) -> None:
-        pair = (self.kl_estimator, self.kl_placement)
-        if pair not in (("k1", "reward"), ("k2", "loss")):
-            raise InputError(
-                f"rloo.kl_estimator {self.kl_estimator} in the {self.kl_placement} does not have the gradient of the "
-                "KL: k1 belongs in the reward, k2 in the loss (kl_placement), k3 in neither"
-            )
         if self.kl_placement == "loss" and self.num_iterations > 1:
             raise InputError(
-                "rloo.kl_placement loss is exact only on policy: set num_iterations to 1, or kl_estimator k1 and "
-                "kl_placement reward"
+                "rloo.kl_placement loss is exact only on policy: set num_iterations to 1, or kl_placement to reward"
             )
 
     def prompts_per_process(self, num_processes: int) -> int:

@@ -27,7 +27,7 @@ LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class PackedCompletions:
     """Prompts with their groups of completions, packed.
 
     input_ids:  [1, S], groups end to end: a prompt, then its completions, each without its last token
@@ -35,8 +35,8 @@ class Rows:
     predictors: [T], the place in S whose output predicts each completion token
     targets:    [T], the completion tokens
     lengths:    [N], tokens of each completion
-    num_pieces: into which the completion tokens are cut for the LM head
-    floors:     [T], log p of the least likely token that could be drawn, less that of the target, rounded down;
+    num_chunks: into which the completion tokens are cut for the LM head
+    cutoffs:     [T], log p of the least likely token that could be drawn, less that of the target, rounded down;
                 None where every token could be drawn
     """
 
@@ -45,23 +45,23 @@ class Rows:
     predictors: Tensor
     targets: Tensor
     lengths: Tensor
-    num_pieces: int
-    floors: Tensor | None = None
+    num_chunks: int
+    cutoffs: Tensor | None = None
 
 
-def make_rows(
+def pack_completions(
     prompts: Sequence[list[int]],
     groups: Sequence[Sequence[list[int]]],
     device: torch.device,
     *,
     is_shared: Sequence[bool] | None = None,
-    floors: Sequence[float] | None = None,
-) -> Rows:
+    cutoffs: Sequence[float] | None = None,
+) -> PackedCompletions:
     """Pack prompts and their groups of completions; no prompt and no completion is empty.
 
     is_shared: for each group, whether its prompt is run once or with each completion; default once
 
-    >>> rows = make_rows([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
+    >>> rows = pack_completions([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
     >>> rows.input_ids.tolist(), rows.predictors.tolist(), rows.targets.tolist()
     ([[5, 6, 7, 4, 1]], [1, 2, 1, 3, 4], [7, 8, 9, 1, 2])
     """
@@ -81,14 +81,14 @@ def make_rows(
             predictors += [last_of_prompt, *range(len(input_ids), len(input_ids) + len(completion) - 1)]
             input_ids += completion[:-1]
     flat = [completion for completions in groups for completion in completions]
-    return Rows(
+    return PackedCompletions(
         input_ids=torch.tensor([input_ids], device=device),
         layout=PackedGroups(spans, device),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in flat for token in completion], device=device),
         lengths=torch.tensor([len(completion) for completion in flat], device=device),
-        num_pieces=max(1, math.ceil(len(predictors) / LOGITS_AT_ONCE)),
-        floors=None if floors is None else torch.tensor(floors, device=device),
+        num_chunks=max(1, math.ceil(len(predictors) / LOGITS_AT_ONCE)),
+        cutoffs=None if cutoffs is None else torch.tensor(cutoffs, device=device),
     )
 
 
@@ -118,30 +118,30 @@ class CompletionLogprobs(nn.Module):
         decoder, _ = decoder_and_head(self.policy)
         return PassCost.of(decoder)
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: PackedCompletions) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
         decoder, _ = decoder_and_head(self.policy)
         hidden_SD = run_decoder(decoder, rows.input_ids, rows.layout.position_ids, rows.layout)[0]
-        arguments = (hidden_SD.index_select(0, rows.predictors), rows.targets, rows.floors)
-        if rows.num_pieces == 1:
+        arguments = (hidden_SD.index_select(0, rows.predictors), rows.targets, rows.cutoffs)
+        if rows.num_chunks == 1:
             return self._score(*arguments)
-        pieces = zip(*(_split(tensor, rows.num_pieces) for tensor in arguments), strict=True)
+        pieces = zip(*(_split(tensor, rows.num_chunks) for tensor in arguments), strict=True)
         return torch.cat([checkpoint(self._score, *piece, use_reentrant=False) for piece in pieces])
 
-    def _score(self, hidden_TD: Tensor, targets_T: Tensor, floors_T: Tensor | None) -> Tensor:
+    def _score(self, hidden_TD: Tensor, targets_T: Tensor, cutoffs_T: Tensor | None) -> Tensor:
         _, head = decoder_and_head(self.policy)
-        scored = TokenLogprobs.apply(head(hidden_TD), targets_T, floors_T, self.temperature, self.num_tokens)
+        scored = TokenLogprobs.apply(head(hidden_TD), targets_T, cutoffs_T, self.temperature, self.num_tokens)
         return cast(Tensor, scored)
 
 
-def _split(tensor: Tensor | None, num_pieces: int) -> Sequence[Tensor | None]:
-    return [None] * num_pieces if tensor is None else tensor.tensor_split(num_pieces)
+def _split(tensor: Tensor | None, num_chunks: int) -> Sequence[Tensor | None]:
+    return [None] * num_chunks if tensor is None else tensor.tensor_split(num_chunks)
 
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(z / temperature)[target] over the first `num_tokens` logits z, for each of T positions.
 
-    With floors, at most 0, the softmax is over the tokens whose log-probability reaches the target's plus the floor:
+    With cutoffs, at most 0, the softmax is over the tokens whose log-probability reaches the target's plus the cutoff:
     that of a policy that samples from its likeliest tokens only, its choice of them held fixed.
 
     The gradient, (1[v = target] - p_v) / temperature, is written over the logits: the largest tensor of a step exists
@@ -153,30 +153,30 @@ class TokenLogprobs(torch.autograd.Function):
         ctx: Any,  # autograd's own
         logits_TV: Tensor,
         targets_T: Tensor,
-        floors_T: Tensor | None,
+        cutoffs_T: Tensor | None,
         temperature: float,
         num_tokens: int,
     ) -> Tensor:
         """-> [T], float32. The caller gives `logits_TV` away."""
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
-        lowest_T = None if floors_T is None else chosen_T + floors_T
-        normalisers = []
+        lowest_T = None if cutoffs_T is None else chosen_T + cutoffs_T
+        normalizers = []
         for rows in _rows_at_once(logits_TV):
             scaled = logits_TV[rows, :num_tokens].float()
             if temperature != 1:
                 scaled = scaled / temperature
             if lowest_T is not None:
                 scaled = scaled.masked_fill(scaled < lowest_T[rows, None], -torch.inf)
-            normalisers.append(scaled.logsumexp(dim=1))
-        normalisers_T = torch.cat(normalisers)
-        ctx.save_for_backward(logits_TV, targets_T, normalisers_T, lowest_T)
+            normalizers.append(scaled.logsumexp(dim=1))
+        normalizers_T = torch.cat(normalizers)
+        ctx.save_for_backward(logits_TV, targets_T, normalizers_T, lowest_T)
         ctx.temperature, ctx.num_tokens = temperature, num_tokens
-        return chosen_T - normalisers_T
+        return chosen_T - normalizers_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the logits, in their place."""
-        logits_TV, targets_T, normalisers_T, lowest_T = ctx.saved_tensors
+        logits_TV, targets_T, normalizers_T, lowest_T = ctx.saved_tensors
         scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
         for rows in _rows_at_once(logits_TV):
             piece = logits_TV[rows, : ctx.num_tokens]
@@ -185,7 +185,7 @@ class TokenLogprobs(torch.autograd.Function):
                 scaled.div_(ctx.temperature)
             if lowest_T is not None:
                 scaled.masked_fill_(scaled < lowest_T[rows, None], -torch.inf)
-            scaled.sub_(normalisers_T[rows, None]).exp_().mul_(-scaled_T1[rows])
+            scaled.sub_(normalizers_T[rows, None]).exp_().mul_(-scaled_T1[rows])
             if scaled.dtype != piece.dtype:
                 piece.copy_(scaled)
         logits_TV[:, ctx.num_tokens :] = 0

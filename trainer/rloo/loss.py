@@ -34,7 +34,7 @@ def owners(lengths_N: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
 
 
-def regularised_rewards(rewards_PG: Tensor, kl_PG: Tensor, beta: float) -> Tensor:
+def kl_penalized_rewards(rewards_PG: Tensor, kl_PG: Tensor, beta: float) -> Tensor:
     """Subtract the KL penalty from the rewards; `kl_PG` is a sequence sum and carries no gradient."""
     return rewards_PG - beta * kl_PG.detach()
 

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import Rows, make_rows
+from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
 from rekatrain.trainer.rloo.loss import (
     clipped_surrogates,
     k2_loss,
+    kl_penalized_rewards,
     leave_one_out_advantages,
-    regularised_rewards,
     sequence_sums,
     sequence_weights,
     truncated_importance_weights,
@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Totals:
+class LossDenominators:
     """Denominators of a step's loss, counted over all processes and micro-batches."""
 
     num_completions: int
@@ -35,7 +35,7 @@ class Totals:
 
 
 @dataclass(kw_only=True, eq=False)
-class Batch:
+class MicroBatch:
     """Completions of one forward and backward.
 
     members:          group and place of each completion, [N]
@@ -54,7 +54,7 @@ class Batch:
 
     members: list[tuple[Group, int]]
     is_split: bool
-    rows: Rows
+    rows: PackedCompletions
     rewards: Tensor
     is_in_loss: Tensor
     sampler_logprobs: Tensor
@@ -76,23 +76,27 @@ class Batch:
         return self.sums(self.old_logprobs - self.reference_logprobs)
 
 
-def make_batches(groups: Sequence[Group], budget: int, cost: PassCost, device: torch.device) -> Iterator[Batch]:
+def make_microbatches(
+    groups: Sequence[Group], budget: int, cost: PassCost, device: torch.device
+) -> Iterator[MicroBatch]:
     """Lay groups out in micro-batches of at most `budget` tokens."""
     lengths = [(len(group.prompt.ids), [len(c.ids) - 1 for c in group.completions]) for group in groups]
     for pieces in pack(lengths, budget, cost):
         members = [(groups[piece.group], place) for piece in pieces for place in piece.members]
         completions = [group.completions[place] for group, place in members]
         is_trained = [place not in c.forced for c in completions for place in range(len(c.ids))]
-        has_floors = any(completion.floors for completion in completions)
-        yield Batch(
+        has_cutoffs = any(completion.cutoffs for completion in completions)
+        yield MicroBatch(
             members=members,
             is_split=any(len(piece.members) < len(groups[piece.group].completions) for piece in pieces),
-            rows=make_rows(
+            rows=pack_completions(
                 [groups[piece.group].prompt.ids for piece in pieces],
                 [[groups[piece.group].completions[place].ids for place in piece.members] for piece in pieces],
                 device,
                 is_shared=[piece.is_shared for piece in pieces],
-                floors=[floor for completion in completions for floor in completion.floors] if has_floors else None,
+                cutoffs=[cutoff for completion in completions for cutoff in completion.cutoffs]
+                if has_cutoffs
+                else None,
             ),
             rewards=torch.tensor([group.rewards[place] for group, place in members], device=device),
             is_in_loss=torch.tensor([group.is_in_loss[place] for group, place in members], device=device),
@@ -101,24 +105,24 @@ def make_batches(groups: Sequence[Group], budget: int, cost: PassCost, device: t
         )
 
 
-def equal_passes(accelerator: Accelerator, batches: Sequence[Batch], some_token: int) -> list[Batch]:
+def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch], some_token: int) -> list[MicroBatch]:
     """As many micro-batches on every process, in as many pieces each: under ZeRO their passes are exchanges.
 
     What a process has too few of is filled up with single tokens that are in no loss.
     """
-    numbers: list[list[int]] = gather_object([[batch.rows.num_pieces for batch in batches]])
+    numbers: list[list[int]] = gather_object([[batch.rows.num_chunks for batch in batches]])
     most = [max(of_place) for of_place in zip_longest(*numbers, fillvalue=1)]
     filled = [*batches, *(_filler(some_token, accelerator.device) for _ in most[len(batches) :])]
-    for batch, num_pieces in zip(filled, most, strict=True):
-        batch.rows = replace(batch.rows, num_pieces=num_pieces)
+    for batch, num_chunks in zip(filled, most, strict=True):
+        batch.rows = replace(batch.rows, num_chunks=num_chunks)
     return filled
 
 
-def _filler(token: int, device: torch.device) -> Batch:
-    return Batch(
+def _filler(token: int, device: torch.device) -> MicroBatch:
+    return MicroBatch(
         members=[],
         is_split=False,
-        rows=make_rows([[token]], [[[token]]], device),
+        rows=pack_completions([[token]], [[[token]]], device),
         rewards=torch.full((1,), torch.nan, device=device),
         is_in_loss=torch.zeros(1, dtype=torch.bool, device=device),
         sampler_logprobs=torch.zeros(1, device=device),
@@ -127,20 +131,20 @@ def _filler(token: int, device: torch.device) -> Batch:
     )
 
 
-def set_advantages(batches: Sequence[Batch], config: RLOOConfig) -> None:
+def set_advantages(batches: Sequence[MicroBatch], config: RLOOConfig) -> None:
     """Advantages of batches that hold their groups whole between them, with the KL where it belongs in the reward."""
     if not batches:
         return
     rewards_PG = torch.cat([batch.rewards for batch in batches]).view(-1, config.num_generations)
     if config.beta and config.kl_placement == "reward":
         kl_N = torch.cat([batch.kl for batch in batches if batch.kl is not None])
-        rewards_PG = regularised_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
+        rewards_PG = kl_penalized_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
     advantages = leave_one_out_advantages(rewards_PG).flatten().split([len(batch.members) for batch in batches])
     for batch, advantages_N in zip(batches, advantages, strict=True):
         batch.advantages = torch.where(batch.is_in_loss, advantages_N, 0.0)
 
 
-def batch_loss(batch: Batch, logprobs_T: Tensor, config: RLOOConfig, totals: Totals) -> Tensor:
+def batch_loss(batch: MicroBatch, logprobs_T: Tensor, config: RLOOConfig, totals: LossDenominators) -> Tensor:
     """The part of a step's loss that lies in a micro-batch; `logprobs_T` are the policy's, with gradient."""
     assert batch.old_logprobs is not None
     lengths_N = batch.rows.lengths

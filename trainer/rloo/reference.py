@@ -11,10 +11,10 @@ from peft import PeftModel
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import autocast, frozen, zero_stage
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
 from torch import Tensor
 
-Reference = Callable[[Rows], Tensor]
+Reference = Callable[[PackedCompletions], Tensor]
 
 
 def make_reference(
@@ -41,10 +41,10 @@ def make_reference(
     else:
         initial = frozen(accelerator, copy.deepcopy(model))
 
-    def reference_logprobs(rows: Rows) -> Tensor:
+    def reference_logprobs(rows: PackedCompletions) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
         with torch.no_grad(), without_adapter, autocast(accelerator):
-            scored: Tensor = initial(replace(rows, floors=None))  # every token, whatever the sampler left out
+            scored: Tensor = initial(replace(rows, cutoffs=None))  # every token, whatever the sampler left out
             return scored
 
     return reference_logprobs

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from rekatrain.data.chat import Ending
+from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.workers.pool import Job
@@ -33,14 +33,14 @@ class GroupSampler(Protocol):
 class Group:
     """One prompt of a step with its scored completions.
 
-    slot:            the prompt's place in the step; that of a replacement is numbered on, by `prompts_per_step` a round
+    prompt_index:    the prompt's index in the step; a replacement adds `prompts_per_step` for each round
     rewards:         weighted sum for each completion, nan where it cannot be scored
     rewards_by_name: what each reward function gave, None where it does not apply or has failed
     reward_errors:   for each completion, the rewards that failed, with why
     is_in_loss:      whether each completion has a term in the loss
     """
 
-    slot: int
+    prompt_index: int
     prompt: Prompt
     completions: list[Completion]
     texts: list[str]
@@ -60,7 +60,7 @@ class Sampled:
     """Groups that have been sampled; `jobs` has the scoring that has begun, by the completion's place in all groups."""
 
     prompts: Sequence[Prompt]
-    slots: Sequence[int]
+    prompt_indices: Sequence[int]
     groups: list[list[Completion]]
     jobs: dict[int, list[Job]] = field(default_factory=dict)
 
@@ -70,13 +70,13 @@ def sample_groups(
     grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    slots: Sequence[int],
+    prompt_indices: Sequence[int],
     *,
     seed: int,
     step: int,
     num_generations: int,
 ) -> Sampled:
-    """Sample a group for each prompt; the draws follow from (seed, step, slot, place in the group) alone."""
+    """Sample a group for each prompt; the draws follow from (seed, step, prompt_index, place in the group) alone."""
     jobs: dict[int, list[Job]] = {}
     columns = reward_columns([prompt.row for prompt in prompts])
 
@@ -84,9 +84,11 @@ def sample_groups(
         of_row = {name: values[place // num_generations] for name, values in columns.items()}
         jobs[place] = grader.submit(decode_completion(completion.ids, tokenizer), of_row)
 
-    keys = [(1, seed, step, slot) for slot in slots]  # 1: not the streams that order the prompts
+    keys = [
+        (1, seed, step, prompt_index) for prompt_index in prompt_indices
+    ]  # 1: not the streams that order the prompts
     groups = sampler.sample([prompt.ids for prompt in prompts], keys, num_generations, start_scoring)
-    return Sampled(prompts=prompts, slots=slots, groups=groups, jobs=jobs)
+    return Sampled(prompts=prompts, prompt_indices=prompt_indices, groups=groups, jobs=jobs)
 
 
 def score_groups(
@@ -108,11 +110,11 @@ def score_groups(
     )
     groups = []
     first = 0
-    for slot, prompt, completions in zip(sampled.slots, sampled.prompts, sampled.groups, strict=True):
+    for prompt_index, prompt, completions in zip(sampled.prompt_indices, sampled.prompts, sampled.groups, strict=True):
         members = slice(first, first + len(completions))
         rewards = scores.total[members]
         group = Group(
-            slot=slot,
+            prompt_index=prompt_index,
             prompt=prompt,
             completions=completions,
             texts=texts[members],
@@ -121,15 +123,15 @@ def score_groups(
             reward_errors=scores.errors[members],
             is_in_loss=[not math.isnan(reward) for reward in rewards],
         )
-        groups.append(group if config is None else judge_lengths(group, config))
+        groups.append(group if config is None else apply_length_penalties(group, config))
         first = members.stop
     return groups
 
 
-def judge_lengths(group: Group, config: RLOOConfig) -> Group:
+def apply_length_penalties(group: Group, config: RLOOConfig) -> Group:
     """Add the penalties on long and truncated completions to the rewards, each under its name, or drop the latter."""
     lengths = [len(completion.ids) for completion in group.completions]
-    is_truncated = [completion.ending is Ending.LENGTH for completion in group.completions]
+    is_truncated = [completion.finish_reason is FinishReason.LENGTH for completion in group.completions]
     penalties: dict[str, list[float]] = {}
     if config.overlong_buffer is not None:
         penalties["overlong_penalty"] = [
@@ -139,7 +141,7 @@ def judge_lengths(group: Group, config: RLOOConfig) -> Group:
             )
             for length in lengths
         ]
-    if config.truncated_completions == "penalise":
+    if config.truncated_completions == "penalize":
         penalties["truncation_penalty"] = [-config.truncation_penalty if is_cut else 0.0 for is_cut in is_truncated]
     rewards = [math.fsum(parts) for parts in zip(group.rewards, *penalties.values(), strict=True)]
     if config.truncated_completions == "drop_from_group":

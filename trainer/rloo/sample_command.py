@@ -26,13 +26,13 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
     sampler = task.make_sampler(policy)
     chosen = step_prompts(len(task.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
     prompts = [task.prompts[place] for place in chosen[:num_prompts]]
-    slots = range(len(prompts))
+    prompt_indices = range(len(prompts))
     sampled = sample_groups(
         sampler,
         task.grader,
         task.tokenizer,
         prompts,
-        slots,
+        prompt_indices,
         seed=recipe.seed,
         step=0,
         num_generations=config.num_generations,
@@ -49,24 +49,24 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
 
 
 def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:
-    """How far apart the rewards are on each completion: the spread of its standardised rewards, in deviations.
+    """How far apart the rewards are on each completion: the spread of its standardized rewards, in deviations.
 
-    A reward is standardised over the completions that have it, and turned round where its weight is negative. One that
+    A reward is standardized over the completions that have it, and turned round where its weight is negative. One that
     is the same for all of them says nothing and is left out.
 
     >>> disagreements({"a": [0, 0, 1, 1], "b": [0, 0, 1, 0]}, {"a": 1.0, "b": 1.0})[3] > 1
     True
     """
     num_completions = len(next(iter(values.values()), ()))
-    standardised: list[list[float]] = [[] for _ in range(num_completions)]
+    standardized: list[list[float]] = [[] for _ in range(num_completions)]
     for name, of_reward in values.items():
         given = [value for value in of_reward if value is not None]
         deviation = pstdev(given) if given else 0.0
         for place, value in enumerate(of_reward):
             if value is not None and deviation:
                 distance = (value - fmean(given)) / deviation
-                standardised[place].append(-distance if weights.get(name, 1.0) < 0 else distance)
-    return [max(of_completion, default=0.0) - min(of_completion, default=0.0) for of_completion in standardised]
+                standardized[place].append(-distance if weights.get(name, 1.0) < 0 else distance)
+    return [max(of_completion, default=0.0) - min(of_completion, default=0.0) for of_completion in standardized]
 
 
 def _print_by_disagreement(groups: Sequence[Group], weights: Mapping[str, float]) -> None:
@@ -85,6 +85,6 @@ def _describe(group: Group, place: int) -> str:
     given = [f"{name} {values[place]}" for name, values in group.rewards_by_name.items()]
     failed = [f"{name} failed: {error}" for name, error in group.reward_errors[place].items()]
     return (
-        f"{completion.ending}, {len(completion.ids)} tokens, reward {group.rewards[place]:.4g} "
+        f"{completion.finish_reason}, {len(completion.ids)} tokens, reward {group.rewards[place]:.4g} "
         f"({', '.join([*given, *failed])}), advantage {advantage:+.4g}"
     )

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOOTask:
+class RunSetup:
     """A checked run: its settings, its prompts and what judges their completions."""
 
     config: RLOOConfig
@@ -45,7 +45,7 @@ class RLOOTask:
         )
 
 
-def prepare(recipe: Recipe) -> RLOOTask:
+def prepare(recipe: Recipe) -> RunSetup:
     """Check the recipe against its data, its rewards and its model's config; InputError says what is wrong."""
     config = RLOOConfig(**recipe.rloo)
     rewards = build_reward_functions(recipe.rewards)
@@ -58,7 +58,7 @@ def prepare(recipe: Recipe) -> RLOOTask:
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_columns(rewards, reward_columns([prompt.row for prompt in prompts]))
     scoring = ScoringConfig(**recipe.scoring)
-    return RLOOTask(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards, scoring=scoring)
+    return RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards, scoring=scoring)
 
 
 def _check_no_dropout(recipe: Recipe, model_config: PretrainedConfig) -> None:

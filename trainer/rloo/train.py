@@ -33,12 +33,18 @@ from rekatrain.trainer.rloo.distributed import (
 from rekatrain.trainer.rloo.kernels.grouped_attention import NAME as GROUPED_ATTENTION
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, decoder_and_head
 from rekatrain.trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, batch_records, idle_records, step_metrics
-from rekatrain.trainer.rloo.microbatch import Totals, batch_loss, equal_passes, make_batches, set_advantages
+from rekatrain.trainer.rloo.microbatch import (
+    LossDenominators,
+    batch_loss,
+    equal_passes,
+    make_microbatches,
+    set_advantages,
+)
 from rekatrain.trainer.rloo.reference import Reference, make_reference
 from rekatrain.trainer.rloo.rollouts import Group, GroupSampler, sample_groups, score_groups
 from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.rollouts import ServerRollouts
-from rekatrain.trainer.rloo.setup import RLOOTask, prepare
+from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder, checkpoint_step
 from rekatrain.trainer.run_log import RunLog
 from transformers import get_scheduler
@@ -146,7 +152,7 @@ def take_step(
     model: torch.nn.Module,
     reference: Reference | None,
     sampler: GroupSampler,
-    task: RLOOTask,
+    task: RunSetup,
     update: Callable[[], None],
     *,
     seed: int,
@@ -162,10 +168,10 @@ def take_step(
     """
     config = task.config
     share = config.prompts_per_process(accelerator.num_processes)
-    slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    prompt_indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     # Servers have weights of their own; here the whole model is needed.
     with nullcontext() if rollouts else whole_weights(accelerator, model):
-        groups, replaced = (rollouts or roll_out)(sampler, task, slots, seed=seed, step=step, clock=clock)
+        groups, replaced = (rollouts or roll_out)(sampler, task, prompt_indices, seed=seed, step=step, clock=clock)
     totals = count_in_loss(accelerator, groups)
 
     # Without a KL, a group of equal rewards moves no weight. One group always stays, so that every process takes part
@@ -174,7 +180,7 @@ def take_step(
     trained = [group for group in groups if group not in idle]
     cost = accelerator.unwrap_model(model).pass_cost
     some_token = trained[0].prompt.ids[0]
-    batches = list(make_batches(trained, config.micro_batch_tokens, cost, accelerator.device))
+    batches = list(make_microbatches(trained, config.micro_batch_tokens, cost, accelerator.device))
     # With the KL in the reward, advantages come with the pass over their group, and those of a group that no
     # micro-batch holds whole need a pass of their own before.
     kl_in_reward = reference is not None and config.kl_placement == "reward"
@@ -210,27 +216,31 @@ def take_step(
 
 
 def roll_out(
-    sampler: GroupSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
+    sampler: GroupSampler, task: RunSetup, prompt_indices: Sequence[int], *, seed: int, step: int, clock: Clock
 ) -> tuple[list[Group], list[Group]]:
-    """Sample and score a group for each slot -> those to train on, and those that dynamic sampling replaced.
+    """Sample and score a group for each prompt_index -> those to train on, and those that dynamic sampling replaced.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476) gives a slot whose rewards are all equal another prompt, at most
-    `dynamic_sampling_rounds` times. A round's slots are numbered on from the last one's, and prompts and draws follow
-    from the number: they depend neither on the other slots nor on the processes.
+    Dynamic sampling (DAPO, arXiv 2503.14476) replaces a prompt whose rewards are all equal, at most
+    `dynamic_sampling_rounds` times. Each round adds `prompts_per_step` to the indices; prompts and draws follow from the
+    index alone, so they depend neither on the other prompts nor on the processes.
     """
     config = task.config
     groups: dict[int, Group] = {}
     replaced = []
     for number in range(1 + config.dynamic_sampling_rounds):
-        slots = [slot for slot in slots if slot not in groups or groups[slot].is_idle]
-        if not slots:
+        prompt_indices = [
+            prompt_index
+            for prompt_index in prompt_indices
+            if prompt_index not in groups or groups[prompt_index].is_idle
+        ]
+        if not prompt_indices:
             break
-        replaced += [groups[slot] for slot in slots if slot in groups]
+        replaced += [groups[prompt_index] for prompt_index in prompt_indices if prompt_index in groups]
         chosen = step_prompts(
             len(task.prompts), seed=seed, step=step, prompts_per_step=config.prompts_per_step, round_number=number
         )
-        prompts = [task.prompts[chosen[slot]] for slot in slots]
-        numbered = [slot + number * config.prompts_per_step for slot in slots]
+        prompts = [task.prompts[chosen[prompt_index]] for prompt_index in prompt_indices]
+        numbered = [prompt_index + number * config.prompts_per_step for prompt_index in prompt_indices]
         sampled = sample_groups(
             sampler,
             task.grader,
@@ -243,12 +253,12 @@ def roll_out(
         )
         clock.lap("sample")
         scored = score_groups(task.grader, task.tokenizer, sampled, config)
-        groups.update(zip(slots, scored, strict=True))
+        groups.update(zip(prompt_indices, scored, strict=True))
         clock.lap("reward")
     return list(groups.values()), replaced
 
 
-def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> Totals:
+def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> LossDenominators:
     """Completions and trained tokens in the loss of a step, over all processes."""
     counted = [
         len(completion.ids) - len(completion.forced)
@@ -258,4 +268,4 @@ def count_in_loss(accelerator: Accelerator, groups: Sequence[Group]) -> Totals:
     ]
     local = torch.tensor([len(counted), sum(counted)], device=accelerator.device)
     num_completions, num_tokens = accelerator.reduce(local, "sum").tolist()
-    return Totals(num_completions=num_completions, num_tokens=num_tokens)
+    return LossDenominators(num_completions=num_completions, num_tokens=num_tokens)

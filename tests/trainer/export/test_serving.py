@@ -163,10 +163,12 @@ def test_a_run_of_all_weights_has_no_adapter(exports: Path, capsys: pytest.Captu
 
 
 def test_a_card_reads_the_metrics_behind_the_exported_step(tmp_path: Path) -> None:
-    lines = [{"step": step, "reward": float(step), "reward/math": None if step % 2 else 1.0} for step in range(1, 31)]
+    lines = [
+        {"step": step, "reward": float(step), "rewards/math/mean": None if step % 2 else 1.0} for step in range(1, 31)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert last_metrics(tmp_path, "rloo", 20) == {"reward": 15.5, "reward/math": 1.0}
-    assert last_metrics(tmp_path, "rloo", 4) == {"reward": 2.5, "reward/math": 1.0}
+    assert last_metrics(tmp_path, "rloo", 20) == {"reward": 15.5, "rewards/math/mean": 1.0}
+    assert last_metrics(tmp_path, "rloo", 4) == {"reward": 2.5, "rewards/math/mean": 1.0}
     assert last_metrics(tmp_path / "none", "rloo", 4) == {}
 
 

@@ -222,7 +222,7 @@ def test_reward_model_from_training_to_rloo(
     (folder / "rloo.json").write_text(json.dumps(rloo))
     main(["train", str(folder / "rloo.json")])
     steps = [json.loads(line) for line in (folder / "rloo" / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 2 and all(math.isfinite(step["reward/reward_model"]) for step in steps)
+    assert len(steps) == 2 and all(math.isfinite(step["rewards/reward_model/mean"]) for step in steps)
     assert steps[0]["reward_model/num_cut"] == 0
 
 

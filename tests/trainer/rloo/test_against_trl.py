@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from rekatrain.data.chat import Ending, encode_text
+from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -51,7 +51,9 @@ class RecordedSampler:
         return [
             [
                 Completion(
-                    ids=ids, logprobs=[0.0] * len(ids), ending=Ending.EOS if ids[-1] == self.eos_id else Ending.LENGTH
+                    ids=ids,
+                    logprobs=[0.0] * len(ids),
+                    finish_reason=FinishReason.EOS if ids[-1] == self.eos_id else FinishReason.LENGTH,
                 )
                 for ids in self.groups[tuple(prompt)]
             ]
@@ -82,7 +84,7 @@ def test_advantages_and_gradient_equal_trls(
     # - TRL's ratio to its own old log-probabilities must be 1 (one update a batch), where its clipped objective has the
     #   gradient of the log-probability;
     # - normalize_advantages and mask_truncated_completions must be off, as they are by default;
-    # - the model must have no ids beyond the tokenizer's: TRL normalises over all logits;
+    # - the model must have no ids beyond the tokenizer's: TRL normalizes over all logits;
     # - completions must end at eos and at the length, not at `<sep>`, which TRL does not look for;
     # - the reference must be what TRL loads from disk again by name: here the model before it was perturbed.
     # One difference is meant: TRL divides by all rows, we divide by the scorable ones.

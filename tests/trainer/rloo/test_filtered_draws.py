@@ -6,7 +6,7 @@ import pytest
 import torch
 from rekatrain.data.chat import encode_text
 from rekatrain.trainer.rloo.metrics import RolloutRecord
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def support(logits_TV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     return is_in
 
 
-def filtered_logprobs(policy: Policy, task: RLOOTask, record: RolloutRecord) -> Tensor:
+def filtered_logprobs(policy: Policy, task: RunSetup, record: RolloutRecord) -> Tensor:
     """log pi among the tokens that could be drawn, their choice held fixed, with gradient -> [T]."""
     prompt, completion = encode_text(record["prompt"], task.tokenizer), record["completion_ids"]
     logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]

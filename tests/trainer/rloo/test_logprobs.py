@@ -6,12 +6,12 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CPU = torch.device("cpu")
-# Also a float64 model's logits are normalised in float32.
+# Also a float64 model's logits are normalized in float32.
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 1e-5}
 
 # Prompts' and completions' lengths.
@@ -76,7 +76,7 @@ def assert_equal_to_brute_force(
     expected_T = brute_force(exact, prompts, groups, temperature=temperature, num_tokens=num_tokens)
 
     scored = CompletionLogprobs(policy, temperature=temperature, num_tokens=num_tokens)
-    logprobs_T = scored(make_rows(prompts, groups, CPU, is_shared=is_shared))
+    logprobs_T = scored(pack_completions(prompts, groups, CPU, is_shared=is_shared))
     tolerance = TOLERANCES[next(policy.parameters()).dtype]
     assert logprobs_T.dtype == torch.float32
     torch.testing.assert_close(logprobs_T.double(), expected_T, rtol=0, atol=tolerance)
@@ -129,7 +129,7 @@ def test_logprobs_equal_those_of_a_padded_batch(
 
     for is_shared in (True, False):
         packed_T = CompletionLogprobs(model, temperature=1.0, num_tokens=num_tokens)(
-            make_rows(prompts, groups, CPU, is_shared=[is_shared] * len(prompts))
+            pack_completions(prompts, groups, CPU, is_shared=[is_shared] * len(prompts))
         )
         torch.testing.assert_close(packed_T.double(), padded_T, rtol=0, atol=2e-6)
         assert_gradients_close(gradients(model, packed_T), padded, rtol=2e-6)
@@ -161,7 +161,7 @@ def test_activation_checkpointing_recomputes_each_layer_in_the_backward_pass(
         model.activation_checkpointing_enable()
     prompts, groups = laid_out("variable lengths", len(tokenizer))
     logprobs_T = CompletionLogprobs(model.train(), temperature=1.0, num_tokens=len(tokenizer))(
-        make_rows(prompts, groups, CPU)
+        pack_completions(prompts, groups, CPU)
     )
     num_calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: num_calls.append(1))
@@ -202,7 +202,7 @@ def test_probabilities_of_the_tokenizers_ids_sum_to_one(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     num_tokens = len(tokenizer)
-    every_id = make_rows([[5, 6, 7]], [[[token] for token in range(num_tokens)]], CPU)
+    every_id = pack_completions([[5, 6, 7]], [[[token] for token in range(num_tokens)]], CPU)
     logprobs_T = CompletionLogprobs(model, temperature=0.7, num_tokens=num_tokens)(every_id)
     assert logprobs_T.double().exp().sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -217,7 +217,7 @@ def test_a_completion_sees_its_prompt_and_itself_alone(
 
     def second_of_first_group() -> Tensor:
         lengths = [len(row) for row in groups[0]]
-        return scored(make_rows(prompts, groups, CPU, is_shared=[sharing] * 3))[lengths[0] : sum(lengths[:2])]
+        return scored(pack_completions(prompts, groups, CPU, is_shared=[sharing] * 3))[lengths[0] : sum(lengths[:2])]
 
     before = second_of_first_group()
     groups[0][0], groups[0][2], groups[1:], prompts[1:] = [17, 18, 19], [23], groups[:0:-1], prompts[:0:-1]
@@ -229,7 +229,7 @@ def test_a_completion_sees_its_prompt_and_itself_alone(
 
 
 def test_groups_lie_end_to_end_without_their_last_tokens() -> None:
-    rows = make_rows([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU, is_shared=[True, False])
+    rows = pack_completions([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU, is_shared=[True, False])
     assert rows.input_ids.tolist() == [[5, 6, 1, 2, 4, 8, 4]]
     assert rows.layout.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
     assert rows.predictors.tolist() == [1, 1, 2, 3, 4, 5, 6]

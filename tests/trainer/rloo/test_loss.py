@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rekatrain.trainer.rloo.loss import (
     clipped_surrogates,
+    kl_penalized_rewards,
     leave_one_out_advantages,
     overlong_penalty,
-    regularised_rewards,
     sequence_sums,
     sequence_weights,
     truncated_importance_weights,
@@ -59,7 +59,7 @@ def test_groups_are_compared_within_themselves_only() -> None:
 
 
 def test_an_unscorable_reward_stays_so_under_the_kl_penalty() -> None:
-    rewards = regularised_rewards(doubles([[1, NAN, 0]]), doubles([[2, 3, -4]]), 0.5)
+    rewards = kl_penalized_rewards(doubles([[1, NAN, 0]]), doubles([[2, 3, -4]]), 0.5)
     torch.testing.assert_close(rewards, doubles([[0, NAN, 2]]), rtol=0, atol=0, equal_nan=True)
 
 

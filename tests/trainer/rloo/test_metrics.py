@@ -11,52 +11,52 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tests.helpers.rloo import for_some_prompts, make_task, run_step
 
 
-def record(slot: int, rewards: dict[str, float | None], reward: float | None, **others: Any) -> RolloutRecord:
-    defaults = {"completion_ids": [1, 2], "num_forced": 0, "ending": "stop", "kl": None, "logprob": -2.0}
-    defaults |= {"sampler_logprob": -2.0, "sampler_kl": 0.0, "clipped": 0.0}
+def record(prompt_index: int, rewards: dict[str, float | None], reward: float | None, **others: Any) -> RolloutRecord:
+    defaults = {"completion_ids": [1, 2], "num_forced": 0, "finish_reason": "stop", "kl": None, "logprob": -2.0}
+    defaults |= {"sampler_logprob": -2.0, "mismatch_kl": 0.0, "clip_ratio": 0.0}
     defaults |= {"reward_errors": {}}
-    return {"slot": slot, "rewards": rewards, "reward": reward, **defaults, **others}
+    return {"prompt_index": prompt_index, "rewards": rewards, "reward": reward, **defaults, **others}
 
 
-IDLE = {"kl": None, "logprob": None, "sampler_kl": None, "clipped": None}
+IDLE = {"kl": None, "logprob": None, "mismatch_kl": None, "clip_ratio": None}
 
 
 def test_metrics_worked_out_by_hand() -> None:
     a_1 = {"a": 1.0, "b": None}
     records = [
-        record(0, a_1, 1.0, kl=0.5, completion_ids=[1, 2, 3], sampler_logprob=-6.0, logprob=-6.5, sampler_kl=0.25),
-        record(0, {"a": 0.0, "b": 2.0}, 4.0, kl=-0.25, ending="eos", completion_ids=[1], sampler_logprob=-1.0),
-        record(1, a_1, 1.0, ending="length", **IDLE | {"kl": 1.0}),
+        record(0, a_1, 1.0, kl=0.5, completion_ids=[1, 2, 3], sampler_logprob=-6.0, logprob=-6.5, mismatch_kl=0.25),
+        record(0, {"a": 0.0, "b": 2.0}, 4.0, kl=-0.25, finish_reason="eos", completion_ids=[1], sampler_logprob=-1.0),
+        record(1, a_1, 1.0, finish_reason="length", **IDLE | {"kl": 1.0}),
         record(1, {"a": None, "b": None}, None, sampler_logprob=-3.0, reward_errors={"b": "no result"}, **IDLE),
-        record(2, a_1, 1.0, kl=0.75, completion_ids=[1, 2, 3, 4], num_forced=2, clipped=1.0, sampler_kl=0.15),
-        record(2, a_1, 1.0, kl=0.0, logprob=-2.25, clipped=0.5),
+        record(2, a_1, 1.0, kl=0.75, completion_ids=[1, 2, 3, 4], num_forced=2, clip_ratio=1.0, mismatch_kl=0.15),
+        record(2, a_1, 1.0, kl=0.0, logprob=-2.25, clip_ratio=0.5),
     ]
     assert step_metrics(records) == pytest.approx(
         {
             "reward": 8 / 5,  # of 1, 4, 1, 1, 1
             "reward_std": 1.2,
-            "reward/a": 4 / 5,
-            "reward_std/a": 0.4,
-            "none/a": 1 / 6,
-            "errors/a": 0,
+            "rewards/a/mean": 4 / 5,
+            "rewards/a/std": 0.4,
+            "rewards/a/not_applicable": 1 / 6,
+            "rewards/a/errors": 0,
             # Of 1, 0, 1, 1, 1 with 3, 1, 2, 4, 2 tokens: the covariance over both deviations, all times 5.
-            "length_correlation/a": 1.4 / math.sqrt(5.2 * 0.8),
-            "reward/b": 2.0,
-            "reward_std/b": 0,
-            "none/b": 4 / 6,
-            "errors/b": 1 / 6,
-            "length_correlation/b": None,
-            "share_zero_variance": 2 / 3,  # alone in being scorable teaches nothing either
+            "rewards/a/length_correlation": 1.4 / math.sqrt(5.2 * 0.8),
+            "rewards/b/mean": 2.0,
+            "rewards/b/std": 0,
+            "rewards/b/not_applicable": 4 / 6,
+            "rewards/b/errors": 1 / 6,
+            "rewards/b/length_correlation": None,
+            "frac_reward_zero_std": 2 / 3,  # alone in being scorable teaches nothing either
             "kl": 2 / 5,
             "entropy": 16 / 12,  # a forced token is not drawn
-            "sampler_mismatch": (0.5 + 1.0 + 0.0 + 0.25) / 4,
-            "sampler_kl": 0.4 / 8,
-            "clip_fraction": 1.5 / 4,
-            "share_forced": 1 / 6,
-            "completion_length": 14 / 6,
-            "share_stop": 4 / 6,
-            "share_eos": 1 / 6,
-            "share_length": 1 / 6,
+            "mismatch_logprob": (0.5 + 1.0 + 0.0 + 0.25) / 4,
+            "mismatch_kl": 0.4 / 8,
+            "clip_ratio": 1.5 / 4,
+            "completions/forced_ratio": 1 / 6,
+            "completions/mean_length": 14 / 6,
+            "completions/stop_ratio": 4 / 6,
+            "completions/eos_ratio": 1 / 6,
+            "completions/clipped_ratio": 1 / 6,
         }
     )
 
@@ -66,16 +66,16 @@ def test_metrics_of_what_nobody_has_are_none() -> None:
     assert [name for name, value in metrics.items() if value is None] == [
         "reward",
         "reward_std",
-        "reward/a",
-        "reward_std/a",
-        "length_correlation/a",
+        "rewards/a/mean",
+        "rewards/a/std",
+        "rewards/a/length_correlation",
         "kl",
-        "sampler_mismatch",
-        "sampler_kl",
-        "clip_fraction",
+        "mismatch_logprob",
+        "mismatch_kl",
+        "clip_ratio",
     ]
-    assert metrics["none/a"] == 1
-    assert metrics["share_zero_variance"] == 1
+    assert metrics["rewards/a/not_applicable"] == 1
+    assert metrics["frac_reward_zero_std"] == 1
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_group_whose_rewards_are_all_equal_has_no_variance(
     rewards: list[float | None], is_zero_variance: bool
 ) -> None:
     metrics = step_metrics([record(0, {"a": reward}, reward) for reward in rewards])
-    assert metrics["share_zero_variance"] == is_zero_variance
+    assert metrics["frac_reward_zero_std"] == is_zero_variance
 
 
 def test_metrics_of_a_step_are_made_from_its_records(
@@ -94,7 +94,7 @@ def test_metrics_of_a_step_are_made_from_its_records(
 ) -> None:
     records, _ = run_step(policy, make_task(tokenizer, for_some_prompts))
     metrics = step_metrics(records)
-    assert metrics["share_zero_variance"] == pytest.approx(3 / 5)
-    assert metrics["sampler_mismatch"] < 1e-4
+    assert metrics["frac_reward_zero_std"] == pytest.approx(3 / 5)
+    assert metrics["mismatch_logprob"] < 1e-4
     assert metrics["reward"] == pytest.approx(sum(record["reward"] for record in records) / 20)
     assert re.fullmatch(r"prompts\.jsonl:[1-5]", records[0]["row"])

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.train import take_step
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,12 +40,7 @@ from tests.helpers.rloo import (
 
 def test_all_beyond_the_paper_is_off_by_default() -> None:
     config = RLOOConfig(max_steps=1)
-    assert (config.num_iterations, config.loss_type, config.kl_estimator, config.kl_placement) == (
-        1,
-        "sequence_sum",
-        "k1",
-        "reward",
-    )
+    assert (config.num_iterations, config.loss_type, config.kl_placement) == (1, "sequence_sum", "reward")
     assert (config.truncated_completions, config.dynamic_sampling_rounds, config.top_p) == ("keep", 0, 1.0)
     for key in ("importance_sampling_correction", "overlong_buffer", "grad_norm_quantile", "top_k", "reasoning_budget"):
         assert getattr(config, key) is None
@@ -54,12 +49,8 @@ def test_all_beyond_the_paper_is_off_by_default() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_estimator": "k2"}, "rloo.kl_estimator k2 in the reward does not have the gradient of the KL: k1 belongs"),
-        ({"kl_estimator": "k3"}, "rloo.kl_estimator k3 in the reward does not have the gradient of the KL"),
-        ({"kl_placement": "loss"}, "rloo.kl_estimator k1 in the loss does not have the gradient of the KL"),
-        ({"kl_estimator": "k3", "kl_placement": "loss"}, "rloo.kl_estimator k3 in the loss does not have the gradient"),
         (
-            {"kl_estimator": "k2", "kl_placement": "loss", "num_iterations": 2},
+            {"kl_placement": "loss", "num_iterations": 2},
             "rloo.kl_placement loss is exact only on policy: set num_iterations to 1",
         ),
         ({"importance_sampling_correction": "token_truncate"}, "rloo.importance_sampling_correction token_truncate"),
@@ -139,7 +130,7 @@ class Ranks:
         )
 
 
-def run_on_ranks(policy: LlamaForCausalLM, task: RLOOTask, num_processes: int) -> tuple[list[RolloutRecord], Gradient]:
+def run_on_ranks(policy: LlamaForCausalLM, task: RunSetup, num_processes: int) -> tuple[list[RolloutRecord], Gradient]:
     """Records of a step on several processes, and the mean of their gradients."""
     ranks = Ranks(num_processes)
     copies = [exact_copy(policy) for _ in range(num_processes)]
@@ -177,7 +168,7 @@ def run_on_ranks(policy: LlamaForCausalLM, task: RLOOTask, num_processes: int) -
         {"loss_type": "sequence_mean", "truncated_completions": "drop_from_loss"},
         {"loss_type": "token_mean", "truncated_completions": "drop_from_group"},
         {"dynamic_sampling_rounds": 2},
-        {"beta": 0.3, "kl_estimator": "k2", "kl_placement": "loss"},
+        {"beta": 0.3, "kl_placement": "loss"},
     ],
     ids=["default", "kl", "sequence mean", "token mean", "dynamic", "k2"],
 )
@@ -190,7 +181,10 @@ def test_any_number_of_processes_takes_the_step_of_one(
     for num_processes in (2, 4):
         others, gradient = run_on_ranks(policy, task, num_processes)
         for record, other in zip(by_completion(records), by_completion(others), strict=True):
-            assert (record["slot"], record["completion_ids"]) == (other["slot"], other["completion_ids"])
+            assert (record["prompt_index"], record["completion_ids"]) == (
+                other["prompt_index"],
+                other["completion_ids"],
+            )
             assert record["advantage"] == pytest.approx(other["advantage"], abs=1e-6)
         assert_gradients_close(gradient, expected, rtol=1e-6)
 
@@ -199,7 +193,7 @@ def test_any_number_of_processes_takes_the_step_of_one(
 
 
 def is_cut(record: RolloutRecord) -> bool:
-    return record["ending"] == "length"
+    return record["finish_reason"] == "length"
 
 
 def full_reward(record: RolloutRecord) -> float:
@@ -218,7 +212,7 @@ def test_truncated_completions_count_as_others_by_default(
 
 
 def test_truncated_completions_can_be_penalised(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    task = make_task(tokenizer, truncated_completions="penalise", truncation_penalty=0.3)
+    task = make_task(tokenizer, truncated_completions="penalize", truncation_penalty=0.3)
     records, gradient = run_step(policy, task)
     assert [record["reward"] for record in records] == pytest.approx(
         [full_reward(record) - 0.3 * is_cut(record) for record in records]
@@ -271,9 +265,13 @@ def test_a_group_of_truncated_completions_alone_teaches_nothing(
     for how in ("drop_from_loss", "drop_from_group"):
         task = make_task(tokenizer, truncated_completions=how, max_completion_length=1)
         records, gradient = run_step(policy, task)
-        cut_slots = [slot for slot in range(1, 5) if all(is_cut(r) for r in records if r["slot"] == slot)]
+        cut_slots = [
+            prompt_index
+            for prompt_index in range(1, 5)
+            if all(is_cut(r) for r in records if r["prompt_index"] == prompt_index)
+        ]
         assert len(cut_slots) > 1
-        assert all(record["logprob"] is None for record in records if record["slot"] in cut_slots)
+        assert all(record["logprob"] is None for record in records if record["prompt_index"] in cut_slots)
         assert all(torch.isfinite(value).all() for value in gradient.values())
 
 
@@ -305,9 +303,7 @@ def test_k2_in_the_loss_is_half_the_square_of_the_log_ratio(
     beta = 0.3
     initial = exact_copy(policy)
     trained = with_adapter(policy) if is_lora else policy
-    task = make_task(
-        tokenizer, sometimes_none, beta=beta, kl_estimator="k2", kl_placement="loss", micro_batch_tokens=budget
-    )
+    task = make_task(tokenizer, sometimes_none, beta=beta, kl_placement="loss", micro_batch_tokens=budget)
     reference = reference_of(trained, task)
     perturb(trained)
     records, gradient = run_step(trained, task, reference)

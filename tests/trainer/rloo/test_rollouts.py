@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rekatrain.trainer.prompts import step_prompts
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord, step_metrics
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.train import roll_out
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,7 +29,7 @@ def for_even_prompts(prompts: Sequence[str], completion_ids: Sequence[list[int]]
     return [sum(ids) % 7 / 7 if n % 2 == 0 else 0.5 for n, ids in zip(numbers, completion_ids, strict=True)]
 
 
-def dynamic_task(tokenizer: PreTrainedTokenizerFast, rounds: int, **settings: Any) -> RLOOTask:
+def dynamic_task(tokenizer: PreTrainedTokenizerFast, rounds: int, **settings: Any) -> RunSetup:
     return make_task(
         tokenizer, for_even_prompts, MANY, prompts_per_step=8, dynamic_sampling_rounds=rounds, beta=0.0, **settings
     )
@@ -40,7 +40,10 @@ def is_idle(records: Sequence[RolloutRecord]) -> bool:
 
 
 def groups_of(records: Sequence[RolloutRecord]) -> dict[int, list[RolloutRecord]]:
-    return {slot: [r for r in records if r["slot"] == slot] for slot in sorted({r["slot"] for r in records})}
+    return {
+        prompt_index: [r for r in records if r["prompt_index"] == prompt_index]
+        for prompt_index in sorted({r["prompt_index"] for r in records})
+    }
 
 
 def test_without_rounds_nothing_is_replaced(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -57,15 +60,15 @@ def test_groups_without_variance_are_replaced_up_to_the_budget(
     records, gradient = run_step(policy, task)
     groups = groups_of(records)
     last_of_place: dict[int, int] = {}
-    for slot, group in groups.items():
-        number, place = divmod(slot, 8)
+    for prompt_index, group in groups.items():
+        number, place = divmod(prompt_index, 8)
         assert number <= rounds and len(group) == 4
         if number:  # the place's group of the round before taught nothing
-            assert last_of_place[place] == slot - 8 and is_idle(groups[slot - 8])
-        last_of_place[place] = slot
-    for slot in last_of_place.values():
-        assert not is_idle(groups[slot]) or slot // 8 == rounds
-    trained = [record for slot in last_of_place.values() for record in groups[slot]]
+            assert last_of_place[place] == prompt_index - 8 and is_idle(groups[prompt_index - 8])
+        last_of_place[place] = prompt_index
+    for prompt_index in last_of_place.values():
+        assert not is_idle(groups[prompt_index]) or prompt_index // 8 == rounds
+    trained = [record for prompt_index in last_of_place.values() for record in groups[prompt_index]]
     assert len(trained) == 8 * 4 < len(records)
 
     # The loss is that of the groups that came out last, and they are its denominator.
@@ -73,7 +76,7 @@ def test_groups_without_variance_are_replaced_up_to_the_budget(
     assert_gradients_close(gradient, gradient_from_records(policy, task, trained))
     prompts = [group[0]["prompt"] for group in groups.values()]
     assert len(set(prompts)) == len(prompts)
-    assert step_metrics(records)["share_zero_variance"] == sum(map(is_idle, groups.values())) / len(groups)
+    assert step_metrics(records)["frac_reward_zero_std"] == sum(map(is_idle, groups.values())) / len(groups)
 
 
 def test_a_replacement_depends_on_its_own_slot_alone(
@@ -83,16 +86,18 @@ def test_a_replacement_depends_on_its_own_slot_alone(
     task = dynamic_task(tokenizer, 2)
     sampler = task.make_sampler(policy.double())
 
-    def rolled_out(slots: Sequence[int]) -> dict[int, list[list[int]]]:
-        kept, replaced = roll_out(sampler, task, slots, seed=5, step=0, clock=Clock())
-        return {group.slot: [completion.ids for completion in group.completions] for group in [*kept, *replaced]}
+    def rolled_out(prompt_indices: Sequence[int]) -> dict[int, list[list[int]]]:
+        kept, replaced = roll_out(sampler, task, prompt_indices, seed=5, step=0, clock=Clock())
+        return {
+            group.prompt_index: [completion.ids for completion in group.completions] for group in [*kept, *replaced]
+        }
 
     together = rolled_out(range(8))
     assert len(together) > 8
     assert rolled_out(range(8)) == together
     apart = {}
-    for slots in ([0, 1, 2], [3], [4, 5, 6, 7]):
-        apart |= rolled_out(slots)
+    for prompt_indices in ([0, 1, 2], [3], [4, 5, 6, 7]):
+        apart |= rolled_out(prompt_indices)
     assert apart == together
 
 
@@ -107,8 +112,8 @@ def test_penalties_are_part_of_the_rewards_that_have_variance(
     # Brevity is learned from a group whose completions are all right.
     groups = groups_of(records)
     assert sum(not is_idle(group) for group in groups.values()) >= 4
-    assert all(slot < 5 or is_idle(groups[slot - 5]) for slot in groups)
-    trained = [r for r in records if r["slot"] >= 5 or r["slot"] + 5 not in groups]
+    assert all(prompt_index < 5 or is_idle(groups[prompt_index - 5]) for prompt_index in groups)
+    trained = [r for r in records if r["prompt_index"] >= 5 or r["prompt_index"] + 5 not in groups]
     assert_gradients_close(gradient, gradient_from_records(policy, task, trained))
 
 
@@ -142,13 +147,19 @@ def test_rollouts_depend_neither_on_micro_batches_nor_on_how_many_are_sampled_at
     # within rounding of the border between two tokens; in float64 none does here.
     policy.double()
     expected, _ = run_step(policy, make_task(tokenizer))
-    by_place = [(r["slot"], r["completion_ids"], r["ending"], r["reward"]) for r in by_completion(expected)]
+    by_place = [
+        (r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in by_completion(expected)
+    ]
     for budget in (1, 150):
         records, _ = run_step(policy, make_task(tokenizer, micro_batch_tokens=budget))
         assert [r["sampler_logprob"] for r in by_completion(records)] == [
             r["sampler_logprob"] for r in by_completion(expected)
         ]
-        assert [(r["slot"], r["completion_ids"], r["ending"], r["reward"]) for r in by_completion(records)] == by_place
+        assert [
+            (r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in by_completion(records)
+        ] == by_place
     for batch_size in (4, 7, 8, 13):
         records, _ = run_step(policy, make_task(tokenizer, per_device_generation_batch_size=batch_size))
-        assert [(r["slot"], r["completion_ids"], r["ending"], r["reward"]) for r in by_completion(records)] == by_place
+        assert [
+            (r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in by_completion(records)
+        ] == by_place

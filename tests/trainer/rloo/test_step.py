@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
 from rekatrain.trainer.rloo.metrics import Clock
 from rekatrain.trainer.rloo.reference import make_reference
 from rekatrain.trainer.rloo.rollouts import Group
@@ -47,7 +47,9 @@ def test_the_gradient_is_the_one_of_the_records(
     records, gradient = run_step(trained, task)
     assert_gradients_close(gradient, gradient_from_records(trained, task, records))
 
-    assert [record["slot"] for record in by_completion(records)] == [slot for slot in range(5) for _ in range(4)]
+    assert [record["prompt_index"] for record in by_completion(records)] == [
+        prompt_index for prompt_index in range(5) for _ in range(4)
+    ]
     assert {record["prompt"] for record in records} == set(TEXTS)
     assert len({len(record["completion_ids"]) for record in records}) > 1
     assert [record["reward"] for record in records] == [
@@ -196,11 +198,11 @@ def test_a_step_that_cannot_be_scored_moves_nothing(
 
 
 def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each forward of the policy from now on."""
+    """PackedCompletions of each forward of the policy from now on."""
     counts: list[int] = []
     forward = CompletionLogprobs.forward
 
-    def counting(self: CompletionLogprobs, rows: Rows) -> Tensor:
+    def counting(self: CompletionLogprobs, rows: PackedCompletions) -> Tensor:
         counts.append(len(rows.lengths))
         return forward(self, rows)
 
@@ -221,7 +223,11 @@ def test_skipping_idle_groups_changes_no_gradient(
     monkeypatch.setattr(Group, "is_idle", False)
     all_records, expected = run_step(policy, task)
     # The first group is always run, so that every process takes part in the backward pass.
-    idle_slots = {slot for slot in range(1, 5) if len({r["reward"] for r in records if r["slot"] == slot}) == 1}
+    idle_slots = {
+        prompt_index
+        for prompt_index in range(1, 5)
+        if len({r["reward"] for r in records if r["prompt_index"] == prompt_index}) == 1
+    }
     assert len(idle_slots) >= 2
     assert counts == [(5 - len(idle_slots)) * 4, 5 * 4]
     assert gradient.keys() == expected.keys()
@@ -229,10 +235,10 @@ def test_skipping_idle_groups_changes_no_gradient(
         torch.testing.assert_close(gradient[name], value, rtol=0, atol=1e-5)
 
     for record, other in zip(by_completion(records), by_completion(all_records), strict=True):
-        is_idle = record["slot"] in idle_slots
+        is_idle = record["prompt_index"] in idle_slots
         assert (record["logprob"] is None) == is_idle
         assert other["advantage"] == pytest.approx(record["advantage"], abs=1e-6)
-        unlike = {"logprob": None, "advantage": None, "sampler_kl": None, "clipped": None}
+        unlike = {"logprob": None, "advantage": None, "mismatch_kl": None, "clip_ratio": None}
         assert record | unlike == other | unlike
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rekatrain.data.chat import Ending
+from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -14,11 +14,11 @@ from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.loss import (
     clipped_surrogates,
     k2_loss,
+    kl_penalized_rewards,
     leave_one_out_advantages,
-    regularised_rewards,
     sequence_weights,
 )
-from rekatrain.trainer.rloo.microbatch import Totals, batch_loss, make_batches, set_advantages
+from rekatrain.trainer.rloo.microbatch import LossDenominators, batch_loss, make_microbatches, set_advantages
 from rekatrain.trainer.rloo.packing import PassCost
 from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -68,15 +68,15 @@ def test_a_mean_baseline_shrinks_the_gradient_by_one_over_k(theta: Tensor, group
 
 @pytest.mark.parametrize(("group_size", "cosine"), [(2, 0.965), (3, 0.973), (4, 0.982)])
 def test_dividing_by_the_standard_deviation_turns_the_gradient(theta: Tensor, group_size: int, cosine: float) -> None:
-    def normalised(rewards_PG: Tensor) -> Tensor:
+    def normalized(rewards_PG: Tensor) -> Tensor:
         return (leave_one_out_advantages(rewards_PG) / rewards_PG.std(dim=1, keepdim=True)).nan_to_num(0.0)
 
     exact = gradient((theta.softmax(dim=0) * REWARDS).sum(), theta)
-    turned = expected_gradient(theta, REWARDS, group_size, normalised)
+    turned = expected_gradient(theta, REWARDS, group_size, normalized)
     assert torch.cosine_similarity(turned, exact, dim=0).item() == pytest.approx(cosine, abs=5e-4)
 
 
-def regularised_gradient(theta: Tensor) -> Tensor:
+def regularized_gradient(theta: Tensor) -> Tensor:
     """Gradient of E[r] - beta * KL, by differentiating the sum over the five actions."""
     logprobs = torch.log_softmax(theta, dim=0)
     return gradient((logprobs.exp() * (REWARDS - BETA * (logprobs - REFERENCE_LOGPROBS))).sum(), theta)
@@ -86,12 +86,12 @@ def regularised_gradient(theta: Tensor) -> Tensor:
 def test_the_log_ratio_in_the_reward_and_in_the_baseline_gives_the_gradient_of_the_kl(
     theta: Tensor, group_size: int
 ) -> None:
-    exact = regularised_gradient(theta)
+    exact = regularized_gradient(theta)
     stated = doubles([0.075987, -0.100282, -0.080938, 0.255769, -0.150536])
     torch.testing.assert_close(exact, stated, rtol=0, atol=5e-7)
 
     log_ratios = torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS  # with gradient: the reward must detach it
-    rewards = regularised_rewards(REWARDS, log_ratios, BETA)
+    rewards = kl_penalized_rewards(REWARDS, log_ratios, BETA)
     assert not rewards.requires_grad
     assert (expected_gradient(theta, rewards, group_size) - exact).abs().max() <= 1e-15
 
@@ -105,8 +105,8 @@ def test_the_other_estimators_of_the_kl_do_not_belong_in_the_reward(
     theta: Tensor, estimate: Callable[[Tensor], Tensor], error: float
 ) -> None:
     kl = estimate(torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS)
-    found = expected_gradient(theta, regularised_rewards(REWARDS, kl, BETA), 4)
-    assert (found - regularised_gradient(theta)).abs().max().item() == pytest.approx(error, abs=5e-5)
+    found = expected_gradient(theta, kl_penalized_rewards(REWARDS, kl, BETA), 4)
+    assert (found - regularized_gradient(theta)).abs().max().item() == pytest.approx(error, abs=5e-5)
 
 
 # A policy of two steps over the tokens a, b and stop. A completion that does not stop at once has two tokens, and its
@@ -195,10 +195,11 @@ def completion_logprobs(policy: LlamaForCausalLM) -> Tensor:
 
 def pair_group(pair: tuple[int, int]) -> Group:
     completions = [
-        Completion(ids=COMPLETIONS[y], logprobs=[0.0] * len(COMPLETIONS[y]), ending=Ending.STOP) for y in pair
+        Completion(ids=COMPLETIONS[y], logprobs=[0.0] * len(COMPLETIONS[y]), finish_reason=FinishReason.STOP)
+        for y in pair
     ]
     return Group(
-        slot=0,
+        prompt_index=0,
         prompt=Prompt(text="", ids=PROMPT, row=Row(messages=[], where="")),
         completions=completions,
         texts=["", ""],
@@ -216,12 +217,12 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
     assert chances.sum().item() == pytest.approx(1, abs=1e-12)
     policy.zero_grad()
     for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
-        [batch] = make_batches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
+        [batch] = make_microbatches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
         logprobs_T = scored(batch.rows)
         batch.old_logprobs = logprobs_T.detach()
         batch.reference_logprobs = frozen(batch.rows).detach()
         set_advantages([batch], config)
-        totals = Totals(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
+        totals = LossDenominators(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
         (chances[list(pair)].prod() * batch_loss(batch, logprobs_T, config, totals)).backward()
     return {name: -parameter.grad for name, parameter in policy.named_parameters()}
 
@@ -231,7 +232,7 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
     [
         ({"beta": 0.0}, True),
         ({}, True),
-        ({"kl_estimator": "k2", "kl_placement": "loss"}, True),
+        ({"kl_placement": "loss"}, True),
         ({"importance_sampling_level": "token"}, True),  # at ratio 1
         ({"loss_type": "sequence_mean"}, False),
         ({"loss_type": "token_mean"}, False),
@@ -252,5 +253,5 @@ def test_the_expected_step_of_a_llama_is_the_gradient_of_its_objective(
     (logprobs_Y.exp() * (doubles(LLAMA_REWARDS) - config.beta * kl_Y)).sum().backward()
     exact = {name: parameter.grad for name, parameter in policy.named_parameters()}
     error = distance(found, exact)
-    # Log-probabilities are normalised in float32, also of a float64 model.
+    # Log-probabilities are normalized in float32, also of a float64 model.
     assert error < 1e-5 if is_exact else error > 0.05

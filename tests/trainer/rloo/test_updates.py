@@ -6,7 +6,7 @@ import pytest
 import torch
 from rekatrain.trainer.rloo.loss import clipped_surrogates
 from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -72,7 +72,7 @@ def test_at_learning_rate_zero_every_ratio_is_exactly_one(
     assert len(gradients) == 3
     assert len(log_ratios) % 3 == 0 and (len(log_ratios) > 15) == (budget == 40)
     assert all(torch.count_nonzero(ratios_T) == 0 for ratios_T in log_ratios)
-    assert [record["clipped"] for record in records] == [0.0] * 20
+    assert [record["clip_ratio"] for record in records] == [0.0] * 20
     for gradient in gradients:
         assert all(torch.equal(gradient[name], value) for name, value in expected.items())
 
@@ -127,8 +127,8 @@ def test_each_update_has_the_gradient_of_the_clipped_objective(
         expected = gradient_of_terms(updated, task, records, term)
         assert_gradients_close(gradient, expected)
     # The last update's.
-    assert [record["clipped"] for record in records] == pytest.approx(shares)
-    assert 0.1 < step_metrics(records)["clip_fraction"] < 0.9
+    assert [record["clip_ratio"] for record in records] == pytest.approx(shares)
+    assert 0.1 < step_metrics(records)["clip_ratio"] < 0.9
 
 
 def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
@@ -137,13 +137,13 @@ def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
     task = make_task(tokenizer, epsilon=1e-6)
     records, gradients = run_updates(policy, task, change=lambda: perturb(policy))
     assert len(gradients) == 1
-    assert step_metrics(records)["clip_fraction"] == 0
+    assert step_metrics(records)["clip_ratio"] == 0
 
 
 # Importance weights
 
 
-def mismatch(policy: Policy, task: RLOOTask, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:
+def mismatch(policy: Policy, task: RunSetup, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:
     """log pi - log sampler of each token, [T]."""
     recorded = torch.tensor(sampler.completion(task, record).logprobs, dtype=torch.float64)
     return token_logprobs(exact_copy(policy), task, record).detach() - recorded
@@ -186,16 +186,16 @@ def test_without_correction_the_mismatch_is_logged_and_changes_nothing(
     sampler = KeepingSampler(task.make_sampler(policy), noise=0.3)
     records, gradient = run_step(policy, task, sampler=sampler)
     assert all(torch.equal(gradient[name], value) for name, value in plain.items())
-    assert step_metrics(plain_records)["sampler_kl"] == pytest.approx(0, abs=1e-9)
+    assert step_metrics(plain_records)["mismatch_kl"] == pytest.approx(0, abs=1e-9)
 
     log_ratios = [mismatch(policy, task, sampler, record) for record in records]
     by_token = torch.cat(log_ratios)
     metrics = step_metrics(records)
-    assert metrics["sampler_kl"] == pytest.approx((by_token.exp() - 1 - by_token).mean().item(), rel=1e-3)
-    assert metrics["sampler_mismatch"] == pytest.approx(
+    assert metrics["mismatch_kl"] == pytest.approx((by_token.exp() - 1 - by_token).mean().item(), rel=1e-3)
+    assert metrics["mismatch_logprob"] == pytest.approx(
         torch.stack([log_ratio.sum().abs() for log_ratio in log_ratios]).mean().item(), rel=1e-3
     )
-    assert metrics["sampler_kl"] > 0.01
+    assert metrics["mismatch_kl"] > 0.01
 
 
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate"])

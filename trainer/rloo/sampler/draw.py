@@ -9,31 +9,31 @@ from torch import Tensor
 # Running sums are kept by block: only the block that holds the token is looked at token by token.
 BLOCK = 256
 # A filter that would cut between two tokens nearer than this in log-probability keeps both: whoever scores the draw
-# again has other rounding and must find the same tokens above the floor.
+# again has other rounding and must find the same tokens above the cutoff.
 TIE = 1e-5
 
 
 def draw(
     logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw at uniforms in [0, 1) -> ids [R], their log-probabilities [R], floors [R].
+    """Draw at uniforms in [0, 1) -> ids [R], their log-probabilities [R], cutoffs [R].
 
     Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
     k likeliest tokens can be drawn, with top_p then only the likeliest of these that reach that probability together;
-    their log-probabilities are among each other. Tokens as likely as the last one stay too. The floor lies between the
+    their log-probabilities are among each other. Tokens as likely as the last one stay too. The cutoff lies between the
     last of them and the first that is left out, and is told from the drawn token: log p of a token that could be drawn
-    is at least that of the drawn one plus the floor, over all tokens or over those alone. Without a filter it is None.
+    is at least that of the drawn one plus the cutoff, over all tokens or over those alone. Without a filter it is None.
     """
     scaled_RV = logits_RV.float() if temperature in (0, 1) else logits_RV.float() / temperature
-    floors_R = None
+    cutoffs_R = None
     if top_p < 1 or top_k is not None:
-        floors_R = _floors(scaled_RV, top_p, top_k)
-        scaled_RV = scaled_RV.masked_fill(scaled_RV < floors_R[:, None], -torch.inf)
+        cutoffs_R = _cutoffs(scaled_RV, top_p, top_k)
+        scaled_RV = scaled_RV.masked_fill(scaled_RV < cutoffs_R[:, None], -torch.inf)
     probabilities_RV = scaled_RV.softmax(dim=1)
     ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(probabilities_RV, uniforms_R)
-    if floors_R is not None:
-        floors_R = floors_R - scaled_RV.gather(1, ids_R1)[:, 0]
-    return ids_R1[:, 0], probabilities_RV.gather(1, ids_R1)[:, 0].log(), floors_R
+    if cutoffs_R is not None:
+        cutoffs_R = cutoffs_R - scaled_RV.gather(1, ids_R1)[:, 0]
+    return ids_R1[:, 0], probabilities_RV.gather(1, ids_R1)[:, 0].log(), cutoffs_R
 
 
 def _invert(probabilities_RV: Tensor, uniforms_R: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _invert(probabilities_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     return tokens_Rv.gather(1, torch.minimum(place_R1, last_R1))
 
 
-def _floors(scaled_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+def _cutoffs(scaled_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     """Scaled logits below which the filters leave tokens out, as vLLM and transformers do, -> [R]."""
     sorted_RV = scaled_RV.sort(dim=1, descending=True).values
     num_tokens = sorted_RV.shape[1]
@@ -70,5 +70,5 @@ def _floors(scaled_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
     between_R1 = torch.minimum((kept_R1 + dropped_R1) / 2, kept_R1 - TIE)
-    floors_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, between_R1)
-    return floors_R1[:, 0]
+    cutoffs_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, between_R1)
+    return cutoffs_R1[:, 0]

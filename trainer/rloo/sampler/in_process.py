@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from rekatrain.data.chat import Ending
+from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.kernels.cpu.packed_weights import decoding_weights
@@ -31,17 +31,17 @@ class Completion:
 
     ids:      sampled ids, up to and including the one that ended it
     logprobs: log-probability that each id was drawn with, at the sampling temperature (same length)
-    ending:   `<sep>` was completed, the eos token was drawn, or the length ran out
+    finish_reason:   `<sep>` was completed, the eos token was drawn, or the length ran out
     forced:   places of ids that were not drawn but forced by the reasoning budget; their log-probability reads 0
-    floors:   for each id, log p of the least likely token that could be drawn, less that of the id, rounded down;
+    cutoffs:   for each id, log p of the least likely token that could be drawn, less that of the id, rounded down;
               empty where every token could be drawn
     """
 
     ids: list[int]
     logprobs: list[float]
-    ending: Ending
+    finish_reason: FinishReason
     forced: range = range(0)
-    floors: list[float] = field(default_factory=list)
+    cutoffs: list[float] = field(default_factory=list)
 
 
 class Sampler:
@@ -130,20 +130,20 @@ class Sampler:
         rows = [_Row() for _ in uniforms]
         live = list(range(len(rows)))
         for length in range(1, self.max_completion_length + 1):
-            drawn, logprobs, floors = draw(
+            drawn, logprobs, cutoffs = draw(
                 logits_RV[:, : self._num_tokens],
                 uniforms_RT[live, length - 1],
                 self.temperature,
                 self.top_p,
                 self.top_k,
             )
-            floors_of_rows = [None] * len(live) if floors is None else floors.tolist()
-            for row, *token in zip(live, drawn.tolist(), logprobs.tolist(), floors_of_rows, strict=True):
+            cutoffs_of_rows = [None] * len(live) if cutoffs is None else cutoffs.tolist()
+            for row, *token in zip(live, drawn.tolist(), logprobs.tolist(), cutoffs_of_rows, strict=True):
                 self._append(rows[row], *token)
             for row in live:
-                if on_completion is not None and rows[row].ending is not None:
+                if on_completion is not None and rows[row].finish_reason is not None:
                     on_completion(first_group * num_generations + row, rows[row].completion())
-            going_on = [place for place, row in enumerate(live) if rows[row].ending is None]
+            going_on = [place for place, row in enumerate(live) if rows[row].finish_reason is None]
             if not going_on or length == self.max_completion_length:
                 break
             if len(going_on) < len(live):
@@ -153,19 +153,19 @@ class Sampler:
             cache.advance()
         return [row.completion() for row in rows]
 
-    def _append(self, row: "_Row", drawn: int, logprob: float, floor: float | None) -> None:
+    def _append(self, row: "_Row", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Add the drawn token, or the one that is forced in its place, and see whether the row ends with it."""
         if row.to_force:
-            drawn, logprob, floor = row.to_force.pop(0), 0.0, None if floor is None else -math.inf
+            drawn, logprob, cutoff = row.to_force.pop(0), 0.0, None if cutoff is None else -math.inf
             row.num_forced += 1
         row.ids.append(drawn)
         row.logprobs.append(logprob)
-        if floor is not None:
-            row.floors.append(floor)
+        if cutoff is not None:
+            row.cutoffs.append(cutoff)
         if self._stop.completes_at(row.ids, len(row.ids)):
-            row.ending = Ending.STOP
+            row.finish_reason = FinishReason.STOP
         elif drawn == self._eos_id:
-            row.ending = Ending.EOS
+            row.finish_reason = FinishReason.EOS
         elif len(row.ids) == self.reasoning_budget:
             row.to_force, row.forced_from = reasoning_closing(row.ids, self._tokenizer), len(row.ids)
 
@@ -176,19 +176,19 @@ class _Row:
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    floors: list[float] = field(default_factory=list)
+    cutoffs: list[float] = field(default_factory=list)
     to_force: list[int] = field(default_factory=list)
     num_forced: int = 0
     forced_from: int = 0
-    ending: Ending | None = None
+    finish_reason: FinishReason | None = None
 
     def completion(self) -> Completion:
         return Completion(
             ids=self.ids,
             logprobs=self.logprobs,
-            ending=self.ending or Ending.LENGTH,
+            finish_reason=self.finish_reason or FinishReason.LENGTH,
             forced=range(self.forced_from, self.forced_from + self.num_forced),
-            floors=self.floors,
+            cutoffs=self.cutoffs,
         )
 
 

@@ -17,8 +17,8 @@ FIRST_ROOM = 64
 class ForkedCache:
     """First the layout of the prompts' call, then that of each call with one new token a live row.
 
-    A row is known by its place in the batch; `slots` says to which prompt it belongs, so that a row that ends is
-    replaced by the last one and nothing else moves.
+    A row is known by its place in the batch; `prompt_indices` says to which prompt it belongs, so that the last row
+    replaces one that ends and nothing else moves.
     """
 
     def __init__(self, prompt_lengths: Sequence[int], num_generations: int, max_length: int, device: torch.device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rekatrain.trainer.rloo.kernels.cpu.packed_weights import decoding_weights
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="weights are packed by MKL")
@@ -43,7 +43,7 @@ def test_layers_in_another_dtype_are_those_of_autocast(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     score = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
-    rows = make_rows([[5, 6, 7], [8]], [[[9, 10], [11]], [[12, 13, 14], [15]]], torch.device("cpu"))
+    rows = pack_completions([[5, 6, 7], [8]], [[[9, 10], [11]], [[12, 13, 14], [15]]], torch.device("cpu"))
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected = score(rows)

@@ -18,7 +18,7 @@ def test_each_token_takes_its_probability_of_the_uniforms(temperature: float) ->
     torch.manual_seed(0)
     logits = torch.randn(60) * 3
     num_points = 20_000
-    ids, logprobs, floors = draw(logits.expand(num_points, -1), grid(num_points), temperature)
+    ids, logprobs, cutoffs = draw(logits.expand(num_points, -1), grid(num_points), temperature)
 
     probabilities = torch.softmax(logits.double() / temperature, dim=0)
     counts = torch.bincount(ids, minlength=len(logits))
@@ -29,7 +29,7 @@ def test_each_token_takes_its_probability_of_the_uniforms(temperature: float) ->
 
 def test_each_row_is_drawn_from_its_own_logits() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]])
-    ids, logprobs, floors = draw(logits, torch.tensor([0.6, 0.6, 0.4]), 1.0)
+    ids, logprobs, cutoffs = draw(logits, torch.tensor([0.6, 0.6, 0.4]), 1.0)
     assert ids.tolist() == [1, 0, 0]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.75, 0.5]))
 
@@ -41,7 +41,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     logits[:, forbidden] = -math.inf
     edges = [0.0, 2.0**-53, 0.5, 1 - 2.0**-53]  # numpy's uniforms are the multiples of 2^-53 below 1
     for uniform in edges:
-        ids, logprobs, floors = draw(logits, torch.full((200,), uniform, dtype=torch.float64), 1.0)
+        ids, logprobs, cutoffs = draw(logits, torch.full((200,), uniform, dtype=torch.float64), 1.0)
         assert not set(ids.tolist()) & set(forbidden)
         assert logprobs.isfinite().all()
 
@@ -57,7 +57,7 @@ def test_the_tail_of_a_large_vocabulary_can_be_drawn() -> None:
 def test_temperature_zero_takes_the_most_likely_token_and_its_logprob_at_one() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
     for uniform in (0.0, 0.999):
-        ids, logprobs, floors = draw(logits, torch.full((2,), uniform), 0)
+        ids, logprobs, cutoffs = draw(logits, torch.full((2,), uniform), 0)
         assert ids.tolist() == [1, 0]
         torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=1)[[0, 1], [1, 0]], rtol=0, atol=1e-6)
 
@@ -86,16 +86,16 @@ LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.25]]).log()
 )
 def test_the_likeliest_tokens_are_drawn_in_proportion(top_p: float, top_k: int | None, kept: list[int]) -> None:
     num_points = 1000
-    ids, logprobs, floors = draw(LOGITS.expand(num_points, -1), grid(num_points), 1.0, top_p, top_k)
+    ids, logprobs, cutoffs = draw(LOGITS.expand(num_points, -1), grid(num_points), 1.0, top_p, top_k)
     chances = LOGITS[0, kept].double().exp() / LOGITS[0, kept].double().exp().sum()
     counts = torch.bincount(ids, minlength=5)
     assert counts.nonzero()[:, 0].tolist() == kept
     assert (counts[kept] - num_points * chances).abs().max() <= 1.01
     torch.testing.assert_close(logprobs.exp().double(), chances[torch.searchsorted(torch.tensor(kept), ids)])
-    assert floors is not None
-    # From whichever token was drawn, and whatever is added to all logits, the floor says which were kept.
-    for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
-        assert (LOGITS[0] >= LOGITS[0, drawn] + floor).nonzero()[:, 0].tolist() == kept
+    assert cutoffs is not None
+    # From whichever token was drawn, and whatever is added to all logits, the cutoff says which were kept.
+    for drawn, cutoff in zip(ids.tolist(), cutoffs.tolist(), strict=True):
+        assert (LOGITS[0] >= LOGITS[0, drawn] + cutoff).nonzero()[:, 0].tolist() == kept
 
 
 def test_without_a_filter_there_is_no_floor() -> None:
@@ -105,24 +105,24 @@ def test_without_a_filter_there_is_no_floor() -> None:
 
 def test_tokens_as_likely_as_the_last_one_stay() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 0.0]])
-    ids, _, floors = draw(logits.expand(50, -1), grid(50), 1.0, 1.0, 2)
-    assert floors is not None and set(ids.tolist()) == {1, 2, 3}
-    # Rounding moves no token over the floor, and never the drawn one.
+    ids, _, cutoffs = draw(logits.expand(50, -1), grid(50), 1.0, 1.0, 2)
+    assert cutoffs is not None and set(ids.tolist()) == {1, 2, 3}
+    # Rounding moves no token over the cutoff, and never the drawn one.
     for rounding in (-5e-6, 0.0, 5e-6):
-        for drawn, floor in zip(ids.tolist(), floors.tolist(), strict=True):
-            assert floor <= 0
-            assert (logits[0] + rounding >= logits[0, drawn] + floor).tolist() == [False, True, True, True, False]
+        for drawn, cutoff in zip(ids.tolist(), cutoffs.tolist(), strict=True):
+            assert cutoff <= 0
+            assert (logits[0] + rounding >= logits[0, drawn] + cutoff).tolist() == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.5, None), (0.9, None), (0.5, 5), (0.8, 5), (0.9, 20)])
 def test_what_is_kept_is_what_transformers_keeps_and_all_ties(top_p: float, top_k: int | None) -> None:
     logits = torch.randn(500, 60, generator=torch.Generator().manual_seed(0)).mul(8).round() / 4  # full of ties
-    ids, _, floors = draw(logits, torch.full((500,), 0.5), 1.0, top_p, top_k)
+    ids, _, cutoffs = draw(logits, torch.full((500,), 0.5), 1.0, top_p, top_k)
     kept = logits if top_k is None else TopKLogitsWarper(top_k)(ids, logits)
     kept = (kept if top_p == 1 else TopPLogitsWarper(top_p)(ids, kept)) > -torch.inf
     last = logits.masked_fill(~kept, torch.inf).amin(dim=1, keepdim=True)
-    assert floors is not None
-    ours = logits >= logits.gather(1, ids[:, None]) + floors[:, None]
+    assert cutoffs is not None
+    ours = logits >= logits.gather(1, ids[:, None]) + cutoffs[:, None]
     assert torch.equal(ours, logits >= last)  # transformers' top-p keeps some of the tokens as likely as the last
     assert not kept[~ours].any()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from rekatrain.data.chat import STOP, Ending, encode_text, parse_completion
+from rekatrain.data.chat import STOP, FinishReason, encode_text, parse_completion
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -101,7 +101,7 @@ def test_a_completion_ends_with_the_token_that_completes_the_stop(
         script = script[: len((text.partition(STOP)[0] + STOP).encode())]
     # The filler that follows, and a second stop, are not sampled.
     completion = follow(merging_tokenizer, [*script, FILLER, *script])
-    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), ending=Ending.STOP)
+    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), finish_reason=FinishReason.STOP)
 
 
 @pytest.mark.parametrize("text", [" <sep>", "4.<sep>", "{4}<sep>", "4<sep>\n\n", "(4)<sep>"])
@@ -110,31 +110,37 @@ def test_rekas_tokenizer_is_stopped_however_it_writes_the_stop(
 ) -> None:
     script = encode_text(text, cl100k)
     completion = follow(cl100k, [*script, *encode_text(" more", cl100k)])
-    assert (completion.ids, completion.ending) == (script, Ending.STOP)
+    assert (completion.ids, completion.finish_reason) == (script, FinishReason.STOP)
 
 
 def test_eos_ends_a_completion_and_belongs_to_it(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = [*encode_text("Blue", tokenizer), tokenizer.eos_token_id]
     completion = follow(tokenizer, [*script, *encode_text(" <sep>", tokenizer)])
-    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), ending=Ending.EOS)
+    assert completion == Completion(ids=script, logprobs=[0.0] * len(script), finish_reason=FinishReason.EOS)
 
 
 def test_an_immediate_eos_is_a_completion_of_one_id(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     completion = follow(tokenizer, [tokenizer.eos_token_id])
-    assert completion == Completion(ids=[tokenizer.eos_token_id], logprobs=[0.0], ending=Ending.EOS)
+    assert completion == Completion(ids=[tokenizer.eos_token_id], logprobs=[0.0], finish_reason=FinishReason.EOS)
 
 
 def test_a_completion_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode_text("Blue, as in the sky <sep>", tokenizer)
     completion = follow(tokenizer, script, max_completion_length=4)
-    assert completion == Completion(ids=script[:4], logprobs=[0.0] * 4, ending=Ending.LENGTH)
+    assert completion == Completion(ids=script[:4], logprobs=[0.0] * 4, finish_reason=FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("ending", [Ending.STOP, Ending.EOS])
-def test_an_end_at_the_cap_is_no_cut(follow: Follow, tokenizer: PreTrainedTokenizerFast, ending: Ending) -> None:
-    script = encode_text("Blue <sep>", tokenizer) if ending == Ending.STOP else [7, 8, tokenizer.eos_token_id]
-    assert follow(tokenizer, script, len(script)) == Completion(ids=script, logprobs=[0.0] * len(script), ending=ending)
-    assert follow(tokenizer, script, len(script) - 1).ending == Ending.LENGTH
+@pytest.mark.parametrize("finish_reason", [FinishReason.STOP, FinishReason.EOS])
+def test_an_end_at_the_cap_is_no_cut(
+    follow: Follow, tokenizer: PreTrainedTokenizerFast, finish_reason: FinishReason
+) -> None:
+    script = (
+        encode_text("Blue <sep>", tokenizer) if finish_reason == FinishReason.STOP else [7, 8, tokenizer.eos_token_id]
+    )
+    assert follow(tokenizer, script, len(script)) == Completion(
+        ids=script, logprobs=[0.0] * len(script), finish_reason=finish_reason
+    )
+    assert follow(tokenizer, script, len(script) - 1).finish_reason == FinishReason.LENGTH
 
 
 def test_a_stop_is_not_searched_in_the_prompt(
@@ -144,7 +150,7 @@ def test_a_stop_is_not_searched_in_the_prompt(
     draws.expect((0,), 0, [closing], 3)
     sampler = Sampler(model, tokenizer, max_completion_length=3, temperature=1.0, batch_size=8)
     [[completion]] = sampler.sample([opening], [(0,)], 1)
-    assert (completion.ids, completion.ending) == ([closing, FILLER, FILLER], Ending.LENGTH)
+    assert (completion.ids, completion.finish_reason) == ([closing, FILLER, FILLER], FinishReason.LENGTH)
 
 
 def test_rows_that_end_leave_the_batch(
@@ -154,13 +160,13 @@ def test_rows_that_end_leave_the_batch(
     stop = encode_text("Blue <sep>", tokenizer)
     prompts = [[50], [51, 52], [53, 54, 55], [56]]
     scripts = [[60, 61, eos], [eos], stop, [62] * 20]
-    for slot, script in enumerate(scripts):
+    for prompt_index, script in enumerate(scripts):
         for number in range(2):
-            draws.expect((7, slot), number, script, 9)
+            draws.expect((7, prompt_index), number, script, 9)
     num_embedded = []
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: num_embedded.append(inputs[0].numel()))
     sampler = Sampler(model, tokenizer, max_completion_length=9, temperature=1.0, batch_size=8)
-    groups = sampler.sample(prompts, [(7, slot) for slot in range(4)], 2)
+    groups = sampler.sample(prompts, [(7, prompt_index) for prompt_index in range(4)], 2)
 
     assert [[completion.ids for completion in group] for group in groups] == [
         [[60, 61, eos]] * 2,
@@ -168,7 +174,12 @@ def test_rows_that_end_leave_the_batch(
         [stop] * 2,
         [[62] * 9] * 2,
     ]
-    assert [group[0].ending for group in groups] == [Ending.EOS, Ending.EOS, Ending.STOP, Ending.LENGTH]
+    assert [group[0].finish_reason for group in groups] == [
+        FinishReason.EOS,
+        FinishReason.EOS,
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+    ]
     ends = [3, 1, len(stop), 9]
     num_live = [sum(2 * (end > length) for end in ends) for length in range(9)]
     assert draws.rows_per_call == num_live
@@ -190,7 +201,7 @@ def test_an_open_reasoning_is_closed_at_the_budget(follow: Follow, tokenizer: Pr
     # What would have been drawn in place of the closing is lost; the policy goes on behind it.
     assert completion.ids == [*thought, *closing, *encode_text("4 <sep>", tokenizer)]
     assert completion.forced == range(len(thought), len(thought) + len(closing))
-    assert completion.ending == Ending.STOP
+    assert completion.finish_reason == FinishReason.STOP
     assert [completion.logprobs[place] for place in completion.forced] == [0.0] * len(closing)
     parsed = parse_completion(tokenizer.decode(completion.ids))
     assert (parsed.reasoning, parsed.answer) == ("Two and two make", "4")
@@ -209,13 +220,13 @@ def test_what_is_closed_or_never_opened_is_left_alone(
     script = encode_text(text, tokenizer)
     budget = len(encode_text(text.split(" more")[0], tokenizer))
     completion = follow(tokenizer, script, 90, reasoning_budget=budget)
-    assert (completion.ids, completion.forced, completion.ending) == (script, range(0), Ending.STOP)
+    assert (completion.ids, completion.forced, completion.finish_reason) == (script, range(0), FinishReason.STOP)
 
 
 def test_without_a_budget_a_reasoning_goes_on(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode_text(" <reasoning>\nTwo and two make four and so on", tokenizer)
     completion = follow(tokenizer, script, len(script))
-    assert (completion.ids, completion.forced, completion.ending) == (script, range(0), Ending.LENGTH)
+    assert (completion.ids, completion.forced, completion.finish_reason) == (script, range(0), FinishReason.LENGTH)
 
 
 def test_an_end_at_the_budget_is_the_end(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -223,7 +234,7 @@ def test_an_end_at_the_budget_is_the_end(follow: Follow, tokenizer: PreTrainedTo
         assert script[-1] == 0 == tokenizer.eos_token_id or STOP in tokenizer.decode(script)
         completion = follow(tokenizer, script, 40, reasoning_budget=len(script))
         assert (completion.ids, completion.forced) == (script, range(0))
-        assert completion.ending != Ending.LENGTH
+        assert completion.finish_reason != FinishReason.LENGTH
 
 
 def test_a_closing_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -232,13 +243,13 @@ def test_a_closing_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTo
     completion = follow(tokenizer, thought, len(thought) + 2, reasoning_budget=len(thought))
     assert completion.ids == [*thought, *closing[:2]]
     assert completion.forced == range(len(thought), len(thought) + 2)
-    assert completion.ending == Ending.LENGTH
+    assert completion.finish_reason == FinishReason.LENGTH
 
 
 def test_forced_tokens_have_no_floor(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The floor of a forced token must not keep it out of its own distribution when it is scored.
+    # The cutoff of a forced token must not keep it out of its own distribution when it is scored.
     thought = encode_text(" <reasoning>\nTwo", tokenizer)
     drawn = iter([*thought, *[FILLER] * 40])
     monkeypatch.setattr(
@@ -259,4 +270,4 @@ def test_forced_tokens_have_no_floor(
     assert len(completion.forced) == len(encode_text(CLOSING, tokenizer)) < 20
     for place in range(cap):
         expected = (0.0, -math.inf) if place in completion.forced else (-0.5, -3.0)
-        assert (completion.logprobs[place], completion.floors[place]) == expected
+        assert (completion.logprobs[place], completion.cutoffs[place]) == expected

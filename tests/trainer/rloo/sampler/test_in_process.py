@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rekatrain.data.chat import Ending, encode_text
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_rows
+from rekatrain.data.chat import FinishReason, encode_text
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CPU = torch.device("cpu")
 
 TEXTS = ["human: What is 2+2? <sep> assistant:", "human: 17 + 25 = <sep> assistant:", "Be brief.", "a"]
-KEYS = [(3, 0, slot) for slot in range(len(TEXTS))]
+KEYS = [(3, 0, prompt_index) for prompt_index in range(len(TEXTS))]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_recorded_logprobs_equal_scored_logprobs(
     groups = make_sampler(policy, tokenizer, temperature=0.7).sample(prompts, KEYS, 5)
     recorded = [logprob for group in groups for completion in group for logprob in completion.logprobs]
     scored = CompletionLogprobs(policy, temperature=0.7, num_tokens=len(tokenizer))
-    logprobs_T = scored(make_rows(prompts, ids_of(groups), CPU))
+    logprobs_T = scored(pack_completions(prompts, ids_of(groups), CPU))
     torch.testing.assert_close(torch.tensor(recorded), logprobs_T.detach(), rtol=0, atol=1e-5)
     assert len({len(completion.ids) for group in groups for completion in group}) > 2
 
@@ -68,7 +68,10 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_its_neighbours(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     together = make_sampler(policy, tokenizer).sample(prompts, KEYS, 3)
-    assert {completion.ending for group in together for completion in group} == {Ending.EOS, Ending.LENGTH}
+    assert {completion.finish_reason for group in together for completion in group} == {
+        FinishReason.EOS,
+        FinishReason.LENGTH,
+    }
     assert len({tuple(completion.ids) for group in together for completion in group}) > 6
 
     for batch_size in (3, 5, 6, 12):
@@ -79,7 +82,7 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_its_neighbours(
     ]
     assert ids_of(alone) == ids_of(together)
     for one, other in zip(sum(alone, []), sum(together, []), strict=True):
-        assert one.ending == other.ending
+        assert one.finish_reason == other.finish_reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
     backwards = make_sampler(policy, tokenizer).sample(prompts[::-1], KEYS[::-1], 3)
     assert ids_of(backwards[::-1]) == ids_of(together)
@@ -104,7 +107,9 @@ def test_samples_from_one_prefill_are_those_of_separate_calls(
         [group] = sampler.sample([prompt], [(7,)], 6)
         separate = [sampler.sample([prompt], [(7, number)], 1)[0][0] for number in range(6)]
         assert [completion.ids for completion in group] == [completion.ids for completion in separate]
-        assert [completion.ending for completion in group] == [completion.ending for completion in separate]
+        assert [completion.finish_reason for completion in group] == [
+            completion.finish_reason for completion in separate
+        ]
 
 
 def test_the_first_tokens_of_many_samples_have_the_policys_distribution(

@@ -1,13 +1,13 @@
 """Attention of packed groups on a CPU: a prompt's keys once for all its completions, no mask, nothing computed twice.
 
 A completion's token sees the whole prompt and the part of its own completion before it. The two are attended to apart,
-the prompt by all completions of the group in one call, and put together by their normalisers: with outputs o, p and
+the prompt by all completions of the group in one call, and put together by their normalizers: with outputs o, p and
 logs of sums of exponentials l, m
 
-    softmax over both = o + sigmoid(m - l) (p - o)      its normaliser: log(exp l + exp m)
+    softmax over both = o + sigmoid(m - l) (p - o)      its normalizer: log(exp l + exp m)
 
-The gradient of a part is that of its own call, given the output and the normaliser of the whole (Dao et al., arXiv
-2205.14135, section 3.1 and appendix B: probabilities are computed again from the normaliser).
+The gradient of a part is that of its own call, given the output and the normalizer of the whole (Dao et al., arXiv
+2205.14135, section 3.1 and appendix B: probabilities are computed again from the normalizer).
 
 Shapes: T tokens of a call, H heads, K key-value heads, h = H / K heads that share one, D size of a head.
 """
@@ -66,13 +66,13 @@ class GroupAttention(torch.autograd.Function):
         lse = query.new_empty(q.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in _parts(groups):
             rows, seen = part.queries, part.keys
-            o, normaliser = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, part.is_causal, scale=scaling)
+            o, normalizer = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, part.is_causal, scale=scaling)
             if part.is_causal:
-                out[:, :, rows], lse[:, :, rows] = o, normaliser
+                out[:, :, rows], lse[:, :, rows] = o, normalizer
             else:
-                share = torch.sigmoid(normaliser - lse[:, :, rows])
+                share = torch.sigmoid(normalizer - lse[:, :, rows])
                 out[:, :, rows].lerp_(o, share[..., None].to(o.dtype))
-                lse[:, :, rows] = torch.logaddexp(normaliser, lse[:, :, rows])
+                lse[:, :, rows] = torch.logaddexp(normalizer, lse[:, :, rows])
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.groups, ctx.scaling = groups, scaling
         return output

@@ -1,4 +1,4 @@
-"""What vLLM's answers to requests for completions say: ids, log-probabilities, floors, and how each completion ended.
+"""What vLLM's answers to requests for completions say: ids, log-probabilities, cutoffs, and how each completion ended.
 
 Ids are the truth: what a completion is, and how it ended, is found from the ids that the server drew, by the same
 search for `<sep>` as in the in-process sampler.
@@ -7,7 +7,7 @@ search for `<sep>` as in the in-process sampler.
 from dataclasses import replace
 from typing import Any
 
-from rekatrain.data.chat import STOP, Ending
+from rekatrain.data.chat import STOP, FinishReason
 from rekatrain.data.errors import InputError
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -62,7 +62,7 @@ class AnswerReader:
             ids=beginning.ids + closing,
             logprobs=beginning.logprobs + [0.0] * len(closing),
             forced=range(len(beginning.ids), len(beginning.ids) + len(closing)),
-            floors=beginning.floors + ([-float("inf")] * len(closing) if self._num_listed else []),
+            cutoffs=beginning.cutoffs + ([-float("inf")] * len(closing) if self._num_listed else []),
         )
 
     def join(self, beginning: Completion, rest: Completion) -> Completion:
@@ -72,8 +72,8 @@ class AnswerReader:
             beginning,
             ids=ids,
             logprobs=(beginning.logprobs + rest.logprobs)[: len(ids)],
-            floors=(beginning.floors + rest.floors)[: len(ids)],
-            ending=Ending.STOP if self._stop.completes_at(ids, len(ids)) else rest.ending,
+            cutoffs=(beginning.cutoffs + rest.cutoffs)[: len(ids)],
+            finish_reason=FinishReason.STOP if self._stop.completes_at(ids, len(ids)) else rest.finish_reason,
         )
 
     def _read_choice(self, choice: Any, url: str, max_tokens: int, goes_on: bool) -> Completion:  # Any: a JSON value
@@ -87,11 +87,11 @@ class AnswerReader:
         # The server looks for the stop in text that it decodes as it goes; here it is looked for in the ids.
         cut = self._stop.cut(ids)
         if self._stop.completes_at(cut, len(cut)):
-            ending = Ending.STOP
+            finish_reason = FinishReason.STOP
         elif ids[-1] == self._tokenizer.eos_token_id:
-            ending = Ending.EOS
+            finish_reason = FinishReason.EOS
         elif len(ids) == max_tokens or (goes_on and choice.get("stop_reason") == STOP):
-            ending = Ending.LENGTH
+            finish_reason = FinishReason.LENGTH
         else:
             raise InputError(
                 f"the vLLM server {url} ended a completion of {len(ids)} tokens at id {ids[-1]}, which is neither "
@@ -101,11 +101,11 @@ class AnswerReader:
         return Completion(
             ids=cut,
             logprobs=[float(logprob) for logprob in logprobs[: len(cut)]],
-            ending=ending,
-            floors=self._floors(logprobs, told.get("top_logprobs"), url)[: len(cut)] if self._num_listed else [],
+            finish_reason=finish_reason,
+            cutoffs=self._cutoffs(logprobs, told.get("top_logprobs"), url)[: len(cut)] if self._num_listed else [],
         )
 
-    def _floors(self, logprobs: list[float], listed: Any, url: str) -> list[float]:  # Any: a JSON value
+    def _cutoffs(self, logprobs: list[float], listed: Any, url: str) -> list[float]:  # Any: a JSON value
         """The least likely of the listed tokens is the least likely that could be drawn, up to others' rounding."""
         if not isinstance(listed, list) or len(listed) != len(logprobs) or min(map(len, listed)) < self._num_listed:
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rekatrain.data.chat import Ending
+from rekatrain.data.chat import FinishReason
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.metrics import Clock
 from rekatrain.trainer.rloo.rollouts import Group
@@ -15,7 +15,7 @@ from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampler
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
-from rekatrain.trainer.rloo.setup import RLOOTask
+from rekatrain.trainer.rloo.setup import RunSetup
 
 Rolled = tuple[list[Group], list[Group]]
 Json = dict[str, Any]  # Any: a JSON value
@@ -33,7 +33,7 @@ class ServerRollouts:
         self,
         accelerator: Accelerator,
         policy: Policy,
-        task: RLOOTask,
+        task: RunSetup,
         run_folder: Path,
         roll_out: Callable[..., Rolled],
     ) -> None:
@@ -48,7 +48,7 @@ class ServerRollouts:
             accelerator.register_for_checkpointing(self)
 
     def __call__(
-        self, sampler: VLLMSampler, task: RLOOTask, slots: Sequence[int], *, seed: int, step: int, clock: Clock
+        self, sampler: VLLMSampler, task: RunSetup, prompt_indices: Sequence[int], *, seed: int, step: int, clock: Clock
     ) -> Rolled:
         """The step's groups, as `roll_out` gives them; from the weights of `step` or `step - 1` updates."""
         waiting = self._waiting.pop(step, None)
@@ -61,10 +61,10 @@ class ServerRollouts:
             sampler.weights = self._publish(step)
             clock.lap("publish")
         if rolled is None:
-            rolled = self._roll_out(sampler, task, slots, seed=seed, step=step, clock=clock)
+            rolled = self._roll_out(sampler, task, prompt_indices, seed=seed, step=step, clock=clock)
         if goes_ahead:
             self._waiting[step + 1] = self._thread.submit(
-                self._roll_out, sampler, task, slots, seed=seed, step=step + 1, clock=Clock()
+                self._roll_out, sampler, task, prompt_indices, seed=seed, step=step + 1, clock=Clock()
             )
         return rolled
 
@@ -98,7 +98,7 @@ class ServerRollouts:
         rolled: dict[int, Rolled] = {}
         for stored in state["groups"]:
             of_step = rolled.setdefault(stored["step"], ([], []))
-            if stored["slot"] % config.prompts_per_step // share == self._accelerator.process_index:
+            if stored["prompt_index"] % config.prompts_per_step // share == self._accelerator.process_index:
                 of_step[stored["is_replaced"]].append(_from_json(stored, self._task))
         for step, groups in rolled.items():
             self._waiting[step] = Future()
@@ -107,13 +107,13 @@ class ServerRollouts:
 
 def _to_json(group: Group, places: dict[int, int]) -> Json:
     return {
-        "slot": group.slot,
+        "prompt_index": group.prompt_index,
         "prompt": places[id(group.prompt)],
         "completions": [
             {
                 "ids": completion.ids,
                 "logprobs": completion.logprobs,
-                "ending": completion.ending.value,
+                "finish_reason": completion.finish_reason.value,
                 "forced": [completion.forced.start, completion.forced.stop],
             }
             for completion in group.completions
@@ -126,12 +126,14 @@ def _to_json(group: Group, places: dict[int, int]) -> Json:
     }
 
 
-def _from_json(stored: Json, task: RLOOTask) -> Group:
+def _from_json(stored: Json, task: RunSetup) -> Group:
     completions = [
-        Completion(**{**fields, "ending": Ending(fields["ending"]), "forced": range(*fields["forced"])})
+        Completion(
+            **{**fields, "finish_reason": FinishReason(fields["finish_reason"]), "forced": range(*fields["forced"])}
+        )
         for fields in stored["completions"]
     ]
-    kept = ("slot", "texts", "rewards", "rewards_by_name", "reward_errors", "is_in_loss")
+    kept = ("prompt_index", "texts", "rewards", "rewards_by_name", "reward_errors", "is_in_loss")
     return Group(
         prompt=task.prompts[stored["prompt"]], completions=completions, **{name: stored[name] for name in kept}
     )

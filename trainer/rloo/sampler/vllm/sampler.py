@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
-from rekatrain.data.chat import STOP, Ending
+from rekatrain.data.chat import STOP, FinishReason
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -123,10 +123,12 @@ class VLLMSampler:
             return group
 
         async def go_on(place: int, begun: Completion) -> Completion:
-            if begun.ending is Ending.LENGTH:
+            if begun.finish_reason is FinishReason.LENGTH:
                 begun = self._answers.close_reasoning(begun)
             number = 0
-            while begun.ending is Ending.LENGTH and (room := self._config.max_completion_length - len(begun.ids)):
+            while begun.finish_reason is FinishReason.LENGTH and (
+                room := self._config.max_completion_length - len(begun.ids)
+            ):
                 seed = seed_of((*key, place, number := number + 1))
                 [rest] = await ask(prompt=prompt + begun.ids, n=1, max_tokens=room, seed=seed, goes_on=True)
                 begun = self._answers.join(begun, rest)

@@ -17,7 +17,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.trainer.models import find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed
-from rekatrain.trainer.rloo.setup import RLOOTask, prepare
+from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
 # Names the python of an environment with vLLM, whose requirements need not be those of training.
 VLLM_PYTHON = "VLLM_PYTHON"
@@ -50,7 +50,7 @@ def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parall
 
 
 def server_command(
-    recipe: Recipe, task: RLOOTask, *, host: str, port: int, tensor_parallel_size: int
+    recipe: Recipe, task: RunSetup, *, host: str, port: int, tensor_parallel_size: int
 ) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of a server that the recipe's run accepts."""
     longest = max(len(prompt.ids) for prompt in task.prompts) + task.config.max_completion_length
