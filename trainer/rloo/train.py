@@ -221,7 +221,7 @@ def roll_out(
     """Sample and score a group for each prompt_index -> those to train on, and those that dynamic sampling replaced.
 
     Dynamic sampling (DAPO, arXiv 2503.14476) replaces a prompt whose rewards are all equal, at most
-    `dynamic_sampling_rounds` times. Each round adds `prompts_per_step` to the indices; prompts and draws follow from the
+    `dynamic_sampling_rounds` times. A round adds `prompts_per_step` to the indices; prompts and draws follow from the
     index alone, so they depend neither on the other prompts nor on the processes.
     """
     config = task.config
