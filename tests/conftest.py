@@ -1,6 +1,7 @@
-"""Shared fixtures: a tokenizer and a Llama made on the spot, and real data where it lies beside the project."""
+"""Fixtures of many tests: a tiny tokenizer and Llama, Reka's real tokenizer, and the folders of vendored data."""
 
 import json
+import lzma
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "data" / "golden"
+REAL_DATA = Path(__file__).parent / "data" / "real"
 
 CORPUS = [
     "human: What is 2+2? <sep> assistant: <reasoning>\nTwo and two make four.\n</reasoning>\n\n4 <sep>",
@@ -99,19 +101,17 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data sets beside the project."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the data sets in {SHARED}")
-    return SHARED / "data"
+def cl100k_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `tokenizer.json` of cl100k_base, unpacked; read only."""
+    file = tmp_path_factory.mktemp("cl100k") / "tokenizer.json"
+    file.write_bytes(lzma.decompress((GOLDEN / "cl100k_tokenizer.json.xz").read_bytes()))
+    return file
 
 
 @pytest.fixture(scope="session")
-def cl100k(shared_data: Path) -> PreTrainedTokenizerFast:
+def cl100k(cl100k_file: Path) -> PreTrainedTokenizerFast:
     """Reka's tokenizer: cl100k_base with eos `<|endoftext|>` and no pad token."""
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(shared_data / "cl100k" / "tokenizer.json"), eos_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_file=str(cl100k_file), eos_token="<|endoftext|>")
 
 
 @dataclass

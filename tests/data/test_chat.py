@@ -28,7 +28,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.stop import StopSearch, decode_completion
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import SHARED
+from tests.conftest import GOLDEN
 
 TEMPLATE = Path(chat.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
@@ -77,15 +77,12 @@ CONVERSATIONS = st.lists(st.builds(lambda role, content: {"role": role, "content
 
 @pytest.fixture(scope="module")
 def golden() -> list[dict]:
-    path = SHARED / "reference" / "reka_golden.json"
-    if not path.is_file():
-        pytest.skip(f"needs the golden vectors in {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads((GOLDEN / "reka_prompts.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=["tiny", "cl100k"])
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer and, where it is at hand, Reka's."""
+    """The tiny tokenizer, then Reka's."""
     return request.getfixturevalue({"tiny": "tokenizer", "cl100k": "cl100k"}[request.param])
 
 

@@ -14,6 +14,8 @@ from rekatrain.data.sources import load_rows
 from rekatrain.trainer.reward_model.pairs import encode_pairs, leave_out_trained
 from transformers import PreTrainedTokenizerFast
 
+from tests.conftest import REAL_DATA
+
 QUESTION = {"role": "user", "content": "Say hello."}
 GOOD, BAD = {"role": "assistant", "content": "Hello!"}, {"role": "assistant", "content": "No."}
 
@@ -81,9 +83,8 @@ def test_a_file_of_preferences_is_read_checked_and_neutralized_on_both_sides(tmp
     assert second.rejected and second.rejected[0] == second.messages[0] == {"role": "system", "content": "Be kind."}
 
 
-def test_the_politeness_pairs_are_read_whole(shared_data: Path) -> None:
-    file = shared_data / "pref_politeness" / "instruction-data-with-preference.json"
-    loaded = load_rows(str(file), format="alpaca_preference", bad_rows="skip")
+def test_the_politeness_pairs_are_read_whole() -> None:
+    loaded = load_rows(str(REAL_DATA / "politeness.jsonl.gz"), format="alpaca_preference", bad_rows="skip")
     assert len(loaded.rows) == 1094  # of 1,100
     assert all(message.endswith("the same, which prefers neither") for message in loaded.skipped)
 

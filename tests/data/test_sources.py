@@ -15,15 +15,13 @@ import pytest
 import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
-from rekatrain.data.chat import END_OF_TEXT, IGNORED_LABEL, check_messages, encode_row, parse_completion
+from rekatrain.data.chat import IGNORED_LABEL, check_messages, encode_row, parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.data.layouts import LAYOUTS, rename_keys
 from rekatrain.data.sources import load_rows
 from rekatrain.data.tokenizer import check_tokenizer
-from transformers import PreTrainedTokenizerFast
 
-REAL_DATA = Path(__file__).parents[2] / "../shared/data"
-needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real data sets of ../shared/data are absent")
+from tests.conftest import REAL_DATA
 
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -260,7 +258,7 @@ def test_a_renaming_that_cannot_be_made_is_refused(tmp_path, columns, problem):
         ("owner/set", {"size": 3, "seed": 1}, "Hugging Face dataset, to which size, seed cannot"),
         ("a.jsonl", {"format": "alpacca"}, "format 'alpacca' is not known; did you mean 'alpaca'"),
         ("a.jsonl", {"bad_rows": "skipp"}, "did you mean 'skip'"),
-        ("a.jsonl", {"forged_turns": "neutralize"}, "did you mean 'neutralize'"),
+        ("a.jsonl", {"forged_turns": "neutralise"}, "did you mean 'neutralize'"),
         ("a.jsonl", {"limit": 0}, "limit must be a whole number of at least 1, not 0"),
         ("a.jsonl", {"limit": True}, "limit must be"),
         ("a.jsonl", {"system": " "}, "system is empty"),
@@ -382,32 +380,28 @@ def test_a_task_without_a_gold_answer_gives_prompts_only():
 
 def test_importing_the_sources_brings_in_no_heavy_library():
     heavy = ["torch", "datasets", "pyarrow", "reasoning_gym"]
-    script = f"import sys, data.sources; print([name for name in {heavy} if name in sys.modules])"
+    script = f"import sys, rekatrain.data.sources; print([name for name in {heavy} if name in sys.modules])"
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 
-@needs_real_data
-def test_every_gsm8k_row_is_encoded_and_read_back_as_it_was_loaded():
-    # The folder holds no tokenizer_config.json, which would name the eos token.
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(REAL_DATA / "cl100k/tokenizer.json"), eos_token=END_OF_TEXT)
-    check_tokenizer(tokenizer)
-    rows = load_rows(str(REAL_DATA / "gsm8k/train.jsonl"), format="gsm8k").rows
-    assert len(rows) == 7473
+def test_every_gsm8k_row_is_encoded_and_read_back_as_it_was_loaded(cl100k):
+    check_tokenizer(cl100k)
+    rows = load_rows(str(REAL_DATA / "gsm8k_test.jsonl.gz"), format="gsm8k").rows
+    assert len(rows) == 1319
     for row in rows:
-        encoded = encode_row(row.messages, tokenizer)
+        encoded = encode_row(row.messages, cl100k)
         trained = [label for label in encoded.labels if label != IGNORED_LABEL]
-        completion = parse_completion(tokenizer.decode(trained, clean_up_tokenization_spaces=False))
+        completion = parse_completion(cl100k.decode(trained, clean_up_tokenization_spaces=False))
         assert completion.reasoning == row.messages[-1]["reasoning_content"], row.where
         assert completion.answer == row.messages[-1]["content"] == row.columns["answer"], row.where
         assert "<<" not in completion.reasoning and re.fullmatch(r"-?\d+(\.\d+)?", completion.answer), row.where
 
 
-@needs_real_data
 def test_preference_pairs_are_alpaca_rows_whose_rejected_reply_stays_a_column():
-    path = REAL_DATA / "pref_politeness/instruction-data-with-preference.json"
-    records = json.loads(path.read_text(encoding="utf-8"))
+    path = REAL_DATA / "politeness.jsonl.gz"
+    records = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     columns = {"output": "chosen", "plain": "output"}
     loaded = load_rows(str(path), format="alpaca", columns=columns, bad_rows="skip")
     good = [record for record in records if record["chosen"].strip()]

@@ -1,7 +1,7 @@
 """Rewards: right answers earn full marks, whatever else earns none, and a recipe's mistake is named before it costs."""
 
+import gzip
 import json
-from pathlib import Path
 
 import pytest
 import reasoning_gym
@@ -11,8 +11,7 @@ from rekatrain.rewards.scorers.answers import reasoning_gym as reasoning_gym_sco
 from rekatrain.rewards.scorers.math_answer import math_answer
 from rekatrain.rewards.scorers.text import reasoning_format
 
-PROJECT = Path(__file__).parents[2]
-GSM8K = PROJECT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
+from tests.conftest import REAL_DATA
 
 MATH_ANSWERS = [
     # text, gold, score
@@ -168,9 +167,8 @@ def test_the_format_is_one_closed_block_and_an_answer_that_ended(text, score):
 
 
 def test_gsm8k_golds_earn_full_marks_and_the_next_number_none():
-    if not GSM8K.exists():
-        pytest.skip(f"{GSM8K.name} of GSM8K is not in ../shared/data/gsm8k")
-    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    lines = gzip.decompress((REAL_DATA / "gsm8k_test.jsonl.gz").read_bytes()).splitlines()
+    rows = [json.loads(line) for line in lines]
     golds = [row["answer"].rpartition("#### ")[2] for row in rows]
     thoughts = [row["answer"].rpartition("#### ")[0] for row in rows]
     assert len(golds) > 1_000

@@ -13,6 +13,8 @@ from rekatrain.rewards.scorers.instructions import CHECKS, InstructionFollowing,
 from rekatrain.rewards.scorers.math_answer import math_answer
 from rekatrain.rewards.scorers.text import Language, Length, repetition
 
+from tests.conftest import REAL_DATA
+
 
 def answered(text):
     return parse_completion(render_completion("Hm.", text) if text else "<reasoning>\nHm.\n</reasoning> <sep>")
@@ -317,35 +319,33 @@ def golds(path, **options):
     return [(row, render_completion(None, row.messages[-1]["content"])) for row in load_rows(str(path), **options).rows]
 
 
-def test_svamp_golds_earn_full_marks(shared_data):
-    rows = golds(shared_data / "svamp" / "SVAMP.json", format="svamp")
+def test_svamp_golds_earn_full_marks():
+    rows = golds(REAL_DATA / "svamp.jsonl.gz", format="svamp")
     assert len(rows) == 1_000
     for row, text in rows:
         assert math_answer(parse_completion(text), **row.columns) == 1.0, row
 
 
-@pytest.mark.parametrize(
-    ("name", "format"), [("mbpp/mbpp.jsonl", "mbpp"), ("humaneval/HumanEval.jsonl.gz", "humaneval")]
-)
-def test_golds_of_code_earn_full_marks(shared_data, code_tests, name, format):
+@pytest.mark.parametrize("name", ["mbpp", "humaneval"])
+def test_golds_of_code_earn_full_marks(code_tests, name):
     # Each costs two processes: every tenth here.
-    rows = golds(shared_data / name, format=format)[::10]
+    rows = golds(REAL_DATA / f"{name}.jsonl.gz", format=name)[::10]
     assert len(rows) >= 16
     failed = [row.where for row, text in rows if code_tests(parse_completion(text), **row.columns) != 1.0]
     assert not failed
 
 
-def test_a_body_alone_completes_a_humaneval_prompt(shared_data, code_tests):
-    with gzip.open(shared_data / "humaneval" / "HumanEval.jsonl.gz") as lines:
+def test_a_body_alone_completes_a_humaneval_prompt(code_tests):
+    with gzip.open(REAL_DATA / "humaneval.jsonl.gz") as lines:
         records = [json.loads(line) for line in lines]
-    rows = golds(shared_data / "humaneval" / "HumanEval.jsonl.gz", format="humaneval")
+    rows = golds(REAL_DATA / "humaneval.jsonl.gz", format="humaneval")
     for record, (row, _) in list(zip(records, rows, strict=True))[5:60:15]:
         body = f"```python\n{record['canonical_solution']}```"
         assert code_tests(parse_completion(render_completion(None, body)), **row.columns) == 1.0, row.where
 
 
-def test_ifeval_rows_are_judged_and_an_answer_made_to_follow_them_earns_full_marks(shared_data):
-    rows = load_rows(str(shared_data / "ifeval" / "input_data.jsonl"), format="prompt_answer").rows
+def test_ifeval_rows_are_judged_and_an_answer_made_to_follow_them_earns_full_marks():
+    rows = load_rows(str(REAL_DATA / "ifeval.jsonl.gz"), format="prompt_answer").rows
     columns = [{key: row.columns[key] for key in ("instruction_id_list", "kwargs")} for row in rows]
     assert {name for given in columns for name in given["instruction_id_list"]} == set(CHECKS)
     scorer = InstructionFollowing()
