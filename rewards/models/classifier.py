@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rekatrain.data.errors import InputError
-from rekatrain.data.judged import JudgedIds, Template
-from rekatrain.data.tokenizer import load_classifier_tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from rekatrain.data.errors import InputError
+from rekatrain.data.reward_model_input import RewardModelIds, Template
+from rekatrain.data.tokenizer import load_classifier_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def memory_of(model: torch.nn.Module) -> str:
     return f"{num_parameters:,} parameters, {num_bytes / 2**30:.2f} GiB"
 
 
-def classify(model: PreTrainedModel, rows: Sequence[JudgedIds], *, micro_batch_tokens: int) -> torch.Tensor:
+def classify(model: PreTrainedModel, rows: Sequence[RewardModelIds], *, micro_batch_tokens: int) -> torch.Tensor:
     """Logits [N, labels] in float32 on the CPU, in the order of `rows`.
 
     Rows are run in the order of their length, so that a micro-batch holds little padding: at most `micro_batch_tokens`
@@ -127,7 +128,7 @@ def classify(model: PreTrainedModel, rows: Sequence[JudgedIds], *, micro_batch_t
     return logits_NC
 
 
-def _micro_batches(rows: Sequence[JudgedIds], order: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+def _micro_batches(rows: Sequence[RewardModelIds], order: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for place in order:
         longest = len(rows[batches[-1][0]].input_ids) if batches else 0

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from rekatrain.data.chat import Message
-from rekatrain.data.judged import break_markup
+from rekatrain.data.reward_model_input import break_markup
 from rekatrain.rewards.errors import RewardError
 
 SYSTEM = (

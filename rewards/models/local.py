@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rekatrain.data.chat import parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
-from rekatrain.data.judged import Judged, Template, check_template, encode_judged
+from rekatrain.data.reward_model_input import RewardModelInput, Template, check_template, encode_reward_model_input
 from rekatrain.rewards.errors import RewardError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RewardModel:
     ) -> None:
         """Check the options; no weight is read.
 
-        template:           reka (default), chat_template, pair, answer: see `rekatrain.data.judged.encode_judged`
+        template:           reka (default), chat_template, pair, answer: see `rekatrain.data.reward_model_input.encode_reward_model_input`
         reasoning:          judge the reasoning too; the default is to judge the answer alone
         label:              of a classifier with several, whose probability is the score
         mean, std:          of the scores; default 0 and 1
@@ -102,12 +102,14 @@ class RewardModel:
         from rekatrain.rewards.models import classifier
 
         judged = [
-            Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
+            RewardModelInput(
+                prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning)
+            )
             for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
         assert self._template is not None, "setup() comes first"
         context = classifier.context_of(self._model)
-        rows = [encode_judged(one, self._tokenizer, self._template, max_length=context) for one in judged]
+        rows = [encode_reward_model_input(one, self._tokenizer, self._template, max_length=context) for one in judged]
         self._num_cut += sum(row.is_cut for row in rows)
         # Template answer and a tokenizer without marks leave nothing of an empty answer: no score, good or bad.
         filled = [row for row in rows if row.input_ids]

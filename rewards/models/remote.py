@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from rekatrain.data.chat import Message, parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
-from rekatrain.data.judged import Judged, TextTemplate, break_markup, render_text
+from rekatrain.data.reward_model_input import RewardModelInput, TextTemplate, break_markup, render_text
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.endpoint import Endpoint, Json, RefusedError
 
@@ -96,7 +96,9 @@ class RemoteRewardModel:
     async def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[Value]:
         """One score a completion, an error where the server gave none."""
         rows = [
-            Judged(prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning))
+            RewardModelInput(
+                prompt=parse_prompt(prompt), answer=parsed.answer, reasoning=self._thought(parsed.reasoning)
+            )
             for prompt, parsed in zip(prompts, map(parse_completion, completions), strict=True)
         ]
         values = await self._score(list(zip(prompts, rows, strict=True)), self._batch_size)
@@ -108,7 +110,7 @@ class RemoteRewardModel:
         self._endpoint.num_requests = self._endpoint.num_retries = 0
         return {key: float(count) for key, count in counted.items()}
 
-    async def _score(self, rows: Sequence[tuple[str, Judged]], batch_size: int) -> list[Value]:
+    async def _score(self, rows: Sequence[tuple[str, RewardModelInput]], batch_size: int) -> list[Value]:
         """A value for each (prompt, row), before scaling."""
         batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         if self._route == "http":
@@ -125,7 +127,7 @@ class RemoteRewardModel:
                 values += self._read(answer, len(batch))
         return values
 
-    def _vllm_body(self, batch: Sequence[Judged]) -> Json:
+    def _vllm_body(self, batch: Sequence[RewardModelInput]) -> Json:
         """A request of vLLM's routes."""
         broken = [_broken(row) for row in batch]
         body: Json = {"model": self._model, "use_activation": self._use_activation}
@@ -173,7 +175,7 @@ class RemoteRewardModel:
         return _number(item)
 
 
-def _plain_body(batch: Sequence[tuple[str, Judged]]) -> Json:
+def _plain_body(batch: Sequence[tuple[str, RewardModelInput]]) -> Json:
     return {
         "prompts": [prompt for prompt, _ in batch],
         "answers": [row.answer for _, row in batch],
@@ -181,11 +183,11 @@ def _plain_body(batch: Sequence[tuple[str, Judged]]) -> Json:
     }
 
 
-def _broken(row: Judged) -> Judged:
+def _broken(row: RewardModelInput) -> RewardModelInput:
     """The row without anything that vLLM could read as a special token: it does so in any text, and a policy writes."""
     prompt: list[Message] = [{**turn, "content": break_markup(turn["content"])} for turn in row.prompt]
     reasoning = None if row.reasoning is None else break_markup(row.reasoning)
-    return Judged(prompt=prompt, answer=break_markup(row.answer), reasoning=reasoning)
+    return RewardModelInput(prompt=prompt, answer=break_markup(row.answer), reasoning=reasoning)
 
 
 def _number(value: Any) -> float | RewardError:  # Any: a JSON value

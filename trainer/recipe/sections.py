@@ -2,6 +2,9 @@
 
 import wandb
 from peft import LoraConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.sft_config import SFTConfig
+
 from rekatrain.data.options import check_keywords
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
@@ -12,8 +15,6 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.pairs import encode_pairs
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.sft import encode_conversations
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.sft_config import SFTConfig
 
 # What the program itself passes: where the run is, its seed, how the rows come.
 TRL_RESERVED = (
@@ -28,7 +29,7 @@ TRL_RESERVED = (
     "deepspeed",  # how a run is sharded is the launch file's to say
     "fsdp",
 )
-# How text becomes ids is data/judged.py's to say.
+# How text becomes ids is data/reward_model_input.py's to say.
 REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")
 
 

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from tokenizers.processors import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import render_completion, render_prompt
-from rekatrain.data.judged import Judged, encode_judged
+from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_model_input
 from rekatrain.data.tokenizer import is_encoder, load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import RewardModelCard, classify, context_of
 from rekatrain.trainer.export.folders import save_tokenizer
@@ -25,8 +28,6 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
 from rekatrain.trainer.reward_model.model import load_reward_model
 from rekatrain.trainer.reward_model.pairs import leave_out_trained, load_pairs
-from tokenizers.processors import ByteLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,10 @@ def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 
 def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
     """Have another process score probes by the reward that users name: memory here proves nothing about the files."""
-    judged = [Judged(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES]
-    rows = [encode_judged(one, tokenizer, "reka", max_length=context_of(model)) for one in judged]
+    judged = [
+        RewardModelInput(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES
+    ]
+    rows = [encode_reward_model_input(one, tokenizer, "reka", max_length=context_of(model)) for one in judged]
     reference = {
         "prompts": [render_prompt(one.prompt) for one in judged],
         "completions": [render_completion(None, one.answer) for one in judged],

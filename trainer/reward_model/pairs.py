@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import render_prompt, split_turn
 from rekatrain.data.errors import InputError
-from rekatrain.data.judged import Judged, JudgedIds, encode_judged
+from rekatrain.data.reward_model_input import RewardModelIds, RewardModelInput, encode_reward_model_input
 from rekatrain.data.rows import Row
 from rekatrain.data.sources import load_rows
-from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class Pair:
     """
 
     prompt: str
-    chosen: JudgedIds
-    rejected: JudgedIds
+    chosen: RewardModelIds
+    rejected: RewardModelIds
     margin: float | None
     where: str
 
@@ -108,12 +109,12 @@ def leave_out_trained(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list
     return unseen
 
 
-def _judged(row: Row, messages: Sequence[Any], reasoning: bool) -> Judged:  # Any: Message, a TypedDict
+def _judged(row: Row, messages: Sequence[Any], reasoning: bool) -> RewardModelInput:  # Any: Message, a TypedDict
     thought, answer = split_turn(messages[-1])
     if not answer:
         raise InputError(f"{row.where}: an answer is empty but for its reasoning")
-    return Judged(prompt=row.prompt, answer=answer, reasoning=thought if reasoning else None)
+    return RewardModelInput(prompt=row.prompt, answer=answer, reasoning=thought if reasoning else None)
 
 
-def _encode(judged: Judged, tokenizer: PreTrainedTokenizerBase) -> JudgedIds:
-    return encode_judged(judged, tokenizer, "reka", max_length=10**9)
+def _encode(judged: RewardModelInput, tokenizer: PreTrainedTokenizerBase) -> RewardModelIds:
+    return encode_reward_model_input(judged, tokenizer, "reka", max_length=10**9)

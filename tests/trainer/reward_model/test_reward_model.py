@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
+from trl.trainer.reward_trainer import RewardTrainer
+
 from rekatrain.data.errors import InputError
-from rekatrain.data.judged import Judged, encode_judged
+from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_model_input
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.classifier import CARD_FILE, classify, set_pad
@@ -19,11 +24,6 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model import train
 from rekatrain.trainer.reward_model.evaluate_pairs import calibration_bins, judge_scores
 from rekatrain.trainer.reward_model.model import load_reward_model
-from ruamel.yaml import YAML
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
-from trl.trainer.reward_trainer import RewardTrainer
-
 from tests.conftest import tiny_config
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -296,7 +296,9 @@ def test_scores_do_not_depend_on_the_micro_batch(kind: str, template: str, reque
     set_pad(model, tokenizer)
     prompt = [{"role": "user", "content": "What is 2+2?"}]
     rows = [
-        encode_judged(Judged(prompt=prompt, answer="four " * n), tokenizer, template, max_length=128)
+        encode_reward_model_input(
+            RewardModelInput(prompt=prompt, answer="four " * n), tokenizer, template, max_length=128
+        )
         for n in (3, 1, 9, 2, 1, 7)
     ]
     one_by_one = torch.cat([classify(model, [row], micro_batch_tokens=10_000) for row in rows])
@@ -309,7 +311,9 @@ def test_scores_do_not_depend_on_the_micro_batch(kind: str, template: str, reque
 def test_an_encoder_reads_two_texts_as_it_was_trained_to(encoder_folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(encoder_folder)
     prompt = [{"role": "user", "content": "Hi"}]
-    ids = encode_judged(Judged(prompt=prompt, answer="[SEP] yes"), tokenizer, "pair", max_length=128)
+    ids = encode_reward_model_input(
+        RewardModelInput(prompt=prompt, answer="[SEP] yes"), tokenizer, "pair", max_length=128
+    )
     marks = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     assert [token for token in ids.input_ids if token in marks] == [marks[0], marks[1], marks[1]]
     first = ids.input_ids.index(marks[1]) + 1

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import Message, encode_text, render_completion, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import is_encoder
-from transformers import PreTrainedTokenizerBase
 
 # `<`, something without a space, `>`; and words in capitals in square brackets, as Mistral's and BERT's tokens.
 _MARKUP = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?g?[A-Z_]{2,}\d*\])")
@@ -22,7 +23,7 @@ TextTemplate = Literal["reka", "answer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class RewardModelInput:
     """An answer to be judged, and the conversation that it answers; `reasoning` only where it is to be judged too."""
 
     prompt: Sequence[Message]
@@ -31,7 +32,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedIds:
+class RewardModelIds:
     """Ids for a classifier; `token_type_ids` are 0 for the prompt and 1 for the answer (equal lengths).
 
     is_cut: whether the beginning was cut off, to keep to the model's context
@@ -51,7 +52,7 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def render_text(judged: Judged, template: TextTemplate) -> str:
+def render_text(judged: RewardModelInput, template: TextTemplate) -> str:
     """The answer as one text, in a template that needs no tokenizer.
 
     reka:   `human: {question} <sep> assistant: {answer} <sep>`, with the stop also for an answer that was cut off: a
@@ -63,9 +64,9 @@ def render_text(judged: Judged, template: TextTemplate) -> str:
     return judged.answer if judged.reasoning is None else f"{judged.reasoning}\n\n{judged.answer}"
 
 
-def encode_judged(
-    judged: Judged, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
-) -> JudgedIds:
+def encode_reward_model_input(
+    judged: RewardModelInput, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
+) -> RewardModelIds:
     """Encode an answer for a classifier with a context of `max_length`, cutting the beginning of what is longer.
 
     reka:          as `render_text` writes it
@@ -114,13 +115,15 @@ def break_markup(text: str) -> str:
     return _MARKUP.sub(lambda found: f"{found[0]} ", text)
 
 
-def _framed(first: list[int], second: list[int], before: list[int], after: list[int], max_length: int) -> JudgedIds:
+def _framed(
+    first: list[int], second: list[int], before: list[int], after: list[int], max_length: int
+) -> RewardModelIds:
     """`before`, what fits of first and second, `after`; of what does not fit the beginning goes."""
     room = max_length - len(before) - len(after)
     surplus = max(0, len(first) + len(second) - room)
     first_kept = first[surplus:]
     second_kept = second[max(0, surplus - len(first)) :]
-    return JudgedIds(
+    return RewardModelIds(
         input_ids=before + first_kept + second_kept + after,
         token_type_ids=[0] * (len(before) + len(first_kept)) + [int(bool(first))] * (len(second_kept) + len(after)),
         is_cut=surplus > 0,
