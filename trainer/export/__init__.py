@@ -1,1 +1,1 @@
-"""Exports: a run's weights as a folder that servers load, a model card and a serving/ folder in it, and the proof."""
+"""Exports: a run's weights as a verified folder that servers load, with a model card and serving/."""

@@ -1,15 +1,16 @@
-"""The model card of an export: README.md with the Hub's metadata, how to use it, and what it was trained on."""
+"""The model card of an export: README.md with the Hub's metadata, usage, training data, metrics and recipe."""
 
 from pathlib import Path
 from statistics import fmean
 
 from huggingface_hub import ModelCard, ModelCardData
+
 from rekatrain.trainer.models import Source
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
 from rekatrain.trainer.run_folder import METRICS_FILE, checkpoint_step, read_records
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-# Metrics of a single step are noise; the card shows means over the last steps that the checkpoint has behind it.
+# The metrics of one step are noise: the card shows means over the last recorded steps before the checkpoint.
 NUM_LAST_STEPS = 10
 SHOWN = {
     "sft": ("loss", "mean_token_accuracy", "eval_loss"),
@@ -24,8 +25,9 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    run:        the run folder, whose metrics.jsonl is read up to the step of the exported checkpoint
-    evaluation: what the exporting process measured
+    form:       merged, adapter, gguf or reward
+    run:        the run folder; its metrics.jsonl is read up to the step of the exported checkpoint
+    evaluation: a measurement by the exporting process, as text
     """
     step = checkpoint_step(Path(source.folder))
     data_set = str(recipe.dataset["path"])
@@ -60,7 +62,7 @@ def write_card(
 
 
 def last_metrics(run: Path, stage: str, step: int) -> dict[str, float]:
-    """Means of the shown metrics over the last 10 recorded steps up to `step`; each reward's own mean among them."""
+    """Return the means of the shown metrics, and of every reward, over the last 10 recorded steps up to `step`."""
     records = [record for record in read_records(run / METRICS_FILE) if record["step"] <= step]
     names = [name for record in records for name in record if name in SHOWN[stage] or _is_reward_mean(name)]
     means = {}

@@ -1,12 +1,13 @@
-"""Folders of weights as transformers, PEFT and vLLM load them: the merged model, or the adapter alone."""
+"""Write folders of weights that transformers, PEFT and vLLM load: a merged model, or an adapter alone."""
 
 import json
 import logging
 import shutil
 from pathlib import Path
 
-from rekatrain.trainer.models import Policy, Source
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rekatrain.trainer.models import Policy, Source
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +18,14 @@ def write_merged(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_shard_size: str
 ) -> None:
     """Write sharded safetensors, config, generation config and tokenizer."""
-    model.config.pad_token_id = tokenizer.pad_token_id  # TRL's trainer notes one in the config where there is none
+    model.config.pad_token_id = tokenizer.pad_token_id  # TRL's trainer writes its own into a config without one
     model.generation_config = _generation_config(model.config, tokenizer)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(tokenizer, folder)
 
 
 def write_adapter(folder: Path, source: Source, model: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Copy the checkpoint's adapter beside its tokenizer; a base that is a folder is named by its full path."""
+    """Copy the checkpoint's adapter and write the tokenizer; a local base is named by its absolute path."""
     folder.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(Path(source.folder) / name, folder / name)
@@ -35,25 +36,29 @@ def write_adapter(folder: Path, source: Source, model: Policy, tokenizer: PreTra
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for key in ("use_dora", "modules_to_save", "alora_invocation_tokens"):
         if config.get(key):
-            logger.warning("the adapter has %s %s, which PEFT loads and vLLM refuses", key, config[key])
+            logger.warning(
+                "the adapter has %s %s, which PEFT loads but vLLM rejects; for vLLM, export --as merged",
+                key,
+                config[key],
+            )
     _generation_config(model.config, tokenizer).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer with the chat template that it carries."""
+    """Write the tokenizer with its chat template."""
     tokenizer.save_pretrained(folder)
-    # The class name under which transformers 4 and 5, and the servers built on either, load tokenizer.json as it is.
+    # With this class name transformers 4 and 5, and the servers built on them, load tokenizer.json unchanged.
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config_file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _generation_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The eos id alone.
+    """Return a generation config with the eos id alone, without the stop `<sep>`.
 
-    `stop_strings` would make every `generate` without `tokenizer=` a ValueError, the lines on Reka's own model card
-    among them, and vLLM does not read it. `<sep>` is three tokens, none of which may end a turn by itself, so it cannot
-    stand among the eos ids either: whoever generates names the stop (serving/), or trains `chat.end_of_turn: sep_eos`.
+    With `stop_strings`, every `generate` without `tokenizer=` would raise ValueError, the example on Reka's own model
+    card included, and vLLM ignores it. Nor can `<sep>` be an eos id: it is three tokens, none of which may end a turn
+    on its own. The caller names the stop (serving/), or trains with `chat.end_of_turn: sep_eos`.
     """
     return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=tokenizer.eos_token_id)

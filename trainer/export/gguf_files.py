@@ -1,30 +1,35 @@
-"""`--as gguf`: one GGUF file for each type asked for, each loaded by llama.cpp in another process and compared.
+"""`--as gguf`: one GGUF file per requested type, each loaded and compared by llama.cpp in a fresh process.
 
-The layout is gguf_model.py's, the types are gguf_types.py's, the tokenizer is gguf_tokenizer.py's.
+gguf_model.py has the layout, gguf_types.py the types of the tensors, gguf_tokenizer.py the tokenizer.
 """
 
 import logging
 from importlib.util import find_spec
 from pathlib import Path
 
-from rekatrain.data.errors import InputError
-from rekatrain.data.tokenizer import load_tokenizer
-from rekatrain.trainer.export.folders import save_tokenizer
-from rekatrain.trainer.export.probe import prove
-from rekatrain.trainer.models import Source
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rekatrain.data.errors import InputError
+from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer.export.folders import save_tokenizer
+from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
+from rekatrain.trainer.export.probe import verify_logprobs
+from rekatrain.trainer.models import Source
+
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"gguf": "gguf", "xllamacpp": "xllamacpp"}
+PACKAGES = ("gguf", "xllamacpp")
 
 
 def check_convertible(source: Source, quantize: list[str]) -> None:
-    """Raise InputError where a package is missing, or where model or tokenizer have no GGUF form."""
-    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    """Raise InputError for missing packages, wrong types, and a model or tokenizer without a GGUF form."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise InputError(f"--as gguf needs {' and '.join(missing)}: pip install 'rekatrain[gguf]'")
+    unknown = [file_type for file_type in quantize if file_type not in GGUF_TYPES]
+    if unknown:
+        raise InputError(f"--quantize {' '.join(unknown)}: the types are {', '.join(GGUF_TYPES)}")
     if len(set(quantize)) < len(quantize):
         raise InputError(f"--quantize names a type twice: {' '.join(quantize)}")
     from rekatrain.trainer.export.gguf_model import check_architecture
@@ -42,9 +47,9 @@ def write_gguf_files(
     probe: Tensor,
     logprobs: Tensor,
 ) -> None:
-    """Write model-TYPE.gguf for each type, and the tokenizer for clients that count tokens.
+    """Write and verify model-TYPE.gguf for each type; write the tokenizer too, for clients that count tokens.
 
-    probe, logprobs: ids [1, L] and the model's log-probabilities [L, V] after each
+    probe, logprobs: ids [1, L], and the model's log-probabilities [L, V] of every next token after each
     """
     from rekatrain.trainer.export.gguf_model import padded_size, write_gguf
 
@@ -58,4 +63,4 @@ def write_gguf_files(
         file = folder / f"model-{file_type}.gguf"
         name = folder.name.removesuffix(".partial")
         write_gguf(file, model, tokenizer, file_type=file_type, name=name, intermediate_size=size)
-        prove(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")
+        verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")

@@ -2,11 +2,11 @@
 
 The layout is llama.cpp's `llama` architecture. Two things differ from the transformers model:
 
-- Rows of the query and key projections are permuted: transformers rotates a head's two halves against each other,
-  llama.cpp neighbouring pairs.
-- K-quants cut rows into blocks of 256. Reka's intermediate size is 19,648, so that the down projection would fall back
-  to a larger type. Zero columns there, behind zero rows of gate and up, make it 19,712: silu(0) * 0 = 0 meets a zero
-  weight, and the function is the same.
+- The outputs of the query and key projections are permuted. Rotary embeddings rotate the two halves of a head against
+  each other in transformers, and neighboring pairs in llama.cpp.
+- K-quants need an input size that blocks of 256 divide. Reka's intermediate size is 19,648, so its down projection
+  would fall back to a larger type. It is padded to 19,712 with zeros in gate, up and down: the new units compute
+  silu(0) * 0 = 0 and have zero weights, so the function is the same.
 """
 
 from collections.abc import Iterator
@@ -15,23 +15,24 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.export.gguf_tokenizer import add_tokenizer
-from rekatrain.trainer.export.gguf_types import FILE_TYPES, quantize, tensor_type
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.export.gguf_tokenizer import add_tokenizer
+from rekatrain.trainer.export.gguf_types import llama_file_type, quantize, tensor_type
 
 K_QUANT_BLOCK = 256
 
 
 def check_architecture(config: PretrainedConfig) -> None:
-    """Raise InputError for a model that is more than a plain Llama: the file would be of another function."""
+    """Raise InputError for a model that is not a plain Llama: its file would compute another function."""
     if config.model_type != "llama":
         raise InputError(f"--as gguf: the model is of type {config.model_type!r}; only llama can be converted")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "default":
-        raise InputError(f"--as gguf: rope_type {rope_type!r} cannot be converted, only the default one")
+        raise InputError(f"--as gguf: rope_type {rope_type!r} cannot be converted, only 'default'")
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
             raise InputError(f"--as gguf: the model's config.json has {key}, which cannot be converted")
@@ -40,7 +41,7 @@ def check_architecture(config: PretrainedConfig) -> None:
 
 
 def padded_size(intermediate_size: int) -> int:
-    """The next multiple of 256.
+    """Return the next multiple of 256.
 
     >>> padded_size(19_648)
     19712
@@ -57,16 +58,17 @@ def write_gguf(
     name: str,
     intermediate_size: int,
 ) -> None:
-    """Write the model with one tensor in memory at a time.
+    """Write the model to `file`, converting one tensor at a time.
 
-    file_type:         a key of FILE_TYPES
-    intermediate_size: the model's, or more: the rest is zeros
+    file_type:         one of GGUF_TYPES
+    name:              the model's name, which servers show
+    intermediate_size: the model's or larger; the difference is filled with zeros
     """
     config = model.config
     writer = GGUFWriter(file, "llama")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[file_type][1])
+    writer.add_file_type(llama_file_type(file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -82,7 +84,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     add_tokenizer(writer, tokenizer, config.vocab_size)
 
-    # Twice over the tensors: the header holds all shapes, and a second copy of a 21B model would not fit in memory.
+    # Two passes, because the header holds all shapes and a second copy of a 21B model would not fit in memory.
     state = model.state_dict()
     shapes = {key: tensor.to("meta") for key, tensor in state.items()}
     kinds = {}
@@ -104,27 +106,28 @@ def write_gguf(
 def _converted(
     state: dict[str, Tensor], config: PretrainedConfig, intermediate_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values as llama.cpp has them, always in the same order."""
+    """Yield llama.cpp's name and value of each tensor, always in the same order."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    missing = intermediate_size - config.intermediate_size
+    num_padded = intermediate_size - config.intermediate_size
     for key, tensor in state.items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp takes the embeddings where there is no output tensor
+            continue  # llama.cpp uses the embeddings if there is no output tensor
         name = names.get_name(key, try_suffixes=(".weight",))
         if name is None:
-            raise InputError(f"--as gguf: the model's tensor {key!r} has no place in llama.cpp's llama architecture")
+            raise InputError(f"--as gguf: llama.cpp's llama architecture has no tensor for the model's {key!r}")
         if key.endswith("q_proj.weight"):
-            tensor = _pair_neighbours(tensor, config.num_attention_heads)
+            tensor = _pair_neighbors(tensor, config.num_attention_heads)
         elif key.endswith("k_proj.weight"):
-            tensor = _pair_neighbours(tensor, config.num_key_value_heads)
+            tensor = _pair_neighbors(tensor, config.num_key_value_heads)
         elif key.endswith("down_proj.weight"):
-            tensor = pad(tensor, (0, missing))
+            tensor = pad(tensor, (0, num_padded))
         elif key.endswith(("gate_proj.weight", "up_proj.weight")):
-            tensor = pad(tensor, (0, 0, 0, missing))
+            tensor = pad(tensor, (0, 0, 0, num_padded))
         yield name, tensor
 
 
-def _pair_neighbours(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows (i, i + d/2) of each head become neighbours: [heads * d, hidden] -> the same shape."""
-    rows, columns = weight.shape
-    return weight.reshape(num_heads, 2, rows // num_heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+def _pair_neighbors(weight: Tensor, num_heads: int) -> Tensor:
+    """Make outputs i and i + d/2 of each head neighbors: [heads * d, hidden] -> [heads * d, hidden]."""
+    num_outputs, hidden = weight.shape
+    halves = weight.reshape(num_heads, 2, num_outputs // num_heads // 2, hidden)
+    return halves.transpose(1, 2).reshape(num_outputs, hidden)

@@ -1,27 +1,28 @@
-"""A byte-level BPE tokenizer in GGUF's terms, and llama.cpp's name for the way it splits text.
+"""A byte-level BPE tokenizer as GGUF fields, and llama.cpp's name for its pre-tokenizer.
 
-A GGUF file holds no regex: it names one of the pre-tokenizers compiled into llama.cpp, and a wrong name gives wrong ids
-without an error. So the name is found from the tokenizer's own parts, and verify_gguf.py compares ids.
+A GGUF file holds no regex. It names one of the pre-tokenizers compiled into llama.cpp, and a wrong name gives wrong ids
+without an error. So the name is derived from the tokenizer's own settings, and verify_gguf.py compares ids.
 """
 
 import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import is_cl100k
-from transformers import PreTrainedTokenizerBase
 
 
 def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name of the tokenizer's pre-tokenizer; InputError where it is none of the three we know."""
+    """Return llama.cpp's name of the pre-tokenizer; raise InputError if it is none of the three known here."""
     state = _state(tokenizer)
     if state["model"]["type"] != "BPE" or state["normalizer"] is not None:
         raise InputError(
             f"--as gguf: the tokenizer is {state['model']['type']} with normalizer "
-            f"{state['normalizer'] and state['normalizer']['type']}; only byte-level BPE as it is can be converted"
+            f"{state['normalizer'] and state['normalizer']['type']}; only plain byte-level BPE can be converted"
         )
-    if is_cl100k(tokenizer):  # whose golden ids were checked when it was loaded
+    if is_cl100k(tokenizer):  # its golden ids were checked when it was loaded
         return "dbrx"  # llama.cpp has no name cl100k_base; DBRX was the first model with its regex
     parts = state["pre_tokenizer"]
     parts = parts["pretokenizers"] if parts["type"] == "Sequence" else [parts]
@@ -32,18 +33,21 @@ def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         if [(part["type"], part.get("individual_digits")) for part in parts[:-1]] == [("Digits", True)]:
             return "smollm"
     raise InputError(
-        f"--as gguf: llama.cpp's name for the pre-tokenizer {json.dumps(state['pre_tokenizer'])} is not known here; "
-        "known are cl100k_base's (dbrx), GPT-2's and SmolLM's"
+        f"--as gguf: llama.cpp's name for the pre-tokenizer {json.dumps(state['pre_tokenizer'])} is unknown; "
+        "supported are those of cl100k_base (dbrx), GPT-2 and SmolLM"
     )
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    """Write vocabulary, merges, special ids and chat template; embedding rows without a token become unused ones."""
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Write vocabulary, merges, special ids and chat template.
+
+    vocab_size: the model's; ids beyond the tokenizer's become unused tokens
+    """
     state = _state(tokenizer)
     added = {token["id"]: token for token in state["added_tokens"]}
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     tokens, types = [], []
-    for token_id in range(num_rows):
+    for token_id in range(vocab_size):
         tokens.append(by_id.get(token_id, f"[PAD{token_id}]"))
         if token_id not in by_id:
             types.append(TokenType.UNUSED)
@@ -68,5 +72,5 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_ro
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """tokenizer.json as it is loaded; Any: its schema is the tokenizers library's."""
+    """Return the content of tokenizer.json. Any: the tokenizers library defines its schema."""
     return json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,20 +1,23 @@
-"""What an export is held against: conversations, and log-probabilities of the exporting process."""
+"""Verification of an export in a fresh process, against log-probabilities that the exporting process computed."""
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from rekatrain.data.chat import Message
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from rekatrain.data.chat import Message
 
 logger = logging.getLogger(__name__)
 
 
-# Each renders a rule of the format: system folding, reasoning of earlier turns, an open last turn, a literal role.
+# Each conversation uses one rule of the format: system folding, reasoning of earlier turns, an open last turn, a role
+# that is rendered as it is.
 CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "Hi"}],
     [{"role": "system", "content": "Be brief."}, {"role": "human", "content": "def f(x):\n    return x\n"}],
@@ -29,20 +32,30 @@ CONVERSATIONS: list[list[Message]] = [
 
 
 def probe_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probabilities of every next token after each of `ids` [1, L] -> [L, V] float32."""
+    """Return the log-probabilities of every next token after each of `ids`: [1, L] -> [L, V] float32."""
     with torch.no_grad():
         return model(input_ids=ids).logits[0].float().log_softmax(dim=-1)
 
 
-def prove(target: Path, probe: Tensor, logprobs: Tensor, *, module: str = "rekatrain.trainer.export.verify") -> None:
-    """Have another process load `target` and compare; what is in memory here proves nothing about the files.
-
-    module: called with the target and a safetensors file of `ids` [1, L] and `logprobs` [L, V]
-    """
+def verify_logprobs(
+    target: Path, probe: Tensor, logprobs: Tensor, *, module: str = "rekatrain.trainer.export.verify"
+) -> None:
+    """Verify `target` by `module`, whose REFERENCE is a safetensors file of `ids` [1, L] and `logprobs` [L, V]."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as reference:
         save_file({"ids": probe, "logprobs": logprobs.contiguous()}, reference.name)
-        command = [sys.executable, "-m", module, str(target), reference.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"the export in {target} failed its verification:\n{done.stderr.strip()}")
-    logger.info(done.stdout.strip())
+        verify_in_fresh_process(module, target, reference.name)
+
+
+def verify_in_fresh_process(module: str, target: Path, reference: str) -> None:
+    """Run `python -m MODULE TARGET REFERENCE` and raise RuntimeError if it fails.
+
+    A fresh process, because weights in memory prove nothing about the files.
+    """
+    # The child imports from exactly where this process does. Without -P it would search the working folder first, and a
+    # user's `random.py` there would replace the standard library's, which the `rekatrain` script never does.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-P", "-m", module, str(target), reference]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode != 0:
+        raise RuntimeError(f"the export in {target} failed its verification:\n{result.stderr.strip()}")
+    logger.info(result.stdout.strip())

@@ -1,4 +1,4 @@
-"""The end of every export: what a folder of verified weights also holds, and the step that gives it its name."""
+"""The last step of every export: add the model card and serving/ to verified weights, and rename the folder."""
 
 import logging
 from pathlib import Path
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 def publish(
     partial: Path, out: Path, form: str, recipe: Recipe, run: Path, source: Source, *, evaluation: str | None = None
 ) -> None:
-    """Write the model card and serving/ into `partial`, let everybody read it, and rename it to `out`.
+    """Write the model card and serving/ into `partial`, make its files readable by all, and rename it to `out`.
 
     form:       merged, adapter, gguf or reward
     run:        the run folder
-    evaluation: what was measured of the exported weights, for the card
+    evaluation: a measurement of the exported weights, for the card
     """
     write_card(partial, form, recipe, run, source, name=out.name, evaluation=evaluation)
     write_serving(partial, form, source, out=out)

@@ -1,6 +1,6 @@
-"""The serving/ folder of an export: start lines, clients, and vLLM's plugin, filled in for this model.
+"""The serving/ folder of an export: start scripts, clients and vLLM's plugin, filled in for the model.
 
-The files lie in templates/ as they come out, but for names in `string.Template`'s notation.
+The files in templates/ are `string.Template`s, except the plugin, which is copied unchanged.
 """
 
 import json
@@ -8,9 +8,10 @@ import shlex
 from pathlib import Path
 from string import Template
 
+from transformers import AutoConfig
+
 from rekatrain.rewards.models.classifier import read_card
 from rekatrain.trainer.models import Source
-from transformers import AutoConfig
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"
@@ -26,12 +27,12 @@ FILES = {
     },
 }
 MAX_LENGTH = 32_768
-# The ranks that vLLM has kernels for.
+# The LoRA ranks for which vLLM has kernels.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None:
-    """Write serving/ into the export in `folder`, which will be at `out`, whose name is what clients call the model."""
+    """Write serving/ into the export in `folder`, which will be renamed to `out`; the model is served as `out.name`."""
     config = AutoConfig.from_pretrained(source.base)
     name = out.name
     values = {

@@ -1,6 +1,6 @@
-"""Check an exported folder from a fresh process: `python -m rekatrain.export.verify FOLDER REFERENCE`.
+"""Verify a merged model or an adapter: `python -m rekatrain.trainer.export.verify FOLDER REFERENCE`.
 
-FOLDER is a merged model or an adapter; REFERENCE is what trainer/export/probe.py writes.
+REFERENCE is the file that `trainer.export.probe.verify_logprobs` writes.
 """
 
 import json
@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import torch
-from rekatrain.data.chat import render_prompt
-from rekatrain.data.tokenizer import check_tokenizer
-from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rekatrain.data.chat import render_prompt
+from rekatrain.data.tokenizer import check_tokenizer
+from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
+
 
 def main() -> None:
-    """Print what was verified; an AssertionError says what was not."""
+    """Print the verified properties, or raise AssertionError at the first that does not hold."""
     folder, reference_file = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer)
@@ -28,14 +29,14 @@ def main() -> None:
     assert generation["eos_token_id"] == tokenizer.eos_token_id and "stop_strings" not in generation, generation
 
     reference = load_file(reference_file)
-    # An adapter is held against the training model as it was, in float32; transformers puts it on its base.
+    # The reference of an adapter is the training model in float32; transformers puts the adapter on its base.
     is_adapter = (Path(folder) / "adapter_config.json").exists()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if is_adapter else "auto")
     error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
-    # The same weights in the same arithmetic: only the order of sums may differ.
+    # Same weights, same arithmetic: only the order of sums may differ.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     assert error <= tolerance, f"a log-probability differs by {error} from the training model's"
-    print(f"verified in another process: tokenizer, template, stop, log-probabilities within {error:.1e}")
+    print(f"verified in a fresh process: tokenizer, template, stop, log-probabilities within {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The reward stage: a reward model from preference rows."""
+"""The reward stage: train and evaluate a reward model on preference rows."""

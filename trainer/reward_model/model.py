@@ -1,10 +1,12 @@
-"""A reward model: any model folder with one output in the place of its LM head."""
+"""A reward model: any model folder, with one output instead of its LM head."""
 
 import logging
 from typing import Any, Final, Literal
 
 import torch
 from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
@@ -17,25 +19,24 @@ from rekatrain.trainer.models import (
     make_quantization,
 )
 from rekatrain.trainer.recipe.load import Recipe
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# peft then trains and saves the new head whole, whatever lora.target_modules names.
+# With this task type PEFT also trains and saves the whole new head, independent of lora.target_modules.
 TASK_TYPE: Final = "SEQ_CLS"
 
 
 def load_reward_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with the recipe's model, checked."""
+    """Load and check the tokenizer in the folder of the recipe's model."""
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     return load_classifier_tokenizer(source.folder, revision=recipe.model.get("revision"))
 
 
 def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Find what is wrong with the model from its config and a build without weights -> its context in tokens.
+    """Check the model by its config and a build without weights; return its context length in tokens.
 
-    Raises InputError for a model that is not there, one that has no sequence-classification form or several labels, a
-    vocabulary smaller than the tokenizer's, and LoRA targets that the architecture does not have.
+    Raise InputError for a missing model, one that has no sequence-classification form, a vocabulary smaller than the
+    tokenizer's, and LoRA targets that the architecture does not have.
     """
     check_quantization_here(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
@@ -44,11 +45,11 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> in
         with torch.device("meta"):
             skeleton = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError) as error:
-        raise InputError(f"no reward model can be made of {source.base!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source.base!r} cannot be made a reward model: {str(error).splitlines()[0]}") from error
     text_config = config.get_text_config()
     if text_config.vocab_size < len(tokenizer):
         raise InputError(
-            f"the model has {text_config.vocab_size} embedding rows but the tokenizer {len(tokenizer)} ids: "
+            f"the model has embeddings for {text_config.vocab_size} ids but the tokenizer has {len(tokenizer)}: "
             f"{source.folder!r} holds the tokenizer of another model"
         )
     if recipe.lora is not None:
@@ -67,7 +68,7 @@ def load_reward_model(
     quantization_config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
 ) -> Policy:
-    """Load a model to train (its head is random where the folder has none), an export or a run folder."""
+    """Load a model to train, an export or a run folder; the head is random if the folder has none."""
     source = find_source(pretrained_model_name_or_path)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(

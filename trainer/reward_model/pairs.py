@@ -1,4 +1,4 @@
-"""Preference rows as a reward model reads them: two encoded answers to one prompt."""
+"""Preference rows encoded for a reward model: two answers to one prompt."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 class Pair:
     """One preference.
 
-    prompt:           the rendered prompt that both answer
+    prompt:           the rendered prompt of both answers
     chosen, rejected: the encoded conversations, in the Reka format
-    margin:           by how much `chosen` should win at least, in units of the score; None where no row has one
-    where:            the row, for messages
+    margin:           the least difference of scores that `chosen` should win by; None if no row has a margin
+    where:            the row's file and line, for messages
     """
 
     prompt: str
@@ -34,10 +34,10 @@ class Pair:
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, reasoning: bool = False) -> list[Pair]:
-    """Encode preference rows; without `reasoning` the answers alone are compared.
+    """Encode preference rows, with the reasoning of both answers if `reasoning`.
 
-    Raises InputError, with the row named, for a row without a rejected answer, for one whose two answers are the same
-    once their reasoning is left out, and where some rows have a margin and others not.
+    Raise InputError, which names the row, for a row without a rejected answer, for two answers that are equal without
+    their reasoning, and for margins in some rows but not in others.
     """
     with_margin = [row for row in rows if row.columns.get("margin") is not None]
     pairs = []
@@ -73,9 +73,9 @@ def load_pairs(
     max_length: int,
     name: str = "dataset",
 ) -> list[Pair]:
-    """Read and encode a data set's preferences; one that is longer than `max_length` is refused or skipped, never cut.
+    """Read and encode a data set's preferences; never cut one.
 
-    What is skipped by `bad_rows: skip` is counted and logged.
+    Raise InputError for a pair longer than `max_length` tokens; with `bad_rows: skip`, skip it and log the number.
     """
     pairs = encode_pairs(load_rows(**section).rows, tokenizer, **chat)
     fitting: list[Pair] = []
@@ -95,12 +95,15 @@ def load_pairs(
 
 
 def leave_out_trained(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list[Pair]:
-    """Pairs of `held_out` whose prompt is in no pair of `trained`; how many were left out is logged."""
+    """Return the pairs of `held_out` whose prompt is in no pair of `trained`; log the number left out.
+
+    Raise InputError if none is left.
+    """
     seen = {pair.prompt for pair in trained}
     unseen = [pair for pair in held_out if pair.prompt not in seen]
     if len(unseen) < len(held_out):
         logger.warning(
-            "%d of %d eval pairs have a prompt that dataset has too and are left out",
+            "%d of %d pairs of eval_dataset are left out: their prompts are in dataset too",
             len(held_out) - len(unseen),
             len(held_out),
         )
@@ -112,7 +115,7 @@ def leave_out_trained(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list
 def _judged(row: Row, messages: Sequence[Any], reasoning: bool) -> RewardModelInput:  # Any: Message, a TypedDict
     thought, answer = split_turn(messages[-1])
     if not answer:
-        raise InputError(f"{row.where}: an answer is empty but for its reasoning")
+        raise InputError(f"{row.where}: an answer is empty apart from its reasoning")
     return RewardModelInput(prompt=row.prompt, answer=answer, reasoning=thought if reasoning else None)
 
 

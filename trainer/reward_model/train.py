@@ -1,8 +1,8 @@
-"""The reward stage: TRL's RewardTrainer on pairs whose ids are made here.
+"""The reward stage: TRL's RewardTrainer on pairs that are already encoded.
 
     rekatrain train recipes/smollm2/reward.yaml
 
-The loss is Bradley and Terry's, -log sigmoid(r_chosen - r_rejected - margin), the margin where the rows have one
+The loss is Bradley and Terry's, -log sigmoid(r_chosen - r_rejected - margin), with the rows' margin if they have one
 (Llama 2, arXiv 2307.09288), plus center_rewards_coefficient * (r_chosen + r_rejected)^2 (arXiv 2312.09244).
 """
 
@@ -15,16 +15,17 @@ from dataclasses import asdict, dataclass
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
-from transformers import PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTask:
-    """All of a run that can be wrong without a weight being loaded, checked; `held_out` may be empty."""
+    """The parts of a run that are checked before weights are loaded; `held_out` may be empty."""
 
     config: RewardConfig
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ class RewardTask:
 
 
 def prepare(recipe: Recipe) -> RewardTask:
-    """Check the recipe against its data and its model's config; InputError says what is wrong."""
+    """Check the recipe against its data and its model's config; raise InputError at the first fault."""
     tokenizer = load_reward_tokenizer(recipe)
     context = check_reward_model(recipe, tokenizer)
     config = make_config("reward", recipe.reward, recipe, RewardConfig)
@@ -51,13 +52,13 @@ def prepare(recipe: Recipe) -> RewardTask:
     pairs = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=limit)
     held_out: list[Pair] = []
     if recipe.eval_dataset is not None:
-        found = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=limit, name="eval_dataset")
-        held_out = leave_out_trained(found, pairs)
+        candidates = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=limit, name="eval_dataset")
+        held_out = leave_out_trained(candidates, pairs)
     return RewardTask(config=config, tokenizer=tokenizer, pairs=pairs, held_out=held_out)
 
 
 def train(recipe: Recipe, *, resume: bool) -> None:
-    """Run the stage, from the newest checkpoint where `resume` finds one, and judge the held-out pairs at its end."""
+    """Train, from the newest checkpoint if `resume` finds one, and evaluate on the held-out pairs at the end."""
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)
@@ -75,9 +76,12 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     )
     run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)
     if not task.held_out:
-        logger.warning("the recipe has no eval_dataset section: nothing says how good the reward model is")
+        logger.warning("the recipe has no eval_dataset section, so the reward model is not evaluated")
     elif is_deepspeed_zero3_enabled():
-        logger.info("the weights are sharded; measure the run with: rekatrain evaluate RECIPE model...=%s", run.path)
+        logger.info(
+            "the weights are sharded; evaluate with: rekatrain evaluate RECIPE model.pretrained_model_name_or_path=%s",
+            run.path,
+        )
     elif PartialState().is_main_process:
         evaluation = evaluate_pairs(trainer.accelerator.unwrap_model(trainer.model), task.held_out)
         show_evaluation(evaluation, recipe.output_dir)

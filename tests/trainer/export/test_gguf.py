@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
 from rekatrain.data.chat import encode_text
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.export.gguf_model import check_architecture, padded_size, write_gguf
@@ -15,9 +18,6 @@ from rekatrain.trainer.export.gguf_tokenizer import find_pre_tokenizer
 from rekatrain.trainer.export.gguf_types import quantize, tensor_type
 from rekatrain.trainer.export.probe import probe_logprobs
 from rekatrain.trainer.export.verify_gguf import start_server
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-
 from tests.helpers.exports import servable_llama
 
 

@@ -7,9 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
 from rekatrain.data.chat import encode_text, parse_completion
 from rekatrain.trainer.export.serving import PARSER, TEMPLATES
-from transformers import PreTrainedTokenizerFast
 
 PIECES = ["<reasoning>", "</reasoning>", "<", "</", "rea", "soning>", " ", "\n", "a", "b c", "<reasoning", "1 < 2"]
 DELTAS = st.lists(st.lists(st.sampled_from(PIECES), max_size=3).map("".join), max_size=8)

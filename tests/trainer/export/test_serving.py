@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from openai import OpenAI
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import STOP, parse_completion, render_prompt
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.card import last_metrics
 from rekatrain.trainer.export.verify_gguf import start_server
-from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
 from tests.helpers.exports import ANSWER, QUESTION, ask, train_run
 
 
@@ -141,8 +141,8 @@ def test_an_adapter_names_its_base_from_anywhere(exports: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantize", "q8_0"], "--quantize makes GGUF files"),
-        (["--as", "adapter", "--dtype", "bfloat16"], "--dtype is of merged weights"),
+        (["--quantize", "q8_0"], "--quantize applies to GGUF files"),
+        (["--as", "adapter", "--dtype", "bfloat16"], "--dtype bfloat16 applies to merged weights"),
         (["--as", "gguf", "--quantize", "q8_0", "q8_0"], "names a type twice"),
     ],
 )

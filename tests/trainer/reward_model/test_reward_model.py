@@ -22,7 +22,7 @@ from rekatrain.rewards.models.local import RewardModel
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model import train
-from rekatrain.trainer.reward_model.evaluate_pairs import calibration_bins, judge_scores
+from rekatrain.trainer.reward_model.evaluate_pairs import calibration_bins, summarize_scores
 from rekatrain.trainer.reward_model.model import load_reward_model
 from tests.conftest import tiny_config
 
@@ -266,7 +266,7 @@ def test_what_the_stage_cannot_do_is_told_in_one_line(folder: Path, model_folder
 
 
 def test_the_measures_by_hand() -> None:
-    found = judge_scores([2.0, 1.0, 0.0, 5.0], [0.0, 2.0, 0.0, 4.0], [3, 3, 3, 9], [2, 3, 5, 9])
+    found = summarize_scores([2.0, 1.0, 0.0, 5.0], [0.0, 2.0, 0.0, 4.0], [3, 3, 3, 9], [2, 3, 5, 9])
     assert (found.accuracy.num_right, found.accuracy.num_graded) == (2, 4)  # the tie counts as wrong
     assert found.longer_wins == (1 + 0.5 + 0 + 0.5) / 4
     assert (found.mean, found.std) == pytest.approx((1.75, math.sqrt(25.5 / 8)))
@@ -277,7 +277,7 @@ def test_the_measures_by_hand() -> None:
 
 def test_a_calibrated_model_has_no_calibration_error() -> None:
     margin = math.log(3)  # a confidence of 3/4
-    found = judge_scores([margin] * 3 + [0], [0] * 3 + [margin], [1] * 4, [1] * 4)
+    found = summarize_scores([margin] * 3 + [0], [0] * 3 + [margin], [1] * 4, [1] * 4)
     assert found.calibration_error == pytest.approx(0) and found.length_correlation is None
     (only,) = calibration_bins([margin] * 3 + [-margin])
     assert (only.low, only.num_pairs, only.accuracy) == (0.75, 4, 0.75)

@@ -1,4 +1,4 @@
-"""Two rounds with the server of this export: `pip install openai`, then `python serving/client.py [URL]`."""
+"""Talk to the server of this export for two turns: `pip install openai`, then `python serving/client.py [URL]`."""
 
 import sys
 
@@ -9,14 +9,14 @@ messages = [
     {"role": "system", "content": "Answer in one sentence."},
     {"role": "user", "content": "What is 17 + 25?"},
 ]
-# vLLM's plugin and llama.cpp's -r stop at <sep> by themselves; a client that says so is right with every server.
+# vLLM with the plugin and llama.cpp with -r stop at <sep> on their own. Other servers need `stop` in the request.
 settings = {"model": "$name", "max_tokens": 512, "stop": ["<sep>"]}
 
 answer = client.chat.completions.create(messages=messages, **settings).choices[0].message
-print("reasoning:", getattr(answer, "reasoning", None))  # vLLM's name for it; llama.cpp leaves it in the content
+print("reasoning:", getattr(answer, "reasoning", None))  # from vLLM; llama.cpp leaves the reasoning in the content
 print("answer:", answer.content)
 
-# Only the answer is kept: the chat template would drop an earlier turn's reasoning anyway.
+# Send back only the answer: the chat template would drop the reasoning of earlier turns anyway.
 messages += [{"role": "assistant", "content": answer.content or ""}, {"role": "user", "content": "And twice that?"}]
 for chunk in client.chat.completions.create(messages=messages, stream=True, **settings):
     delta = chunk.choices[0].delta

@@ -1,13 +1,13 @@
-"""vLLM plugin for models that speak the Reka format (vLLM 0.30; it imports nothing but vLLM).
+"""vLLM plugin for models that use the Reka chat format (vLLM 0.30; it imports only vLLM).
 
     vllm serve MODEL --reasoning-parser-plugin serving/reka_reasoning_parser.py --reasoning-parser reka
 
-It does two things that vLLM cannot do by itself here:
+It does two things that vLLM does not do for this format:
 
-- ` <reasoning>\\nthought\\n</reasoning>\\n\\nanswer` is split into `reasoning` and `content`, streamed or not. The tags
-  are text, several tokens each, and may be cut anywhere by the stream; vLLM's own parsers want tags that are tokens.
-- Every chat request stops at the text `<sep>`, whether or not its client asks for it: vLLM has no default for stop
-  strings. (`/v1/completions` knows no parser: there the client must send `stop`.)
+- It splits ` <reasoning>\\nthought\\n</reasoning>\\n\\nanswer` into `reasoning` and `content`, streamed or not. A tag
+  is text of several tokens, and the stream may cut it anywhere; vLLM's own parsers need tags that are single tokens.
+- It stops every chat request at the text `<sep>`, whether or not the client sends it: vLLM has no default stop strings.
+  (`/v1/completions` uses no parser: there the client must send `stop`.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ GENERATION_PROMPT = f"{STOP} assistant:"
 
 
 class Splitter:
-    """Splits one turn, fed in pieces of any size; what may still be a tag or trailing space is held back."""
+    """Splits one turn, fed in chunks of any size; holds back text that may still become a tag or be trailing space."""
 
     def __init__(self, *, is_reasoning: bool = False) -> None:
         self._part = "reasoning" if is_reasoning else "start"
@@ -29,15 +29,15 @@ class Splitter:
         self._has_begun = False
 
     def feed(self, text: str) -> tuple[str, str]:
-        """What of reasoning and content is certain now that `text` has come."""
+        """Add `text`; return the reasoning and the content that are now certain."""
         self._held += text
         reasoning = ""
         if self._part == "start":
-            begun = self._held.lstrip()
-            if OPEN.startswith(begun) and begun != OPEN:  # nothing yet, or the first letters of the tag
+            start = self._held.lstrip()
+            if OPEN.startswith(start) and start != OPEN:  # nothing yet, or the first letters of the tag
                 return "", ""
-            if begun.startswith(OPEN):
-                self._part, self._held = "reasoning", begun.removeprefix(OPEN)
+            if start.startswith(OPEN):
+                self._part, self._held = "reasoning", start.removeprefix(OPEN)
             else:
                 self._part = "content"
         if self._part == "reasoning":
@@ -50,13 +50,13 @@ class Splitter:
         return reasoning, self._release(keep=0)
 
     def finish(self) -> tuple[str, str]:
-        """What the end of the turn makes certain: letters that might have become a tag and did not."""
+        """End the turn; return the held text, which did not become a tag, as reasoning and content."""
         held, self._held = self._held.rstrip(), ""
         held = held if self._has_begun else held.lstrip()
         return (held, "") if self._part == "reasoning" else ("", held)
 
     def _release(self, *, keep: int) -> str:
-        """Held text but for its last `keep` characters, without white space around the whole part."""
+        """Release the held text except its last `keep` characters, without white space around the whole part."""
         ready = self._held[: len(self._held) - keep].rstrip()
         if not ready.strip():
             return ""
@@ -67,7 +67,7 @@ class Splitter:
 
 
 def split(text: str, *, is_reasoning: bool = False) -> tuple[str | None, str | None]:
-    """Reasoning and content of a whole turn; None where there is none. An unclosed block is all reasoning."""
+    """Return the reasoning and the content of a whole turn, None if empty. An unclosed block is all reasoning."""
     splitter = Splitter(is_reasoning=is_reasoning)
     parts = [splitter.feed(text), splitter.finish()]
     reasoning, content = ("".join(part) for part in zip(*parts, strict=True))
@@ -76,9 +76,9 @@ def split(text: str, *, is_reasoning: bool = False) -> tuple[str | None, str | N
 
 @ReasoningParserManager.register_module("reka")
 class RekaReasoningParser(ReasoningParser):
-    """vLLM makes one for each choice of a request (and one for its grammar engine, which feeds it no text)."""
+    """The parser of one choice of a request. (vLLM makes another for its grammar engine, which feeds it no text.)"""
 
-    # We keep the state ourselves: vLLM then hands over deltas alone and asks for what is left at the end.
+    # The parser keeps the state: vLLM then passes only deltas, and calls finish_streaming at the end.
     engine_based_streaming = True
 
     def __init__(self, tokenizer, *args, **kwargs) -> None:
@@ -101,7 +101,7 @@ class RekaReasoningParser(ReasoningParser):
         return request
 
     def adjust_initial_state_from_prompt(self, prompt_token_ids: Sequence[int]) -> None:
-        """A prompt that ends inside a reasoning block, as a prefill does, goes on in it."""
+        """Start inside the reasoning block if the prompt ends in one, as a prefill does."""
         turn = self._last_turn(prompt_token_ids)
         self._splitter = Splitter(is_reasoning=OPEN in turn and CLOSE not in turn)
 
@@ -127,25 +127,25 @@ class RekaReasoningParser(ReasoningParser):
         return _delta(*self._splitter.finish())
 
     def has_engine_confirmed_reasoning_end(self) -> bool:
-        return False  # the splitter goes on to the end of the turn: white space before and after the answer is its, too
+        return False  # the splitter is needed to the end of the turn: it strips the white space around the answer
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        """For grammars: whether the turn at the end of prompt and output has come to its answer."""
+        """Return True if the last turn of prompt and output has reached its answer; a grammar then applies."""
         turn = self._last_turn(input_ids)
-        begun = turn.lstrip()
-        return CLOSE in turn or not (begun.startswith(OPEN) or OPEN.startswith(begun))
+        start = turn.lstrip()
+        return CLOSE in turn or not (start.startswith(OPEN) or OPEN.startswith(start))
 
     def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
         return self.is_reasoning_end(input_ids)
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
-        """Ids after the one that completes the closing tag; all of them where no block was opened."""
+        """Return the ids after the one that completes the closing tag; all ids if no block was opened."""
         if not self.is_reasoning_end(input_ids):
             return []
         return input_ids[self.count_reasoning_tokens(input_ids) :]
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """Ids up to the one that completes the closing tag; all where it never comes, none where none was opened."""
+        """Count the ids through the one that completes the closing tag; all if it never comes, 0 if none was opened."""
         text = self._decode(token_ids)
         if not text.lstrip().startswith(OPEN):
             return 0
@@ -165,7 +165,7 @@ class RekaReasoningParser(ReasoningParser):
 
 
 def _partial_tag(text: str) -> int:
-    """Length of the longest end of `text` that begins a closing tag."""
+    """Return the length of the longest end of `text` that begins a closing tag."""
     return next(length for length in range(len(CLOSE) - 1, -1, -1) if text.endswith(CLOSE[:length]))
 
 

@@ -1,4 +1,4 @@
-"""Ask this export a question through transformers: `python serving/transformers_chat.py "What is 17 + 25?"`."""
+"""Ask this export a question with transformers: `python serving/transformers_chat.py "What is 17 + 25?"`."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="a
 prompt = tokenizer.apply_chat_template(
     [{"role": "human", "content": sys.argv[1]}], add_generation_prompt=True, return_tensors="pt"
 ).to(model.device)
-# A turn ends with the text <sep>, which is no token: transformers looks for it only where it is given the tokenizer.
-# Without the two arguments the same call runs on to the eos token or to max_new_tokens.
+# A turn ends with the text <sep>, which is not a token: transformers needs the tokenizer to find it.
+# Without stop_strings and tokenizer, generation continues to the eos token or to max_new_tokens.
 output = model.generate(**prompt, max_new_tokens=512, stop_strings=["<sep>"], tokenizer=tokenizer)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]).strip().removesuffix("<sep>"))

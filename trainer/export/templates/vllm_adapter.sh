@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve this adapter on its base with vLLM 0.30 or newer:  bash serving/vllm.sh [more options of `vllm serve`]
-# Set TENSOR_PARALLEL to the number of GPUs to spread the model over; it must divide the model's $num_heads heads.
-# Clients name the model: $name is the adapter on its base, `base` the base alone.
+# TENSOR_PARALLEL is the number of GPUs to spread the model over; it must divide the model's $num_heads heads.
+# The client's `model` chooses: $name is the base with the adapter, `base` is the base alone.
 set -euo pipefail
 cd "$$(dirname "$$0")/.."
 exec vllm serve $base --served-model-name base --tokenizer . --generation-config . \

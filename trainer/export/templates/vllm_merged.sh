@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serve this export with vLLM 0.30 or newer:  bash serving/vllm.sh [more options of `vllm serve`]
-# Set TENSOR_PARALLEL to the number of GPUs to spread the model over; it must divide the model's $num_heads heads.
+# TENSOR_PARALLEL is the number of GPUs to spread the model over; it must divide the model's $num_heads heads.
 set -euo pipefail
 cd "$$(dirname "$$0")/.."
 exec vllm serve . --served-model-name $shell_name --dtype bfloat16 --tensor-parallel-size "$${TENSOR_PARALLEL:-1}" \

@@ -1,14 +1,11 @@
-"""A reward run's weights as a folder that `reward_model`, transformers and vLLM load, and proof that it scores alike.
+"""A reward run's weights as a folder that the reward `reward_model`, transformers and vLLM load.
 
 OUT holds sharded safetensors, the tokenizer with a pad token, the frozen scale of the scores in reward_model.json, the
-model card and serving/.
+model card and serving/. A fresh process scores a few answers with it before it gets its name.
 """
 
 import json
-import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,14 +19,13 @@ from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_mo
 from rekatrain.data.tokenizer import is_encoder, load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import RewardModelCard, classify, context_of
 from rekatrain.trainer.export.folders import save_tokenizer
+from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish
 from rekatrain.trainer.models import Source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
 from rekatrain.trainer.reward_model.model import load_reward_model
 from rekatrain.trainer.reward_model.pairs import leave_out_trained, load_pairs
-
-logger = logging.getLogger(__name__)
 
 NUM_SCALE_PAIRS = 256
 PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.", "Hello, <b>you</b> | 1,234!")]
@@ -38,18 +34,18 @@ PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.",
 def export_reward_model(
     source: Source, out: Path, recipe: Recipe, *, run: Path, stored_dtype: str, max_shard_size: str
 ) -> None:
-    """Write a checkpoint of a run as a classifier's folder, and verify it.
+    """Write a checkpoint of a reward run as a classifier's folder, and verify it.
 
-    The scale is that of the first 256 held-out pairs, of training pairs where the recipe holds none out.
+    The scale is measured on the first 256 held-out pairs, or on training pairs if the recipe has no eval_dataset.
     """
     tokenizer = load_classifier_tokenizer(source.folder)
     model = _merged(source, tokenizer).to(getattr(torch, stored_dtype))
-    if tokenizer.pad_token is None:  # a classifier reads batches; transformers refuses them without
+    if tokenizer.pad_token is None:  # a classifier reads batches, which transformers rejects without a pad token
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
-    if not is_encoder(tokenizer):  # it was trained without a BOS, which servers would add where the tokenizer does
+    if not is_encoder(tokenizer):  # the model was trained without a BOS, which servers add if the tokenizer does
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
 
-    # One number on a scale of its own: without this, servers and pipelines give its sigmoid.
+    # The score has no fixed range. Without this, servers and pipelines return its sigmoid.
     model.config.problem_type = "regression"
 
     context = context_of(model)
@@ -60,8 +56,8 @@ def export_reward_model(
         pairs, measured_on = leave_out_trained(held_out, pairs), "held-out pairs"
     pairs = pairs[:NUM_SCALE_PAIRS]
     evaluation = evaluate_pairs(model, pairs)
-    measured = describe_evaluation(evaluation, measured_on)
-    print(f"{source.folder}: {measured}")
+    description = describe_evaluation(evaluation, measured_on)
+    print(f"{source.folder}: {description}")
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +71,7 @@ def export_reward_model(
         measured_on=f"both answers of {len(pairs)} {measured_on}",
     ).save(partial)
     _verify(partial, model, tokenizer, stored_dtype)
-    publish(partial, out, "reward", recipe, run, source, evaluation=measured)
+    publish(partial, out, "reward", recipe, run, source, evaluation=description)
 
 
 def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -85,21 +81,18 @@ def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 
 
 def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
-    """Have another process score probes by the reward that users name: memory here proves nothing about the files."""
+    """Score the probes with `model`, and verify that the reward `reward_model` gives the same scores from `folder`."""
     judged = [
         RewardModelInput(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES
     ]
-    rows = [encode_reward_model_input(one, tokenizer, "reka", max_length=context_of(model)) for one in judged]
+    encoded = [encode_reward_model_input(probe, tokenizer, "reka", max_length=context_of(model)) for probe in judged]
     reference = {
-        "prompts": [render_prompt(one.prompt) for one in judged],
-        "completions": [render_completion(None, one.answer) for one in judged],
-        "scores": classify(model, rows, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist(),
+        "dtype": dtype,
+        "prompts": [render_prompt(probe.prompt) for probe in judged],
+        "completions": [render_completion(None, probe.answer) for probe in judged],
+        "scores": classify(model, encoded, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist(),
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(reference, file)
         file.flush()
-        command = [sys.executable, "-m", "rekatrain.trainer.reward_model.verify_export", str(folder), dtype, file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"the export in {folder} failed its verification:\n{done.stderr.strip()}")
-    logger.info(done.stdout.strip())
+        verify_in_fresh_process("rekatrain.trainer.export.verify_reward_model", folder, file.name)
