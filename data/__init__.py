@@ -1,1 +1,1 @@
-"""What text and rows look like: the Reka chat format, tokenizer loading, row sources. Imports no torch."""
+"""Text and rows: the Reka chat format, tokenizer loading, row sources and layouts. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The Reka chat format: how a conversation becomes text and ids, and how a completion is read back.
+"""The Reka chat format: render a conversation as text and ids, and parse a completion.
 
     human: What is 2+2? <sep> assistant: <reasoning>
     Two and two.
@@ -6,9 +6,9 @@
 
     4 <sep>
 
-Neither `<sep>` nor the reasoning tags are tokens: they are text, and their ids depend on their neighbours. So the
-trained mask is made where the ids are made, and what was sampled is never re-tokenized (data/stop.py).
-`tests/data/test_chat.py` holds the format against the published template's own outputs.
+Neither `<sep>` nor the reasoning tags are tokens: they are text, and their ids depend on the characters around them. So
+the loss mask is made where the ids are made, and sampled ids are never tokenized again (data/stop.py).
+`tests/data/test_chat.py` compares the format with golden vectors of the published template.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from rekatrain.data.errors import InputError
 
-if TYPE_CHECKING:  # a second or more of imports, which the reward workers are spared
+if TYPE_CHECKING:  # reward workers do not need it, and importing it takes over a second
     from transformers import PreTrainedTokenizerBase
 
 STOP = "<sep>"
@@ -27,7 +27,7 @@ REASONING_OPEN = "<reasoning>"
 REASONING_CLOSE = "</reasoning>"
 TURN_SEPARATOR = f" {STOP} "
 GENERATION_PROMPT = "assistant:"
-# The model card fixes the tags; the white space after the closing tag is not published, hence one constant.
+# The model card fixes the tags. The white space after the closing tag is not published, hence one constant.
 AFTER_REASONING = "\n\n"
 IGNORED_LABEL = -100
 
@@ -35,7 +35,7 @@ EndOfTurn = Literal["sep", "sep_eos", "eos"]
 
 
 class Message(TypedDict):
-    """One turn. `reasoning_content` is an assistant's thought where it is stored apart from the answer."""
+    """One turn. `reasoning_content` is the reasoning of an assistant where it is stored separately from the answer."""
 
     role: str
     content: str
@@ -43,7 +43,7 @@ class Message(TypedDict):
 
 
 class FinishReason(StrEnum):
-    """How a completion ended: it wrote `<sep>`, it sampled the eos token, or it was cut off."""
+    """Reason why a completion ended: it wrote `<sep>`, it sampled the eos token, or it was truncated."""
 
     STOP = "stop"
     EOS = "eos"
@@ -52,7 +52,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedRow:
-    """Ids of a prompt and its trained turn; labels are the ids of that turn and -100 before it (equal lengths)."""
+    """Ids of a prompt and its trained turn. Labels are the ids of that turn, and -100 before it (equal lengths)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -60,7 +60,7 @@ class EncodedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedCompletion:
-    """A completion taken apart; `reasoning` is None where it did not open with a reasoning block."""
+    """Parts of a completion; `reasoning` is None where it does not open with a reasoning block."""
 
     reasoning: str | None
     answer: str
@@ -68,10 +68,10 @@ class ParsedCompletion:
 
 
 def render_prompt(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """Text that the model reads for `messages`, equal to Reka's published chat template.
+    """Return the text of `messages` for the model, equal to the output of Reka's published chat template.
 
     Earlier assistant turns lose their reasoning. A conversation that ends with an assistant turn is left open, so that
-    the model continues that turn. Checking for text that forges a turn is `check_messages`, not done here.
+    the model continues that turn. Text that forges a turn is not checked here; see `check_messages`.
     """
     if not messages:
         raise InputError("a conversation needs at least one message")
@@ -88,10 +88,10 @@ def render_prompt(messages: Sequence[Message], add_generation_prompt: bool = Tru
 
 
 def parse_prompt(text: str) -> list[Message]:
-    """Messages of a rendered prompt, an inverse of `render_prompt` as far as there is one.
+    """Return the messages of a rendered prompt: the inverse of `render_prompt`, as far as one exists.
 
-    A first system message stays folded into the first turn, and the role `human` comes back as `user`. Raises
-    InputError for text that does not end with the generation prompt.
+    A first system message stays folded into the first turn, and the role `human` becomes `user`. Raises InputError for
+    text that does not end with the generation prompt.
     """
     *turns, last = text.split(TURN_SEPARATOR)
     parsed = [turn.partition(": ") for turn in turns]
@@ -101,7 +101,9 @@ def parse_prompt(text: str) -> list[Message]:
 
 
 def render_completion(reasoning: str | None, answer: str) -> str:
-    """Text of a trained turn, from the space after `assistant:` up to its `<sep>`; inverse of `parse_completion`.
+    """Return the text of a trained turn; inverse of `parse_completion`.
+
+    It begins with the space after `assistant:` and ends with ` <sep>`.
 
     >>> render_completion("Two and two.", "4")
     ' <reasoning>\\nTwo and two.\\n</reasoning>\\n\\n4 <sep>'
@@ -110,24 +112,24 @@ def render_completion(reasoning: str | None, answer: str) -> str:
 
 
 def parse_completion(text: str) -> ParsedCompletion:
-    """Take a completion's text apart; text after the first `<sep>` does not belong to it.
+    """Split the text of a completion into reasoning, answer and finish reason; text after the first `<sep>` is ignored.
 
-    An unclosed block is all reasoning and no answer. Tags anywhere else than around the opening block stay in the
-    text they stand in, for a reward to see.
+    A reasoning block that is not closed is all reasoning and no answer. Tags outside the opening block stay in the
+    text, so that a reward can see them.
     """
-    body, found, _ = text.partition(STOP)
-    finish_reason = FinishReason.STOP if found else FinishReason.LENGTH
-    if not found and body.endswith(END_OF_TEXT):
+    body, stop, _ = text.partition(STOP)
+    finish_reason = FinishReason.STOP if stop else FinishReason.LENGTH
+    if not stop and body.endswith(END_OF_TEXT):
         body, finish_reason = body.removesuffix(END_OF_TEXT), FinishReason.EOS
     reasoning, answer = _split_body(body)
     return ParsedCompletion(reasoning=reasoning, answer=answer, finish_reason=finish_reason)
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse a conversation whose text would forge a turn or trip the chat template.
+    """Raise InputError for a conversation that is malformed, or whose text would forge a turn.
 
-    The format has no escape: a literal `<sep>` ends a turn wherever it stands, and an assistant's `</reasoning>` with
-    no opening tag makes the template keep the thought and repeat the answer.
+    The format has no escape: a literal `<sep>` ends a turn wherever it appears, and an assistant's `</reasoning>`
+    without an opening tag makes the template keep the reasoning and repeat the answer.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list with at least one message")
@@ -152,7 +154,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def neutralize_messages(messages: Sequence[Message]) -> list[Message]:
-    """Copies of `messages` in which text that `check_messages` would refuse is broken by a space (`< sep>`)."""
+    """Return copies of `messages` with a space inside the text that `check_messages` would reject (`< sep>`)."""
     neutral: list[Message] = []
     for number, message in enumerate(messages, start=1):
         broken = STOP.replace("<", "< ")
@@ -166,16 +168,16 @@ def neutralize_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def assistant_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield the conversation cut after each of its assistant turns: one training row for each."""
+    """Yield the conversation up to and including each assistant turn: one training row per assistant turn."""
     for end, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
             yield list(messages[:end])
 
 
 def answers_only(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with each assistant turn cut down to its answer, as it is stored before the next question.
+    """Return the conversation with only the answer of each assistant turn, as a client stores it for the next turn.
 
-    The template itself drops the reasoning of a stored turn but keeps the white space around it.
+    The template drops the reasoning of a stored turn too, but keeps the white space around it.
     """
     return [
         {"role": "assistant", "content": split_turn(turn)[1]} if turn["role"] == "assistant" else turn
@@ -183,17 +185,25 @@ def answers_only(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
+def split_turn(message: Message) -> tuple[str | None, str]:
+    """Return reasoning and answer of a stored assistant turn, whose reasoning may be in either field."""
+    # Not parse_completion: in a stored turn `<|endoftext|>` is text like any other.
+    inline, answer = _split_body(message["content"])
+    return (message.get("reasoning_content") or "").strip() or inline or None, answer
+
+
 def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids of plain text: a special token's name in the text becomes ordinary ids, and nothing is added around it."""
+    """Return the ids of plain text: the name of a special token becomes ordinary ids, and no special token is added."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_row(
     messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", end_of_turn: EndOfTurn = "sep"
 ) -> EncodedRow:
-    """Encode a conversation that ends with the assistant turn to train; only that turn and its stop carry labels.
+    """Encode a conversation that ends with the assistant turn to train; only that turn and its stop have labels.
 
     `end_of_turn`: the turn ends with ` <sep>`, with ` <sep>` and the eos token, or with the eos token alone.
+    Raises InputError where there is no such turn, or where it has no answer.
     """
     check_messages(messages)
     *history, last = messages
@@ -227,13 +237,6 @@ def _turn_body(reasoning: str | None, answer: str) -> str:
     return f" {REASONING_OPEN}\n{reasoning}\n{REASONING_CLOSE}{AFTER_REASONING}{answer}"
 
 
-def split_turn(message: Message) -> tuple[str | None, str]:
-    """Reasoning and answer of a stored assistant turn, wherever its reasoning is stored."""
-    # Not parse_completion: in a stored turn `<|endoftext|>` is text like any other.
-    inline, answer = _split_body(message["content"])
-    return (message.get("reasoning_content") or "").strip() or inline or None, answer
-
-
 def _split_body(text: str) -> tuple[str | None, str]:
     body = text.strip()
     if not body.startswith(REASONING_OPEN):
@@ -247,7 +250,7 @@ def _break_tags(text: str) -> str:
 
 
 def _reasoning_fault(message: Message, *, is_last: bool) -> str | None:
-    """What is wrong with an assistant message's reasoning; a last message may hold an open block, to be continued."""
+    """Return the fault of an assistant message's reasoning, or None; a last message may hold a block left open."""
     content, thought = message["content"], (message.get("reasoning_content") or "").strip()
     opened, closed = content.count(REASONING_OPEN), content.count(REASONING_CLOSE)
     if REASONING_OPEN in thought or REASONING_CLOSE in thought:

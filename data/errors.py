@@ -1,5 +1,5 @@
-"""The one error that means: the user can mend this."""
+"""InputError: the error that a user can fix by changing an input."""
 
 
 class InputError(ValueError):
-    """A recipe, a file, a row or a folder is not what it must be; the message is one line that says what to do."""
+    """Raised for an invalid recipe, file, row or folder. Its message is one line that names the problem and the fix."""

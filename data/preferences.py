@@ -1,6 +1,6 @@
-"""Layouts of preference rows: of two answers to one prompt, which was preferred.
+"""Layouts of preference data: two answers to one prompt, one of them preferred.
 
-Each is a pure function from one object to a Row whose `messages` end with the preferred answer and whose `rejected` end
+Each is a pure function from one record to a Row. Its `messages` end with the preferred answer, and its `rejected` end
 with the other one. So a preference file also serves SFT (the preferred answers) and RLOO (the prompts).
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
-from rekatrain.data.layouts import (
+from rekatrain.data.records import (
     Record,
-    _assistant,
-    _missing_or_mistyped,
-    _optional_text,
-    _others,
-    _question,
-    _text,
-    _turns,
+    assistant_message,
+    field_error,
+    instruction_messages,
+    other_columns,
+    prompt_messages,
+    read_messages,
+    read_text,
 )
 from rekatrain.data.rows import Row
 
@@ -28,10 +28,10 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def preference_row(record: Record) -> Row:
-    """Row of `chosen` and `rejected`, each a text or messages, with `prompt`, `system` and `margin` as they need it.
+    """Row of `chosen` and `rejected`, each text or messages, with optional `prompt`, `system` and `margin`.
 
-    A text, or a single assistant message, answers `prompt`, which is a text or messages. Longer messages are whole
-    conversations; a `prompt` beside them must be in them.
+    Text, or a single assistant message, is an answer to `prompt`, which is text or messages. Longer messages are whole
+    conversations, and must hold the `prompt` if there is one.
     """
     prompt = _prompt(record)
     return _row(record, "prompt", "system", **{side: _conversation(record, side, prompt) for side in SIDES})
@@ -40,11 +40,10 @@ def preference_row(record: Record) -> Row:
 def alpaca_preference_row(record: Record) -> Row:
     """Row of `instruction` and optional `input` and `system`, with `chosen` and `rejected` texts; `output` is dropped.
 
-    `output` is what the two answers were written from, and neither of them need be equal to it.
+    The two answers were written from `output`, and neither of them need equal it.
     """
-    parts = (_text(record, "instruction"), _optional_text(record, "input"))
-    question = _question(record, "\n\n".join(part for part in parts if part))
-    answered = {side: [*question, _assistant(_text(record, side), reasoning=None)] for side in SIDES}
+    prompt = instruction_messages(record)
+    answered = {side: [*prompt, assistant_message(read_text(record, side))] for side in SIDES}
     return _row(record, "instruction", "input", "system", "output", **answered)
 
 
@@ -65,44 +64,39 @@ PREFERENCE_LAYOUTS: dict[str, Callable[[Record], Row]] = {
 
 
 def _prompt(record: Record) -> list[Message] | str | None:
-    """The messages before the answers; the text of one of them where the answers are whole conversations."""
+    """Return `prompt`: messages, text, or None where it is missing."""
     prompt = record.get("prompt")
     if prompt is None:
         return None
     if isinstance(prompt, list):
-        return _messages(record, "prompt")
-    return _text(record, "prompt")
+        return read_messages(record, "prompt")
+    return read_text(record, "prompt")
 
 
 def _conversation(record: Record, side: str, prompt: list[Message] | str | None) -> list[Message]:
     if isinstance(record.get(side), list):
-        turns = _messages(record, side)
+        turns = read_messages(record, side)
         if turns[0]["role"] != "assistant":
-            is_in_it = (
+            holds_prompt = (
                 prompt is None
                 or (isinstance(prompt, str) and any(turn["content"] == prompt for turn in turns))
                 or turns[: len(prompt)] == prompt
             )
-            if not is_in_it:
-                raise InputError(f"{side} is a whole conversation that does not hold the prompt")
+            if not holds_prompt:
+                raise InputError(f"{side} is a whole conversation that does not hold the prompt: correct one of them")
             return turns
     else:
-        turns = [_assistant(_text(record, side), reasoning=None)]
+        turns = [assistant_message(read_text(record, side))]
     if prompt is None:
         raise InputError(
             f"{side} is an answer and there is no prompt: set columns to the prompt's key, or format to hh for "
             "dialogues in one text"
         )
-    return [*(_question(record, prompt) if isinstance(prompt, str) else prompt), *turns]
-
-
-def _messages(record: Record, key: str) -> list[Message]:
-    turns = _turns(record, key, required=("role", "content"), optional=("reasoning_content",))
-    return [{**turn} for turn in turns]  # type: ignore[typeddict-item]  # keys checked by _turns
+    return [*(prompt_messages(record, prompt) if isinstance(prompt, str) else prompt), *turns]
 
 
 def _hh_dialogue(record: Record, side: str) -> list[Message]:
-    before, *parts = _HH_SPEAKER.split(_text(record, side))
+    before, *parts = _HH_SPEAKER.split(read_text(record, side))
     if before.strip() or not parts:
         raise InputError(f"{side} does not begin with a blank line and 'Human: '")
     turns = zip(parts[::2], parts[1::2], strict=True)
@@ -116,11 +110,11 @@ def _row(record: Record, *used: str, chosen: list[Message], rejected: list[Messa
     if chosen[:-1] != rejected[:-1]:
         raise InputError("chosen and rejected differ before their last message: they answer different prompts")
     if chosen[-1] == rejected[-1]:
-        raise InputError("chosen and rejected are the same, which prefers neither")
+        raise InputError("chosen and rejected are the same, so neither is preferred: remove the row")
     margin = record.get("margin")
     if margin is not None:
         if isinstance(margin, bool) or not isinstance(margin, int | float):
-            raise _missing_or_mistyped(record, "margin", "a number")
+            raise field_error(record, "margin", "a number")
         if not (math.isfinite(margin) and margin >= 0):
             raise InputError(f"margin must be at least 0, not {margin}: it says by how much chosen is better")
-    return Row(messages=chosen, rejected=rejected, columns=_others(record, *SIDES, *used))
+    return Row(messages=chosen, rejected=rejected, columns=other_columns(record, *SIDES, *used))

@@ -1,7 +1,7 @@
-"""How an answer reads to a reward model: the ids of a prompt and one answer to it, in that model's own template.
+"""Render and encode the input of a reward model: a prompt and one answer to it, in the template of that model.
 
-The answer may be a policy's, which gains by whatever raises its score. So a special token's name in any text is only
-text, and in the Reka format an answer cannot hold `<sep>`: it is cut there (data/chat.py).
+A policy learns to write whatever raises its score. So the name of a special token is encoded as plain text wherever it
+appears, and an answer in the Reka format cannot hold `<sep>`, because it ends there (data/chat.py).
 """
 
 import re
@@ -15,7 +15,7 @@ from rekatrain.data.chat import Message, encode_text, render_completion, render_
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import is_encoder
 
-# `<`, something without a space, `>`; and words in capitals in square brackets, as Mistral's and BERT's tokens.
+# `<...>` without a space inside, and words in capitals in square brackets, as the tokens of Mistral and BERT.
 _MARKUP = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?g?[A-Z_]{2,}\d*\])")
 
 Template = Literal["reka", "chat_template", "pair", "answer"]
@@ -24,7 +24,11 @@ TextTemplate = Literal["reka", "answer"]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelInput:
-    """An answer to be judged, and the conversation that it answers; `reasoning` only where it is to be judged too."""
+    """An answer to score.
+
+    prompt:    the conversation that it answers
+    reasoning: the reasoning before the answer, where the model scores that too; otherwise None
+    """
 
     prompt: Sequence[Message]
     answer: str
@@ -33,9 +37,11 @@ class RewardModelInput:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelIds:
-    """Ids for a classifier; `token_type_ids` are 0 for the prompt and 1 for the answer (equal lengths).
+    """Encoded input of a classifier.
 
-    is_cut: whether the beginning was cut off, to keep to the model's context
+    input_ids:      the ids of prompt and answer, with the special tokens of the template
+    token_type_ids: 0 for the prompt and 1 for the answer, as many as `input_ids`
+    is_cut:         True if the beginning was cut off to fit the model's context
     """
 
     input_ids: list[int]
@@ -44,81 +50,80 @@ class RewardModelIds:
 
 
 def check_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError where the tokenizer cannot render `template`."""
+    """Raise InputError if the tokenizer cannot render `template`."""
     if template == "chat_template" and not tokenizer.chat_template:
         raise InputError(
-            "the folder's tokenizer has no chat template: set template to reka, pair or answer, whichever the model "
-            "was trained with"
+            "the folder's tokenizer has no chat template: set template to reka, pair or answer, the one that the "
+            "model was trained with"
         )
 
 
-def render_text(judged: RewardModelInput, template: TextTemplate) -> str:
-    """The answer as one text, in a template that needs no tokenizer.
+def render_text(item: RewardModelInput, template: TextTemplate) -> str:
+    """Return the input as one text, in a template that needs no tokenizer.
 
-    reka:   `human: {question} <sep> assistant: {answer} <sep>`, with the stop also for an answer that was cut off: a
-            model that was trained on finished turns knows no other end
-    answer: the answer alone
+    reka:   `human: {question} <sep> assistant: {answer} <sep>`; a truncated answer gets the stop too, because the model
+            was trained on finished turns
+    answer: the answer alone, after its reasoning where there is one
     """
     if template == "reka":
-        return render_prompt(judged.prompt) + render_completion(judged.reasoning, judged.answer)
-    return judged.answer if judged.reasoning is None else f"{judged.reasoning}\n\n{judged.answer}"
+        return render_prompt(item.prompt) + render_completion(item.reasoning, item.answer)
+    return item.answer if item.reasoning is None else f"{item.reasoning}\n\n{item.answer}"
 
 
 def encode_reward_model_input(
-    judged: RewardModelInput, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
+    item: RewardModelInput, tokenizer: PreTrainedTokenizerBase, template: Template, *, max_length: int
 ) -> RewardModelIds:
-    """Encode an answer for a classifier with a context of `max_length`, cutting the beginning of what is longer.
+    """Encode an input for a classifier, and cut the beginning where it is longer than `max_length` ids.
 
-    reka:          as `render_text` writes it
-    chat_template: by the tokenizer's own chat template
-    pair, answer:  the last message of the prompt and the answer, as the two texts of an encoder; the answer alone
+    reka:          the text of `render_text`
+    chat_template: the tokenizer's chat template
+    pair:          the last message of the prompt and the answer, as the two texts of an encoder
+    answer:        the answer alone
     """
     first: list[int] = []
     if template == "reka":
-        # Encoded apart, as in a training row: what the policy samples is never merged with its prompt.
-        second = encode_text(render_prompt(judged.prompt), tokenizer)
-        second += encode_text(render_completion(judged.reasoning, judged.answer), tokenizer)
+        # Prompt and answer are encoded separately, as in a training row: no token spans both.
+        second = encode_text(render_prompt(item.prompt), tokenizer)
+        second += encode_text(render_completion(item.reasoning, item.answer), tokenizer)
     elif template == "chat_template":
-        # The template writes the special tokens, so they are read as such; the messages cannot hold any.
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in judged.prompt]
-        turns.append({"role": "assistant", "content": render_text(judged, "answer")})
+        # The template writes special tokens, which must be parsed as such; the messages are cleared of them before.
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in item.prompt]
+        turns.append({"role": "assistant", "content": render_text(item, "answer")})
         neutral = [{**turn, "content": break_special_tokens(turn["content"], tokenizer)} for turn in turns]
         text = tokenizer.apply_chat_template(neutral, tokenize=False)
-        return _framed([], tokenizer(text, add_special_tokens=False)["input_ids"], [], [], max_length)
+        return _frame([], tokenizer(text, add_special_tokens=False)["input_ids"], [], [], max_length)
     else:
-        first = encode_text(judged.prompt[-1]["content"], tokenizer) if template == "pair" else []
-        second = encode_text(render_text(judged, "answer"), tokenizer)
-        if not second:  # no second text, as transformers takes an empty one
+        first = encode_text(item.prompt[-1]["content"], tokenizer) if template == "pair" else []
+        second = encode_text(render_text(item, "answer"), tokenizer)
+        if not second:  # transformers encodes an empty second text as no second text
             first, second = [], first
     before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder(tokenizer) else ([], [])
-    return _framed(first + after if first else [], second, before, after, max_length)
+    return _frame(first + after if first else [], second, before, after, max_length)
 
 
 def break_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text with a space inside every name of a special token: `< |im_end|>`."""
+    """Return the text with a space inside every name of a special token: `< |im_end|>`."""
     names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     broken = text
-    while held := [name for name in names if name in broken]:
-        for name in held:
+    while present := [name for name in names if name in broken]:
+        for name in present:
             broken = broken.replace(name, f"{name[0]} {name[1:]}")
     return broken
 
 
 def break_markup(text: str) -> str:
-    """The text with a space inside whatever may be another program's markup, for a server whose tokenizer is not here.
+    """Return the text with a space inside every possible special token, for a server with an unknown tokenizer.
 
-    Servers read the name of a special token as that token wherever it stands, also in the middle of a message.
+    Servers parse the name of a special token as that token even in the middle of a message.
 
     >>> break_markup("<|im_end|> </s> [/INST] a < b")
     '< |im_end|> < /s> [ /INST] a < b'
     """
-    return _MARKUP.sub(lambda found: f"{found[0]} ", text)
+    return _MARKUP.sub(lambda match: f"{match[0]} ", text)
 
 
-def _framed(
-    first: list[int], second: list[int], before: list[int], after: list[int], max_length: int
-) -> RewardModelIds:
-    """`before`, what fits of first and second, `after`; of what does not fit the beginning goes."""
+def _frame(first: list[int], second: list[int], before: list[int], after: list[int], max_length: int) -> RewardModelIds:
+    """Return `before`, `first`, `second` and `after`, without the first ids of `first + second` that do not fit."""
     room = max_length - len(before) - len(after)
     surplus = max(0, len(first) + len(second) - room)
     first_kept = first[surplus:]

@@ -1,4 +1,4 @@
-"""A row: one conversation with what its rewards need, and where it was read."""
+"""A row of a data set: one conversation, the columns for its rewards, and its origin."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from rekatrain.data.chat import Message, answers_only
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One conversation.
+    """One conversation of a data set.
 
     messages: the turns, checked by `check_messages`; a last assistant turn is the reference response
-    rejected: of a preference row, the same conversation with a worse last turn; checked too
-    columns:  what reward functions are given by name (`answer`, ...), JSON values
-    where:    "train.jsonl:17", for messages about this row
+    rejected: in a preference row, the same conversation with a worse last turn, checked too
+    columns:  JSON values that reward functions receive by name (`answer`, ...)
+    where:    origin of the row, such as "train.jsonl:17", for error messages
     """
 
     messages: list[Message]
@@ -24,6 +24,6 @@ class Row:
 
     @property
     def prompt(self) -> list[Message]:
-        """The turns that a completion answers: all but a last assistant turn, earlier ones without their reasoning."""
+        """Turns before the completion: all but a last assistant turn, with the reasoning of earlier turns removed."""
         is_answered = self.messages[-1]["role"] == "assistant"
         return answers_only(self.messages[:-1] if is_answered else self.messages)

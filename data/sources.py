@@ -1,7 +1,7 @@
-"""Row sources: local files, Hugging Face datasets and procedural tasks, read into checked rows.
+"""Load checked rows from local files, Hugging Face datasets and procedural tasks.
 
-`load_rows` takes the keys of a recipe's `dataset:` section; `data/README.md` describes them. Every bad row is named by
-file and line. Nothing is unpickled and no code that comes with a dataset is run.
+The keys of a recipe's `dataset:` section are the arguments of `load_rows`; `data/README.md` describes them. Errors name
+the file and line of a bad row. Nothing is unpickled, and code that comes with a dataset is never run.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.layouts import LAYOUTS, finish_messages, reasoning_gym_row, rename_keys
+from rekatrain.data.layouts import LAYOUTS, finish_messages, reasoning_gym_row
 from rekatrain.data.preferences import PREFERENCE_LAYOUTS
+from rekatrain.data.records import rename_keys
 from rekatrain.data.rows import Row
 from rekatrain.data.task_layouts import TASK_LAYOUTS
 
@@ -45,13 +46,17 @@ ForgedTurns = Literal["refuse", "neutralize"]
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 PROCEDURAL_PREFIX = "reasoning_gym:"
 
-# Where a record was read, and the record: a parsed value, or the bytes of a .jsonl line, still to be parsed.
+# The origin of a record ("train.jsonl:17") and the record: a parsed value, or the unparsed bytes of a .jsonl line.
 Located = tuple[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRows:
-    """The good rows in their order; for each bad row left out, a message such as "train.jsonl:17: prompt is empty"."""
+    """Result of `load_rows`.
+
+    rows:    the good rows, in the order of the source
+    skipped: one message per bad row, such as "train.jsonl:17: prompt is empty"
+    """
 
     rows: list[Row]
     skipped: list[str]
@@ -71,21 +76,22 @@ def load_rows(
     forged_turns: ForgedTurns = "refuse",
     size: int | None = None,
     seed: int | None = None,
-    task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has options of its own
+    task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has its own options
 ) -> LoadedRows:
-    """Read and check rows of a local file, a Hugging Face dataset or a reasoning_gym task.
+    """Load and check the rows of a local file, a Hugging Face dataset or a reasoning_gym task.
 
     path:         a .jsonl, .jsonl.gz, .json or .parquet file; `reasoning_gym:<task>`; otherwise a dataset of the hub
-    format, columns: layout of a file's or a dataset's row (None means messages), and our key -> the file's key
-    name, split, revision: as in `datasets.load_dataset`, for a dataset; split None means train
+    format:       layout of a file's or a dataset's records; None means messages
+    columns:      mapping from our key to the key in the file or dataset
+    name, split, revision: arguments of `datasets.load_dataset`, for a dataset; split None means train
     system:       text of a system message for rows that have none
-    limit:        number of good rows to read; None reads all
-    bad_rows:     raise for the first bad row, or leave bad rows out and warn
-    forged_turns: a literal `<sep>` makes a row bad, or is broken by a space
+    limit:        number of good rows to load; None loads all
+    bad_rows:     "refuse" raises InputError for the first bad row; "skip" leaves bad rows out and logs a warning
+    forged_turns: "refuse" makes a row with a literal `<sep>` a bad row; "neutralize" breaks the `<sep>` by a space
     size, seed, task: number of rows (None means 1000), seed (None means 0) and options of a reasoning_gym task
 
-    Raises InputError where an option does not apply to the kind of path, where the source cannot be read, for a bad
-    row with bad_rows="refuse", and where no row is left.
+    Raises InputError where an option does not apply to the kind of path, where the source cannot be read, and where no
+    good row is left.
     """
     _check_choice("format", format or "messages", get_args(Format))
     _check_choice("bad_rows", bad_rows, get_args(BadRows))
@@ -94,23 +100,23 @@ def load_rows(
     _check_count("size", size)
     _check_count("seed", seed, at_least=0)
     if system is not None and not system.strip():
-        raise InputError("system is empty: give a text, or leave it out")
+        raise InputError("system is empty: write a text, or remove it")
     if columns is not None and not all(isinstance(key, str) for key in (*columns.keys(), *columns.values())):
-        raise InputError(f"columns must map our keys to the file's keys, all text, but is {dict(columns)}")
+        raise InputError(f"columns must map our keys to keys of the file, all of them text, but it is {dict(columns)}")
 
     for_dataset: dict[str, object] = {"name": name, "split": split, "revision": revision}
     for_layout: dict[str, object] = {"format": format, "columns": columns}
     for_task: dict[str, object] = {"size": size, "seed": seed, "task": task}
     if path.startswith(PROCEDURAL_PREFIX):
-        _refuse_written(path, "a procedural task", for_dataset | for_layout)
+        _reject_options(path, "a procedural task", for_dataset | for_layout)
         records: Iterator[Located] = _generate_entries(path, size or 1000, seed or 0, task or {})
         to_row: Callable[[Any], Row] = partial(reasoning_gym_row, path.removeprefix(PROCEDURAL_PREFIX))
     else:
         if path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or Path(path).is_file():
-            _refuse_written(path, "a local file", for_dataset | for_task)
+            _reject_options(path, "a local file", for_dataset | for_task)
             records = _read_file(path)
         else:
-            _refuse_written(path, "a Hugging Face dataset", for_task)
+            _reject_options(path, "a Hugging Face dataset", for_task)
             records = _read_dataset(path, name, split or "train", revision)
         to_row = partial(_lay_out, (LAYOUTS | TASK_LAYOUTS | PREFERENCE_LAYOUTS)[format or "messages"], columns or {})
 
@@ -155,13 +161,13 @@ def _read_file(path: str) -> Iterator[Located]:
     try:
         for number, record in read(file):
             yield f"{path}:{number}", record
-    # gzip tells a damaged file by the last two; pyarrow's and the decoders' errors are ValueErrors.
+    # gzip raises the last two for a damaged file; the errors of pyarrow and of decoders are ValueErrors.
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    # Bytes, so that one badly encoded line is one bad row, and only a line feed ends a line.
+    # Read as bytes: a badly encoded line is then one bad row, and only a line feed ends a line.
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -171,7 +177,9 @@ def _read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 def _read_json(file: Path) -> Iterable[tuple[int, object]]:
     records = _parse_json(file.read_bytes())
     if not isinstance(records, list):
-        raise InputError(f"it must hold a list of rows, not {type(records).__name__}; one row a line is .jsonl")
+        raise InputError(
+            f"it must hold a list of rows, not {type(records).__name__}; a file with one row per line is .jsonl"
+        )
     return enumerate(records, start=1)
 
 
@@ -189,8 +197,8 @@ def _parse_json(text: bytes) -> object:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # nested too deeply is a RecursionError
-        # The line number within a text of one line would contradict the number of the line in its file.
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        # The parser counts lines within its text, so its line 1 would contradict the line number in the file.
         raise InputError(f"it is not valid JSON: {str(error).replace('line 1 ', '')}") from error
 
 
@@ -215,20 +223,20 @@ def _generate_entries(path: str, size: int, seed: int, options: Mapping[str, Any
     known = [field.name for field in dataclasses.fields(config) if field.name not in ("size", "seed")]
     for option in options:
         if option in ("size", "seed"):
-            raise InputError(f"task: {option} is a key of the section itself; write it beside task, not inside")
+            raise InputError(f"task: {option} is a key of the dataset section: write it beside task, not inside it")
         _check_choice(f"option of the reasoning_gym task {task}", option, known)
     try:
         entries = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # each config checks in its own way
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # each task has its own checks
         raise InputError(f"{path} does not accept task: {dict(options)}: {_first_line(error)}") from error
     for index in range(size):
         yield f"{path}[{index}]", entries[index]
 
 
-def _refuse_written(path: str, kind: str, options: Mapping[str, object]) -> None:
-    written = [key for key, value in options.items() if value is not None]
-    if written:
-        raise InputError(f"{path} is {kind}, to which {', '.join(written)} cannot apply: remove it")
+def _reject_options(path: str, kind: str, options: Mapping[str, object]) -> None:
+    names = [key for key, value in options.items() if value is not None]
+    if names:
+        raise InputError(f"{path} is {kind}: remove {', '.join(names)}, which cannot apply to it")
 
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:

@@ -1,20 +1,21 @@
-"""Tokenizer loading in one place, with a self-check on golden ids.
+"""Load tokenizers, and check their ids against golden ids.
 
-transformers 5 gives a cl100k_base tokenizer whose files name `GPT2Tokenizer` GPT-2's pre-tokenizer: other ids, no
-error, and a ruined run (huggingface/transformers#44254, #45812). So the fast tokenizer is loaded by its own file, and a
-tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
+Where the files of a cl100k_base tokenizer name the class `GPT2Tokenizer`, transformers 5 uses GPT-2's pre-tokenizer:
+other ids, no error, and a ruined run (huggingface/transformers#44254, #45812). So the fast tokenizer is loaded from its
+`tokenizer.json` alone, and a tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
 """
 
 import logging
 
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import END_OF_TEXT, encode_text
 from rekatrain.data.errors import InputError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
-# Ids of OpenAI's tiktoken for cl100k_base. The first text differs under GPT-2's pre-tokenizer, the second where runs of
-# digits are not cut into threes, the third where a typed special token is taken for the real one.
+# Ids of OpenAI's tiktoken for cl100k_base. GPT-2's pre-tokenizer gives other ids for the first text, a pre-tokenizer
+# that does not split digits into threes for the second, and one that parses typed special tokens for the third.
 CL100K_GOLDEN_IDS: dict[str, list[int]] = {
     "human: Hi <sep> assistant: <reasoning>\nOkay\n</reasoning>\n\n42 <sep>": [
         *(26380, 25, 21694, 366, 29136, 29, 18328, 25, 366, 20489, 287, 397, 33413, 198),
@@ -24,15 +25,15 @@ CL100K_GOLDEN_IDS: dict[str, list[int]] = {
     END_OF_TEXT: [27, 91, 8862, 728, 428, 91, 29],
 }
 CL100K_EOS_ID = 100257
-# Far apart in the ranks, so that a vocabulary which has all three is cl100k_base or made from it.
+# Far apart in the ranks: a vocabulary with all three is cl100k_base or derived from it.
 CL100K_MARKS = {"assistant": 78191, "Ġassistant": 18328, "Ġreasoning": 33811}
 
 
 def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Load a folder's or a hub model's fast tokenizer and check it.
+    """Load and check the fast tokenizer of a folder or of a model on the hub.
 
     Raises InputError where there is none, where it has no usable eos token, or where a cl100k_base tokenizer does not
-    give the golden ids. Another family's tokenizer is accepted, and that is logged.
+    give the golden ids. A tokenizer of another family is accepted and logged.
     """
     tokenizer = _load(pretrained_model_name_or_path, revision)
     check_tokenizer(tokenizer)
@@ -50,12 +51,12 @@ def load_classifier_tokenizer(
 
 
 def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether the tokenizer is an encoder's, which reads its verdict off the `[CLS]` that it expects first."""
+    """Return True for the tokenizer of an encoder, whose input starts with `[CLS]`, where its score is read."""
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError unless the eos token is usable and, for cl100k_base, the golden ids come out."""
+    """Raise InputError unless the eos token is usable and a cl100k_base tokenizer gives the golden ids."""
     eos_id = tokenizer.eos_token_id
     if eos_id is None or not 0 <= eos_id < len(tokenizer):
         raise InputError(
@@ -72,13 +73,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         if ids != golden_ids:
             raise InputError(
                 f"the tokenizer has cl100k_base's vocabulary but encodes {text!r} as {ids}, not {golden_ids}: "
-                "its tokenizer.json lacks cl100k_base's pre-tokenizer regex; take the one the model was published with"
+                "its tokenizer.json lacks cl100k_base's pre-tokenizer regex; use the file of the published model"
             )
     logger.info("tokenizer: cl100k_base, golden ids equal")
 
 
 def is_cl100k(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether the vocabulary is cl100k_base's, however it splits text."""
+    """Return True if the vocabulary is cl100k_base's, whatever the pre-tokenizer."""
     return all(tokenizer.convert_tokens_to_ids(token) == token_id for token, token_id in CL100K_MARKS.items())
 
 

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
 from rekatrain.data import chat
 from rekatrain.data.chat import (
     END_OF_TEXT,
@@ -26,8 +28,6 @@ from rekatrain.data.chat import (
 )
 from rekatrain.data.errors import InputError
 from rekatrain.data.stop import StopSearch, decode_completion
-from transformers import PreTrainedTokenizerFast
-
 from tests.conftest import GOLDEN
 
 TEMPLATE = Path(chat.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")

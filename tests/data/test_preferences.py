@@ -92,7 +92,7 @@ def test_a_file_of_preferences_is_read_checked_and_neutralized_on_both_sides(tmp
 def test_the_politeness_pairs_are_read_whole() -> None:
     loaded = load_rows(str(REAL_DATA / "politeness.jsonl.gz"), format="alpaca_preference", bad_rows="skip")
     assert len(loaded.rows) == 1094  # of 1,100
-    assert all(message.endswith("the same, which prefers neither") for message in loaded.skipped)
+    assert all(message.endswith("the same, so neither is preferred: remove the row") for message in loaded.skipped)
 
 
 # How a pair is encoded

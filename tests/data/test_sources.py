@@ -15,12 +15,13 @@ import pytest
 import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rekatrain.data.chat import IGNORED_LABEL, check_messages, encode_row, parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.data.layouts import LAYOUTS, rename_keys
+from rekatrain.data.layouts import LAYOUTS
+from rekatrain.data.records import rename_keys
 from rekatrain.data.sources import load_rows
 from rekatrain.data.tokenizer import check_tokenizer
-
 from tests.conftest import REAL_DATA
 
 QUESTION = {"role": "user", "content": "2+2?"}
@@ -140,7 +141,7 @@ BAD_ROWS = {
     "empty prompt": ("prompt_answer", b'{"prompt": " "}', "prompt is empty"),
     "answer of neither kind": ("prompt_answer", b'{"prompt": "a", "answer": true}', "answer must be text, not bool"),
     "empty answer": ("prompt_answer", b'{"prompt": "a", "answer": ""}', "answer is empty"),
-    "reasoning alone": ("prompt_answer", b'{"prompt": "a", "reasoning": "b"}', "a reasoning but no answer"),
+    "reasoning alone": ("prompt_answer", b'{"prompt": "a", "reasoning": "b"}', "there is reasoning but no answer"),
     "unknown speaker": ("sharegpt", b'{"conversations": [{"from": "bing", "value": "a"}]}', "'bing', which is not one"),
     "no output": ("alpaca", b'{"instruction": "a"}', "there is no 'output'; the row has instruction"),
     "input not text": ("alpaca", b'{"instruction": "a", "input": 1, "output": "b"}', "input must be text, not int"),
@@ -248,14 +249,14 @@ def test_a_renaming_that_cannot_be_made_is_refused(tmp_path, columns, problem):
 @pytest.mark.parametrize(
     ("path", "options", "problem"),
     [
-        ("a.jsonl", {"size": 3}, "local file, to which size cannot"),
-        ("a.jsonl", {"seed": 0}, "local file, to which seed cannot"),
-        ("a.jsonl", {"task": {}}, "local file, to which task cannot"),
-        ("a.jsonl", {"name": "main", "split": "train", "revision": "b"}, "to which name, split, revision cannot"),
-        ("reasoning_gym:chain_sum", {"format": "messages"}, "procedural task, to which format cannot"),
-        ("reasoning_gym:chain_sum", {"columns": {}}, "procedural task, to which columns cannot"),
-        ("reasoning_gym:chain_sum", {"split": "train"}, "procedural task, to which split cannot"),
-        ("owner/set", {"size": 3, "seed": 1}, "Hugging Face dataset, to which size, seed cannot"),
+        ("a.jsonl", {"size": 3}, "local file: remove size, which cannot"),
+        ("a.jsonl", {"seed": 0}, "local file: remove seed, which cannot"),
+        ("a.jsonl", {"task": {}}, "local file: remove task, which cannot"),
+        ("a.jsonl", {"name": "main", "split": "train", "revision": "b"}, "remove name, split, revision, which cannot"),
+        ("reasoning_gym:chain_sum", {"format": "messages"}, "procedural task: remove format, which cannot"),
+        ("reasoning_gym:chain_sum", {"columns": {}}, "procedural task: remove columns, which cannot"),
+        ("reasoning_gym:chain_sum", {"split": "train"}, "procedural task: remove split, which cannot"),
+        ("owner/set", {"size": 3, "seed": 1}, "Hugging Face dataset: remove size, seed, which cannot"),
         ("a.jsonl", {"format": "alpacca"}, "format 'alpacca' is not known; did you mean 'alpaca'"),
         ("a.jsonl", {"bad_rows": "skipp"}, "did you mean 'skip'"),
         ("a.jsonl", {"forged_turns": "neutralise"}, "did you mean 'neutralize'"),
@@ -266,7 +267,7 @@ def test_a_renaming_that_cannot_be_made_is_refused(tmp_path, columns, problem):
         ("reasoning_gym:chain_sum", {"seed": "x"}, "seed must be a whole number of at least 0"),
         ("reasoning_gym:chain_summ", {}, "reasoning_gym task 'chain_summ' is not known; did you mean 'chain_sum'"),
         ("reasoning_gym:chain_sum", {"task": {"min_term": 2}}, "did you mean 'min_terms'"),
-        ("reasoning_gym:chain_sum", {"task": {"seed": 2}}, "seed is a key of the section itself"),
+        ("reasoning_gym:chain_sum", {"task": {"seed": 2}}, "seed is a key of the dataset section"),
         ("reasoning_gym:chain_sum", {"task": {"min_terms": -1}}, "does not accept task: .*min_terms must be positive"),
         ("reasoning_gym:chain_sum", {"task": {"min_terms": "x"}}, "does not accept task"),
     ],
@@ -441,5 +442,5 @@ def test_fill_in_asks_without_the_choices_where_the_row_allows(tmp_path, questio
 def test_an_answer_that_is_none_of_the_choices_is_refused(tmp_path, answer):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "6 x 7?", "choices": ["13", "42"], "answer": answer}))
-    with pytest.raises(InputError, match="answer must be the letter of one of the 2 choices, or its number from 0"):
+    with pytest.raises(InputError, match="answer must be the letter of one of the 2 choices, or its index from 0"):
         load_rows(str(path), format="multiple_choice")

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import encode_text
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS, check_tokenizer, is_cl100k, load_tokenizer
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 REKA_TEXT = "human: Hi <sep> assistant: <reasoning>\nOkay\n</reasoning>\n\n42 <sep>"
 REKA_IDS = [
