@@ -1,9 +1,8 @@
-"""`rekatrain train --dry-run`: every check that needs no weights, the resolved recipe, and one row as it is trained."""
+"""`rekatrain train --dry-run`: make every check that needs no weights, and print the recipe and one training row."""
 
 import sys
 
 from rekatrain.data.chat import IGNORED_LABEL, render_completion
-from rekatrain.trainer.prompts import reward_columns
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
 from rekatrain.trainer.run_folder import RunFolder
 
@@ -11,7 +10,7 @@ TRAINED = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
 
 
 def dry_run(recipe: Recipe, *, resume: bool) -> None:
-    """Print what a run of the recipe would start from; writes nothing and loads no weights."""
+    """Print the resolved recipe, counts of the data and the first row; write nothing and load no weights."""
     RunFolder(recipe.output_dir).check(recipe, resume=resume)
     print(dump_recipe(recipe))
     if recipe.stage == "sft":
@@ -41,7 +40,7 @@ def _show_reward(recipe: Recipe) -> None:
 
     task = prepare(recipe)
     lengths = [len(row.input_ids) for pair in task.pairs for row in (pair.chosen, pair.rejected)]
-    print(f"# {len(task.pairs)} pairs, {sum(lengths):,} tokens; longest answer with its prompt {max(lengths)}")
+    print(f"# {len(task.pairs)} pairs, {sum(lengths):,} tokens; longest answer with its prompt: {max(lengths)}")
     print(f"# {len(task.held_out)} pairs held out")
     first = task.pairs[0]
     for name, row in (("chosen", first.chosen), ("rejected", first.rejected)):
@@ -60,12 +59,14 @@ def _show_rloo(recipe: Recipe) -> None:
         f"{config.max_steps * config.prompts_per_step / len(task.prompts):.2f} times"
     )
     first = task.prompts[0]
-    print(f"# the first prompt\n{first.text}{TRAINED[0]} ...what the policy samples is trained{TRAINED[1]}")
+    print(
+        f"# the first prompt\n{first.text}{TRAINED[0]} ...the completion that the policy samples here is trained{TRAINED[1]}"
+    )
     response = first.row.messages[-1]
     if response["role"] == "assistant":
         text = render_completion(response.get("reasoning_content"), response["content"])
-        columns = reward_columns([first.row])
+        columns = {name: [value] for name, value in first.row.columns.items()}
         with task.grader as grader:
             scores = grader.score(prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns)
-        earned = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
-        print(f"# its reference response earns {earned}\n{text}")
+        rewards = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
+        print(f"# rewards of its reference response: {rewards}\n{text}")

@@ -9,20 +9,22 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from common import NEVER, load_folder_tokenizer, load_model, load_prompts, memory_mb
-from rekatrain.rewards.compose import RewardFunction
-from rekatrain.trainer.prompts import Prompt, step_prompts
-from rekatrain.trainer.recipe.load import load_recipe
-from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from work import Meter, Work, by_ids
+
+from rekatrain.rewards.compose import RewardFunction
+from rekatrain.trainer.prompts import Prompt
+from rekatrain.trainer.recipe.load import load_recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.rollouts import step_prompts
+from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
 # What the comparison fixes (lengths, k, learning rate, precision, ...) is in `trl_arm`. `defaults` are TRL's own; the
 # others are what its options offer on a CPU. Batches are rows a forward and backward; None: all of a step's.
@@ -64,10 +66,10 @@ def make_task(work: Work) -> RunSetup:
 def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter) -> dict[str, Any]:
     """Steps of this project's loop."""
     from accelerate import Accelerator
-    from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Rows
+
+    from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
     from rekatrain.trainer.rloo.metrics import Clock
-    from rekatrain.trainer.rloo.reference import make_reference
-    from rekatrain.trainer.rloo.train import take_step
+    from rekatrain.trainer.rloo.step import Run, take_step
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(task.tokenizer)).train()
@@ -81,12 +83,12 @@ def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Met
         with meter.phase("sample"):
             return sample(*arguments)
 
-    def timed_reference(rows: Rows) -> torch.Tensor:
+    def timed_reference(packed: PackedCompletions) -> torch.Tensor:
         assert reference is not None
         with meter.phase("score"):
-            # Its modules are copies made before the hooks: the rows are what they run on.
-            meter.slots["score"] += rows.input_ids.numel()
-            return reference(rows)
+            # Its modules are copies made before the hooks: they run on what is packed.
+            meter.slots["score"] += packed.input_ids.numel()
+            return reference(packed)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,23 +96,21 @@ def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Met
         optimizer.zero_grad()
 
     sampler.sample = timed_sample  # type: ignore[method-assign]  # of this instance
+    run = Run.in_process(
+        accelerator,
+        logprobs,
+        replace(task, seed=work.seed),
+        sampler,
+        update,
+        timed_reference if reference else None,
+    )
     meter.begin()
     for step in range(work.steps):
         clock = Clock()
-        records = take_step(
-            accelerator,
-            logprobs,
-            timed_reference if reference else None,
-            sampler,
-            task,
-            update,
-            seed=work.seed,
-            step=step,
-            clock=clock,
-        )
+        records = take_step(run, step, clock)
         meter.seconds["reward"] = clock.metrics(1)["time/reward"]
         prompt_lengths = {prompt.text: len(prompt.ids) for prompt in task.prompts}
-        by_slot = sorted(records, key=lambda record: record["slot"])
+        by_slot = sorted(records, key=lambda record: record["prompt_index"])
         meter.sampled += [(prompt_lengths[record["prompt"]], len(record["completion_ids"])) for record in by_slot]
         meter.rewards += [record["reward"] for record in records]
         meter.end_step(work.num_generations, 2 if work.beta else 1)

@@ -43,16 +43,17 @@ from learning_task import (
     make_tokenizer,
     score,
 )
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
 from rekatrain.rewards.compose import RewardFunction
-from rekatrain.trainer.prompts import step_prompts
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.loss import sequence_sums
 from rekatrain.trainer.rloo.metrics import Clock
+from rekatrain.trainer.rloo.rollouts import step_prompts
 from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.rloo.train import take_step
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from rekatrain.trainer.rloo.step import Run, take_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of a backend that needs no screen
@@ -109,7 +110,7 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
         optimizer.zero_grad()
 
     def own_step(step: int) -> float:
-        records = take_step(accelerator, model, None, sampler, task, update, seed=seed, step=step, clock=Clock())
+        records = take_step(Run.in_process(accelerator, model, task, sampler, update), step, Clock())
         return fmean(record["reward"] for record in records)
 
     def other_step(step: int) -> float:

@@ -32,6 +32,11 @@ from common import (
     print_table,
     write_report,
 )
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+from work import by_ids
+
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt
@@ -40,11 +45,7 @@ from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.metrics import Clock
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.rloo.train import take_step
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
-from work import by_ids
+from rekatrain.trainer.rloo.step import Run, take_step
 
 GROUPS = {
     "matrix products": (
@@ -173,10 +174,12 @@ def main() -> None:
     sampler: Any = GivenCompletions(arguments.lengths, len(tokenizer), arguments.seed)  # stands in for a Sampler
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
 
+    step = Run.in_process(accelerator, logprobs, task, sampler, lambda: None)
+
     def train_seconds() -> float:
         clock = Clock()
         # Gradients that are there are added to, as in a step of several micro-batches.
-        take_step(accelerator, logprobs, None, sampler, task, lambda: None, seed=0, step=0, clock=clock)
+        take_step(step, 0, clock)
         return clock.metrics(1)["time/train"]
 
     prompt_lengths = [len(prompt.ids) for prompt in prompts]

@@ -16,12 +16,13 @@ def run(case: dict) -> None:
     # Here and not above: reward workers import this file, and need none of it.
     import torch
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from trl.trainer.sft_config import SFTConfig
+
     from rekatrain.trainer.cli import main
     from rekatrain.trainer.models import load_policy
     from rekatrain.trainer.recipe.load import load_recipe
     from rekatrain.trainer.trl_run import make_config
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from trl.trainer.sft_config import SFTConfig
 
     # Stage rloo ends the process group with its run; gloo makes no second one.
     torch.distributed.destroy_process_group = lambda *_: None

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from rekatrain.trainer.cli import main
 from safetensors.torch import load_file
 
+from rekatrain.trainer.cli import main
 from tests.end_to_end.small_runs import (
     LORA,
     OPTIONS,
@@ -198,7 +198,7 @@ def test_every_run_has_the_engine_that_it_was_launched_on(launched: Launch) -> N
 @in_two_and_four
 def test_rloo_takes_the_steps_of_one_process_and_resumes(launched: Launch) -> None:
     for run, one, many in launched.runs("rloo"):
-        by_place = operator.itemgetter("step", "slot")  # the sort is stable: a group keeps its order
+        by_place = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
         ours, theirs = (
             sorted((record for record in records(path, "rollouts.jsonl") if record["step"] <= 3), key=by_place)
             for path in (one, many)

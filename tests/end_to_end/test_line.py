@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from rekatrain.data.chat import STOP, encode_text, render_prompt
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import dump_recipe, load_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.end_to_end.small_runs import LORA, OPTIONS, records, rloo_recipe, start, weights, write_data, write_recipe
 
 
@@ -63,7 +63,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     rollouts = records(folder / "rloo", "rollouts.jsonl")
     assert len(rollouts) == 3 * 2 * 4
     for slot in (0, 1):
-        group = [record["advantage"] for record in rollouts if record["step"] == 1 and record["slot"] == slot]
+        group = [record["advantage"] for record in rollouts if record["step"] == 1 and record["prompt_index"] == slot]
         assert sum(group) == pytest.approx(0, abs=1e-5) and any(group)
     assert load_recipe(folder / "rloo" / "recipe.yaml") == load_recipe(rloo)
     assert dump_recipe(load_recipe(rloo)) == (folder / "rloo" / "recipe.yaml").read_text()
@@ -151,7 +151,7 @@ def test_two_processes_of_torchrun_take_the_steps_of_one(folder: Path, model_fol
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr.decode()
     ours, theirs = records(folder / "one", "rollouts.jsonl"), records(folder / "two", "rollouts.jsonl")
-    by_place = operator.itemgetter("step", "slot")  # the sort is stable: a group keeps its order
+    by_place = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
     for mine, other in zip(sorted(ours, key=by_place), sorted(theirs, key=by_place), strict=True):
         assert mine["completion_ids"] == other["completion_ids"]
         assert mine["advantage"] == pytest.approx(other["advantage"], abs=1e-5)

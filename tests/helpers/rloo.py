@@ -10,20 +10,20 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import encode_text
 from rekatrain.data.rows import Row
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
 from rekatrain.trainer.rloo.loss import clipped_surrogates, sequence_weights
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
-from rekatrain.trainer.rloo.reference import make_reference
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.rloo.train import take_step
-from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from rekatrain.trainer.rloo.step import Run, take_step
 
 TEXTS = [
     "human: What is 2+2? <sep> assistant:",
@@ -182,18 +182,15 @@ def run_updates(
         policy.zero_grad()
 
     policy.zero_grad()
-    records = take_step(
+    run = Run.in_process(
         Accelerator(cpu=True),
         scorer_of(policy, task),
-        reference,
-        sampler or task.make_sampler(policy),  # type: ignore[arg-type]  # anything that samples
-        task,
+        replace(task, seed=seed),
+        sampler or task.make_sampler(policy),
         update,
-        seed=seed,
-        step=step,
-        clock=Clock(),
+        reference,
     )
-    return records, gradients
+    return take_step(run, step, Clock()), gradients
 
 
 def run_step(

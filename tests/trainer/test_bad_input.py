@@ -10,11 +10,12 @@ import pytest
 import torch
 import wandb
 from accelerate.tracking import WandBTracker
+from transformers import AutoModelForCausalLM
+
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder, read_records
 from rekatrain.trainer.run_log import RunLog
-from transformers import AutoModelForCausalLM
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": str(2 * n)}]}
@@ -352,7 +353,7 @@ def test_how_a_run_is_sharded_is_not_the_recipes_to_say(key, recipe_of, refused)
 
 def test_lora_dropout_is_refused_by_rloo(recipe_of, refused):
     assert refused("train", recipe_of("rloo", lora={**LORA, "lora_dropout": 0.1})).startswith(
-        "lora.lora_dropout must be 0 in stage rloo"
+        "lora.lora_dropout is 0.1, but must be 0 in stage rloo"
     )
 
 
@@ -371,7 +372,7 @@ def test_a_model_whose_attention_is_not_llamas_is_refused_by_what_samples(
 def test_an_attention_that_rloo_would_not_use_is_refused(recipe_of, refused, model_folder):
     model = {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32", "attn_implementation": "eager"}
     assert refused("train", recipe_of("rloo", model=model)) == (
-        "model.attn_implementation is not for stage rloo, whose attention is its own: take it out"
+        "model.attn_implementation is 'eager', but stage rloo brings its own attention: take the key out"
     )
 
 

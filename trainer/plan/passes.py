@@ -15,11 +15,17 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, over_layers, pretended
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
 from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
 from rekatrain.trainer.rloo.logprobs import (
     LOGIT_BYTES_AT_ONCE,
@@ -28,13 +34,9 @@ from rekatrain.trainer.rloo.logprobs import (
     decoder_and_head,
     pack_completions,
 )
-from rekatrain.trainer.rloo.packing import PassCost, Piece, pack
+from rekatrain.trainer.rloo.microbatch import GroupPart, pack
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.kv_cache import FIRST_ROOM, ForkedCache
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 ACTIVATIONS, LM_HEAD, GRADIENTS, KV_CACHE = "activations", "LM head", "gradients", "KV cache"
 
@@ -95,7 +97,7 @@ class Passes:
         return RLOOConfig(**self.recipe.rloo)
 
     @cached_property
-    def _batches(self) -> list[list[Piece]]:
+    def _batches(self) -> list[list[GroupPart]]:
         config = self._rloo
         with torch.device("meta"):
             decoder, _ = decoder_and_head(build(self.config, self.recipe, 1))  # of any depth: only ratios count

@@ -9,7 +9,7 @@ from rekatrain.trainer.plan.machine import GB
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.passes import KV_CACHE
 from rekatrain.trainer.plan.states import base_bytes
-from rekatrain.trainer.rloo.logprobs import LOGITS_AT_ONCE
+from rekatrain.trainer.rloo.logprobs import TOKENS_PER_CHUNK
 
 
 def show(plan: Plan, *, rates: Rates) -> str:
@@ -87,7 +87,7 @@ def _details(plan: Plan) -> list[str]:
     lines = [f"activations and logits: {with_it} GB with gradient_checkpointing, {without} GB without"]
     if plan.recipe.stage == "rloo":
         size = 2 if plan.casts or plan.recipe.model.get("dtype", "bfloat16") == "bfloat16" else 4
-        rows = min(LOGITS_AT_ONCE, plan.passes.micro_batch_tokens)
+        rows = min(TOKENS_PER_CHUNK, plan.passes.micro_batch_tokens)
         token = plan.shape.kv_dims * plan.shape.num_layers * size
         lines += [
             f"LM head: {rows} positions at a time, {gigabytes(rows * plan.shape.vocab_rows * size)} GB of logits; "

@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load_checkpoint_in_model
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
 from rekatrain.trainer.run_folder import STATE_FILE, RunFolder
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -1,27 +1,36 @@
-"""What differs where DeepSpeed carries the gradients and the optimizer, in one place; elsewhere Accelerate alone does.
+"""Accelerate and DeepSpeed: everything of a step that differs between one process, data parallelism and ZeRO.
 
 ZeRO (arXiv 1910.02054) shards the optimizer (stage 1), the gradients too (2), the weights too (3). At stage 3 every
 forward and backward of a layer is an exchange between all processes, at stage 2 every backward: processes must make the
-same passes in the same order (`equal_passes` in batches.py), and only whole weights can be sampled from.
+same passes in the same order (`equal_passes` in microbatch.py), and sampling needs the whole weights.
 """
 
 import copy
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch import adapt_to_device, check_engine, read_launch
-from rekatrain.trainer.rloo.gather import gathered
 from torch import Tensor, nn
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch import adapt_to_device, check_engine, prepare_deepspeed, read_launch
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.gather import gathered
+
+# Norms that must be known before their quantile means something.
+FIRST_NORMS = 10
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
-    """Accelerate for one process, data parallelism or ZeRO; InputError unless it is what was launched."""
+    """Make an Accelerator for one process, data parallelism or ZeRO; InputError unless it is as launched."""
     launch = read_launch()
+    prepare_deepspeed(launch)
     has_gpu, is_deepspeed = torch.cuda.is_available(), launch.engine == "deepspeed"
     accelerator = Accelerator(
         # Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, silently;
@@ -35,8 +44,8 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
     if is_deepspeed:
         plugin = accelerator.state.deepspeed_plugin
         adapt_to_device(plugin)
-        # DeepSpeed wants sizes, but micro-batches are laid out by tokens and their denominators are the step's; where
-        # an update ends and how far its gradient is clipped is said below.
+        # DeepSpeed requires sizes, but micro-batches are laid out by tokens and their denominators are the step's.
+        # `backward` says where an update ends, `update_weights` the norm to clip to.
         plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=1,
@@ -47,27 +56,27 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """The stage of ZeRO, 0 without DeepSpeed."""
+    """Stage of ZeRO, 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin if _is_deepspeed(accelerator) else None
     return int(plugin.zero_stage) if plugin else 0
 
 
 def check_dtype(accelerator: Accelerator, dtype: str, *, bf16: bool) -> None:
-    """Raise InputError where ZeRO-3 would refuse a model's `dtype` in the midst of things."""
+    """Raise InputError for a `dtype` that ZeRO-3 would reject in the middle of loading."""
     if zero_stage(accelerator) == 3 and dtype == "float32" and bf16:
         raise InputError(
-            "rloo.bf16 under ZeRO-3 goes with model.dtype bfloat16: weights are sharded as they are loaded, and "
-            "DeepSpeed makes the float32 copies of those that are trained"
+            "rloo.bf16 under ZeRO-3 needs model.dtype bfloat16, and it is float32: weights are sharded as they are "
+            "loaded, and DeepSpeed makes the float32 copies of those that are trained"
         )
 
 
 def accumulating(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """Around a micro-batch: data-parallel gradients travel between processes once an update, with the last one."""
+    """Context of a micro-batch: data-parallel gradients are exchanged once per update, with its last micro-batch."""
     return nullcontext() if is_last or _is_deepspeed(accelerator) else accelerator.no_sync(model)
 
 
 def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor, *, is_last: bool) -> None:
-    """Add the gradient of a micro-batch's loss to its update; `is_last`: it completes the update."""
+    """Add the gradient of a micro-batch's loss; `is_last` says that it completes the update."""
     if not _is_deepspeed(accelerator):
         accelerator.backward(loss)
         return
@@ -76,28 +85,69 @@ def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor, *, is_las
     engine.backward(loss, scale_wrt_gas=False)
 
 
+class GradientClipper:
+    """Norm that a gradient is scaled down to: min(max_grad_norm, quantile of the norms of recent updates).
+
+    Those norms are the ones before clipping. Zero norms, of updates whose groups all lacked variance, and norms that
+    are not finite are left out. Reka Flash 3.1 was trained with "gradient clipping informed by effective gradient
+    norms"; the quantile is our reading of it. The norms are part of a checkpoint.
+    """
+
+    def __init__(self, config: RLOOConfig) -> None:
+        self._max_norm = config.max_grad_norm
+        self._quantile = config.grad_norm_quantile
+        self._norms: deque[float] = deque(maxlen=config.grad_norm_window)
+        self._last_norm, self._last_limit = 0.0, config.max_grad_norm
+
+    @property
+    def limit(self) -> float:
+        """Norm that the next update is clipped to."""
+        if self._quantile is not None and len(self._norms) >= min(FIRST_NORMS, self._norms.maxlen or FIRST_NORMS):
+            return min(self._max_norm, float(np.quantile(self._norms, self._quantile)))
+        return self._max_norm
+
+    def remember(self, norm: float) -> None:
+        """Record an update's norm before clipping."""
+        self._last_norm, self._last_limit = norm, self.limit
+        if 0 < norm < math.inf:
+            self._norms.append(norm)
+
+    def metrics(self) -> dict[str, float]:
+        """Norm of the last update's gradient before clipping, and the norm that it was clipped to."""
+        return {"grad_norm": self._last_norm, "grad_norm_limit": self._last_limit}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that the next update depends on; Accelerate saves it."""
+        return {"norms": list(self._norms)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
+        self._norms.extend(state["norms"])
+
+
 def update_weights(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
-) -> float:
-    """Clip the gradient's norm, over all processes, step and clear -> the norm before."""
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, clipper: GradientClipper
+) -> None:
+    """Clip the gradient's norm over all processes, take an optimizer step and clear the gradient."""
     if not _is_deepspeed(accelerator):
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), clipper.limit))
         optimizer.step()
         optimizer.zero_grad()
-        return norm
-    engine: Any = model  # DeepSpeed's engine
-    engine.optimizer.clip_grad = max_norm  # within its step, where the norms of the shards are put together
-    engine.step()
-    return float(engine.get_global_grad_norm())
+    else:
+        engine: Any = model  # DeepSpeed's engine
+        engine.optimizer.clip_grad = clipper.limit  # it clips within its step, where the shards' norms are combined
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+    clipper.remember(norm)
 
 
 @contextmanager
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Within it, every process holds the whole model, for as long as it samples by itself.
+    """Context in which every process holds the whole model, so that it can sample on its own.
 
-    At ZeRO stage 3 that takes the memory of the model on each GPU beside its shards (`rekatrain plan` says whether it
-    is there; servers that sample need none of it). The hooks by which layers fetch and drop their weights are off
-    meanwhile: processes sample for as many tokens as their completions have, each by itself.
+    At ZeRO stage 3 each GPU then holds the whole model beside its shards (`rekatrain plan` counts it; with vLLM servers
+    it is not needed). The hooks by which layers gather and drop their weights are off meanwhile: processes sample for
+    as many tokens as their completions have, each on its own.
     """
     if zero_stage(accelerator) < 3:
         yield
@@ -113,10 +163,10 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 
 def frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A model that is not trained, made ready to run beside the one that is: in its arithmetic, at stage 3 sharded."""
+    """Make a model that is not trained ready to run beside the policy: in its arithmetic, and at stage 3 sharded."""
     model.eval().requires_grad_(False)
     if zero_stage(accelerator) and accelerator.mixed_precision == "bf16":
-        for parameter in model.parameters():  # buffers stay, as DeepSpeed leaves them
+        for parameter in model.parameters():  # buffers keep their dtype, as under DeepSpeed
             parameter.data = parameter.data.to(torch.bfloat16)
     if zero_stage(accelerator) < 3:
         return model
@@ -131,9 +181,9 @@ def frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def trained_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters by name, whole and on the host, on the main process; empty on the others.
+    """Return the trained parameters by name, whole and on the host, on the main process; nothing on the others.
 
-    Sharded ones are gathered one by one: of a model with an adapter, the adapter alone.
+    Sharded parameters are gathered one by one: of a model with an adapter, the adapter alone.
     """
     whole = {}
     for name, parameter in model.named_parameters():
@@ -146,7 +196,10 @@ def trained_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
 
 @contextmanager
 def writable(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
-    """Parameters whole, to be written: yields whether by this process; what it writes is then every process's."""
+    """Context in which parameters are whole and may be written: by this process if it yields True.
+
+    At stage 3 only the main process writes, and its values are then those of every process.
+    """
     if zero_stage(accelerator) < 3:
         yield True
         return
@@ -157,7 +210,7 @@ def writable(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> It
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """The arithmetic of a prepared model's forward, for a call that does not go through it."""
+    """Context with the arithmetic of a prepared model's forward, for a call that does not go through it."""
     # DeepSpeed has cast the weights themselves.
     return nullcontext() if _is_deepspeed(accelerator) else accelerator.autocast()
 

@@ -1,43 +1,49 @@
-"""Log-probabilities of completions under a model: no padding, each prompt once, LM head on completion positions only.
+"""Log-probabilities of completions under the policy and the reference: no padding, each prompt once per group.
 
 Shapes: N completions, T tokens of the completions laid end to end, S tokens that the model is run on, D the hidden
-size, V the rows of the LM head.
+size, V the size of the LM head.
 """
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
-from rekatrain.trainer.models import Policy
-from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, run_decoder
-from rekatrain.trainer.rloo.packing import PassCost
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# Positions whose logits exist at the same time, the rest being computed again in the backward pass: Reka Flash 3's
-# float32 logits take 0.4 GB a thousand positions.
-LOGITS_AT_ONCE = 2048
-# Bytes of logits that are worked on at the same time: temporaries stay in a processor's cache, a GPU has enough to do.
+from rekatrain.trainer.models import Policy
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.distributed import autocast, frozen, zero_stage
+from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
+from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, run_decoder
+
+# Tokens whose logits exist at the same time; the backward pass computes them again, chunk by chunk. The float32 logits
+# of Reka Flash 3 take 0.4 GB per thousand tokens.
+TOKENS_PER_CHUNK = 2048
+# Bytes of logits that are worked on at the same time: temporaries stay in a processor's cache; a GPU has enough to do.
 LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedCompletions:
-    """Prompts with their groups of completions, packed.
+    """Prompts with their groups of completions, packed end to end.
 
-    input_ids:  [1, S], groups end to end: a prompt, then its completions, each without its last token
-    layout:     who sees whom among them
-    predictors: [T], the place in S whose output predicts each completion token
+    input_ids:  [1, S], group after group: a prompt, then its completions, each without its last token
+    layout:     the attention pattern: which of these tokens sees which
+    predictors: [T], for each completion token the index in S of the output that predicts it
     targets:    [T], the completion tokens
     lengths:    [N], tokens of each completion
-    num_chunks: into which the completion tokens are cut for the LM head
-    cutoffs:     [T], log p of the least likely token that could be drawn, less that of the target, rounded down;
-                None where every token could be drawn
+    num_chunks: number of chunks that the completion tokens are cut into for the LM head
+    cutoffs:    [T], log p of the least likely kept token minus that of the target, rounded down; None where the
+                sampler filtered nothing
     """
 
     input_ids: Tensor
@@ -59,10 +65,11 @@ def pack_completions(
 ) -> PackedCompletions:
     """Pack prompts and their groups of completions; no prompt and no completion is empty.
 
-    is_shared: for each group, whether its prompt is run once or with each completion; default once
+    is_shared: for each group, True where its prompt is run once, False where it is run with each completion;
+               once by default
 
-    >>> rows = pack_completions([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
-    >>> rows.input_ids.tolist(), rows.predictors.tolist(), rows.targets.tolist()
+    >>> packed = pack_completions([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
+    >>> packed.input_ids.tolist(), packed.predictors.tolist(), packed.targets.tolist()
     ([[5, 6, 7, 4, 1]], [1, 2, 1, 3, 4], [7, 8, 9, 1, 2])
     """
     input_ids: list[int] = []
@@ -87,51 +94,62 @@ def pack_completions(
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in flat for token in completion], device=device),
         lengths=torch.tensor([len(completion) for completion in flat], device=device),
-        num_chunks=max(1, math.ceil(len(predictors) / LOGITS_AT_ONCE)),
+        num_chunks=max(1, math.ceil(len(predictors) / TOKENS_PER_CHUNK)),
         cutoffs=None if cutoffs is None else torch.tensor(cutoffs, device=device),
     )
 
 
 def decoder_and_head(policy: Policy) -> tuple[PreTrainedModel, nn.Module]:
-    """A policy's two halves, with the adapter where it has one."""
+    """Return the two halves of a policy, with the adapter where it has one."""
     causal_lm = cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
     return causal_lm.get_decoder(), cast(nn.Module, causal_lm.get_output_embeddings())
 
 
 class CompletionLogprobs(nn.Module):
-    """A policy as a function from rows to log-probabilities.
+    """A policy as a function from packed completions to log-probabilities.
 
-    A module, so that what wraps models (data parallel, DeepSpeed) wraps this one call with all its uses of the weights.
+    It is a module so that a wrapper (data parallel, DeepSpeed) wraps this one call with all its uses of the weights.
     """
 
-    def __init__(self, policy: Policy, *, temperature: float, num_tokens: int) -> None:
-        """`num_tokens`: ids that can be sampled, the tokenizer's; the distribution is over those, as in sampling."""
+    def __init__(
+        self, policy: Policy, *, temperature: float, num_tokens: int, logit_bytes_at_once: int | None = None
+    ) -> None:
+        """Wrap a policy.
+
+        temperature:         divides the logits, as in sampling
+        num_tokens:          ids that can be sampled, the tokenizer's; the distribution is over those, as in sampling
+        logit_bytes_at_once: bytes of logits that are worked on at the same time; None: `LOGIT_BYTES_AT_ONCE`
+        """
         super().__init__()
         self.policy = policy
-        self.config = policy.config  # by which Accelerate sizes what ZeRO-3 gathers at a time
+        self.config = policy.config  # Accelerate derives the sizes of ZeRO-3's gathers from it
         self.temperature = temperature
         self.num_tokens = num_tokens
+        self.logit_bytes_at_once = logit_bytes_at_once
 
     @cached_property
     def pass_cost(self) -> PassCost:
-        """The cost of one pass, by which rows are packed."""
+        """Cost of one pass, by which completions are packed."""
         decoder, _ = decoder_and_head(self.policy)
         return PassCost.of(decoder)
 
-    def forward(self, rows: PackedCompletions) -> Tensor:
+    def forward(self, packed: PackedCompletions) -> Tensor:
         """Log-probability of each completion token at the sampling temperature -> [T], float32."""
         decoder, _ = decoder_and_head(self.policy)
-        hidden_SD = run_decoder(decoder, rows.input_ids, rows.layout.position_ids, rows.layout)[0]
-        arguments = (hidden_SD.index_select(0, rows.predictors), rows.targets, rows.cutoffs)
-        if rows.num_chunks == 1:
+        hidden_SD = run_decoder(decoder, packed.input_ids, packed.layout.position_ids, packed.layout)[0]
+        arguments = (hidden_SD.index_select(0, packed.predictors), packed.targets, packed.cutoffs)
+        if packed.num_chunks == 1:
             return self._score(*arguments)
-        pieces = zip(*(_split(tensor, rows.num_chunks) for tensor in arguments), strict=True)
-        return torch.cat([checkpoint(self._score, *piece, use_reentrant=False) for piece in pieces])
+        chunks = zip(*(_split(tensor, packed.num_chunks) for tensor in arguments), strict=True)
+        return torch.cat([checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _score(self, hidden_TD: Tensor, targets_T: Tensor, cutoffs_T: Tensor | None) -> Tensor:
         _, head = decoder_and_head(self.policy)
-        scored = TokenLogprobs.apply(head(hidden_TD), targets_T, cutoffs_T, self.temperature, self.num_tokens)
-        return cast(Tensor, scored)
+        logits_TV = head(hidden_TD)
+        num_bytes = self.logit_bytes_at_once or LOGIT_BYTES_AT_ONCE[logits_TV.device.type]
+        at_once = max(1, num_bytes // (4 * logits_TV.shape[1]))
+        logprobs_T = TokenLogprobs.apply(logits_TV, targets_T, cutoffs_T, self.temperature, self.num_tokens, at_once)
+        return cast(Tensor, logprobs_T)
 
 
 def _split(tensor: Tensor | None, num_chunks: int) -> Sequence[Tensor | None]:
@@ -139,10 +157,10 @@ def _split(tensor: Tensor | None, num_chunks: int) -> Sequence[Tensor | None]:
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(z / temperature)[target] over the first `num_tokens` logits z, for each of T positions.
+    """log softmax(z / temperature)[target] over the first `num_tokens` logits z, for each of T tokens.
 
-    With cutoffs, at most 0, the softmax is over the tokens whose log-probability reaches the target's plus the cutoff:
-    that of a policy that samples from its likeliest tokens only, its choice of them held fixed.
+    With cutoffs the softmax is over the tokens whose log-probability is at least the target's plus the cutoff: the
+    distribution of a policy that samples from its most likely tokens only, with that set of tokens held fixed.
 
     The gradient, (1[v = target] - p_v) / temperature, is written over the logits: the largest tensor of a step exists
     once, where autograd would keep it, its quotient and its exponentials.
@@ -156,43 +174,78 @@ class TokenLogprobs(torch.autograd.Function):
         cutoffs_T: Tensor | None,
         temperature: float,
         num_tokens: int,
+        num_at_once: int,
     ) -> Tensor:
-        """-> [T], float32. The caller gives `logits_TV` away."""
+        """Return [T], float32. `logits_TV` belongs to this function from here on; it is empty where T is 0."""
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
         lowest_T = None if cutoffs_T is None else chosen_T + cutoffs_T
-        normalizers = []
-        for rows in _rows_at_once(logits_TV):
-            scaled = logits_TV[rows, :num_tokens].float()
+        normalizers_T = torch.empty_like(chosen_T)
+        for chunk in _slices(len(logits_TV), num_at_once):
+            scaled = logits_TV[chunk, :num_tokens].float()
             if temperature != 1:
                 scaled = scaled / temperature
             if lowest_T is not None:
-                scaled = scaled.masked_fill(scaled < lowest_T[rows, None], -torch.inf)
-            normalizers.append(scaled.logsumexp(dim=1))
-        normalizers_T = torch.cat(normalizers)
+                scaled = scaled.masked_fill(scaled < lowest_T[chunk, None], -torch.inf)
+            normalizers_T[chunk] = scaled.logsumexp(dim=1)
         ctx.save_for_backward(logits_TV, targets_T, normalizers_T, lowest_T)
-        ctx.temperature, ctx.num_tokens = temperature, num_tokens
+        ctx.temperature, ctx.num_tokens, ctx.num_at_once = temperature, num_tokens, num_at_once
         return chosen_T - normalizers_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the logits, in their place."""
+        """Return the gradient of the logits, in their storage."""
         logits_TV, targets_T, normalizers_T, lowest_T = ctx.saved_tensors
         scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
-        for rows in _rows_at_once(logits_TV):
-            piece = logits_TV[rows, : ctx.num_tokens]
-            scaled = piece.float()  # in float32 the piece itself
+        for chunk in _slices(len(logits_TV), ctx.num_at_once):
+            logits = logits_TV[chunk, : ctx.num_tokens]
+            scaled = logits.float()  # in float32 the logits themselves
             if ctx.temperature != 1:
                 scaled.div_(ctx.temperature)
             if lowest_T is not None:
-                scaled.masked_fill_(scaled < lowest_T[rows, None], -torch.inf)
-            scaled.sub_(normalizers_T[rows, None]).exp_().mul_(-scaled_T1[rows])
-            if scaled.dtype != piece.dtype:
-                piece.copy_(scaled)
+                scaled.masked_fill_(scaled < lowest_T[chunk, None], -torch.inf)
+            scaled.sub_(normalizers_T[chunk, None]).exp_().mul_(-scaled_T1[chunk])
+            if scaled.dtype != logits.dtype:
+                logits.copy_(scaled)
         logits_TV[:, ctx.num_tokens :] = 0
         logits_TV.scatter_add_(1, targets_T[:, None], scaled_T1.to(logits_TV.dtype))
-        return logits_TV, None, None, None, None
+        return logits_TV, None, None, None, None, None
 
 
-def _rows_at_once(logits_TV: Tensor) -> Iterator[slice]:
-    num_rows = max(1, LOGIT_BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
-    return (slice(first, first + num_rows) for first in range(0, len(logits_TV), num_rows))
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, length, size))
+
+
+Reference = Callable[[PackedCompletions], Tensor]
+
+
+def make_reference(
+    accelerator: Accelerator,
+    model: CompletionLogprobs,
+    config: RLOOConfig,
+    load_again: Callable[[], Policy] | None = None,
+) -> Reference | None:
+    """Return log-probabilities under the policy that the run begins with; None where beta is 0.
+
+    With LoRA that policy is the model without its adapter and costs no memory. Otherwise it is a copy of the policy, or
+    under ZeRO-3, where a copy would be of shards, the result of `load_again`, sharded likewise. It computes in the
+    policy's arithmetic, so that rounding is no KL.
+    """
+    if config.beta == 0:
+        return None
+    policy = model.policy
+    initial: nn.Module
+    if isinstance(policy, PeftModel):
+        initial = model
+    elif load_again is not None and zero_stage(accelerator) == 3:
+        again = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
+        initial = frozen(accelerator, again)
+    else:
+        initial = frozen(accelerator, copy.deepcopy(model))
+
+    def reference_logprobs(packed: PackedCompletions) -> Tensor:
+        without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
+        with torch.no_grad(), without_adapter, autocast(accelerator):
+            scored: Tensor = initial(replace(packed, cutoffs=None))  # over every token, whatever the sampler filtered
+            return scored
+
+    return reference_logprobs

@@ -1,4 +1,4 @@
-"""The objective of RLOO, on one page (Ahmadian et al., "Back to Basics", arXiv 2402.14740).
+"""The objective of RLOO: everything that is differentiated (Ahmadian et al., "Back to Basics", arXiv 2402.14740).
 
 For a prompt x with completions y_1 … y_k sampled from the policy, and r_i the reward of y_i,
 
@@ -6,36 +6,95 @@ For a prompt x with completions y_1 … y_k sampled from the policy, and r_i the
     A_i = R_i - mean of R_j over j != i      the leave-one-out baseline
     L   = - mean over i of s_i               s_i = rho_i * A_i      rho_i = pi(y_i|x) / old(y_i|x)
 
-`old` is the policy that sampled. In the one update of a batch that is the default, pi is old: rho_i is 1 and the
-gradient of rho_i is that of log pi(y_i|x), the sum over the completion's tokens. With variable lengths only the sum
-gives the gradient of the expected reward. KL_i inside the reward is the k1 estimator; its gradient through the baseline
-is that of beta * KL. What else there is on this page is an option of the recipe, and off by default.
+`old` is the policy that sampled. By default a batch is used for one update, so pi is old: rho_i is 1 and its gradient
+is that of log pi(y_i|x), the sum over the completion's tokens. With variable lengths only the sum gives the gradient of
+the expected reward. KL_i inside the reward is the k1 estimator; its gradient through the baseline is that of beta * KL.
+Everything else in this file is an option of the recipe and off by default.
 
-Shapes: P prompts, G completions a prompt, N completions, T tokens of all completions laid end to end.
-An unscorable completion has reward nan: it is in nobody's baseline, has advantage 0 and counts in no mean.
+Shapes: P prompts, G completions per prompt, N completions, T tokens of all completions laid end to end.
+An unscorable completion has reward nan: it is in no baseline, has advantage 0 and counts in no mean.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rekatrain.trainer.rloo.config import RLOOConfig
+
 Level = Literal["sequence", "token"]
 LossType = Literal["sequence_sum", "sequence_mean", "token_mean"]
 
 
-def sequence_sums(values_T: Tensor, lengths_N: Tensor) -> Tensor:
-    """Sum a value per token over each completion -> [N]."""
-    return values_T.new_zeros(len(lengths_N)).index_add(0, owners(lengths_N), values_T)
+@dataclass(frozen=True, kw_only=True)
+class LossDenominators:
+    """Completions and tokens in the loss of a whole step, counted over all processes and micro-batches."""
+
+    num_completions: int
+    num_tokens: int
 
 
-def owners(lengths_N: Tensor) -> Tensor:
-    """The completion that each token belongs to -> [T]."""
-    return torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
+@dataclass(kw_only=True, eq=False)
+class LossInputs:
+    """Tensors of some completions that their loss is computed from.
+
+    lengths:            tokens of each completion, [N]
+    rewards:            [N], nan where unscorable
+    is_in_loss:         [N]
+    loss_mask:          [T], False on tokens that were forced on the policy
+    sampler_logprobs:   [T], recorded when the tokens were drawn
+
+    Set once, and the same for all updates of the batch:
+    reference_logprobs: [T], None without a reference
+    old_logprobs:       [T], of the policy that sampled, in the trainer's arithmetic
+    advantages:         [N]
+
+    Set by each update:
+    clip_ratio:         fraction of each completion's importance ratios that were clipped, [N]
+    """
+
+    lengths: Tensor
+    rewards: Tensor
+    is_in_loss: Tensor
+    loss_mask: Tensor
+    sampler_logprobs: Tensor
+    reference_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    clip_ratio: Tensor | None = None
+
+    def sums(self, values_T: Tensor) -> Tensor:
+        """Sum over the trained tokens of each completion -> [N]."""
+        return sequence_sums(values_T * self.loss_mask, self.lengths)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """KL_i, the k1 estimate at the time of sampling, in nats per completion -> [N]; None without a reference."""
+        if self.old_logprobs is None or self.reference_logprobs is None:
+            return None
+        return self.sums(self.old_logprobs - self.reference_logprobs)
+
+
+# ---- Advantages
+
+
+def set_advantages(batches: Sequence[LossInputs], config: RLOOConfig) -> None:
+    """Set the advantages of batches that together hold whole groups, in order; after the KL is known."""
+    if not batches:
+        return
+    rewards_PG = torch.cat([batch.rewards for batch in batches]).view(-1, config.num_generations)
+    if config.beta and config.kl_placement == "reward":
+        kl_N = torch.cat([batch.kl for batch in batches if batch.kl is not None])
+        rewards_PG = kl_penalized_rewards(rewards_PG, kl_N.view_as(rewards_PG), config.beta)
+    advantages = leave_one_out_advantages(rewards_PG).flatten().split([len(batch.rewards) for batch in batches])
+    for batch, advantages_N in zip(batches, advantages, strict=True):
+        batch.advantages = torch.where(batch.is_in_loss, advantages_N, 0.0)
 
 
 def kl_penalized_rewards(rewards_PG: Tensor, kl_PG: Tensor, beta: float) -> Tensor:
-    """Subtract the KL penalty from the rewards; `kl_PG` is a sequence sum and carries no gradient."""
+    """R = r - beta * KL; `kl_PG` is a sum over the sequence and carries no gradient."""
     return rewards_PG - beta * kl_PG.detach()
 
 
@@ -45,7 +104,7 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
     >>> leave_one_out_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
 
-    A completion that is alone in being scorable has nothing to be compared with: its advantage is 0.
+    Where only one completion of a group is scorable there is nothing to compare it with: its advantage is 0.
     """
     is_scorable = ~rewards_PG.isnan()
     rewards = rewards_PG.nan_to_num(0.0)
@@ -54,28 +113,72 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
     return torch.where(is_scorable & (num_others > 0), rewards - baselines, 0.0)
 
 
+# ---- The loss
+
+
+def policy_loss(
+    batch: LossInputs, logprobs_T: Tensor, config: RLOOConfig, denominators: LossDenominators
+) -> tuple[Tensor, Tensor]:
+    """Return a micro-batch's part of the step's loss, and the clipped fraction of each completion [N].
+
+    logprobs_T: of the policy in training, with gradient; `batch` holds all that has none
+
+    Summed over the micro-batches of all processes, the losses give L of the head of this file.
+    """
+    assert batch.old_logprobs is not None and batch.advantages is not None
+    # s_i: the importance ratios to the policy that sampled, times the advantage; clipped from the second update on.
+    surrogates, is_clipped = clipped_surrogates(
+        (logprobs_T - batch.old_logprobs) * batch.loss_mask,
+        batch.advantages,
+        batch.lengths,
+        level=config.importance_sampling_level,
+        epsilon=config.epsilon if config.num_iterations > 1 else torch.inf,
+    )
+    # Weights for a sampler whose arithmetic, or whose weights, differ from the trainer's; by token or by sequence.
+    mismatch_T = batch.old_logprobs - batch.sampler_logprobs
+    if config.importance_sampling_correction == "token_truncate":
+        surrogates = surrogates * truncated_importance_weights(mismatch_T, config.importance_sampling_cap)
+    num_trained_N = batch.sums(torch.ones_like(logprobs_T))
+    if config.importance_sampling_level == "token":
+        surrogates, is_clipped = batch.sums(surrogates), batch.sums(is_clipped.float()) / num_trained_N.clamp(min=1)
+    if config.importance_sampling_correction == "sequence_truncate":
+        surrogates = surrogates * truncated_importance_weights(batch.sums(mismatch_T), config.importance_sampling_cap)
+    # The mean over the step, by the loss type.
+    weights_N = sequence_weights(
+        num_trained_N,
+        config.loss_type,
+        num_completions=denominators.num_completions,
+        num_tokens=denominators.num_tokens,
+    )
+    loss = -(surrogates * weights_N).sum()
+    if config.beta and config.kl_placement == "loss":
+        assert batch.reference_logprobs is not None
+        penalties_N = k2_loss(batch.sums(logprobs_T - batch.reference_logprobs), config.beta)
+        loss = loss + (penalties_N * batch.is_in_loss).sum() / max(denominators.num_completions, 1)
+    return loss, is_clipped.float()
+
+
 def clipped_surrogates(
     log_ratios_T: Tensor, advantages_N: Tensor, lengths_N: Tensor, *, level: Level, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """What a completion adds to the objective when a batch is used again, and the share of it that is clipped.
+    """Return what each ratio adds to the objective, and whether the clip decides it; both [N] or [T], by level.
 
         sequence:  s_i = min(rho_i A_i, clip(rho_i, 1 - epsilon, 1 + epsilon) A_i)        rho_i of the whole sequence
         token:     s_t = min(rho_t A_i, clip(rho_t, 1 - epsilon, 1 + epsilon) A_i)        rho_t of each token
 
     log_ratios_T: log pi - log old of each token, with gradient (PPO, arXiv 1707.06347; by sequence, arXiv 2507.18071)
-    -> surrogates, [N] or [T] by level, and whether the clip holds, of the same shape
     """
     if level == "token":
-        log_ratios, advantages = log_ratios_T, advantages_N[owners(lengths_N)]
+        log_ratios, advantages = log_ratios_T, advantages_N[completion_of_token(lengths_N)]
     else:
         log_ratios, advantages = sequence_sums(log_ratios_T, lengths_N), advantages_N
     ratios = log_ratios.exp()
-    free, held = ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages
-    return torch.minimum(free, held), free > held
+    free, clipped = ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages
+    return torch.minimum(free, clipped), free > clipped
 
 
 def truncated_importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
-    """min(pi / sampler, cap), detached: corrects for a sampler whose arithmetic is not the trainer's.
+    """min(pi / sampler, cap), detached: corrects for a sampler whose probabilities are not the trainer's.
 
     log_ratios: log pi - log sampler, of tokens [T] or summed over sequences [N] (arXiv 2508.03351 caps at 2)
     """
@@ -83,13 +186,13 @@ def truncated_importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
 
 
 def sequence_weights(lengths_N: Tensor, loss_type: LossType, *, num_completions: int, num_tokens: int) -> Tensor:
-    """What each completion's sum over tokens counts for in the loss -> [N], float64 as counts are.
+    """Weight of each completion's sum over tokens in the loss -> [N], float64 as counts are.
 
         sequence_sum:   1 / num_completions              the paper's
         sequence_mean:  1 / (length * num_completions)
         token_mean:     1 / num_tokens
 
-    num_completions, num_tokens: those in the loss of the whole step, on all processes and in all micro-batches
+    num_completions, num_tokens: those in the loss of the whole step, over all processes and micro-batches
     """
     if loss_type == "token_mean":
         return torch.full_like(lengths_N, 1 / max(num_tokens, 1), dtype=torch.float64)
@@ -105,10 +208,14 @@ def k2_loss(log_ratios_N: Tensor, beta: float) -> Tensor:
     return beta / 2 * log_ratios_N.square()
 
 
-def overlong_penalty(length: int, *, max_completion_length: int, buffer: int) -> float:
-    """0 up to `buffer` tokens before the cap, then falling in a line to -1 at the cap (DAPO, arXiv 2503.14476, eq. 13).
+# ---- Sums over tokens
 
-    >>> overlong_penalty(90, max_completion_length=100, buffer=20)
-    -0.5
-    """
-    return -max(0.0, (length - (max_completion_length - buffer)) / buffer)
+
+def sequence_sums(values_T: Tensor, lengths_N: Tensor) -> Tensor:
+    """Sum a value per token over each completion -> [N]."""
+    return values_T.new_zeros(len(lengths_N)).index_add(0, completion_of_token(lengths_N), values_T)
+
+
+def completion_of_token(lengths_N: Tensor) -> Tensor:
+    """Index of the completion that each token belongs to -> [T]."""
+    return torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)

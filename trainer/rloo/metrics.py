@@ -1,4 +1,4 @@
-"""What a step leaves behind: one record a completion, and the step's metrics as means over those records."""
+"""Records and metrics: one record per completion, and the metrics of a step as means over its records."""
 
 import math
 import time
@@ -16,7 +16,7 @@ HEADLINE = ["reward", "kl", "completions/mean_length", "completions/stop_ratio",
 
 
 def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
-    """A JSON-ready record for each completion of a trained batch, in order."""
+    """Make a JSON-ready record for each completion of a trained batch, in order."""
     assert batch.old_logprobs is not None
     log_ratios_T = batch.old_logprobs - batch.sampler_logprobs
     values = {
@@ -24,38 +24,38 @@ def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
         "kl": batch.kl,
         "logprob": batch.sums(batch.old_logprobs),
         "mismatch_kl": batch.sums(log_ratios_T.expm1() - log_ratios_T),
-        "clip_ratio": batch.clipped,
+        "clip_ratio": batch.clip_ratio,
     }
     columns = {name: [None] * len(batch.members) if N is None else N.tolist() for name, N in values.items()}
     return [
-        _record(step, group, place, **{name: column[row] for name, column in columns.items()})
-        for row, (group, place) in enumerate(batch.members)
+        _record(step, group, index, **{name: column[number] for name, column in columns.items()})
+        for number, (group, index) in enumerate(batch.members)
     ]
 
 
 def idle_records(step: int, groups: Sequence[Group]) -> list[RolloutRecord]:
-    """The same for groups that were sampled and not trained on."""
+    """Make the records of groups that were sampled and not trained on."""
     return [
-        _record(step, group, place, advantage=0.0, kl=None, logprob=None, mismatch_kl=None, clip_ratio=None)
+        _record(step, group, index, advantage=0.0, kl=None, logprob=None, mismatch_kl=None, clip_ratio=None)
         for group in groups
-        for place in range(len(group.completions))
+        for index in range(len(group.completions))
     ]
 
 
-def _record(step: int, group: Group, place: int, **trained: float | None) -> RolloutRecord:
-    completion = group.completions[place]
-    reward = group.rewards[place]
+def _record(step: int, group: Group, index: int, **trained: float | None) -> RolloutRecord:
+    completion = group.completions[index]
+    reward = group.rewards[index]
     return {
         "step": step,
         "prompt_index": group.prompt_index,
         "row": group.prompt.row.where,
         "prompt": group.prompt.text,
-        "completion": group.texts[place],
+        "completion": group.texts[index],
         "completion_ids": completion.ids,
         "num_forced": len(completion.forced),
         "finish_reason": completion.finish_reason.value,
-        "rewards": {name: values[place] for name, values in group.rewards_by_name.items()},
-        "reward_errors": dict(group.reward_errors[place]),
+        "rewards": {name: values[index] for name, values in group.rewards_by_name.items()},
+        "reward_errors": dict(group.reward_errors[index]),
         "reward": None if math.isnan(reward) else reward,
         "sampler_logprob": sum(completion.logprobs),
         **trained,
@@ -73,7 +73,7 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     frac_reward_zero_std:            fraction of groups whose scorable rewards are all equal; they teach only the KL
     kl:                              mean over completions of the KL summed over tokens, nats; None without a reference
     entropy:                         mean of -log p over the sampled tokens, nats per token
-    mismatch_logprob:                mean over trained completions of |log p of the sampler - log p of the trainer|, nats
+    mismatch_logprob:                mean over trained completions of |sampler's log p - trainer's log p|, nats
     mismatch_kl:                     KL of the trainer's distribution from the sampler's, nats per token (k3 estimate)
     clip_ratio:                      fraction of importance ratios that the last update clipped
     completions/mean_length:         tokens
@@ -118,12 +118,12 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    given = [value for value in values if value is not None]
-    return fmean(given) if given else None
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Pearson's, of the pairs' first with their second numbers."""
+    """Pearson's correlation of the first numbers with the second; None where it is undefined."""
     try:
         return correlation(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
     except StatisticsError:  # one of them is constant
@@ -131,14 +131,14 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 class Clock:
-    """Seconds of a step by phase, on the process that asks."""
+    """Seconds of a step by phase, on this process."""
 
     def __init__(self) -> None:
         self._phases: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """End a phase, or one more part of it."""
+        """End a phase; a phase that ends several times adds up."""
         now = time.perf_counter()
         self._phases[phase] = self._phases.get(phase, 0.0) + now - self._last
         self._last = now

@@ -4,48 +4,47 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 import torch
+
 from rekatrain.trainer.models import load_policy
-from rekatrain.trainer.prompts import step_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages
-from rekatrain.trainer.rloo.rollouts import Group, sample_groups, score_groups
+from rekatrain.trainer.rloo.rollouts import Group, apply_length_penalties, sample_groups, step_prompts
 from rekatrain.trainer.rloo.setup import prepare
 
 
-def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -> None:
+def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -> list[Group]:
     """Print the first prompts of the run's first step with their completions, rewards and advantages (without a KL).
 
     by_disagreement: print the completions, of all prompts, on which the rewards disagree most first: where one is being
                      gamed, it likes what the others do not
     """
-    task = prepare(recipe)
-    config = task.config
+    setup = prepare(recipe)
+    config = setup.config
     policy = load_policy(recipe)
     # transformers wraps `to` and loses its signature
     policy.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    sampler = task.make_sampler(policy)
-    chosen = step_prompts(len(task.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
-    prompts = [task.prompts[place] for place in chosen[:num_prompts]]
-    prompt_indices = range(len(prompts))
+    chosen = step_prompts(len(setup.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
+    prompts = [setup.prompts[index] for index in chosen[:num_prompts]]
     sampled = sample_groups(
-        sampler,
-        task.grader,
-        task.tokenizer,
+        setup.make_sampler(policy),
+        setup.grader,
+        setup.tokenizer,
         prompts,
-        prompt_indices,
+        range(len(prompts)),
         seed=recipe.seed,
         step=0,
         num_generations=config.num_generations,
     )
-    groups = score_groups(task.grader, task.tokenizer, sampled, config)
-    task.grader.close()
+    groups = [apply_length_penalties(group, config) for group in sampled]
+    setup.grader.close()
     if by_disagreement:
-        _print_by_disagreement(groups, {reward.name: reward.weight for reward in task.rewards})
-        return
+        _print_by_disagreement(groups, {reward.name: reward.weight for reward in setup.rewards})
+        return groups
     for group in groups:
         print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
         for place in range(len(group.completions)):
             print(f"--- {_describe(group, place)}\n{group.texts[place]}")
+    return groups
 
 
 def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:

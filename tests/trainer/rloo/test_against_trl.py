@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from rekatrain.data.chat import FinishReason, encode_text
-from rekatrain.trainer.rloo.sampler.in_process import Completion
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from rekatrain.data.chat import FinishReason, encode_text
+from rekatrain.trainer.rloo.sampler.in_process import Completion
 from tests.helpers.rloo import (
     TEMPERATURE,
     TEXTS,

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from rekatrain.data.chat import encode_text
-from rekatrain.trainer.rloo.metrics import RolloutRecord
-from rekatrain.trainer.rloo.setup import RunSetup
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.data.chat import encode_text
+from rekatrain.trainer.rloo.metrics import RolloutRecord
+from rekatrain.trainer.rloo.setup import RunSetup
 from tests.helpers.rloo import (
     Policy,
     advantages_by_hand,
@@ -61,7 +61,7 @@ def test_filtered_draws_are_scored_and_trained_alike(
     beta: float,
     at_once: int,
 ) -> None:
-    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.TOKENS_PER_CHUNK", at_once)
     if at_once == 3:
         policy.activation_checkpointing_enable()
     is_greedy = top_k == 1 or top_p == 0.01

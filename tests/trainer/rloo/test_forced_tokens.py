@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rekatrain.trainer.rloo.metrics import step_metrics
-from rekatrain.trainer.rloo.sampler.in_process import Completion
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.metrics import step_metrics
+from rekatrain.trainer.rloo.sampler.in_process import Completion
 from tests.helpers.rloo import (
     AnySampler,
     KeepingSampler,

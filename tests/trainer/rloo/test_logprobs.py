@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 
 CPU = torch.device("cpu")
 # Also a float64 model's logits are normalized in float32.
@@ -178,7 +179,7 @@ def test_logits_in_pieces_of_any_size_give_the_same_values_and_gradients(
     at_once: int,
     rows_at_once: int,
 ) -> None:
-    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.TOKENS_PER_CHUNK", at_once)
     logit_bytes = rows_at_once * 4 * model.config.vocab_size
     monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.LOGIT_BYTES_AT_ONCE", {"cpu": logit_bytes})
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature=0.7)

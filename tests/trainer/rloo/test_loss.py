@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from rekatrain.trainer.rloo.loss import (
     clipped_surrogates,
     kl_penalized_rewards,
     leave_one_out_advantages,
-    overlong_penalty,
     sequence_sums,
     sequence_weights,
     truncated_importance_weights,
 )
-from torch import Tensor
-
+from rekatrain.trainer.rloo.rollouts import overlong_penalty
 from tests.helpers.rloo import centred, doubles, gradient, loss_on_policy
 
 NAN = math.nan

@@ -5,9 +5,9 @@ import re
 from typing import Any
 
 import pytest
-from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
 from tests.helpers.rloo import for_some_prompts, make_task, run_step
 
 

@@ -4,20 +4,21 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
 from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.rloo.train import take_step
-from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
+from rekatrain.trainer.rloo.step import Run, take_step
 from tests.helpers.rloo import (
     Gradient,
     advantages_by_hand,
@@ -139,13 +140,14 @@ def run_on_ranks(policy: LlamaForCausalLM, task: RunSetup, num_processes: int) -
     def run(rank: int) -> None:
         reference = reference_of(exact_copy(policy), task) if task.config.beta else None
         records[rank] = take_step(
-            ranks.accelerator(rank),
-            scorer_of(copies[rank], task),
-            reference,
-            task.make_sampler(copies[rank]),
-            task,
-            lambda: None,
-            seed=5,
+            Run.in_process(
+                ranks.accelerator(rank),
+                scorer_of(copies[rank], task),
+                replace(task, seed=5),
+                task.make_sampler(copies[rank]),
+                lambda: None,
+                reference,
+            ),
             step=0,
             clock=Clock(),
         )

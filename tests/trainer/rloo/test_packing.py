@@ -6,14 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rekatrain.trainer.rloo.packing import PassCost, Piece, num_tokens, pack
 from transformers import LlamaForCausalLM
+
+from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
+from rekatrain.trainer.rloo.microbatch import GroupPart, num_tokens, pack
 
 GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=5)), max_size=12)
 COSTS = st.builds(PassCost, token=st.floats(0, 100), pair=st.floats(0, 10), join=st.floats(0, 10))
 
 
-def size(groups: list[tuple[int, list[int]]], piece: Piece) -> int:
+def size(groups: list[tuple[int, list[int]]], piece: GroupPart) -> int:
     prompt, completions = groups[piece.group]
     return num_tokens(prompt, [completions[place] for place in piece.members], piece.is_shared)
 

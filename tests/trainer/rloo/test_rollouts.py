@@ -1,17 +1,17 @@
 """Rollouts of a step: groups without variance are replaced, and nothing depends on batches or processes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rekatrain.trainer.prompts import step_prompts
-from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord, step_metrics
-from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.rloo.train import roll_out
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord, step_metrics
+from rekatrain.trainer.rloo.rollouts import roll_out, step_prompts
+from rekatrain.trainer.rloo.setup import RunSetup
 from tests.helpers.rloo import (
     assert_gradients_close,
     by_completion,
@@ -87,7 +87,7 @@ def test_a_replacement_depends_on_its_own_slot_alone(
     sampler = task.make_sampler(policy.double())
 
     def rolled_out(prompt_indices: Sequence[int]) -> dict[int, list[list[int]]]:
-        kept, replaced = roll_out(sampler, task, prompt_indices, seed=5, step=0, clock=Clock())
+        kept, replaced = roll_out(sampler, replace(task, seed=5), prompt_indices, 0, Clock().lap)
         return {
             group.prompt_index: [completion.ids for completion in group.completions] for group in [*kept, *replaced]
         }

@@ -2,19 +2,19 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
-from rekatrain.trainer.rloo.metrics import Clock
-from rekatrain.trainer.rloo.reference import make_reference
-from rekatrain.trainer.rloo.rollouts import Group
-from rekatrain.trainer.rloo.train import take_step
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
+from rekatrain.trainer.rloo.metrics import Clock
+from rekatrain.trainer.rloo.rollouts import Group
+from rekatrain.trainer.rloo.step import Run, take_step
 from tests.helpers.rloo import (
     TEXTS,
     advantages_by_hand,
@@ -125,8 +125,9 @@ def test_in_bfloat16_arithmetic_too(
     model = scorer_of(trained, task)
     reference = make_reference(bf16_accelerator, model, task.config)
     model = bf16_accelerator.prepare(model)
-    sampler, clock = task.make_sampler(trained), Clock()
-    records = take_step(bf16_accelerator, model, reference, sampler, task, lambda: None, seed=5, step=0, clock=clock)
+    sampler = task.make_sampler(trained)
+    run = Run.in_process(bf16_accelerator, model, replace(task, seed=5), sampler, lambda: None, reference)
+    records = take_step(run, 0, Clock())
     assert [record["kl"] for record in records] == [0.0] * 20
     # The arithmetic was bfloat16: whatever the sampler's, a sum of rounded logits differs.
     assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in records) < 0.5

@@ -6,25 +6,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
 from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.loss import (
+    LossDenominators,
     clipped_surrogates,
     k2_loss,
     kl_penalized_rewards,
     leave_one_out_advantages,
+    policy_loss,
     sequence_weights,
+    set_advantages,
 )
-from rekatrain.trainer.rloo.microbatch import LossDenominators, batch_loss, make_microbatches, set_advantages
-from rekatrain.trainer.rloo.packing import PassCost
+from rekatrain.trainer.rloo.microbatch import make_microbatches
 from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from torch import Tensor
-from transformers import LlamaForCausalLM
-
 from tests.helpers.rloo import centred, distance, doubles, gradient, loss_on_policy, perturb
 
 BETA = 0.1
@@ -218,12 +221,13 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
     policy.zero_grad()
     for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
         [batch] = make_microbatches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
-        logprobs_T = scored(batch.rows)
+        logprobs_T = scored(batch.packed)
         batch.old_logprobs = logprobs_T.detach()
-        batch.reference_logprobs = frozen(batch.rows).detach()
+        batch.reference_logprobs = frozen(batch.packed).detach()
         set_advantages([batch], config)
         totals = LossDenominators(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
-        (chances[list(pair)].prod() * batch_loss(batch, logprobs_T, config, totals)).backward()
+        loss, _ = policy_loss(batch, logprobs_T, config, totals)
+        (chances[list(pair)].prod() * loss).backward()
     return {name: -parameter.grad for name, parameter in policy.named_parameters()}
 
 

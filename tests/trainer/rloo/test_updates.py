@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from rekatrain.trainer.rloo.loss import clipped_surrogates
-from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
-from rekatrain.trainer.rloo.setup import RunSetup
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.loss import clipped_surrogates
+from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
+from rekatrain.trainer.rloo.setup import RunSetup
 from tests.helpers.rloo import (
     KeepingSampler,
     Policy,
@@ -40,7 +40,7 @@ def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(log_ratios_T.detach())
         return clipped_surrogates(log_ratios_T, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rekatrain.trainer.rloo.microbatch.clipped_surrogates", watched)
+    monkeypatch.setattr("rekatrain.trainer.rloo.loss.clipped_surrogates", watched)
     return seen
 
 

@@ -1,74 +1,77 @@
-"""One token a row from logits, by one uniform number a row: the inverse of the cumulative distribution.
+"""Draw tokens from logits by inverting the cumulative distribution: one uniform number per token drawn.
 
-Shapes: R rows, V tokens of the tokenizer, B blocks of them.
+Shapes: N completions, V tokens of the vocabulary, B blocks of them, v tokens of one block.
 """
 
 import torch
 from torch import Tensor
 
-# Running sums are kept by block: only the block that holds the token is looked at token by token.
+# Tokens per block. Running sums are kept per block; only the block that holds the drawn token is summed token by token.
 BLOCK = 256
-# A filter that would cut between two tokens nearer than this in log-probability keeps both: whoever scores the draw
-# again has other rounding and must find the same tokens above the cutoff.
+# A filter that would cut between two tokens closer than this in log-probability keeps both: the trainer, whose rounding
+# differs, must find the same tokens above the cutoff.
 TIE = 1e-5
 
 
 def draw(
-    logits_RV: Tensor, uniforms_R: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None
+    logits_NV: Tensor, uniforms_N: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw at uniforms in [0, 1) -> ids [R], their log-probabilities [R], cutoffs [R].
+    """Draw one token for each completion -> ids [N], their log-probabilities [N], cutoffs [N] or None.
 
-    Temperature 0 takes the most likely token; its log-probability is then the one at temperature 1. With top_k only the
-    k likeliest tokens can be drawn, with top_p then only the likeliest of these that reach that probability together;
-    their log-probabilities are among each other. Tokens as likely as the last one stay too. The cutoff lies between the
-    last of them and the first that is left out, and is told from the drawn token: log p of a token that could be drawn
-    is at least that of the drawn one plus the cutoff, over all tokens or over those alone. Without a filter it is None.
+    uniforms_N:  numbers in [0, 1)
+    temperature: 0 takes the most likely token and gives its log-probability at temperature 1
+
+    Apply top-k, then top-p, and renormalize over the kept tokens. Ties with the last kept token are kept.
+
+    The cutoff is the log-prob of the least likely kept token minus that of the drawn token, rounded down: it lies
+    between the last kept and the first dropped token, and is at most 0. A token was kept if its log-prob is at least
+    the drawn token's plus the cutoff, so the trainer can rebuild the kept set. None where no filter is on.
     """
-    scaled_RV = logits_RV.float() if temperature in (0, 1) else logits_RV.float() / temperature
-    cutoffs_R = None
+    scaled_NV = logits_NV.float() if temperature in (0, 1) else logits_NV.float() / temperature
+    cutoffs_N = None
     if top_p < 1 or top_k is not None:
-        cutoffs_R = _cutoffs(scaled_RV, top_p, top_k)
-        scaled_RV = scaled_RV.masked_fill(scaled_RV < cutoffs_R[:, None], -torch.inf)
-    probabilities_RV = scaled_RV.softmax(dim=1)
-    ids_R1 = scaled_RV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(probabilities_RV, uniforms_R)
-    if cutoffs_R is not None:
-        cutoffs_R = cutoffs_R - scaled_RV.gather(1, ids_R1)[:, 0]
-    return ids_R1[:, 0], probabilities_RV.gather(1, ids_R1)[:, 0].log(), cutoffs_R
+        cutoffs_N = _cutoffs(scaled_NV, top_p, top_k)
+        scaled_NV = scaled_NV.masked_fill(scaled_NV < cutoffs_N[:, None], -torch.inf)
+    probabilities_NV = scaled_NV.softmax(dim=1)
+    ids_N1 = scaled_NV.argmax(dim=1, keepdim=True) if temperature == 0 else _invert(probabilities_NV, uniforms_N)
+    if cutoffs_N is not None:
+        cutoffs_N = cutoffs_N - scaled_NV.gather(1, ids_N1)[:, 0]
+    return ids_N1[:, 0], probabilities_NV.gather(1, ids_N1)[:, 0].log(), cutoffs_N
 
 
-def _invert(probabilities_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """The first token whose running sum exceeds its row's uniform share of the total -> [R, 1]."""
-    num_tokens = probabilities_RV.shape[1]
+def _invert(probabilities_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """Return the first token whose running sum exceeds the uniform number times the total -> [N, 1]."""
+    num_tokens = probabilities_NV.shape[1]
     in_whole_blocks = num_tokens - num_tokens % BLOCK
-    sums_RB = probabilities_RV[:, :in_whole_blocks].unflatten(1, (-1, BLOCK)).sum(dim=2)
+    sums_NB = probabilities_NV[:, :in_whole_blocks].unflatten(1, (-1, BLOCK)).sum(dim=2)
     if in_whole_blocks < num_tokens:
-        sums_RB = torch.cat([sums_RB, probabilities_RV[:, in_whole_blocks:].sum(dim=1, keepdim=True)], dim=1)
-    # In float64: the tail of a large vocabulary is lost in a float32 running sum.
-    sums_RB = sums_RB.double()
-    running_RB = sums_RB.cumsum(dim=1)
-    targets_R1 = uniforms_R.double()[:, None] * running_RB[:, -1:]
-    block_R1 = torch.searchsorted(running_RB, targets_R1, right=True).clamp(max=sums_RB.shape[1] - 1)
-    before_R1 = running_RB.gather(1, block_R1) - sums_RB.gather(1, block_R1)
-    # Behind the last token of a last, shorter block stands that token again.
-    tokens_Rv = (block_R1 * BLOCK + torch.arange(BLOCK, device=block_R1.device)).clamp(max=num_tokens - 1)
-    within_Rv = probabilities_RV.gather(1, tokens_Rv).double().cumsum(dim=1)
-    place_R1 = torch.searchsorted(within_Rv, targets_R1 - before_R1, right=True)
-    # Rounding may put the target at or behind the block's last token with a weight: that token is then the one.
-    last_R1 = torch.searchsorted(within_Rv, within_Rv[:, -1:].contiguous())
-    return tokens_Rv.gather(1, torch.minimum(place_R1, last_R1))
+        sums_NB = torch.cat([sums_NB, probabilities_NV[:, in_whole_blocks:].sum(dim=1, keepdim=True)], dim=1)
+    # In float64: a float32 running sum loses the tail of a large vocabulary.
+    sums_NB = sums_NB.double()
+    running_NB = sums_NB.cumsum(dim=1)
+    targets_N1 = uniforms_N.double()[:, None] * running_NB[:, -1:]
+    block_N1 = torch.searchsorted(running_NB, targets_N1, right=True).clamp(max=sums_NB.shape[1] - 1)
+    before_N1 = running_NB.gather(1, block_N1) - sums_NB.gather(1, block_N1)
+    # A shorter last block is padded with its last token.
+    tokens_Nv = (block_N1 * BLOCK + torch.arange(BLOCK, device=block_N1.device)).clamp(max=num_tokens - 1)
+    within_Nv = probabilities_NV.gather(1, tokens_Nv).double().cumsum(dim=1)
+    index_N1 = torch.searchsorted(within_Nv, targets_N1 - before_N1, right=True)
+    # Rounding may put the target at or after the block's last token with a probability above 0: then draw that token.
+    last_N1 = torch.searchsorted(within_Nv, within_Nv[:, -1:].contiguous())
+    return tokens_Nv.gather(1, torch.minimum(index_N1, last_N1))
 
 
-def _cutoffs(scaled_RV: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """Scaled logits below which the filters leave tokens out, as vLLM and transformers do, -> [R]."""
-    sorted_RV = scaled_RV.sort(dim=1, descending=True).values
-    num_tokens = sorted_RV.shape[1]
-    stays_RV = sorted_RV >= sorted_RV[:, min(top_k or num_tokens, num_tokens) - 1, None]
+def _cutoffs(scaled_NV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Return the scaled logits below which top-k and top-p drop tokens, as in vLLM and transformers -> [N]."""
+    sorted_NV = scaled_NV.sort(dim=1, descending=True).values
+    num_tokens = sorted_NV.shape[1]
+    is_kept_NV = sorted_NV >= sorted_NV[:, min(top_k or num_tokens, num_tokens) - 1, None]
     if top_p < 1:
-        shares_RV = sorted_RV.masked_fill(~stays_RV, -torch.inf).softmax(dim=1).double()
-        # A token stays if those before it do not reach top_p; the likeliest always does.
-        stays_RV &= shares_RV.cumsum(dim=1) - shares_RV < top_p
-    last_R1 = (stays_RV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    kept_R1, dropped_R1 = sorted_RV.gather(1, last_R1), sorted_RV.gather(1, (last_R1 + 1).clamp(max=num_tokens - 1))
-    between_R1 = torch.minimum((kept_R1 + dropped_R1) / 2, kept_R1 - TIE)
-    cutoffs_R1 = torch.where(last_R1 == num_tokens - 1, -torch.inf, between_R1)
-    return cutoffs_R1[:, 0]
+        fractions_NV = sorted_NV.masked_fill(~is_kept_NV, -torch.inf).softmax(dim=1).double()
+        # Keep a token if the more likely ones do not reach top_p; the most likely token is always kept.
+        is_kept_NV &= fractions_NV.cumsum(dim=1) - fractions_NV < top_p
+    last_N1 = (is_kept_NV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    kept_N1, dropped_N1 = sorted_NV.gather(1, last_N1), sorted_NV.gather(1, (last_N1 + 1).clamp(max=num_tokens - 1))
+    between_N1 = torch.minimum((kept_N1 + dropped_N1) / 2, kept_N1 - TIE)
+    cutoffs_N1 = torch.where(last_N1 == num_tokens - 1, -torch.inf, between_N1)
+    return cutoffs_N1[:, 0]

@@ -1,10 +1,11 @@
 """The in-process sampler: completions from the live policy, with string stop, finish reasons and recorded logprobs.
 
-Each prompt is prefilled once and its cache forked into the group; a row leaves the batch when it ends. Every token is
-drawn with one uniform number that is keyed by (seed, step, prompt, completion), so that a completion depends neither on
-the other rows of its batch nor on the number of processes.
+Each prompt is prefilled once, and its group shares that part of the cache. A completion leaves the batch when it ends.
+Each token is drawn with one uniform number, keyed by (seed, step, prompt, completion). A completion therefore depends
+neither on the other completions of its batch nor on the number of processes.
 
-Shapes: P prompts, R rows (completions being sampled), V tokens of the tokenizer.
+Shapes: S tokens of all prompts of a batch, N completions that have not ended yet, T tokens of a completion, V tokens of
+the vocabulary, D hidden size.
 """
 
 import math
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models import Policy
@@ -22,19 +25,18 @@ from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
 from rekatrain.trainer.rloo.logprobs import decoder_and_head
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.kv_cache import ForkedCache
-from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled completion.
 
-    ids:      sampled ids, up to and including the one that ended it
-    logprobs: log-probability that each id was drawn with, at the sampling temperature (same length)
-    finish_reason:   `<sep>` was completed, the eos token was drawn, or the length ran out
-    forced:   places of ids that were not drawn but forced by the reasoning budget; their log-probability reads 0
-    cutoffs:   for each id, log p of the least likely token that could be drawn, less that of the id, rounded down;
-              empty where every token could be drawn
+    ids:           sampled token ids, the last token included (the one that completes `<sep>`, or eos)
+    logprobs:      log-probability with which each token was drawn, at the sampling temperature; 0 for forced tokens
+    finish_reason: `<sep>` was completed, the eos token was drawn, or the length ran out
+    forced:        indices of the tokens that the reasoning budget forced instead of a draw
+    cutoffs:       for each token, the log-prob of the least likely kept token minus this token's, rounded down: at most
+                   0, and -inf for forced tokens; empty where no top-k or top-p filter is on
     """
 
     ids: list[int]
@@ -60,13 +62,13 @@ class Sampler:
         reasoning_budget: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Set how completions are drawn.
+        """Store the sampling settings.
 
         temperature:      0 is greedy
-        batch_size:       completions sampled at the same time
-        top_p, top_k:     draw from the likeliest tokens only
-        reasoning_budget: tokens after which `</reasoning>` is forced where `<reasoning>` is still open
-        dtype:            what linear layers compute in, as under autocast; None: in their weights'
+        batch_size:       number of completions sampled at the same time
+        top_p, top_k:     filters of `draw`
+        reasoning_budget: tokens after which `</reasoning>` is forced, if `<reasoning>` is still open
+        dtype:            dtype in which linear layers compute, as under autocast; None: the dtype of their weights
         """
         self.model = model
         self.max_completion_length = max_completion_length
@@ -78,7 +80,7 @@ class Sampler:
         self._tokenizer = tokenizer
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
-        # Embeddings are padded beyond the tokenizer (Reka Flash 3 by 75 rows): those ids mean nothing.
+        # Embeddings are padded beyond the tokenizer (by 75 in Reka Flash 3): those ids mean nothing.
         self._num_tokens = len(tokenizer)
 
     def sample(
@@ -88,15 +90,16 @@ class Sampler:
         num_generations: int,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample a group of `num_generations` completions for each prompt; `keys` seed them, one key a prompt.
+        """Sample a group of `num_generations` completions for each prompt, in the order of the prompts.
 
-        `on_completion` is called with each completion that ends before the others of its batch, and with its place in
-        the order of the result, as soon as it has ended.
+        keys:          seeds of the draws, one key per prompt
+        on_completion: called as soon as a completion ends, with its index in the flattened result; not called for
+                       completions that run out of length
         """
         prompts_at_once = max(1, self.batch_size // num_generations)
         groups: list[list[Completion]] = []
-        num_rows = min(self.batch_size, len(prompts) * num_generations)
-        with torch.no_grad(), _eval_mode(self.model), decoding_weights(self.model, num_rows, self.dtype):
+        num_inputs = min(self.batch_size, len(prompts) * num_generations)
+        with torch.no_grad(), _eval_mode(self.model), decoding_weights(self.model, num_inputs, self.dtype):
             for first in range(0, len(prompts), prompts_at_once):
                 chunk = slice(first, first + prompts_at_once)
                 uniforms = [
@@ -104,13 +107,13 @@ class Sampler:
                     for key in keys[chunk]
                     for number in range(num_generations)
                 ]
-                rows = self._sample_rows(
+                batch = self._sample_batch(
                     prompts[chunk], np.stack(uniforms), num_generations, on_completion, len(groups)
                 )
-                groups += [rows[at : at + num_generations] for at in range(0, len(rows), num_generations)]
+                groups += [batch[at : at + num_generations] for at in range(0, len(batch), num_generations)]
         return groups
 
-    def _sample_rows(
+    def _sample_batch(
         self,
         prompts: Sequence[list[int]],
         uniforms: np.ndarray,
@@ -118,61 +121,70 @@ class Sampler:
         on_completion: Callable[[int, Completion], None] | None,
         first_group: int,
     ) -> list[Completion]:
+        """Sample the completions of some prompts together; `first_group` is the index of the first prompt's group."""
         device = self.model.device
         decoder, head = decoder_and_head(self.model)
+        # 1. Prefill: run each prompt once.
         cache = ForkedCache([len(prompt) for prompt in prompts], num_generations, self.max_completion_length, device)
         prompt_ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
         hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
         last_of_prompts = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0) - 1
-        logits_RV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
-        uniforms_RT = torch.from_numpy(uniforms).to(device)
+        logits_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
+        uniforms_NT = torch.from_numpy(uniforms).to(device)  # of all completions, ended or not
 
-        rows = [_Row() for _ in uniforms]
-        live = list(range(len(rows)))
+        completions = [_PartialCompletion() for _ in uniforms]
+        live = list(range(len(completions)))
         for length in range(1, self.max_completion_length + 1):
+            # 2. Draw one token for each completion that has not ended.
             drawn, logprobs, cutoffs = draw(
-                logits_RV[:, : self._num_tokens],
-                uniforms_RT[live, length - 1],
+                logits_NV[:, : self._num_tokens],
+                uniforms_NT[live, length - 1],
                 self.temperature,
                 self.top_p,
                 self.top_k,
             )
-            cutoffs_of_rows = [None] * len(live) if cutoffs is None else cutoffs.tolist()
-            for row, *token in zip(live, drawn.tolist(), logprobs.tolist(), cutoffs_of_rows, strict=True):
-                self._append(rows[row], *token)
-            for row in live:
-                if on_completion is not None and rows[row].finish_reason is not None:
-                    on_completion(first_group * num_generations + row, rows[row].completion())
-            going_on = [place for place, row in enumerate(live) if rows[row].finish_reason is None]
-            if not going_on or length == self.max_completion_length:
+            cutoffs_of_live = [None] * len(live) if cutoffs is None else cutoffs.tolist()
+            for index, *token in zip(live, drawn.tolist(), logprobs.tolist(), cutoffs_of_live, strict=True):
+                self._append(completions[index], *token)
+            # 3. Report completions that ended and remove them from the batch.
+            for index in live:
+                if on_completion is not None and completions[index].finish_reason is not None:
+                    on_completion(first_group * num_generations + index, completions[index].completion())
+            unfinished = [at for at, index in enumerate(live) if completions[index].finish_reason is None]
+            if not unfinished or length == self.max_completion_length:
                 break
-            if len(going_on) < len(live):
-                live = [live[place] for place in cache.keep(going_on)]
-            last_ids = torch.tensor([[rows[row].ids[-1]] for row in live], device=device)
-            logits_RV = head(run_decoder(decoder, last_ids, cache.position_ids, cache)[:, 0])
+            if len(unfinished) < len(live):
+                live = [live[at] for at in cache.keep(unfinished)]
+            # 4. Decode: run the new tokens.
+            last_ids = torch.tensor([[completions[index].ids[-1]] for index in live], device=device)
+            logits_NV = head(run_decoder(decoder, last_ids, cache.position_ids, cache)[:, 0])
             cache.advance()
-        return [row.completion() for row in rows]
+        return [completion.completion() for completion in completions]
 
-    def _append(self, row: "_Row", drawn: int, logprob: float, cutoff: float | None) -> None:
-        """Add the drawn token, or the one that is forced in its place, and see whether the row ends with it."""
-        if row.to_force:
-            drawn, logprob, cutoff = row.to_force.pop(0), 0.0, None if cutoff is None else -math.inf
-            row.num_forced += 1
-        row.ids.append(drawn)
-        row.logprobs.append(logprob)
+    def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
+        """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""
+        if partial.to_force:
+            drawn, logprob, cutoff = partial.to_force.pop(0), 0.0, None if cutoff is None else -math.inf
+            partial.num_forced += 1
+        partial.ids.append(drawn)
+        partial.logprobs.append(logprob)
         if cutoff is not None:
-            row.cutoffs.append(cutoff)
-        if self._stop.completes_at(row.ids, len(row.ids)):
-            row.finish_reason = FinishReason.STOP
+            partial.cutoffs.append(cutoff)
+        if self._stop.completes_at(partial.ids, len(partial.ids)):
+            partial.finish_reason = FinishReason.STOP
         elif drawn == self._eos_id:
-            row.finish_reason = FinishReason.EOS
-        elif len(row.ids) == self.reasoning_budget:
-            row.to_force, row.forced_from = reasoning_closing(row.ids, self._tokenizer), len(row.ids)
+            partial.finish_reason = FinishReason.EOS
+        elif len(partial.ids) == self.reasoning_budget:
+            partial.to_force, partial.forced_from = reasoning_closing(partial.ids, self._tokenizer), len(partial.ids)
 
 
 @dataclass(kw_only=True)
-class _Row:
-    """A completion that is being sampled."""
+class _PartialCompletion:
+    """A completion that is being sampled.
+
+    to_force:    tokens to append instead of the next draws
+    forced_from: index of the first forced token
+    """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from rekatrain.trainer.rloo.sampler.draw import draw
 from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from rekatrain.trainer.rloo.sampler.draw import draw
 
 
 def grid(num_points: int) -> torch.Tensor:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from rekatrain.data.chat import STOP, FinishReason, encode_text, parse_completion
-from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rekatrain.data.chat import STOP, FinishReason, encode_text, parse_completion
+from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 
 FILLER = 5
 PROMPT = [40, 41, 42]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CPU = torch.device("cpu")
 

@@ -1,13 +1,13 @@
 """Attention of packed groups on a CPU: a prompt's keys once for all its completions, no mask, nothing computed twice.
 
-A completion's token sees the whole prompt and the part of its own completion before it. The two are attended to apart,
-the prompt by all completions of the group in one call, and put together by their normalizers: with outputs o, p and
-logs of sums of exponentials l, m
+A completion token attends to the whole prompt and to the completion tokens up to itself. These two parts are computed
+separately, the prompt part for all completions of the group in one call, and then merged by their normalizers. With
+output o and log-sum-exp l of the completion part, p and m of the prompt part:
 
-    softmax over both = o + sigmoid(m - l) (p - o)      its normalizer: log(exp l + exp m)
+    output over both = o + sigmoid(m - l) (p - o)      log-sum-exp over both = log(exp l + exp m)
 
-The gradient of a part is that of its own call, given the output and the normalizer of the whole (Dao et al., arXiv
-2205.14135, section 3.1 and appendix B: probabilities are computed again from the normalizer).
+The backward pass of a part is the flash-attention backward of its own call, given the merged output and log-sum-exp,
+because it recomputes probabilities from the normalizer (Dao et al., arXiv 2205.14135, section 3.1 and appendix B).
 
 Shapes: T tokens of a call, H heads, K key-value heads, h = H / K heads that share one, D size of a head.
 """
@@ -25,7 +25,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Queries and the keys that they see: all of them, or those up to their own place."""
+    """Queries and the keys that they attend to: all keys, or if `is_causal` the keys up to their own index."""
 
     queries: slice
     keys: slice
@@ -33,7 +33,7 @@ class _Part:
 
 
 def _parts(groups: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Part]:
-    """The causal ones hold every token once, those of a group before its completions' common view of the prompt."""
+    """Yield the parts of each group: causal ones, each token in exactly one, then all its completions over the prompt."""
     first = 0
     for prompt, completions in groups:
         prompt_tokens = slice(first, first + prompt)
@@ -48,7 +48,7 @@ def _parts(groups: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Part]:
 
 
 class GroupAttention(torch.autograd.Function):
-    """query [1, H, T, D], key and value [1, K, T, D], groups as of `PackedGroups` -> [1, H, T, D]."""
+    """Attention over packed groups as an autograd function; see `attend_groups`."""
 
     @staticmethod
     def forward(
@@ -59,27 +59,27 @@ class GroupAttention(torch.autograd.Function):
         groups: Sequence[tuple[int, Sequence[int]]],
         scaling: float,
     ) -> Tensor:
-        """Attend part by part."""
+        """Compute the causal parts, then merge the prompt parts into them."""
         q, k, v = _by_key_head(query, key, value)
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         out = output[0].unflatten(0, q.shape[:2])
         lse = query.new_empty(q.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in _parts(groups):
-            rows, seen = part.queries, part.keys
-            o, normalizer = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, part.is_causal, scale=scaling)
+            queries, keys = part.queries, part.keys
+            o, part_lse = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, part.is_causal, scale=scaling)
             if part.is_causal:
-                out[:, :, rows], lse[:, :, rows] = o, normalizer
+                out[:, :, queries], lse[:, :, queries] = o, part_lse
             else:
-                share = torch.sigmoid(normalizer - lse[:, :, rows])
-                out[:, :, rows].lerp_(o, share[..., None].to(o.dtype))
-                lse[:, :, rows] = torch.logaddexp(normalizer, lse[:, :, rows])
+                fraction = torch.sigmoid(part_lse - lse[:, :, queries])
+                out[:, :, queries].lerp_(o, fraction[..., None].to(o.dtype))
+                lse[:, :, queries] = torch.logaddexp(part_lse, lse[:, :, queries])
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.groups, ctx.scaling = groups, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Return the gradients of query, key and value: sums over the parts."""
         query, key, value, output, lse = ctx.saved_tensors
         q, k, v = _by_key_head(query, key, value)
         out, grad_out = (states[0].unflatten(0, q.shape[:2]) for states in (output, gradients[0]))
@@ -87,36 +87,36 @@ class GroupAttention(torch.autograd.Function):
         grad_q = grads[0][0].unflatten(0, q.shape[:2])
         grad_k, grad_v = grads[1][0], grads[2][0]
         for part in _parts(ctx.groups):
-            rows, seen = part.queries, part.keys
+            queries, keys = part.queries, part.keys
             dq, dk, dv = _flash_backward(
-                grad_out[:, :, rows],
-                q[:, :, rows],
-                k[:, :, seen],
-                v[:, :, seen],
-                out[:, :, rows],
-                lse[:, :, rows],
+                grad_out[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, queries],
+                lse[:, :, queries],
                 0.0,
                 part.is_causal,
                 scale=ctx.scaling,
             )
             if part.is_causal:
-                grad_q[:, :, rows], grad_k[:, seen], grad_v[:, seen] = dq, dk.sum(dim=1), dv.sum(dim=1)
+                grad_q[:, :, queries], grad_k[:, keys], grad_v[:, keys] = dq, dk.sum(dim=1), dv.sum(dim=1)
             else:
-                grad_q[:, :, rows] += dq
-                grad_k[:, seen] += dk.sum(dim=1)
-                grad_v[:, seen] += dv.sum(dim=1)
+                grad_q[:, :, queries] += dq
+                grad_k[:, keys] += dk.sum(dim=1)
+                grad_v[:, keys] += dv.sum(dim=1)
         return *grads, None, None
 
 
 def attend_groups(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[tuple[int, Sequence[int]]], scaling: float
 ) -> Tensor:
-    """`GroupAttention`, with its type."""
+    """Attend with query [1, H, T, D] to key and value [1, K, T, D] -> [1, H, T, D]; groups as in `PackedGroups`."""
     return cast(Tensor, GroupAttention.apply(query, key, value, groups, scaling))
 
 
 def _by_key_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [K, h, T, D]: the heads that share a key-value head see it in one place of memory."""
+    """Return views [K, h, T, D]; heads that share a key-value head read the same memory."""
     num_sharing = query.shape[1] // key.shape[1]
     q = query[0].unflatten(0, (key.shape[1], num_sharing))
     k, v = (states[0][:, None].expand(-1, num_sharing, -1, -1) for states in (key, value))

@@ -6,16 +6,17 @@ import math
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import encode_text
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS
-from rekatrain.trainer.models import find_source
+from rekatrain.trainer.model_source import find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import Json, ServerClient, ServerDown, ServerRefused
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed, request_filters
 from rekatrain.trainer.rloo.sampler.vllm.serve import check_adapter
-from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

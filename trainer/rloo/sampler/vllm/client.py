@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx2
+
 from rekatrain.data.errors import InputError
 
 # Overload, a proxy's trouble or an engine that died: the same request may be answered later, or elsewhere.

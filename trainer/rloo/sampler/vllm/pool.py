@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.sampler.vllm.client import ServerClient, ServerDown
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 logger = logging.getLogger(__name__)
 

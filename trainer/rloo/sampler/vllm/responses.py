@@ -7,6 +7,8 @@ search for `<sep>` as in the in-process sampler.
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import STOP, FinishReason
 from rekatrain.data.errors import InputError
 from rekatrain.data.stop import StopSearch, reasoning_closing
@@ -14,7 +16,6 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.client import Json
-from transformers import PreTrainedTokenizerBase
 
 LEFT_OUT = -9999.0  # how vLLM writes the log-probability of a token that could not be drawn
 

@@ -1,16 +1,15 @@
 """A step's rollouts from servers: weights published first, and the next step's batch sampled while this one trains."""
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
 from rekatrain.data.chat import FinishReason
 from rekatrain.trainer.models import Policy
-from rekatrain.trainer.rloo.metrics import Clock
-from rekatrain.trainer.rloo.rollouts import Group
+from rekatrain.trainer.rloo.rollouts import Group, Lap, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampler
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
@@ -22,7 +21,7 @@ Json = dict[str, Any]  # Any: a JSON value
 
 
 class ServerRollouts:
-    """Called in the place of `rekatrain.trainer.rloo.train.roll_out`, which it calls.
+    """Source of groups that vLLM servers sample: the `RolloutSource` of a run with servers.
 
     On policy, a step's batch is sampled from the weights that it then trains. With `max_staleness` 1 it has been
     sampled while the batch before it was trained, from the weights of one update ago. The servers change weights
@@ -35,10 +34,9 @@ class ServerRollouts:
         policy: Policy,
         task: RunSetup,
         run_folder: Path,
-        roll_out: Callable[..., Rolled],
     ) -> None:
         self._accelerator, self._policy, self._task = accelerator, policy, task
-        self._run_folder, self._roll_out = run_folder, roll_out
+        self._run_folder, self._prompt_indices = run_folder, task.prompt_indices(accelerator)
         self.sampler = VLLMSampler(task.tokenizer, task.config, vocab_size=policy.config.vocab_size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._waiting: dict[int, Future[Rolled]] = {}
@@ -47,24 +45,23 @@ class ServerRollouts:
         if task.config.max_staleness:
             accelerator.register_for_checkpointing(self)
 
-    def __call__(
-        self, sampler: VLLMSampler, task: RunSetup, prompt_indices: Sequence[int], *, seed: int, step: int, clock: Clock
-    ) -> Rolled:
+    def __call__(self, step: int, lap: Lap) -> Rolled:
         """The step's groups, as `roll_out` gives them; from the weights of `step` or `step - 1` updates."""
         waiting = self._waiting.pop(step, None)
         self._staleness = int(waiting is not None)
         rolled = waiting.result() if waiting else None
-        clock.lap("wait")
-        self._num_retries, sampler.num_retries = sampler.num_retries, 0
-        goes_ahead = task.config.max_staleness and step + 1 < task.config.max_steps
+        lap("wait")
+        self._num_retries, self.sampler.num_retries = self.sampler.num_retries, 0
+        config = self._task.config
+        goes_ahead = config.max_staleness and step + 1 < config.max_steps
         if rolled is None or goes_ahead:
-            sampler.weights = self._publish(step)
-            clock.lap("publish")
+            self.sampler.weights = self._publish(step)
+            lap("publish")
         if rolled is None:
-            rolled = self._roll_out(sampler, task, prompt_indices, seed=seed, step=step, clock=clock)
+            rolled = roll_out(self.sampler, self._task, self._prompt_indices, step, lap)
         if goes_ahead:
             self._waiting[step + 1] = self._thread.submit(
-                self._roll_out, sampler, task, prompt_indices, seed=seed, step=step + 1, clock=Clock()
+                roll_out, self.sampler, self._task, self._prompt_indices, step + 1, lambda phase: None
             )
         return rolled
 

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from rekatrain.data.chat import STOP, FinishReason
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -19,7 +21,6 @@ from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.client import Json, ServerClient, ServerDown, ServerRefused
 from rekatrain.trainer.rloo.sampler.vllm.pool import ServerPool
 from rekatrain.trainer.rloo.sampler.vllm.responses import AnswerReader, request_filters
-from transformers import PreTrainedTokenizerBase
 
 FORBIDDEN = -100.0  # the lowest bias that vLLM takes
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import torch
+
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.models import find_source
+from rekatrain.trainer.model_source import find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed
 from rekatrain.trainer.rloo.setup import RunSetup, prepare

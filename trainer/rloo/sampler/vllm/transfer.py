@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx2
 import torch
+from torch import Tensor
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.rloo.gather import gathered
-from torch import Tensor
 
 
 class WeightTransfer:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import AsyncFileLock
 from peft import PeftModel
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights

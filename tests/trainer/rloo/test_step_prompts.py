@@ -2,7 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from rekatrain.trainer.prompts import step_prompts
+
+from rekatrain.trainer.rloo.rollouts import step_prompts
 
 
 @given(num_prompts=st.integers(1, 20), prompts_per_step=st.integers(1, 30), seed=st.integers(0, 2**32))
