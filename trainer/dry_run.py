@@ -59,9 +59,7 @@ def _show_rloo(recipe: Recipe) -> None:
         f"{config.max_steps * config.prompts_per_step / len(task.prompts):.2f} times"
     )
     first = task.prompts[0]
-    print(
-        f"# the first prompt\n{first.text}{TRAINED[0]} ...the completion that the policy samples here is trained{TRAINED[1]}"
-    )
+    print(f"# the first prompt\n{first.text}{TRAINED[0]} ...a completion, sampled by the policy{TRAINED[1]}")
     response = first.row.messages[-1]
     if response["role"] == "assistant":
         text = render_completion(response.get("reasoning_content"), response["content"])

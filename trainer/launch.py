@@ -1,7 +1,7 @@
-"""What a launcher asked for, and that it is really there.
+"""Read the distributed launch settings, and verify that Accelerate honored them.
 
 Accelerate falls back in silence: a launch that it cannot serve becomes one process, or data parallelism, and trains on.
-So what was asked is read from the environment that the launcher sets, and compared with what there is.
+So the settings are read from the environment that the launcher makes, and compared with the engine that runs.
 """
 
 import logging
@@ -12,19 +12,21 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from rekatrain.data.errors import InputError
 from transformers import PretrainedConfig
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.recipe.shipped import shipped_file
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What the launcher asked for.
+    """The settings of a launch.
 
     engine:        one process, a copy of the model in each process, or DeepSpeed ZeRO
-    zero_stage:    1 to 3; None without DeepSpeed, or where a DeepSpeed JSON file says it
-    num_processes: over all machines
+    zero_stage:    1 to 3; None without DeepSpeed, or if a DeepSpeed JSON file sets it
+    num_processes: number of processes on all nodes together
     """
 
     engine: Literal["single", "ddp", "deepspeed"]
@@ -37,46 +39,54 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """What the launcher asked for, by its environment variables; before anything is initialized.
+    """Return the settings of this launch, read from the launcher's environment variables.
 
-    Raises InputError for what would silently become something else: FSDP, `--cpu`, several processes of which one was
-    started, and stage 0. Without a GPU, DeepSpeed's compiled operators are turned off here.
+    Raises InputError for settings that Accelerate would replace in silence: FSDP, `--cpu`, several processes of which
+    one was started, and ZeRO stage 0.
     """
     if _is_set("ACCELERATE_USE_FSDP"):
         raise InputError(
-            "FSDP is asked for, which this program does not run; recipes/accelerate/zero3.yaml shards the same"
+            "the launch sets FSDP, which rekatrain does not support; DeepSpeed ZeRO-3 shards the same tensors: launch "
+            f"with {shipped_file('accelerate/zero3.yaml')}"
         )
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # Accelerate's launcher of single processes names a master where it was asked for more than one.
+    # Accelerate's launcher of single processes names a master if more than one was requested.
     lost_processes = (
         "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     )
     if _is_set("ACCELERATE_USE_CPU") or lost_processes:
         raise InputError(
-            "accelerate started one process, whatever was asked: take out --cpu, use_cpu and distributed_type NO or "
-            "MULTI_CPU, or launch with a file of recipes/accelerate/; without a GPU they all run on the CPU"
+            "accelerate started one process, whatever the launch file says: remove --cpu, use_cpu and "
+            "distributed_type NO or MULTI_CPU, or launch with one of the files in "
+            f"{shipped_file('accelerate')}; without a GPU they all run on the CPU"
         )
     if not _is_set("ACCELERATE_USE_DEEPSPEED"):
         return Launch(engine="ddp" if num_processes > 1 else "single", zero_stage=None, num_processes=num_processes)
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if stage == "0":
-        raise InputError("zero_stage 0 shards nothing; launch with recipes/accelerate/ddp.yaml")
-    if not torch.cuda.is_available():
-        import deepspeed
-
-        # It would be compiled at the first start, in minutes, and gloo does the same without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        raise InputError(f"zero_stage 0 shards nothing: launch with {shipped_file('accelerate/ddp.yaml')}")
     return Launch(engine="deepspeed", zero_stage=int(stage) if stage else None, num_processes=num_processes)
 
 
+def prepare_deepspeed(launch: Launch) -> None:
+    """Turn off DeepSpeed's compiled collectives if there is no GPU; call it before the processes are connected.
+
+    They would be compiled at the first start, which takes minutes, and gloo does the same without them.
+    """
+    if launch.engine == "deepspeed" and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def adapt_to_device(plugin: DeepSpeedPlugin) -> None:
-    """Let an optimizer that is offloaded be torch's where there is no GPU: DeepSpeed's takes minutes to compile."""
+    """Have an offloaded optimizer be torch's if there is no GPU: DeepSpeed's takes minutes to compile."""
     if not torch.cuda.is_available():
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
 def check_engine(launch: Launch, accelerator: Accelerator) -> None:
-    """Raise InputError unless `accelerator` runs what was launched."""
+    """Raise InputError unless `accelerator` runs the engine of the launch settings."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     is_distributed = accelerator.distributed_type != DistributedType.NO
     found = Launch(
@@ -85,11 +95,14 @@ def check_engine(launch: Launch, accelerator: Accelerator) -> None:
         num_processes=accelerator.num_processes,
     )
     if found != launch:
-        raise InputError(f"the launcher asked for {launch}, but there is {found}: see recipes/accelerate/")
+        raise InputError(
+            f"the launch settings are {launch}, but accelerate runs {found}: see the launch files in "
+            f"{shipped_file('accelerate')}"
+        )
 
 
 def announce(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Log the engine, its ZeRO stage, the world, the data types and the attention that a run really has."""
+    """Log the engine, ZeRO stage, world size, data types and attention that the run has in fact."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         engine = f"DeepSpeed ZeRO-{accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()}"

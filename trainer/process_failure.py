@@ -1,7 +1,7 @@
-"""What a process of a launch does when another one is gone: it says so in one line and ends, without a traceback.
+"""Exit cleanly, with one line and no traceback, when another rank dies.
 
-torchrun, which `accelerate launch` starts, sees a process die and sends SIGTERM to the others of its machine. On other
-machines they learn of it by the connection.
+torchrun, which `accelerate launch` starts, notices a dead process and sends SIGTERM to the others of its node. The
+processes of other nodes notice the lost connection.
 """
 
 import os
@@ -16,21 +16,21 @@ import torch.distributed
 
 LAUNCHER_SECONDS = 10.0
 MESSAGE = (
-    "rekatrain: error: the run has ended: another process of it died, or the launcher was stopped; its report says "
-    "which. Go on from the newest checkpoint with --resume"
+    "rekatrain: error: the run has ended: another process died, or the launcher was stopped; the launcher's report "
+    "says which. Go on from the newest checkpoint with --resume"
 )
 
 
 @contextmanager
 def end_with_the_others() -> Iterator[None]:
-    """End this process when another process of the launch dies; nothing where there is no other."""
+    """End this process when another process of the launch dies; do nothing if the launch has one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # A handler of Python's waits for the call it interrupts, and a collective that misses a process never returns: a
-    # thread reads the number that the signal leaves in the pipe.
+    # Python runs a signal handler after the call that the signal interrupts, and a collective that waits for a dead
+    # process never returns. So a thread reads the signal's number from a pipe.
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=_wait_for_sigterm, args=(reader,), daemon=True).start()
@@ -39,7 +39,7 @@ def end_with_the_others() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        time.sleep(LAUNCHER_SECONDS)  # the launcher of this machine, if it is its process, ends this one meanwhile
+        time.sleep(LAUNCHER_SECONDS)  # if the dead process is on this node, the launcher ends this one meanwhile
         _end(str(error).splitlines()[0])
 
 
@@ -55,6 +55,6 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _end(cause: str = "") -> None:
-    if os.environ.get("LOCAL_RANK") in ("0", "1"):  # of two, one is alive
+    if os.environ.get("LOCAL_RANK") in ("0", "1"):  # one rank may be the dead one: at least one of the two prints
         print(f"{MESSAGE} {f'({cause})' if cause else ''}".rstrip(), file=sys.stderr, flush=True)
-    os._exit(1)  # what is left waits for a process that is gone
+    os._exit(1)  # every other thread waits for the dead process

@@ -1,9 +1,9 @@
-"""The folder of one run: its recipe, its checkpoints, and one JSON line a step and a completion.
+"""The folder of one run.
 
 recipe.yaml      the resolved recipe
-metrics.jsonl    one line a step
-rollouts.jsonl   one line a completion (stage rloo)
-checkpoints/checkpoint-N/   weights as transformers or PEFT load them, and all that step N + 1 depends on
+metrics.jsonl    one line per step
+rollouts.jsonl   one line per completion (stage rloo)
+checkpoints/checkpoint-N/   weights as transformers or PEFT load them, and the whole state that step N + 1 depends on
 """
 
 import json
@@ -19,9 +19,9 @@ from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, l
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
-# The last file that a checkpoint gets, here as in transformers' Trainer: a folder without it was cut off.
+# The last file of a checkpoint to be written, by us and by transformers' Trainer: a folder without it is incomplete.
 STATE_FILE = "trainer_state.json"
-# What may change when a run is continued: how long it goes on, what it keeps, who samples; never what a step computes.
+# Keys that may change when a run is continued: its length, its records, its servers; never the result of a step.
 MAY_CHANGE = re.compile(
     r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+)"
     r"|wandb.*|evaluate.*"
@@ -36,9 +36,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, recipe: Recipe, *, resume: bool) -> Path | None:
-        """The checkpoint to continue from, None for a fresh start; InputError where the folder forbids either.
+        """Return the checkpoint to continue from, or None for a fresh start; write nothing.
 
-        Nothing is written: this comes before the first weight is loaded.
+        Raises InputError if the folder is in use, or holds a run of another recipe.
         """
         stored_file = self.path / RECIPE_FILE
         if not stored_file.exists():
@@ -53,15 +53,15 @@ class RunFolder:
         if changed:
             raise InputError(
                 f"--resume: the recipe differs from {str(stored_file)!r} in {', '.join(changed)}; "
-                "set it back or choose another output_dir"
+                "set it back, or choose another output_dir"
             )
         return newest_checkpoint(self.path)
 
     def start(self, recipe: Recipe, step: int) -> None:
-        """Write the recipe and drop the records of steps after `step`, which the run is about to repeat."""
+        """Write the recipe, and delete the records of the steps after `step`, which the run will repeat."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-        for partial in [*self.checkpoints.glob("*.partial"), *self._cut_off()]:
+        for partial in [*self.checkpoints.glob("*.partial"), *self._incomplete()]:
             shutil.rmtree(partial)
         for name in (METRICS_FILE, ROLLOUTS_FILE):
             _keep_records(self.path / name, step)
@@ -72,7 +72,7 @@ class RunFolder:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def checkpoint(self, step: int) -> Path:
-        """Path of the checkpoint after `step` steps."""
+        """Return the path of the checkpoint after `step` steps."""
         return self.checkpoints / f"checkpoint-{step}"
 
     def rotate(self, save_total_limit: int | None) -> None:
@@ -81,34 +81,34 @@ class RunFolder:
         for path in complete[: -save_total_limit if save_total_limit else 0]:
             shutil.rmtree(path)
 
-    def _cut_off(self) -> list[Path]:
+    def _incomplete(self) -> list[Path]:
         complete = set(complete_checkpoints(self.path))
         return [path for path in self.checkpoints.glob("checkpoint-*") if path not in complete]
 
 
 def complete_checkpoints(run: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = (path.parent for path in (Path(run) / "checkpoints").glob(f"checkpoint-*/{STATE_FILE}"))
-    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
+    """Return the complete checkpoints of a run, oldest first."""
+    folders = (path.parent for path in (Path(run) / "checkpoints").glob(f"checkpoint-*/{STATE_FILE}"))
+    numbered = [path for path in folders if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(numbered, key=checkpoint_step)
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, None where it has none yet."""
+    """Return the newest complete checkpoint of a run, or None if it has none yet."""
     return next(reversed(complete_checkpoints(run)), None)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Number of steps that a checkpoint has behind it."""
+    """Return the number of steps taken before the checkpoint."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; a last line that was cut off in the middle is left out."""
+    """Return the records of a JSON-lines file, without a last line that is incomplete."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    # Every whole record ends in a newline, so what follows the last one was being written when the run was killed.
+    # Every complete record ends in a newline; text after the last one was being written when the run was killed.
     return [json.loads(line) for line in lines[:-1]]
 
 

@@ -1,7 +1,8 @@
-"""What a run tells while it goes on: metrics.jsonl, a progress line, and Weights & Biases where the recipe has it."""
+"""Logging of a run: metrics.jsonl, the progress line, and Weights & Biases if the recipe has a `wandb:` section."""
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -9,52 +10,104 @@ from typing import Any
 
 import wandb
 from accelerate.tracking import WandBTracker
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import METRICS_FILE, RunFolder
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | int | None]
 
+WIDTH = 100
+# How the progress line shows a metric; others appear under their own names, as numbers of four digits.
+SHOWN = {
+    "reward": "reward {:.3g}",
+    "kl": "kl {:.2g}",
+    "completions/mean_length": "len {:.1f}",
+    "completions/clipped_ratio": "clipped {:.0%}",
+    "completions/stop_ratio": "stop {:.0%}",
+    "mean_token_accuracy": "accuracy {:.1%}",
+    "accuracy": "accuracy {:.1%}",
+    "grad_norm": "grad {:.3g}",
+    "epoch": "epoch {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "eval_loss": "eval loss {:.4g}",
+    "eval_accuracy": "eval accuracy {:.1%}",
+    "eval_margin": "eval margin {:.3g}",
+}
+
 
 class RunLog:
-    """Takes the metrics of each step; made on the main process only."""
+    """Records the metrics of each step; made on the main process only."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, *, first_step: int, max_steps: int) -> None:
         self._run = run
         self._first_step, self._max_steps = first_step, max_steps
         self._started = time.monotonic()
         self._tracker = _start_wandb(recipe)
-        self._bar = tqdm(total=max_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=max_steps,
+            initial=first_step,
+            disable=not is_terminal,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:10}| {desc}",
+            ncols=min(WIDTH, shutil.get_terminal_size().columns),
+        )
+        if is_terminal:
+            disable_progress_bar()  # transformers' bars for the files of a checkpoint would break ours
 
     def step(self, step: int, metrics: Metrics, *, headline: list[str]) -> None:
-        """Record a step; `headline` names the metrics of the progress line."""
-        self._run.append(METRICS_FILE, [{"step": step, **metrics}])
-        shown = " ".join(f"{name} {_short(metrics[name])}" for name in headline if name in metrics)
+        """Record a step; `headline` names the metrics of the progress line, the most telling first."""
+        self._run.append(METRICS_FILE, [{"step": step, **metrics, "time": time.time()}])
+        seconds_per_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+        eta = f"eta {_duration(seconds_per_step * (self._max_steps - step))}"
+        count = f"step {step}/{self._max_steps}"
         if self._bar.disable:
-            seconds_a_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
-            eta = _duration(seconds_a_step * (self._max_steps - step))
-            print(f"step {step}/{self._max_steps} {shown} eta {eta}", file=sys.stderr, flush=True)
+            print(
+                f"{count}  {progress_text(metrics, headline, eta, WIDTH - len(count) - 2)}", file=sys.stderr, flush=True
+            )
         else:
-            self._bar.set_postfix_str(shown)
+            room = self._bar.ncols - len(count) - len(" |1234567890| ")
+            self._bar.set_description_str(progress_text(metrics, headline, eta, room), refresh=False)
             self._bar.update(step - self._bar.n)
-        self._tell_tracker("log", {name: value for name, value in metrics.items() if value is not None}, step=step)
+            self._bar.refresh()
+        self._call_tracker("log", {name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def close(self) -> None:
         """End the progress line and the tracked run."""
+        if not self._bar.disable:
+            enable_progress_bar()
         self._bar.close()
-        self._tell_tracker("finish")
+        self._call_tracker("finish")
 
-    def _tell_tracker(self, method: str, *arguments: Any, **options: Any) -> None:
+    def _call_tracker(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._tracker is None:
             return
         try:
             getattr(self._tracker, method)(*arguments, **options)
-        # Whatever a tracking service does wrong, it must not end a run of days: it is said once, and the run goes on.
+        # No failure of a tracking service may end a run of days: it is reported once, and the run goes on.
         except Exception as error:
             logger.warning("wandb stopped: %s; metrics go on in %s", error, METRICS_FILE)
             self._tracker = None
+
+
+def progress_text(metrics: Metrics, headline: list[str], eta: str, room: int) -> str:
+    """Return the text of a step's metrics and the remaining time, of at most `room` characters.
+
+    >>> progress_text({"reward": 0.61, "kl": None, "tokens_per_second": 520.4}, ["reward", "kl"], "eta 2m09s", 80)
+    'reward 0.61  kl -  eta 2m09s'
+    """
+    parts = [_shown(name, metrics[name]) for name in headline if name in metrics]
+    while parts and len("  ".join([*parts, eta])) > room:
+        parts.pop()
+    return "  ".join([*parts, eta])
+
+
+def _shown(name: str, value: float | int | None) -> str:
+    template = SHOWN.get(name, f"{name.replace('_', ' ')} {{:.4g}}")
+    return template.partition("{")[0] + "-" if value is None else template.format(value)
 
 
 def _start_wandb(recipe: Recipe) -> WandBTracker | None:
@@ -67,7 +120,7 @@ def _start_wandb(recipe: Recipe) -> WandBTracker | None:
         tracker = WandBTracker(section.pop("project"), **section)
         tracker.start()
         tracker.store_init_configuration({"stage": recipe.stage, "seed": recipe.seed, "model": recipe.model})
-    # No key, no route, a wrong entity: none of them is worth a run. wandb raises several unrelated classes.
+    # A missing key, network or entity must not cost the run. wandb raises several unrelated classes.
     except Exception as error:
         logger.warning("wandb could not start: %s; the run goes on without it", error)
         return None
@@ -80,12 +133,6 @@ def _is_logged_in() -> bool:
     except wandb.Error as error:
         logger.warning("wandb: the key could not be verified (%s); tracking offline", str(error).splitlines()[0])
         return False
-
-
-def _short(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

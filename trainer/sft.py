@@ -2,8 +2,8 @@
 
     rekatrain train recipes/smollm2/sft.yaml
 
-Packing is TRL's: rows lie end to end, and their position ids, which start again at 0, keep each from seeing another on
-every attention backend (tests/trainer/test_sft.py holds packed and separate losses equal).
+Packing is TRL's: rows lie end to end, and position ids that start again at 0 keep a row from attending to another one
+on every attention backend (tests/trainer/test_sft.py holds packed and separate losses equal).
 """
 
 import copy
@@ -14,6 +14,10 @@ from typing import Literal
 
 from accelerate.utils import set_seed
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
 from rekatrain.data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
 from rekatrain.data.errors import InputError
 from rekatrain.data.rows import Row
@@ -22,18 +26,15 @@ from rekatrain.trainer.models import check_model, load_model_tokenizer, load_pol
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
-from transformers import PreTrainedTokenizerBase
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
-HEADLINE = ["loss", "mean_token_accuracy", "grad_norm", "epoch", "tokens_per_second"]
+HEADLINE = ["loss", "mean_token_accuracy", "tokens_per_second", "epoch", "grad_norm"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTTask:
-    """All of a run that can be wrong without a weight being loaded, checked."""
+    """Everything of a run that is checked before weights are loaded."""
 
     config: SFTConfig
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ class SFTTask:
 
 
 def prepare(recipe: Recipe) -> SFTTask:
-    """Check the recipe against its data and its model's config; InputError says what is wrong."""
+    """Check the recipe against its data and its model's config; raise InputError for a mistake."""
     tokenizer = load_model_tokenizer(recipe)
     context = check_model(recipe, tokenizer).max_position_embeddings
     config = make_config("sft", recipe.sft, recipe, SFTConfig)
@@ -50,10 +51,10 @@ def prepare(recipe: Recipe) -> SFTTask:
     limit = min(config.max_length or context, context)
     fitting = [row for row in encoded if len(row.input_ids) <= limit]
     if len(fitting) < len(encoded):
-        # TRL would cut such a row, and with it the end of the turn: the model would learn not to stop.
+        # TRL would cut off the end of the row, and with it the stop token: the model would learn not to stop.
         message = (
             f"{len(encoded) - len(fitting)} of {len(encoded)} rows are longer than {limit} tokens "
-            "(the smaller of sft.max_length and the model's context)"
+            f"(the smaller of sft.max_length and the model's context{_turns_note(rows, encoded)})"
         )
         if recipe.dataset.get("bad_rows", "refuse") == "refuse" or not fitting:
             raise InputError(f"{message}; raise sft.max_length, or set dataset.bad_rows to skip")
@@ -68,9 +69,9 @@ def encode_conversations(
     end_of_turn: EndOfTurn = "sep",
     turns: Literal["all", "last"] = "all",
 ) -> list[EncodedRow]:
-    """Encode each conversation, as one training row for each of its assistant turns or for the last alone.
+    """Encode each conversation: one training row for each of its assistant turns, or one for the last turn.
 
-    Raises InputError, with the row named, where a conversation has no assistant turn to train.
+    Raises InputError, with the row named, if a conversation has no assistant turn to train.
     """
     encoded = []
     for row in rows:
@@ -85,8 +86,13 @@ def encode_conversations(
     return encoded
 
 
+def _turns_note(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> str:
+    """Say why there are more training rows than rows of the file, if there are."""
+    return f"; each assistant turn of the {len(rows)} conversations is a row" if len(encoded) > len(rows) else ""
+
+
 def train(recipe: Recipe, *, resume: bool) -> None:
-    """Run the stage, from the newest checkpoint where `resume` finds one."""
+    """Run the stage; with `resume`, go on from the newest checkpoint if there is one."""
     run = RunFolder(recipe.output_dir)
     checkpoint = run.check(recipe, resume=resume)
     task = prepare(recipe)

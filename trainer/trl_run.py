@@ -1,4 +1,4 @@
-"""What the stages on TRL's trainers share: their arguments, their log, and the tokenizer that a checkpoint keeps."""
+"""The common part of the stages on TRL's trainers: arguments, log, and the files added to a checkpoint."""
 
 import json
 import time
@@ -10,12 +10,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch import Launch, adapt_to_device, announce, check_engine, read_launch
-from rekatrain.trainer.models import check_trainable
-from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
-from rekatrain.trainer.run_log import RunLog
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,18 +20,32 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch import (
+    Launch,
+    adapt_to_device,
+    announce,
+    check_engine,
+    prepare_deepspeed,
+    read_launch,
+)
+from rekatrain.trainer.models import check_trainable
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
+from rekatrain.trainer.run_log import RunLog
+
 Config = TypeVar("Config", bound=TrainingArguments)
 
 LAUNCH_FILE = "launch.json"
 
 
 def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_class: Callable[..., Config]) -> Config:
-    """A TRL config of the recipe's section `name`, with what the program itself sets; processes are connected here.
+    """Make a TRL config of the recipe's section `name` and of the values that the program sets; connect the processes.
 
     Under ZeRO-3 every model that transformers builds from here on is sharded as it is built.
     """
-    read_launch()
-    # No step leaves a trained weight out, and looking for one costs a traversal of the graph each time.
+    prepare_deepspeed(read_launch())
+    # Every step uses all trained weights; to look for unused ones costs a traversal of the graph per step.
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "ddp_find_unused_parameters": False,
@@ -63,7 +71,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
 
 
 def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlugin) -> None:
-    """Raise InputError where the launch file and the recipe differ on one thing; DeepSpeed would after the loading."""
+    """Raise InputError if the launch file contradicts the recipe; DeepSpeed would do so after loading the weights."""
     for key, ours in (
         ("gradient_clipping", config.max_grad_norm),
         ("gradient_accumulation_steps", config.gradient_accumulation_steps),
@@ -72,12 +80,12 @@ def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlug
         if theirs not in ("auto", ours):
             raise InputError(
                 f"the launch file has {key} {theirs}, the recipe's {name} section {ours}; "
-                "take it out of the launch file"
+                "remove it from the launch file"
             )
 
 
 def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | None) -> None:
-    """Raise InputError for a start that cannot be trained, or continued, under the engine that was launched."""
+    """Raise InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint."""
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     if checkpoint is None:
         return
@@ -86,14 +94,14 @@ def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | No
     saved = Launch(**json.loads((checkpoint / LAUNCH_FILE).read_text(encoding="utf-8")))
     if saved != read_launch():
         raise InputError(
-            f"{str(checkpoint)!r} was saved by {saved}, and this is {read_launch()}: a step's rows and the optimizer's "
-            "state are shared out over the processes. Launch as then, or start a new run from its weights: "
-            "rekatrain export RUN OUT"
+            f"{str(checkpoint)!r} was saved by {saved}, and this is {read_launch()}: the rows of a step and the "
+            "optimizer's state are split over the processes. Use the earlier launch, or start a new run from the "
+            "weights: rekatrain export RUN OUT"
         )
 
 
 def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
-    """Whether the run has taken its last step: transformers' Trainer, resumed there, would take one more."""
+    """Return True if the run has taken its last step: transformers' Trainer, resumed there, would take one more."""
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     return state["global_step"] >= (config.max_steps if config.max_steps > 0 else state["max_steps"])
 
@@ -107,9 +115,11 @@ def run_trainer(
     checkpoint: Path | None,
     headline: list[str],
 ) -> None:
-    """Train from the checkpoint, or from the start, with the run's own log; `tokenizer` is what checkpoints keep."""
+    """Train from the checkpoint, or from the start, with the run's log; checkpoints get `tokenizer`."""
+    # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
+    trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run))
-    trainer.add_callback(_TellEngine(trainer.accelerator))
+    trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if PartialState().is_main_process:
@@ -119,8 +129,8 @@ def run_trainer(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-class _TellEngine(TrainerCallback):
-    """Checks and logs what the model really runs on, once it is wrapped."""
+class _AnnounceEngine(TrainerCallback):
+    """Checks and logs the engine that runs the model, once the model is wrapped."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -133,13 +143,13 @@ class _TellEngine(TrainerCallback):
 
 
 class _CompleteCheckpoint(TrainerCallback):
-    """Saves how the run was launched, and over the trainer's tokenizer, which TRL gave a pad token, the one loaded."""
+    """Adds the launch settings to a checkpoint, and replaces TRL's tokenizer, which has a pad token, by ours."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
         self._tokenizer, self._run = tokenizer, run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # with its part of the checkpoint, which the trainer does not wait for
+        PartialState().wait_for_everyone()  # each process writes its part, and the trainer does not wait for them
         if state.is_world_process_zero:
             checkpoint = self._run.checkpoint(state.global_step)
             self._tokenizer.save_pretrained(checkpoint)
@@ -147,7 +157,7 @@ class _CompleteCheckpoint(TrainerCallback):
 
 
 class _Log(TrainerCallback):
-    """Hands the trainer's metrics to the run's log."""
+    """Passes the trainer's metrics to the run's log."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, first_step: int, headline: list[str]) -> None:
         self._run, self._recipe, self._first_step, self._headline = run, recipe, first_step, headline

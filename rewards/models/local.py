@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rekatrain.data.chat import parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
+from rekatrain.data.locations import names_path
 from rekatrain.data.reward_model_input import RewardModelInput, Template, check_template, encode_reward_model_input
 from rekatrain.rewards.errors import RewardError
 
@@ -61,7 +62,7 @@ class RewardModel:
         if micro_batch_tokens < 1:
             raise InputError(f"micro_batch_tokens must be at least 1, not {micro_batch_tokens}")
         path = pretrained_model_name_or_path
-        if path.startswith((".", "/", "~", "runs/", "exports/")) and not Path(path).is_dir():
+        if names_path(path) and not Path(path).is_dir():
             raise InputError(f"there is no reward model at {path!r}")
         self._path, self._revision, self._label = path, revision, label
         self._template, self._reasoning, self._mean, self._std = template, reasoning, mean, std

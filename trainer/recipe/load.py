@@ -1,7 +1,7 @@
-"""A recipe: one YAML file is one run, and each of its sections is the keyword arguments of one callable.
+"""Recipes: one YAML file is one run, and each of its sections is the keyword arguments of one callable.
 
-Nothing is declared twice. An unknown key, a missing one or a value of the wrong type stops the run before a weight is
-loaded, and the message names the nearest known key. Scalars are YAML 1.2's: `1e-6` is a number, `no` is a string.
+Nothing is declared twice. An unknown key, a missing key or a value of the wrong type stops the run before a weight is
+loaded, and the message names the nearest known key. Scalars follow YAML 1.2: `1e-6` is a number, `no` is a string.
 Loading a recipe imports no torch.
 """
 
@@ -11,33 +11,35 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from rekatrain.data.errors import InputError
-from rekatrain.data.options import check_keywords
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from rekatrain.data.errors import InputError
+from rekatrain.data.options import check_keywords
 
 Section = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. A section that is present is a feature that is on; `null` takes it out again.
+    """A whole run. A section that is present is a feature that is on; `null` removes it.
 
-    stage:        what `train` does
+    stage:        the stage that `train` runs
     output_dir:   the run folder
-    seed:         every random choice of the run follows from it
-    model:        `trainer.models.load_model`
-    lora:         `peft.LoraConfig`; without it all weights are trained
-    chat:         what is made of a row: `trainer.sft.encode_conversations`, `trainer.reward_model.pairs.encode_pairs`
-    dataset:      `data.sources.load_rows`, what is trained on
-    eval_dataset: `data.sources.load_rows`, what `evaluate` asks
-    sft:          `trl.SFTConfig`
-    reward:       `trl.RewardConfig`
-    rloo:         `trainer.rloo.config.RLOOConfig`
+    seed:         the source of every random choice of the run
+    model:        keywords of `trainer.models.load_model`
+    lora:         keywords of `peft.LoraConfig`; without it all weights are trained
+    chat:         keywords of `trainer.sft.encode_conversations`; in stage reward those of
+                  `trainer.reward_model.pairs.encode_pairs`
+    dataset:      keywords of `data.sources.load_rows`: the rows to train on
+    eval_dataset: keywords of `data.sources.load_rows`: the held-out rows
+    sft:          keywords of `trl.SFTConfig`
+    reward:       keywords of `trl.RewardConfig`
+    rloo:         keywords of `trainer.rloo.config.RLOOConfig`
     rewards:      name of a reward -> its weight and options (rewards/README.md)
-    scoring:      `rewards.grader.ScoringConfig`, how they are run
-    evaluate:     `trainer.evaluate.EvaluateConfig`
-    wandb:        `wandb.init`; without it nothing is tracked outside the run folder
+    scoring:      keywords of `rewards.grader.ScoringConfig`
+    evaluate:     keywords of `trainer.evaluate.EvaluateConfig`
+    wandb:        keywords of `wandb.init`; without it nothing is tracked outside the run folder
     """
 
     stage: Literal["sft", "reward", "rloo"]
@@ -58,7 +60,10 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `dotted.key=value` overrides to it."""
+    """Read a recipe and apply `dotted.key=value` overrides to it.
+
+    Raises InputError for a file that cannot be read, invalid YAML, an unknown section and a section of the wrong type.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -68,6 +73,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
+    return build_recipe(tree, overrides)
+
+
+def build_recipe(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Make a recipe of a mapping of sections, which the overrides change in place; InputError as for `load_recipe`."""
     for override in overrides:
         _apply_override(tree, override)
     check_keywords("recipe", tree, Recipe)
@@ -75,7 +85,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML text of the resolved recipe; `load_recipe` of it gives the same recipe."""
+    """Return the resolved recipe as YAML text; `load_recipe` of that text gives an equal recipe."""
     text = StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -85,7 +95,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differing_keys(recipe: Recipe, other: Recipe) -> list[str]:
-    """Dotted keys whose values differ between two recipes."""
+    """Return the dotted keys whose values differ between two recipes, sorted."""
     ours, theirs = _flatten(asdict(recipe)), _flatten(asdict(other))
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
 

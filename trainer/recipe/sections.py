@@ -1,22 +1,17 @@
-"""Which callable each section of a recipe goes to. All are checked, whichever of them the command reads."""
+"""The callable of each section of a recipe. All sections are checked, whichever of them the command reads.
 
-import wandb
-from peft import LoraConfig
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.sft_config import SFTConfig
+Sections whose callable needs no torch are checked first, so that their errors come at once. A callable of a library is
+imported only if the recipe has its section.
+"""
 
 from rekatrain.data.options import check_keywords
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
-from rekatrain.trainer.evaluate import EvaluateConfig
-from rekatrain.trainer.models import load_model
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.reward_model.pairs import encode_pairs
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.sft import encode_conversations
 
-# What the program itself passes: where the run is, its seed, how the rows come.
+# Keywords that the program itself passes: the run folder, its seed, the form of the rows.
 TRL_RESERVED = (
     "output_dir",
     "seed",
@@ -26,30 +21,62 @@ TRL_RESERVED = (
     "disable_tqdm",
     "dataset_kwargs",
     "model_init_kwargs",
-    "deepspeed",  # how a run is sharded is the launch file's to say
+    "deepspeed",  # the launch file decides how a run is sharded
     "fsdp",
 )
-# How text becomes ids is data/reward_model_input.py's to say.
+# data/reward_model_input.py decides how text becomes ids.
 REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")
 
 
 def check_sections(recipe: Recipe) -> None:
     """Raise InputError for a key, a type or a reward that a section's callable does not know."""
-    check_keywords("model", recipe.model, load_model)
     check_keywords("dataset", recipe.dataset, load_rows)
-    encode_rows = encode_pairs if recipe.stage == "reward" else encode_conversations
-    check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
-    check_keywords("sft", recipe.sft, SFTConfig, reserved=TRL_RESERVED)
-    check_keywords("reward", recipe.reward, RewardConfig, reserved=(*TRL_RESERVED, *REWARD_RESERVED))
-    check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+    if recipe.eval_dataset is not None:
+        check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
     check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)
-    if recipe.eval_dataset is not None:
-        check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
-    if recipe.lora is not None:
-        check_keywords("lora", recipe.lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
-    if recipe.wandb is not None:
-        check_keywords("wandb", recipe.wandb, wandb.init)
     if recipe.stage == "rloo" or recipe.rewards:
         build_reward_functions(recipe.rewards)
+    _check_wandb(recipe)
+    _check_model(recipe)
+    _check_trl(recipe)
+
+
+def _check_wandb(recipe: Recipe) -> None:
+    if recipe.wandb is not None:
+        import wandb
+
+        check_keywords("wandb", recipe.wandb, wandb.init)
+
+
+def _check_model(recipe: Recipe) -> None:
+    from peft import LoraConfig
+
+    from rekatrain.trainer.models import load_model
+
+    check_keywords("model", recipe.model, load_model)
+    if recipe.lora is not None:
+        check_keywords("lora", recipe.lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
+    if recipe.evaluate:
+        from rekatrain.trainer.evaluate import EvaluateConfig
+
+        check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+
+
+def _check_trl(recipe: Recipe) -> None:
+    if recipe.chat:
+        if recipe.stage == "reward":
+            from rekatrain.trainer.reward_model.pairs import encode_pairs as encode_rows
+        else:
+            from rekatrain.trainer.sft import encode_conversations as encode_rows
+
+        check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
+    if recipe.sft:
+        from trl.trainer.sft_config import SFTConfig
+
+        check_keywords("sft", recipe.sft, SFTConfig, reserved=TRL_RESERVED)
+    if recipe.reward:
+        from trl.trainer.reward_config import RewardConfig
+
+        check_keywords("reward", recipe.reward, RewardConfig, reserved=(*TRL_RESERVED, *REWARD_RESERVED))

@@ -1,0 +1,136 @@
+"""The commands as functions: `from rekatrain import train, evaluate, export, sample`.
+
+    run = train("recipes/smollm2/rloo.yaml", "rloo.max_steps=3", resume=True)
+    result = evaluate("recipes/smollm2/rloo.yaml", f"model.pretrained_model_name_or_path={run}")
+    export(run, "my-model")
+
+They make the checks that the commands make, and raise InputError for whatever is wrong with their input. The command
+line (cli.py) calls them too. They work in a script without a `__main__` guard, in a notebook and in a here-document.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.recipe.load import Recipe, build_recipe, load_recipe
+from rekatrain.trainer.terminal import set_up_terminal
+
+if TYPE_CHECKING:
+    from rekatrain.trainer.intervals import Accuracy
+    from rekatrain.trainer.reward_model.evaluate_pairs import RewardEvaluation
+    from rekatrain.trainer.rloo.rollouts import Group
+
+logger = logging.getLogger(__name__)
+
+# Each function imports what it needs when it runs: torch takes seconds, and a wrong recipe should be reported at once.
+
+
+def check_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
+    """Load a recipe, apply overrides such as `"rloo.beta=0.1"`, and check every section; InputError for a mistake."""
+    set_up_terminal()
+    is_loaded = isinstance(recipe, Recipe)
+    checked = build_recipe(asdict(recipe), overrides) if is_loaded else load_recipe(recipe, overrides)
+    from rekatrain.trainer.recipe.sections import check_sections
+
+    check_sections(checked)
+    return checked
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *overrides: str,
+    resume: bool = False,
+    dry_run: bool = False,
+    skip_memory_check: bool = False,
+) -> Path:
+    """Run the recipe's stage (sft, reward or rloo) and return the run folder.
+
+    resume:            go on from the newest checkpoint in output_dir; start where there is none
+    dry_run:           check everything, print the resolved recipe and one row, and stop
+    skip_memory_check: start even where the plan says that the run cannot fit
+    """
+    checked = check_recipe(recipe, *overrides)
+    run = Path(checked.output_dir)
+    if dry_run:
+        from rekatrain.trainer.dry_run import dry_run as show
+
+        show(checked, resume=resume)
+        return run
+    from rekatrain.trainer.plan.plan import check_fits
+    from rekatrain.trainer.process_failure import end_with_the_others
+
+    check_fits(checked, is_overridden=skip_memory_check)
+    if checked.stage == "sft":
+        from rekatrain.trainer.sft import train as run_stage
+    elif checked.stage == "reward":
+        from rekatrain.trainer.reward_model.train import train as run_stage
+    else:
+        from rekatrain.trainer.rloo.train import train as run_stage
+    with end_with_the_others():
+        run_stage(checked, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("run folder: %s; next: rekatrain export %s OUT", run, run)
+    return run
+
+
+def evaluate(
+    recipe: str | Path | Recipe, *overrides: str, out: str | Path | None = None
+) -> Accuracy | RewardEvaluation:
+    """Measure the recipe's model on `eval_dataset`, print the result and return it.
+
+    The model may be a folder, a hub id, an export or a run folder. A recipe of stage `reward` gives a RewardEvaluation.
+
+    out: a JSON file for the result and every answer
+    """
+    checked = check_recipe(recipe, *overrides)
+    out = None if out is None else Path(out)
+    if checked.stage == "reward":
+        from rekatrain.trainer.reward_model.evaluate_pairs import evaluate as evaluate_reward_model
+
+        return evaluate_reward_model(checked, out=out)
+    from rekatrain.trainer.evaluate import evaluate as evaluate_policy
+
+    return evaluate_policy(checked, out=out)
+
+
+def sample(
+    recipe: str | Path | Recipe, *overrides: str, num_prompts: int = 2, by_disagreement: bool = False
+) -> list[Group]:
+    """Roll out groups for the first prompts of the run, print them with their rewards, and return them; train nothing.
+
+    by_disagreement: print the completions on which the rewards disagree most first
+    """
+    checked = check_recipe(recipe, *overrides)
+    if checked.stage != "rloo":
+        raise InputError(f"stage {checked.stage} samples nothing: give sample an rloo recipe")
+    from rekatrain.trainer.rloo.sample_command import sample as sample_policy
+
+    return sample_policy(checked, num_prompts=num_prompts, by_disagreement=by_disagreement)
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    form: Literal["merged", "adapter", "gguf"] = "merged",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: list[str] | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a run's newest weights, or one checkpoint's, as a folder that serves, verify it, and return the folder.
+
+    form:           merged, for transformers and vLLM; adapter, the LoRA adapter alone; gguf, for llama.cpp
+    dtype:          of the stored weights; the recipe's by default
+    quantize:       types of GGUF files to write, such as ["q8_0"]
+    max_shard_size: of one weights file
+    """
+    set_up_terminal()
+    from rekatrain.trainer.export.export import export as export_run
+
+    export_run(Path(run), Path(out), form=form, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
+    return Path(out)
