@@ -1,4 +1,4 @@
-"""A tiny model that speaks the Reka format, trained by the real command line: what the serving tests serve, and how."""
+"""A tiny model in the Reka format, trained by the real command line, and vLLM to serve its exports."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from typing import Any
 
 import httpx2
 from openai import OpenAI
-from rekatrain.trainer.cli import main
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.cli import main
 from tests.conftest import tiny_llama
 
 QUESTION = [{"role": "human", "content": "3 + 3 ="}]
-# What the model has learnt to say to it, by heart.
+# The answer that the model learns by heart.
 ANSWER = " <reasoning>\nTwice 3.\n</reasoning>\n\n6 <sep>"
-# The command that serving/vllm.sh calls; builds for CPUs install another distribution's name, and their own lacks it.
+# Stands in for the command `vllm`, which looks up a distribution's name that vLLM's builds for CPUs do not have.
 VLLM = """#!/bin/sh
 [ "$1" = serve ] || exit 1
 model=$2
@@ -33,13 +33,13 @@ READY_SECONDS = 600
 
 
 def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A random Llama with heads of 64, which vLLM has kernels for, and sizes that K-quants' blocks do not divide."""
+    """Return a random Llama with heads of 64, for which vLLM has kernels, and sizes that blocks of 256 do not divide."""
     heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     return tiny_llama(tokenizer, intermediate_size=96, max_position_embeddings=2048, initializer_range=0.1, **heads)
 
 
-def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A LoRA run of 60 SFT steps in `folder`, on rows with a reasoning; the run's folder."""
+def write_sft_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Write a model, rows with a reasoning and a recipe of 60 steps of LoRA into `folder`; return the recipe's path."""
     servable_llama(tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in range(1, 7)]
@@ -53,19 +53,24 @@ def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         "sft": {"max_steps": 60, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 5},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    main(["train", str(folder / "recipe.yaml")])
+    return folder / "recipe.yaml"
+
+
+def train_run(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Train the recipe of `write_sft_recipe`; return the run's folder."""
+    main(["train", str(write_sft_recipe(folder, tokenizer))])
     return folder / "run"
 
 
 def ask(client: OpenAI, messages: list[dict[str, str]], *, model: str = "any", **options: Any) -> Any:
-    """A greedy answer of a server, the stream of one where asked for; Any: the client's own types."""
+    """Request a greedy answer, or with `stream=True` its chunks. Any: the client's own types."""
     settings = {"max_tokens": 60, "temperature": 0, **options}
     return client.chat.completions.create(model=model, messages=messages, **settings)  # type: ignore[arg-type]
 
 
 @contextmanager
 def serve_by_vllm(export: Path, work: Path) -> Iterator[str]:
-    """A real vLLM that serves the export by its own start line, on a CPU: its url.
+    """Serve the export with a real vLLM on a CPU, by its own start script; yield the url.
 
     work: a folder for the server's log
     """
