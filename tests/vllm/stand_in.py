@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
-from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
 from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
@@ -22,6 +20,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
+from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
 
 
 class StandIn:
@@ -151,7 +152,7 @@ class StandIn:
             top_k=body["top_k"] or None,
         )
         with torch.no_grad():
-            return sampler._sample_rows([body["prompt"]], uniforms, body["n"], None, 0)
+            return sampler._sample_batch([body["prompt"]], uniforms, body["n"], None, 0)
 
     def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
         """The drawn token and the likeliest ones, which are as many as were asked for, of those that could be drawn."""

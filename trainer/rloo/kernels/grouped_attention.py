@@ -65,7 +65,7 @@ def run_decoder(decoder: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
 
 
 class PackedGroups:
-    """Groups end to end: a prompt, then its completions. A completion attends to the prompt and itself, not to others."""
+    """Groups end to end: a prompt, then its completions, which attend to the prompt and themselves only."""
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
         """Take for each group the length of its prompt and of its completions, in the order of the tokens."""

@@ -56,7 +56,7 @@ class ForkedCache:
     def keep(self, live: Sequence[int]) -> list[int]:
         """Drop all completions but those at the batch indices `live` (ascending).
 
-        Return, for each index of the new batch, the index in the old one: of 5 completions, keep([1, 3, 4]) -> [3, 1, 4].
+        Return the old index of each completion of the new batch: of 5 completions, keep([1, 3, 4]) -> [3, 1, 4].
         """
         order = list(live)
         holes = sorted(set(range(len(order))) - set(order))

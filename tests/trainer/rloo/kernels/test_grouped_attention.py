@@ -1,4 +1,4 @@
-"""Attention over packed groups and over a forked cache: both paths are attention under the mask that is meant."""
+"""Attention over packed groups and over a forked cache equals masked attention by its definition."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,38 +33,38 @@ def random_states(num_tokens: int, dtype: torch.dtype = torch.float64) -> tuple[
 
 
 def sees(groups: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    """[T, T], a loop over pairs: a query sees its group's prompt and its own completion up to itself."""
-    places = [
-        (group, row)
+    """Return the mask [T, T], pair by pair: a query attends to its group's prompt and its completion up to itself."""
+    tokens = [
+        (group, member)
         for group, (prompt, completions) in enumerate(groups)
-        for row, length in enumerate([prompt, *completions])
+        for member, length in enumerate([prompt, *completions])
         for _ in range(length)
     ]
     return torch.tensor(
         [
-            [k <= q and places[k][0] == places[q][0] and places[k][1] in (0, places[q][1]) for k in range(len(places))]
-            for q in range(len(places))
+            [k <= q and tokens[k][0] == tokens[q][0] and tokens[k][1] in (0, tokens[q][1]) for k in range(len(tokens))]
+            for q in range(len(tokens))
         ]
     )
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_TT: Tensor) -> Tensor:
-    """Softmax attention by its definition -> [1, T, H, D]."""
+    """Compute softmax attention by its definition -> [1, T, H, D]."""
     key, value = (states.repeat_interleave(NUM_HEADS // NUM_KEY_HEADS, dim=1) for states in (key, value))
     scores = (query @ key.transpose(2, 3) * SCALING).masked_fill(~mask_TT, -torch.inf)
     return (scores.softmax(dim=3) @ value).transpose(1, 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_groups_attend_under_their_mask_with_its_gradients(layout: str) -> None:
+def test_packed_groups_attend_under_their_mask_with_gradients(layout: str) -> None:
     groups = LAYOUTS[layout]
     mask_TT = sees(groups)
     states = random_states(len(mask_TT))
-    found, expected = PackedGroups(groups, CPU).attend(0, *states, SCALING), masked_attention(*states, mask_TT)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    output, expected = PackedGroups(groups, CPU).attend(0, *states, SCALING), masked_attention(*states, mask_TT)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     for gradient, exact in zip(
-        torch.autograd.grad((found * weights).sum(), states),
+        torch.autograd.grad((output * weights).sum(), states),
         torch.autograd.grad((expected * weights).sum(), states),
         strict=True,
     ):
@@ -73,7 +73,7 @@ def test_packed_groups_attend_under_their_mask_with_its_gradients(layout: str) -
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_mask_for_flex_attention_is_the_same(layout: str) -> None:
+def test_block_mask_gives_flex_attention_the_same_pattern(layout: str) -> None:
     # Uncompiled, FlexAttention runs on any device, without gradients there.
     groups = LAYOUTS[layout]
     packed = PackedGroups(groups, CPU)
@@ -87,7 +87,7 @@ GROUPS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), max_s
 
 @settings(deadline=None, max_examples=40)
 @given(GROUPS)
-def test_any_groups_attend_under_their_mask(groups: list[tuple[int, list[int]]]) -> None:
+def test_packed_groups_of_any_shape_attend_under_their_mask(groups: list[tuple[int, list[int]]]) -> None:
     mask_TT = sees(groups)
     states = random_states(len(mask_TT))
     packed = PackedGroups(groups, CPU)
@@ -106,54 +106,54 @@ def test_any_groups_attend_under_their_mask(groups: list[tuple[int, list[int]]])
 
 
 class Sampled:
-    """Random keys and values of each token, as a model would give them, and whole-text attention as the oracle."""
+    """Random keys and values of each token, as from a model, with attention over the whole text as the oracle."""
 
     def __init__(self, prompt_lengths: list[int], num_generations: int, max_length: int) -> None:
         self.cache = ForkedCache(prompt_lengths, num_generations, max_length, CPU)
         self.prompt_lengths = prompt_lengths
-        self.live = list(range(len(prompt_lengths) * num_generations))  # rows in their places
+        self.live = list(range(len(prompt_lengths) * num_generations))  # completions in the order of the batch
         self.num_layers = 2
         states = [random_states(sum(prompt_lengths)) for _ in range(self.num_layers)]
-        self.texts: list[list[tuple[Tensor, Tensor]]] = []  # by layer, by row: keys and values so far
+        self.texts: list[list[tuple[Tensor, Tensor]]] = []  # by layer, by completion: keys and values so far
         for layer, (query, key, value) in enumerate(states):
             scaled = [state.detach() * (1 + layer) for state in (query, key, value)]
-            found = self.cache.attend(layer, *scaled, SCALING)
+            output = self.cache.attend(layer, *scaled, SCALING)
             mask_TT = sees([(length, []) for length in prompt_lengths])
-            torch.testing.assert_close(found, masked_attention(*scaled, mask_TT), rtol=0, atol=1e-12)
-            pieces = zip(*(state.split(prompt_lengths, dim=2) for state in scaled[1:]), strict=True)
-            self.texts.append([piece for piece in pieces for _ in range(num_generations)])
+            torch.testing.assert_close(output, masked_attention(*scaled, mask_TT), rtol=0, atol=1e-12)
+            prompts = zip(*(state.split(prompt_lengths, dim=2) for state in scaled[1:]), strict=True)
+            self.texts.append([prompt for prompt in prompts for _ in range(num_generations)])
         self._generator = torch.Generator().manual_seed(1)
         self.length = 0
 
     def step(self) -> None:
-        """One more token of each live row: its attention is that over its own whole text."""
-        R = len(self.live)
+        """Add one token to each live completion and compare with attention over its whole text."""
+        N = len(self.live)
         of_prompt = len(self.texts[0]) // len(self.prompt_lengths)
         assert self.cache.position_ids.tolist() == [
-            [self.prompt_lengths[row // of_prompt] + self.length] for row in self.live
+            [self.prompt_lengths[member // of_prompt] + self.length] for member in self.live
         ]
         for layer in range(self.num_layers):
             query, key, value = (
-                torch.randn(R, heads, 1, SIZE, generator=self._generator, dtype=torch.float64)
+                torch.randn(N, heads, 1, SIZE, generator=self._generator, dtype=torch.float64)
                 for heads in (NUM_HEADS, NUM_KEY_HEADS, NUM_KEY_HEADS)
             )
-            found = self.cache.attend(layer, query, key, value, SCALING)
-            for place, row in enumerate(self.live):
+            output = self.cache.attend(layer, query, key, value, SCALING)
+            for index, member in enumerate(self.live):
                 keys, values = (
-                    torch.cat([old, new[place : place + 1]], dim=2)
-                    for old, new in zip(self.texts[layer][row], (key, value), strict=True)
+                    torch.cat([old, new[index : index + 1]], dim=2)
+                    for old, new in zip(self.texts[layer][member], (key, value), strict=True)
                 )
-                self.texts[layer][row] = keys, values
+                self.texts[layer][member] = keys, values
                 every = torch.ones(1, keys.shape[2], dtype=torch.bool)
-                expected = masked_attention(query[place : place + 1], keys, values, every)
-                torch.testing.assert_close(found[place : place + 1], expected, rtol=0, atol=1e-12)
+                expected = masked_attention(query[index : index + 1], keys, values, every)
+                torch.testing.assert_close(output[index : index + 1], expected, rtol=0, atol=1e-12)
         self.cache.advance()
         self.length += 1
 
-    def keep(self, places: list[int]) -> None:
-        came_from = self.cache.keep(places)
-        assert sorted(came_from) == places
-        self.live = [self.live[place] for place in came_from]
+    def keep(self, indices: list[int]) -> None:
+        old_indices = self.cache.keep(indices)
+        assert sorted(old_indices) == indices
+        self.live = [self.live[index] for index in old_indices]
 
 
 @pytest.mark.parametrize(
@@ -161,16 +161,16 @@ class Sampled:
     [
         [[0, 1, 2, 3, 4, 5]],
         [[1, 2, 3, 4, 5], [0, 2, 4], [0]],  # holes in front
-        [[0, 1, 2], [2]],  # a whole prompt is done
+        [[0, 1, 2], [2]],  # all completions of a prompt have ended
         [[0, 5], [0, 1], [1]],
         [[3]],
     ],
 )
-def test_rows_attend_to_their_own_text_whichever_others_have_ended(kept: list[list[int]]) -> None:
+def test_forked_cache_attends_to_the_own_text_as_others_end(kept: list[list[int]]) -> None:
     sampled = Sampled([5, 2], 3, 20)
     sampled.step()
-    for places in kept:
-        sampled.keep(places)
+    for indices in kept:
+        sampled.keep(indices)
         sampled.step()
         sampled.step()
 
@@ -181,17 +181,19 @@ def test_rows_attend_to_their_own_text_whichever_others_have_ended(kept: list[li
     num_generations=st.integers(1, 3),
     data=st.data(),
 )
-def test_rows_may_end_in_any_order(prompt_lengths: list[int], num_generations: int, data: st.DataObject) -> None:
+def test_forked_cache_lets_completions_end_in_any_order(
+    prompt_lengths: list[int], num_generations: int, data: st.DataObject
+) -> None:
     sampled = Sampled(prompt_lengths, num_generations, 8)
     for _ in range(6):
         sampled.step()
         size = len(sampled.live)
-        places = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=max(1, size - 2), max_size=size)))
-        if len(places) < size:
-            sampled.keep(places)
+        indices = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=max(1, size - 2), max_size=size)))
+        if len(indices) < size:
+            sampled.keep(indices)
 
 
-def test_the_cache_grows_with_the_text() -> None:
+def test_forked_cache_grows_with_the_text() -> None:
     sampled = Sampled([3], 2, 3 * FIRST_ROOM)
     for _ in range(2 * FIRST_ROOM + 2):
         sampled.step()

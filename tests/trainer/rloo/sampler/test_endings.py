@@ -1,4 +1,4 @@
-"""Where completions end: at the text `<sep>` however it is written, at eos, at the cap."""
+"""Completions end at the text `<sep>` whatever its tokens are, at eos, or at the length limit."""
 
 import math
 from collections.abc import Callable
@@ -19,24 +19,24 @@ Follow = Callable[..., Completion]
 
 
 class ScriptedDraw:
-    """Draws each completion's next id from its script, for certain, and a filler after it.
+    """Draws the next id of each completion from its script, and a filler after the script.
 
-    A row is known by its uniforms: whatever place it has in the batch, it reads its own script at its own position.
+    The uniform number identifies the completion and the position, so the index in the batch does not matter.
     """
 
     def __init__(self) -> None:
         self.script_of: dict[float, tuple[list[int], int]] = {}
-        self.rows_per_call: list[int] = []
+        self.num_drawn: list[int] = []
 
     def expect(self, key: tuple[int, ...], number: int, script: list[int], max_completion_length: int) -> None:
-        for place, uniform in enumerate(np.random.default_rng([*key, number]).random(max_completion_length)):
-            self.script_of[float(uniform)] = (script, place)
+        for position, uniform in enumerate(np.random.default_rng([*key, number]).random(max_completion_length)):
+            self.script_of[float(uniform)] = (script, position)
 
     def __call__(self, logits: Tensor, uniforms: Tensor, *_: object) -> tuple[Tensor, Tensor, None]:
         assert len(logits) == len(uniforms)
-        self.rows_per_call.append(len(uniforms))
+        self.num_drawn.append(len(uniforms))
         scripts = [self.script_of[uniform] for uniform in uniforms.tolist()]
-        ids = [script[place] if place < len(script) else FILLER for script, place in scripts]
+        ids = [script[position] if position < len(script) else FILLER for script, position in scripts]
         return torch.tensor(ids), torch.zeros(len(ids)), None
 
 
@@ -49,7 +49,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> ScriptedDraw:
 
 @pytest.fixture
 def follow(model: LlamaForCausalLM, draws: ScriptedDraw) -> Follow:
-    """The one completion of a policy that writes a script."""
+    """Sample the one completion of a policy that writes a script."""
 
     def follow(
         tokenizer: PreTrainedTokenizerFast, script: list[int], max_completion_length: int = 20, **options: int
@@ -71,7 +71,7 @@ def follow(model: LlamaForCausalLM, draws: ScriptedDraw) -> Follow:
 
 @pytest.fixture(scope="module")
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that writes the ends of `<sep>` together with the punctuation around them, as cl100k does."""
+    """A tokenizer that merges the ends of `<sep>` with the punctuation around them, as cl100k does."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -84,19 +84,19 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-def test_the_merging_tokenizer_merges(merging_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_merging_tokenizer_merges_the_ends_of_the_stop(merging_tokenizer: PreTrainedTokenizerFast) -> None:
     assert {".<", "}<", "Ġ<", ">.", ">)"} <= merging_tokenizer.get_vocab().keys()
 
 
 @pytest.mark.parametrize(
     "text", ["<sep>", "4 <sep>", "4.<sep>", "{4}<sep>", "4<sep>", "4 <sep>.", "{4}<sep>)", "é <sep>"]
 )
-@pytest.mark.parametrize("pieces", ["merged", "bytes"])
-def test_a_completion_ends_with_the_token_that_completes_the_stop(
-    follow: Follow, merging_tokenizer: PreTrainedTokenizerFast, text: str, pieces: str
+@pytest.mark.parametrize("tokens", ["merged", "bytes"])
+def test_completion_ends_with_the_token_that_completes_the_stop(
+    follow: Follow, merging_tokenizer: PreTrainedTokenizerFast, text: str, tokens: str
 ) -> None:
     script = encode_text(text, merging_tokenizer)
-    if pieces == "bytes":
+    if tokens == "bytes":
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         script = merging_tokenizer.convert_tokens_to_ids(list(letters.pre_tokenize_str(text)[0][0]))
         script = script[: len((text.partition(STOP)[0] + STOP).encode())]
@@ -106,7 +106,7 @@ def test_a_completion_ends_with_the_token_that_completes_the_stop(
 
 
 @pytest.mark.parametrize("text", [" <sep>", "4.<sep>", "{4}<sep>", "4<sep>\n\n", "(4)<sep>"])
-def test_rekas_tokenizer_is_stopped_however_it_writes_the_stop(
+def test_completion_ends_at_the_stop_in_rekas_tokens(
     follow: Follow, cl100k: PreTrainedTokenizerFast, text: str
 ) -> None:
     script = encode_text(text, cl100k)
@@ -114,25 +114,25 @@ def test_rekas_tokenizer_is_stopped_however_it_writes_the_stop(
     assert (completion.ids, completion.finish_reason) == (script, FinishReason.STOP)
 
 
-def test_eos_ends_a_completion_and_belongs_to_it(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_ends_with_eos_included(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = [*encode_text("Blue", tokenizer), tokenizer.eos_token_id]
     completion = follow(tokenizer, [*script, *encode_text(" <sep>", tokenizer)])
     assert completion == Completion(ids=script, logprobs=[0.0] * len(script), finish_reason=FinishReason.EOS)
 
 
-def test_an_immediate_eos_is_a_completion_of_one_id(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_of_an_immediate_eos_has_one_id(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     completion = follow(tokenizer, [tokenizer.eos_token_id])
     assert completion == Completion(ids=[tokenizer.eos_token_id], logprobs=[0.0], finish_reason=FinishReason.EOS)
 
 
-def test_a_completion_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_is_truncated_at_the_length_limit(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode_text("Blue, as in the sky <sep>", tokenizer)
     completion = follow(tokenizer, script, max_completion_length=4)
     assert completion == Completion(ids=script[:4], logprobs=[0.0] * 4, finish_reason=FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("finish_reason", [FinishReason.STOP, FinishReason.EOS])
-def test_an_end_at_the_cap_is_no_cut(
+def test_completion_that_ends_at_the_limit_is_not_truncated(
     follow: Follow, tokenizer: PreTrainedTokenizerFast, finish_reason: FinishReason
 ) -> None:
     script = (
@@ -144,7 +144,7 @@ def test_an_end_at_the_cap_is_no_cut(
     assert follow(tokenizer, script, len(script) - 1).finish_reason == FinishReason.LENGTH
 
 
-def test_a_stop_is_not_searched_in_the_prompt(
+def test_stop_is_not_searched_in_the_prompt(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, draws: ScriptedDraw
 ) -> None:
     *opening, closing = encode_text("4 <sep>", tokenizer)
@@ -154,7 +154,7 @@ def test_a_stop_is_not_searched_in_the_prompt(
     assert (completion.ids, completion.finish_reason) == ([closing, FILLER, FILLER], FinishReason.LENGTH)
 
 
-def test_rows_that_end_leave_the_batch(
+def test_completions_that_end_leave_the_batch(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, draws: ScriptedDraw
 ) -> None:
     eos = tokenizer.eos_token_id
@@ -183,8 +183,8 @@ def test_rows_that_end_leave_the_batch(
     ]
     ends = [3, 1, len(stop), 9]
     num_live = [sum(2 * (end > length) for end in ends) for length in range(9)]
-    assert draws.rows_per_call == num_live
-    # One prefill of each prompt, then each token but the last of the rows still going.
+    assert draws.num_drawn == num_live
+    # One prefill of each prompt, then each token but the last of the live completions.
     assert num_embedded == [sum(map(len, prompts)), *num_live[1:]]
 
 
@@ -194,16 +194,16 @@ def test_rows_that_end_leave_the_batch(
 CLOSING = "\n</reasoning>\n\n"
 
 
-def test_an_open_reasoning_is_closed_at_the_budget(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_budget_closes_an_open_reasoning(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     closing = encode_text(CLOSING, tokenizer)
     thought = encode_text(" <reasoning>\nTwo and two make", tokenizer)
     script = [*thought, *[FILLER] * len(closing), *encode_text("4 <sep>", tokenizer)]
     completion = follow(tokenizer, script, 60, reasoning_budget=len(thought))
-    # What would have been drawn in place of the closing is lost; the policy goes on behind it.
+    # Tokens drawn while the closing is forced are dropped; the policy continues after it.
     assert completion.ids == [*thought, *closing, *encode_text("4 <sep>", tokenizer)]
     assert completion.forced == range(len(thought), len(thought) + len(closing))
     assert completion.finish_reason == FinishReason.STOP
-    assert [completion.logprobs[place] for place in completion.forced] == [0.0] * len(closing)
+    assert [completion.logprobs[index] for index in completion.forced] == [0.0] * len(closing)
     parsed = parse_completion(tokenizer.decode(completion.ids))
     assert (parsed.reasoning, parsed.answer) == ("Two and two make", "4")
 
@@ -215,7 +215,7 @@ def test_an_open_reasoning_is_closed_at_the_budget(follow: Follow, tokenizer: Pr
         " The answer is as I think 4, or is it more <sep>",  # never opened
     ],
 )
-def test_what_is_closed_or_never_opened_is_left_alone(
+def test_reasoning_budget_ignores_closed_and_unopened_reasoning(
     follow: Follow, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> None:
     script = encode_text(text, tokenizer)
@@ -224,13 +224,15 @@ def test_what_is_closed_or_never_opened_is_left_alone(
     assert (completion.ids, completion.forced, completion.finish_reason) == (script, range(0), FinishReason.STOP)
 
 
-def test_without_a_budget_a_reasoning_goes_on(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_without_a_budget_is_not_closed(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode_text(" <reasoning>\nTwo and two make four and so on", tokenizer)
     completion = follow(tokenizer, script, len(script))
     assert (completion.ids, completion.forced, completion.finish_reason) == (script, range(0), FinishReason.LENGTH)
 
 
-def test_an_end_at_the_budget_is_the_end(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_budget_does_not_extend_an_ended_completion(
+    follow: Follow, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for script in (encode_text(" <reasoning> <sep>", tokenizer), [*encode_text(" <reasoning>", tokenizer), 0]):
         assert script[-1] == 0 == tokenizer.eos_token_id or STOP in tokenizer.decode(script)
         completion = follow(tokenizer, script, 40, reasoning_budget=len(script))
@@ -238,7 +240,7 @@ def test_an_end_at_the_budget_is_the_end(follow: Follow, tokenizer: PreTrainedTo
         assert completion.finish_reason != FinishReason.LENGTH
 
 
-def test_a_closing_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_closing_is_truncated_at_the_length_limit(follow: Follow, tokenizer: PreTrainedTokenizerFast) -> None:
     thought = encode_text(" <reasoning>\nTwo", tokenizer)
     closing = encode_text(CLOSING, tokenizer)
     completion = follow(tokenizer, thought, len(thought) + 2, reasoning_budget=len(thought))
@@ -247,10 +249,10 @@ def test_a_closing_is_cut_off_at_the_cap(follow: Follow, tokenizer: PreTrainedTo
     assert completion.finish_reason == FinishReason.LENGTH
 
 
-def test_forced_tokens_have_no_floor(
+def test_forced_tokens_have_a_cutoff_of_minus_infinity(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The cutoff of a forced token must not keep it out of its own distribution when it is scored.
+    # A forced token must not be filtered out of the distribution that the trainer scores it with.
     thought = encode_text(" <reasoning>\nTwo", tokenizer)
     drawn = iter([*thought, *[FILLER] * 40])
     monkeypatch.setattr(
@@ -269,6 +271,6 @@ def test_forced_tokens_have_no_floor(
     )
     [[completion]] = sampler.sample([PROMPT], [(0,)], 1)
     assert len(completion.forced) == len(encode_text(CLOSING, tokenizer)) < 20
-    for place in range(cap):
-        expected = (0.0, -math.inf) if place in completion.forced else (-0.5, -3.0)
-        assert (completion.logprobs[place], completion.cutoffs[place]) == expected
+    for index in range(cap):
+        expected = (0.0, -math.inf) if index in completion.forced else (-0.5, -3.0)
+        assert (completion.logprobs[index], completion.cutoffs[index]) == expected

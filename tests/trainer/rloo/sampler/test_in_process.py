@@ -1,4 +1,4 @@
-"""The sampler draws from the policy's distribution exactly, and records what it drew with."""
+"""The sampler draws exactly from the policy's distribution and records the log-probs that it drew with."""
 
 import copy
 
@@ -25,7 +25,7 @@ def prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 @pytest.fixture
 def policy(ending_model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """In float64, so that no draw hangs on rounding."""
+    """A policy in float64, so that no draw depends on rounding."""
     return ending_model.double()
 
 
@@ -50,7 +50,7 @@ def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
-def test_recorded_logprobs_equal_scored_logprobs(
+def test_sampler_records_the_logprobs_that_training_scores(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], is_lora: bool
 ) -> None:
     if is_lora:
@@ -65,7 +65,7 @@ def test_recorded_logprobs_equal_scored_logprobs(
     assert len({len(completion.ids) for group in groups for completion in group}) > 2
 
 
-def test_a_completion_depends_neither_on_its_batch_nor_on_its_neighbours(
+def test_completion_is_independent_of_its_batch(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     together = make_sampler(policy, tokenizer).sample(prompts, KEYS, 3)
@@ -89,7 +89,7 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_its_neighbours(
     assert ids_of(backwards[::-1]) == ids_of(together)
 
 
-def test_other_keys_draw_other_completions(
+def test_sampler_draws_other_completions_for_other_keys(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     sampler = make_sampler(policy, tokenizer)
@@ -98,10 +98,10 @@ def test_other_keys_draw_other_completions(
     assert len({tuple(ids) for group in groups for ids in group}) > 12
 
 
-def test_samples_from_one_prefill_are_those_of_separate_calls(
+def test_sampler_draws_a_group_as_in_separate_calls(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
-    # numpy fills a short seed up with zeros, so number 0 of key (7, n) draws with the uniforms of number n of key (7,).
+    # numpy pads a short seed with zeros, so number 0 of key (7, n) draws with the uniforms of number n of key (7,).
     assert np.random.default_rng([7, 2, 0]).random() == np.random.default_rng([7, 2]).random()
     sampler = make_sampler(policy, tokenizer)
     for prompt in prompts[:2]:
@@ -113,7 +113,7 @@ def test_samples_from_one_prefill_are_those_of_separate_calls(
         ]
 
 
-def test_the_first_tokens_of_many_samples_have_the_policys_distribution(
+def test_sampler_follows_the_policys_distribution(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     num_samples = 4000
@@ -127,7 +127,7 @@ def test_the_first_tokens_of_many_samples_have_the_policys_distribution(
     assert chi_squared < 299 + 4 * 24.5
 
 
-def test_greedy_equals_generate(
+def test_sampler_at_temperature_0_equals_generate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     model.double()
@@ -147,7 +147,7 @@ def test_greedy_equals_generate(
         assert completion.logprobs == pytest.approx(expected, abs=1e-5)
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled(
+def test_sampler_never_draws_ids_beyond_the_tokenizer(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     expected = make_sampler(policy, tokenizer).sample(prompts, KEYS, 4)
@@ -164,7 +164,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampling_leaves_the_model_as_it_was(
+def test_sampler_leaves_the_model_as_it_was(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
@@ -184,7 +184,7 @@ def test_sampling_leaves_the_model_as_it_was(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_is_as_it_was_where_sampling_fails(
+def test_sampler_restores_the_model_after_an_error(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
@@ -212,7 +212,7 @@ def test_the_model_is_as_it_was_where_sampling_fails(
     assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in model.parameters())
 
 
-def test_a_model_in_training_with_checkpointing_samples_the_same(
+def test_sampler_ignores_training_mode_and_checkpointing(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
     expected = make_sampler(policy, tokenizer).sample(prompts, KEYS, 2)

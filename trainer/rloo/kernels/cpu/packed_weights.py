@@ -52,7 +52,8 @@ def _packed(layer: nn.Linear, num_inputs: int) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_inputs)
 
     def forward(inputs: Tensor) -> Tensor:
-        # The last argument must be the real number of inputs: torch uses the plain weight where the two differ.
+        # The last argument is the number of inputs that the weight was packed for. It is set to the actual number,
+        # because torch uses the plain weight where the two differ.
         outputs = torch.ops.mkl._mkl_linear(inputs, packed, weight, bias, inputs.numel() // inputs.shape[-1])
         assert isinstance(outputs, Tensor)
         return outputs

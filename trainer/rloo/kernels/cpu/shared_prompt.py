@@ -33,7 +33,7 @@ class _Part:
 
 
 def _parts(groups: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Part]:
-    """Yield the parts of each group: causal ones, each token in exactly one, then all its completions over the prompt."""
+    """Yield each group's parts: causal ones, with each token in exactly one, then the completions over the prompt."""
     first = 0
     for prompt, completions in groups:
         prompt_tokens = slice(first, first + prompt)
