@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# Before transformers is imported: no test asks the hub for anything, also where there is a network.
+# Set before transformers is imported: no test sends a request to the hub, even where there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -30,7 +30,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, as Reka's."""
+    """A byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, like Reka's."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaConfig:
-    """A Llama of two layers whose embeddings, as Reka's, have more rows than the tokenizer has ids."""
+    """Config of a Llama with two layers and, like Reka's, more embeddings than the tokenizer has ids."""
     sizes: dict[str, object] = {
         "vocab_size": len(tokenizer) + 20,
         "hidden_size": 32,
@@ -62,20 +62,20 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaC
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """A random float32 Llama of that config."""
+    """Random float32 Llama of `tiny_config`."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(tiny_config(tokenizer, **changes)).eval()
 
 
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh tiny model, the same in every test."""
+    """A fresh tiny model, with equal weights in every test."""
     return tiny_llama(tokenizer)
 
 
 @pytest.fixture
 def ending_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The tiny model, made to end about every tenth token with eos."""
+    """The tiny model, changed to sample eos with a probability of about 0.1 per token."""
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
         model.lm_head.weight[:, 0] = 0.0
@@ -86,14 +86,14 @@ def ending_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 @pytest.fixture
 def policy(ending_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The same with no more rows of embeddings than the tokenizer has ids."""
+    """The `ending_model` with exactly one embedding per id of the tokenizer."""
     ending_model.resize_token_embeddings(len(tokenizer))
     return ending_model
 
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model and its tokenizer as a folder; read only."""
+    """A folder with the tiny model and its tokenizer; read only."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -114,14 +114,26 @@ def cl100k(cl100k_file: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(cl100k_file), eos_token="<|endoftext|>")
 
 
+@pytest.fixture(scope="session", params=["tiny", "cl100k"])
+def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, then Reka's."""
+    return request.getfixturevalue({"tiny": "tokenizer", "cl100k": "cl100k"}[request.param])
+
+
+def write_jsonl(path: Path, *rows: object) -> str:
+    """Write one JSON value per line, and return the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 @dataclass
 class JsonServer:
-    """A real HTTP server on this machine: a POST goes to `answer`, whose (status, JSON or bytes, headers) it sends.
+    """A real HTTP server on this machine, and a record of its requests.
 
-    A GET goes there with the body None.
-
-    paths, bodies, headers: of the requests so far
-    most_at_once:           requests that were being answered at the same time
+    answer: called with the path and the JSON body of a POST, or None for a GET; returns status, JSON or bytes, and
+            optional headers of the response
+    paths, bodies, headers: one entry per request so far
+    most_at_once:           highest number of requests in progress at one time
     """
 
     answer: Callable[[str, Any], tuple[int, Any] | tuple[int, Any, dict[str, str]]]
@@ -134,11 +146,11 @@ class JsonServer:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., JsonServer]]:
-    """Start servers that are stopped with the test: `serve(answer)`."""
+    """Return a function that starts a server, which stops with the test: `serve(answer)`."""
     started: list[ThreadingHTTPServer] = []
 
     def start(answer: Callable[[str, Any], Any]) -> JsonServer:
-        told = JsonServer(answer)
+        record = JsonServer(answer)
         lock, open_now = threading.Lock(), [0]
 
         class Handler(BaseHTTPRequestHandler):
@@ -151,13 +163,13 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
 
             def _answer(self, body: Any) -> None:
                 with lock:
-                    told.paths.append(self.path)
-                    told.bodies.append(body)
-                    told.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    record.paths.append(self.path)
+                    record.bodies.append(body)
+                    record.headers.append({name.lower(): value for name, value in self.headers.items()})
                     open_now[0] += 1
-                    told.most_at_once = max(told.most_at_once, open_now[0])
+                    record.most_at_once = max(record.most_at_once, open_now[0])
                 try:
-                    status, content, *headers = told.answer(self.path, body)
+                    status, content, *headers = record.answer(self.path, body)
                 finally:
                     with lock:
                         open_now[0] -= 1
@@ -170,7 +182,7 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
                     self.end_headers()
                     self.wfile.write(sent)
                 except ConnectionError:
-                    pass  # the client gave up, as some tests want
+                    pass  # the client disconnected, as some tests do
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -178,8 +190,8 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         started.append(server)
-        told.url = f"http://127.0.0.1:{server.server_port}"
-        return told
+        record.url = f"http://127.0.0.1:{server.server_port}"
+        return record
 
     yield start
     for server in started:
