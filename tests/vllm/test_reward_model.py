@@ -1,4 +1,4 @@
-"""vLLM scores as `reward_model` does here: exported reward models, served by their own start line. Slow: two servers.
+"""vLLM, started by an exported reward model's own script, scores as `reward_model` does. Slow: two servers.
 
 VLLM_PYTHON=/path/to/vllm/bin/python python -m pytest -m vllm tests/vllm/test_reward_model.py
 """
@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import render_prompt
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.local import RewardModel
 from rekatrain.rewards.models.remote import RemoteRewardModel
 from rekatrain.trainer.cli import main
-from ruamel.yaml import YAML
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
 from tests.helpers.exports import servable_llama, serve_by_vllm
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no python that has vLLM"),
 ]
-# It does not end in the eos token: where that is the pad token too, transformers reads the score before it, vLLM there.
+# It does not end with the eos token. If that is the pad token too, transformers scores the token before it, vLLM it.
 CHAT_TEMPLATE = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
 CONTEXT = 128
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
@@ -57,7 +57,7 @@ class Served:
 
 
 def bert(tokenizer: PreTrainedTokenizerFast) -> BertModel:
-    """A random encoder without a head, with heads of 32, which vLLM has kernels for."""
+    """Return a random encoder without a classifier, with attention heads of 32, for which vLLM has kernels."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(
@@ -71,7 +71,7 @@ def bert(tokenizer: PreTrainedTokenizerFast) -> BertModel:
 
 
 def save_base(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A model to start from whose tokenizer adds special tokens, as BERT's and Llama 3's do."""
+    """Write a base model whose tokenizer adds special tokens, as those of BERT and Llama 3 do."""
     backend = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     if kind == "encoder":
         marks = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
@@ -96,7 +96,7 @@ def save_base(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> No
 def served(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    """A reward model that the real commands train, export and serve."""
+    """A reward model, trained and exported by the real commands, on a server."""
     folder = tmp_path_factory.mktemp("reward")
     save_base(folder / "model", request.param, tokenizer)
     rows = [{"prompt": f"{n} + {n} =", "chosen": f"It is {2 * n}.", "rejected": f"{2 * n}"} for n in range(1, 9)]
@@ -129,7 +129,7 @@ def score_there(**options: object) -> list[float | None | RewardError]:
 
 
 def assert_equal(there: list, here: list) -> None:
-    """The same to float32's rounding, and an error in the place alone of what is too long or has nothing to score."""
+    """Assert equality up to float32's rounding, and errors only for texts that are too long or empty."""
     *there, long = there
     assert isinstance(long, RewardError) and "context length" in str(long)
     here = here[:-1]
@@ -139,10 +139,10 @@ def assert_equal(there: list, here: list) -> None:
     assert [a for a, _ in values] == pytest.approx([b for _, b in values], abs=1e-5)
 
 
-def test_the_exports_two_snippets_give_the_same_rewards(served: Served) -> None:
+def test_export_snippets_give_the_same_rewards(served: Served) -> None:
     def options(name: str) -> dict:
-        (found,) = YAML(typ="safe").load(served.folder / "serving" / f"{name}.yaml")["rewards"].values()
-        return {key: value for key, value in found.items() if key != "weight"}  # the grader's
+        (section,) = YAML(typ="safe").load(served.folder / "serving" / f"{name}.yaml")["rewards"].values()
+        return {key: value for key, value in section.items() if key != "weight"}  # an option of the grader
 
     here = score_here(**options("reward_model"))
     there = score_there(**options("remote_reward_model") | {"url": served.url})
@@ -162,9 +162,9 @@ def test_the_exports_two_snippets_give_the_same_rewards(served: Served) -> None:
         ("score", "pair"),
     ],
 )
-def test_a_route_scores_as_the_template_does_here(served: Served, route: str, template: str, reasoning: bool) -> None:
-    asked = {} if route == "score" else {"template": template}
+def test_route_scores_as_its_template_does_here(served: Served, route: str, template: str, reasoning: bool) -> None:
+    options = {} if route == "score" else {"template": template}
     here = score_here(
         pretrained_model_name_or_path=str(served.folder), template=template, reasoning=reasoning, mean=0.0, std=1.0
     )
-    assert_equal(score_there(url=served.url, route=route, reasoning=reasoning, **asked), here)
+    assert_equal(score_there(url=served.url, route=route, reasoning=reasoning, **options), here)

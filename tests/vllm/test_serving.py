@@ -1,4 +1,4 @@
-"""vLLM serves the exports by their own start lines, with their own plugin. Slow: two servers, a minute each.
+"""vLLM serves exports by their own start scripts and with their own plugin. Slow: two servers, a minute each.
 
 VLLM_PYTHON=/path/to/vllm/bin/python python -m pytest -m vllm tests/vllm/test_serving.py
 """
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
-from rekatrain.data.chat import parse_completion, render_prompt
-from rekatrain.trainer.cli import main
 from transformers import PreTrainedTokenizerFast
 
+from rekatrain.data.chat import parse_completion, render_prompt
+from rekatrain.trainer.cli import main
 from tests.helpers.exports import ANSWER, QUESTION, ask, serve_by_vllm, train_run
 
 pytestmark = [
@@ -32,7 +32,7 @@ def client(
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def test_the_answer_is_split_and_stops_without_the_client_saying_so(client: OpenAI) -> None:
+def test_answer_is_split_and_stops_with_or_without_a_stop(client: OpenAI) -> None:
     expected = parse_completion(ANSWER)
     for stop in (None, ["<sep>"], "<sep>"):
         choice = ask(client, QUESTION, model="rloo", stop=stop).choices[0]
@@ -40,7 +40,7 @@ def test_the_answer_is_split_and_stops_without_the_client_saying_so(client: Open
         assert choice.finish_reason == "stop" and choice.stop_reason == "<sep>"
 
 
-def test_a_stream_is_the_same_in_pieces(client: OpenAI) -> None:
+def test_stream_is_the_answer_in_chunks(client: OpenAI) -> None:
     expected = parse_completion(ANSWER)
     deltas = [chunk.choices[0].delta for chunk in ask(client, QUESTION, model="rloo", stream=True)]
     reasoning = [delta.reasoning for delta in deltas if getattr(delta, "reasoning", None)]
@@ -48,7 +48,7 @@ def test_a_stream_is_the_same_in_pieces(client: OpenAI) -> None:
     assert "".join(delta.content or "" for delta in deltas) == expected.answer
 
 
-def test_n_choices_streamed_or_not_are_the_same(client: OpenAI) -> None:
+def test_choices_are_the_same_streamed_or_not(client: OpenAI) -> None:
     options = {"model": "rloo", "n": 3, "temperature": 1.0, "seed": 3}
     whole = [(choice.message.reasoning, choice.message.content) for choice in ask(client, QUESTION, **options).choices]
     streamed = [["", ""] for _ in whole]
@@ -60,7 +60,7 @@ def test_n_choices_streamed_or_not_are_the_same(client: OpenAI) -> None:
     assert len(set(whole)) > 1
 
 
-def test_rounds_and_a_system_prompt_are_the_rendered_text(client: OpenAI) -> None:
+def test_chat_renders_turns_as_we_do(client: OpenAI) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         *QUESTION,
@@ -77,14 +77,14 @@ def test_rounds_and_a_system_prompt_are_the_rendered_text(client: OpenAI) -> Non
     assert chat.usage.prompt_tokens == text.usage.prompt_tokens
 
 
-def test_a_prefilled_thought_goes_on(client: OpenAI) -> None:
+def test_prefilled_thought_continues(client: OpenAI) -> None:
     opened = [*QUESTION, {"role": "assistant", "content": "<reasoning>\nTwice"}]
     message = ask(client, opened, model="rloo").choices[0].message
     assert (message.reasoning, message.content) == ("3.", "6")
 
 
-def test_plain_completions_need_the_clients_stop(client: OpenAI) -> None:
-    asked = {"model": "rloo", "prompt": render_prompt(QUESTION), "max_tokens": 60, "temperature": 0}
-    assert client.completions.create(**asked).choices[0].text.startswith(ANSWER)
-    stopped = client.completions.create(**asked, stop="<sep>").choices[0]
+def test_completions_route_needs_the_clients_stop(client: OpenAI) -> None:
+    settings = {"model": "rloo", "prompt": render_prompt(QUESTION), "max_tokens": 60, "temperature": 0}
+    assert client.completions.create(**settings).choices[0].text.startswith(ANSWER)
+    stopped = client.completions.create(**settings, stop="<sep>").choices[0]
     assert stopped.text + "<sep>" == ANSWER and stopped.finish_reason == "stop"

@@ -5,7 +5,8 @@ from statistics import fmean
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rekatrain.trainer.models import Source
+from rekatrain.data.locations import names_path
+from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
 from rekatrain.trainer.run_folder import METRICS_FILE, checkpoint_step, read_records
 
@@ -74,7 +75,7 @@ def last_metrics(run: Path, stage: str, step: int) -> dict[str, float]:
 
 
 def _is_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
+    return text.count("/") == 1 and not names_path(text)
 
 
 def _is_reward_mean(name: str) -> bool:

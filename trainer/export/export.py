@@ -25,7 +25,8 @@ from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
 from rekatrain.trainer.export.probe import probe_logprobs, verify_logprobs
 from rekatrain.trainer.export.publish import publish
-from rekatrain.trainer.models import Source, find_source, load_model
+from rekatrain.trainer.model_source import Source, find_source
+from rekatrain.trainer.models import load_model
 from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.run_folder import RECIPE_FILE
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rekatrain.trainer.models import Policy, Source
+from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models import Policy
 
 logger = logging.getLogger(__name__)
 

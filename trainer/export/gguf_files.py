@@ -15,7 +15,7 @@ from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
 from rekatrain.trainer.export.probe import verify_logprobs
-from rekatrain.trainer.models import Source
+from rekatrain.trainer.model_source import Source
 
 logger = logging.getLogger(__name__)
 

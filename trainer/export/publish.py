@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rekatrain.trainer.export.card import write_card
 from rekatrain.trainer.export.serving import write_serving
-from rekatrain.trainer.models import Source
+from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)

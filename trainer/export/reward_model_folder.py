@@ -21,7 +21,7 @@ from rekatrain.rewards.models.classifier import RewardModelCard, classify, conte
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish
-from rekatrain.trainer.models import Source
+from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
 from rekatrain.trainer.reward_model.model import load_reward_model
@@ -82,14 +82,14 @@ def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 
 def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
     """Score the probes with `model`, and verify that the reward `reward_model` gives the same scores from `folder`."""
-    judged = [
+    inputs = [
         RewardModelInput(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES
     ]
-    encoded = [encode_reward_model_input(probe, tokenizer, "reka", max_length=context_of(model)) for probe in judged]
+    encoded = [encode_reward_model_input(probe, tokenizer, "reka", max_length=context_of(model)) for probe in inputs]
     reference = {
         "dtype": dtype,
-        "prompts": [render_prompt(probe.prompt) for probe in judged],
-        "completions": [render_completion(None, probe.answer) for probe in judged],
+        "prompts": [render_prompt(probe.prompt) for probe in inputs],
+        "completions": [render_completion(None, probe.answer) for probe in inputs],
         "scores": classify(model, encoded, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist(),
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

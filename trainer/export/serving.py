@@ -11,7 +11,7 @@ from string import Template
 from transformers import AutoConfig
 
 from rekatrain.rewards.models.classifier import read_card
-from rekatrain.trainer.models import Source
+from rekatrain.trainer.model_source import Source
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.models.classifier import classify
-from rekatrain.trainer.evaluate import Accuracy, wilson_interval
+from rekatrain.trainer.intervals import Accuracy, wilson_interval
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer

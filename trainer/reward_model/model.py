@@ -10,14 +10,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
-from rekatrain.trainer.models import (
-    Policy,
-    add_adapter,
-    check_quantization_here,
-    describe,
-    find_source,
-    make_quantization,
-)
+from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.models import Policy, add_adapter, describe
+from rekatrain.trainer.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, rea
                 f"{row.where}: there is no rejected answer; stage reward needs preference rows: set format to "
                 "preference, alpaca_preference or hh"
             )
-        chosen, rejected = (_judged(row, messages, reasoning) for messages in (row.messages, row.rejected))
+        chosen, rejected = (_input(row, messages, reasoning) for messages in (row.messages, row.rejected))
         if chosen == rejected:
             raise InputError(f"{row.where}: the answers differ in their reasoning alone; set chat.reasoning to true")
         margin = row.columns.get("margin")
@@ -112,12 +112,12 @@ def leave_out_trained(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list
     return unseen
 
 
-def _judged(row: Row, messages: Sequence[Any], reasoning: bool) -> RewardModelInput:  # Any: Message, a TypedDict
+def _input(row: Row, messages: Sequence[Any], reasoning: bool) -> RewardModelInput:  # Any: Message, a TypedDict
     thought, answer = split_turn(messages[-1])
     if not answer:
         raise InputError(f"{row.where}: an answer is empty apart from its reasoning")
     return RewardModelInput(prompt=row.prompt, answer=answer, reasoning=thought if reasoning else None)
 
 
-def _encode(judged: RewardModelInput, tokenizer: PreTrainedTokenizerBase) -> RewardModelIds:
-    return encode_reward_model_input(judged, tokenizer, "reka", max_length=10**9)
+def _encode(answer: RewardModelInput, tokenizer: PreTrainedTokenizerBase) -> RewardModelIds:
+    return encode_reward_model_input(answer, tokenizer, "reka", max_length=10**9)

@@ -1,4 +1,4 @@
-"""Every form of export is served by what it is for: transformers and llama.cpp here, vLLM in test_serving_vllm.py."""
+"""Every form of export in the program that it is for: transformers and llama.cpp here, vLLM in tests/vllm."""
 
 import json
 import runpy
@@ -32,7 +32,7 @@ def exports(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def client(exports: Path) -> OpenAI:
-    """The openai client of llama.cpp's server, started as serving/llama_server.sh starts it."""
+    """The openai client of llama.cpp's server, started with the settings of serving/llama_server.sh."""
     server = start_server(exports / "gguf" / "model-f32.gguf", n_ctx=256, num_slots=3)
     client = OpenAI(base_url=server.listening_address + "/v1", api_key="none")
     client.server = server  # type: ignore[attr-defined]  # the server ends with the object
@@ -40,7 +40,7 @@ def client(exports: Path) -> OpenAI:
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
-def test_the_model_cards_own_lines_work(exports: Path, form: str) -> None:
+def test_generate_works_with_and_without_the_stop(exports: Path, form: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exports / form)
     model = AutoModelForCausalLM.from_pretrained(exports / form)
     text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
@@ -52,7 +52,7 @@ def test_the_model_cards_own_lines_work(exports: Path, form: str) -> None:
     assert tokenizer.decode(output[0]) == text + ANSWER
 
 
-def test_the_transformers_script_answers(
+def test_transformers_chat_script_answers(
     exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = exports / "merged" / "serving" / "transformers_chat.py"
@@ -62,26 +62,26 @@ def test_the_transformers_script_answers(
 
 
 @pytest.mark.parametrize("stop", [None, [STOP]], ids=["server's stop", "client's stop"])
-def test_llama_cpp_says_what_transformers_says(client: OpenAI, stop: list[str] | None) -> None:
+def test_llama_cpp_answers_as_transformers(client: OpenAI, stop: list[str] | None) -> None:
     choice = ask(client, QUESTION, stop=stop).choices[0]
     assert choice.message.content.rstrip() == ANSWER.removesuffix(STOP).rstrip()
     assert choice.finish_reason == "stop"
 
 
-def test_llama_cpp_streams_the_same(client: OpenAI) -> None:
+def test_llama_cpp_streams_the_same_answer(client: OpenAI) -> None:
     chunks = list(ask(client, QUESTION, stream=True))
     assert len(chunks) > 5
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == ask(client, QUESTION).choices[0].message.content
 
 
-def test_llama_cpp_gives_n_choices(client: OpenAI) -> None:
+def test_llama_cpp_returns_n_choices(client: OpenAI) -> None:
     choices = ask(client, QUESTION, n=3, temperature=2.0, extra_body={"min_p": 0, "top_k": 0}).choices
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert len({choice.message.content for choice in choices}) > 1
 
 
-def test_rounds_and_a_system_prompt_are_the_rendered_text(client: OpenAI) -> None:
+def test_llama_cpp_renders_turns_as_we_do(client: OpenAI) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         *QUESTION,
@@ -96,10 +96,8 @@ def test_rounds_and_a_system_prompt_are_the_rendered_text(client: OpenAI) -> Non
     assert chat.usage.prompt_tokens == completion.usage.prompt_tokens
 
 
-def test_the_client_example_runs(
-    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # It samples: room for two answers of as many tokens as it asks for.
+def test_client_script_runs(exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # The script samples: room for two answers of the most tokens that it requests.
     server = start_server(exports / "gguf" / "model-f32.gguf", n_ctx=2048)
     script = exports / "gguf" / "serving" / "client.py"
     monkeypatch.setattr(sys, "argv", [str(script), server.listening_address + "/v1"])
@@ -107,35 +105,37 @@ def test_the_client_example_runs(
     assert "answer: " in capsys.readouterr().out
 
 
-def test_a_coarse_file_answers_too(exports: Path) -> None:
+def test_gguf_of_four_bits_answers_too(exports: Path) -> None:
     server = start_server(exports / "gguf" / "model-q4_k_m.gguf", n_ctx=256)
     client = OpenAI(base_url=server.listening_address + "/v1", api_key="none")
     assert parse_completion(ask(client, QUESTION).choices[0].message.content).reasoning is not None
 
 
-def test_the_card_says_what_was_trained(exports: Path) -> None:
+def test_card_describes_the_training(exports: Path) -> None:
     records = [json.loads(line) for line in (exports / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record.get("loss") is not None][-10:]
     for form, library in (("merged", "transformers"), ("adapter", "peft"), ("gguf", "llama.cpp")):
         card = ModelCard.load(exports / form / "README.md")
         assert card.data.library_name == library and card.data.pipeline_tag == "text-generation"
+        assert f"{exports / 'model'} after 60 steps of supervised fine-tuning (LoRA)" in card.text
+        assert "None" not in card.text and "generated" not in card.text  # transformers' own card
         assert f"| `loss` | {sum(losses) / len(losses):.4g} |" in card.text
         recipe = card.text.split("```yaml\n")[1].split("```")[0]
         assert YAML(typ="safe").load(recipe) == YAML(typ="safe").load((exports / "run" / "recipe.yaml").read_text())
     assert "Files: model-f32.gguf, model-q4_k_m.gguf." in card.text
 
 
-def test_exports_can_be_read_by_another_user(exports: Path) -> None:
+def test_export_files_are_readable_by_other_users(exports: Path) -> None:
     files = [path for form in ("merged", "adapter", "gguf") for path in (exports / form).rglob("*") if path.is_file()]
     assert len(files) > 20 and all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in files)
 
 
-def test_an_adapter_names_its_base_from_anywhere(exports: Path) -> None:
+def test_adapter_names_its_base_by_absolute_path(exports: Path) -> None:
     config = json.loads((exports / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(exports / "model")
     script = (exports / "adapter" / "serving" / "vllm.sh").read_text()
     assert f"vllm serve {exports / 'model'} " in script and "--max-lora-rank 8 --lora-modules adapter=." in script
-    assert "--max-model-len 2048" in script  # the model's own, where it is below 32k
+    assert "--max-model-len 2048" in script  # the model's own limit, as it is below 32k
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_adapter_names_its_base_from_anywhere(exports: Path) -> None:
         (["--as", "gguf", "--quantize", "q8_0", "q8_0"], "names a type twice"),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(
+def test_export_rejects_options_of_other_forms_in_one_line(
     exports: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as error:
@@ -155,14 +155,14 @@ def test_what_does_not_fit_together_is_one_line(
     assert not (exports / "never").exists()
 
 
-def test_a_run_of_all_weights_has_no_adapter(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_rejects_an_adapter_of_a_full_run(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", str(exports / "recipe.yaml"), "lora=null", "sft.max_steps=1", f"output_dir={exports / 'full'}"])
     with pytest.raises(SystemExit):
         main(["export", str(exports / "full"), str(exports / "never"), "--as", "adapter"])
     assert "trained all weights, so there is no adapter" in capsys.readouterr().err
 
 
-def test_a_card_reads_the_metrics_behind_the_exported_step(tmp_path: Path) -> None:
+def test_last_metrics_end_at_the_exported_step(tmp_path: Path) -> None:
     lines = [
         {"step": step, "reward": float(step), "rewards/math/mean": None if step % 2 else 1.0} for step in range(1, 31)
     ]
@@ -172,7 +172,7 @@ def test_a_card_reads_the_metrics_behind_the_exported_step(tmp_path: Path) -> No
     assert last_metrics(tmp_path / "none", "rloo", 4) == {}
 
 
-def test_a_reward_model_has_one_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_a_reward_model_has_one_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = {"stage": "reward", "output_dir": "run", "model": {"pretrained_model_name_or_path": "none"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"dataset": {"path": "none.jsonl"}}))
     with pytest.raises(SystemExit):
@@ -180,7 +180,7 @@ def test_a_reward_model_has_one_form(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "a reward model is exported as merged only" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_before_a_weight_is_read(
+def test_export_names_a_missing_package_before_loading(
     exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(

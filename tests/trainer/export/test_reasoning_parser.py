@@ -1,4 +1,4 @@
-"""vLLM's plugin by itself: any stream of a turn is split as `parse_completion` splits its text."""
+"""vLLM's plugin without vLLM: it splits every stream of a turn as `parse_completion` splits its text."""
 
 import importlib.util
 import sys
@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from rekatrain.data.chat import encode_text, parse_completion
 from rekatrain.trainer.export.serving import PARSER, TEMPLATES
 
-PIECES = ["<reasoning>", "</reasoning>", "<", "</", "rea", "soning>", " ", "\n", "a", "b c", "<reasoning", "1 < 2"]
-DELTAS = st.lists(st.lists(st.sampled_from(PIECES), max_size=3).map("".join), max_size=8)
+CHUNKS = ["<reasoning>", "</reasoning>", "<", "</", "rea", "soning>", " ", "\n", "a", "b c", "<reasoning", "1 < 2"]
+DELTAS = st.lists(st.lists(st.sampled_from(CHUNKS), max_size=3).map("".join), max_size=8)
 
 
 class ReasoningParser:
-    """What vLLM's base class does: it keeps the tokenizer. The real one is in test_serving_vllm.py."""
+    """Stands in for vLLM's base class, which keeps the tokenizer. tests/vllm/test_serving.py uses the real one."""
 
     def __init__(self, tokenizer: object) -> None:
         self.model_tokenizer = tokenizer
@@ -25,7 +25,7 @@ class ReasoningParser:
 
 @pytest.fixture(scope="module")
 def plugin() -> ModuleType:
-    """The plugin's file, with stand-ins for the three names that it takes from vLLM."""
+    """The plugin's file, with stand-ins for the three names that it imports from vLLM."""
     protocol, reasoning = ModuleType("protocol"), ModuleType("reasoning")
     protocol.DeltaMessage = SimpleNamespace  # type: ignore[attr-defined]
     reasoning.ReasoningParser = ReasoningParser  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def stream(parser: object, deltas: list[str]) -> tuple[str, str]:
 
 
 @given(deltas=DELTAS)
-def test_a_stream_is_split_as_its_whole_text_is(plugin: ModuleType, deltas: list[str]) -> None:
+def test_parser_splits_a_stream_as_its_whole_text(plugin: ModuleType, deltas: list[str]) -> None:
     parsed = parse_completion("".join(deltas))
     expected = (parsed.reasoning or "", parsed.answer)
     assert stream(plugin.RekaReasoningParser(None), deltas) == expected
@@ -68,11 +68,11 @@ def test_a_stream_is_split_as_its_whole_text_is(plugin: ModuleType, deltas: list
     ],
     ids=["cut tags", "no reasoning", "unclosed", "no tag after all", "nothing"],
 )
-def test_streams_by_hand(plugin: ModuleType, deltas: list[str], reasoning: str, content: str) -> None:
+def test_parser_splits_streams_by_hand(plugin: ModuleType, deltas: list[str], reasoning: str, content: str) -> None:
     assert stream(plugin.RekaReasoningParser(None), deltas) == (reasoning, content)
 
 
-def test_nothing_that_is_certain_is_held_back(plugin: ModuleType) -> None:
+def test_splitter_holds_nothing_certain_back(plugin: ModuleType) -> None:
     splitter = plugin.Splitter()
     assert [splitter.feed(text) for text in (" <reasoning>", "\nTwo", " and", "</reasoning>", "\n\n4", " or")] == [
         ("", ""),
@@ -84,7 +84,7 @@ def test_nothing_that_is_certain_is_held_back(plugin: ModuleType) -> None:
     ]
 
 
-def test_a_prefilled_thought_goes_on_as_reasoning(plugin: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_parser_continues_a_prefilled_thought(plugin: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
     parser = plugin.RekaReasoningParser(tokenizer)
     prompt = "human: <reasoning> <sep> assistant: <reasoning>\nThe user"
     parser.adjust_initial_state_from_prompt(encode_text(prompt, tokenizer))
@@ -101,12 +101,12 @@ def test_a_prefilled_thought_goes_on_as_reasoning(plugin: ModuleType, tokenizer:
     ("stop", "expected"),
     [([], ["<sep>"]), (None, ["<sep>"]), ("\n", ["\n", "<sep>"]), (["<sep>"], ["<sep>"])],
 )
-def test_every_request_stops_at_sep(plugin: ModuleType, stop: object, expected: list[str]) -> None:
+def test_adjust_request_adds_sep_to_the_stops(plugin: ModuleType, stop: object, expected: list[str]) -> None:
     request = plugin.RekaReasoningParser(None).adjust_request(SimpleNamespace(stop=stop))
     assert ([request.stop] if isinstance(request.stop, str) else request.stop) == expected
 
 
-def test_grammars_begin_with_the_answer(plugin: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_is_reasoning_end_begins_with_the_answer(plugin: ModuleType, tokenizer: PreTrainedTokenizerFast) -> None:
     parser = plugin.RekaReasoningParser(tokenizer)
     prompt = encode_text("human: Write </reasoning> <sep> assistant:", tokenizer)
     turn = encode_text(" <reasoning>\nTwo.\n</reasoning>\n\n4", tokenizer)
