@@ -23,15 +23,7 @@ from rekatrain.data.chat import (
 )
 from rekatrain.data.errors import InputError
 from tests.conftest import GOLDEN
-from tests.data.conversations import (
-    CLEAN_TEXTS,
-    CONVERSATIONS,
-    TEXTS,
-    UNHURRIED,
-    assistant,
-    system,
-    user,
-)
+from tests.data.conversations import CLEAN_TEXTS, CONVERSATIONS, TEXTS, UNHURRIED, assistant, system, user
 
 TEMPLATE = Path(chat.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 

@@ -4,20 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekatrain.data.chat import (
-    END_OF_TEXT,
-    Message,
-    check_messages,
-    neutralize_messages,
-)
+from rekatrain.data.chat import END_OF_TEXT, Message, check_messages, neutralize_messages
 from rekatrain.data.errors import InputError
-from tests.data.conversations import (
-    NASTY_TEXTS,
-    UNHURRIED,
-    assistant,
-    system,
-    user,
-)
+from tests.data.conversations import NASTY_TEXTS, UNHURRIED, assistant, system, user
 
 TAGS_FAULT = "in its content: write one block, opened first and closed, before the answer"
 

@@ -3,21 +3,9 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import (
-    END_OF_TEXT,
-    IGNORED_LABEL,
-    EndOfTurn,
-    Message,
-    assistant_turns,
-    encode_row,
-    encode_text,
-)
+from rekatrain.data.chat import END_OF_TEXT, IGNORED_LABEL, EndOfTurn, Message, assistant_turns, encode_row, encode_text
 from rekatrain.data.errors import InputError
-from tests.data.conversations import (
-    assistant,
-    system,
-    user,
-)
+from tests.data.conversations import assistant, system, user
 
 
 def test_encode_row_gives_exactly_these_ids_and_labels(cl100k: PreTrainedTokenizerFast) -> None:

@@ -4,18 +4,15 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import (
-    IGNORED_LABEL,
-    Message,
-    encode_row,
-    parse_completion,
-)
+from rekatrain.data import layouts
+from rekatrain.data.chat import IGNORED_LABEL, Message, encode_row, parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.data.layouts import LAYOUTS
 from rekatrain.data.records import Record, rename_keys
@@ -134,6 +131,25 @@ def test_columns_rename_keys_for_layout_and_rewards(tmp_path: Path) -> None:
     (row,) = load_rows(path, format="prompt_answer", columns=columns).rows
     assert row.messages == [QUESTION, ANSWER]
     assert row.columns == {"answer": "4", "solution": "long", "level": 1, "id": 3}
+
+
+README = Path(layouts.__file__).with_name("README.md").read_text(encoding="utf-8")
+README_EXAMPLES = [
+    (name, json.loads(example))
+    for names, example in re.findall(r"^\| (`[a-z0-9_`, ]+`) \| `(\{.*?\})`(?:;.*)? \|$", README, re.MULTILINE)
+    for name in re.findall(r"\w+", names)
+]
+
+
+@pytest.mark.parametrize(("format", "record"), README_EXAMPLES)
+def test_readme_examples_load(tmp_path: Path, format: Format, record: Record) -> None:
+    (row,) = load_rows(write_jsonl(tmp_path / "train.jsonl", record), format=format).rows
+    assert row.messages[-1]["role"] == "assistant"
+
+
+def test_readme_names_every_layout() -> None:
+    assert {name for name, _ in README_EXAMPLES} == set(get_args(Format)) - {"mbpp", "humaneval"}
+    assert all(f"`{name}`" in README for name in get_args(Format))
 
 
 @given(record=st.dictionaries(st.sampled_from("abcdef"), st.integers(), min_size=1), data=st.data())

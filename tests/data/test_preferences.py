@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from rekatrain.data.chat import (
-    Message,
-)
+from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
 from rekatrain.data.preferences import PREFERENCE_LAYOUTS
 from rekatrain.data.rows import Row

@@ -3,10 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import (
-    Message,
-    render_completion,
-)
+from rekatrain.data.chat import Message, render_completion
 from rekatrain.data.reward_model_input import (
     RewardModelInput,
     break_markup,

@@ -16,9 +16,7 @@ import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekatrain.data.chat import (
-    check_messages,
-)
+from rekatrain.data.chat import check_messages
 from rekatrain.data.errors import InputError
 from rekatrain.data.sources import ForgedTurns, load_rows
 from tests.conftest import write_jsonl

@@ -16,10 +16,7 @@ from rekatrain.data.chat import (
     render_completion,
 )
 from rekatrain.data.stop import StopSearch, decode_completion
-from tests.data.conversations import (
-    CLEAN_TEXTS,
-    UNHURRIED,
-)
+from tests.data.conversations import CLEAN_TEXTS, UNHURRIED
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import (
-    Message,
-    encode_row,
-    render_prompt,
-)
+from rekatrain.data.chat import Message, encode_row, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.rows import Row
 from rekatrain.trainer.reward_model.pairs import encode_pairs, leave_out_trained
