@@ -7,8 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from rekatrain.data.sources import load_rows
 from ruamel.yaml import YAML
+
+from rekatrain.data.sources import load_rows
 
 # The rows that RLOO trains on, so that what is held out from RLOO is held out from SFT too.
 RLOO_RECIPE = Path(__file__).parent / "rloo.yaml"
