@@ -1,6 +1,7 @@
-"""Options by signature: a section of a recipe is the keyword arguments of one callable, and is checked against it.
+"""Check a section of a recipe against the signature of the callable that receives it as keyword arguments.
 
-Data, rewards and trainer use the same check, so a wrong key, a missing one or a wrong type reads the same everywhere.
+Data, rewards and trainer share this check, so a wrong key, a missing key or a wrong type gives the same message
+everywhere.
 """
 
 import inspect
@@ -26,7 +27,7 @@ def check_keywords(
     prefix = "" if name == "recipe" else f"{name}."
     for key in section:
         if key in reserved:
-            raise InputError(f"{prefix}{key} is set by the program; take it out of the recipe")
+            raise InputError(f"{prefix}{key} is set by the program: remove it from the recipe")
         if key not in known:
             nearest = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
@@ -45,12 +46,12 @@ def check_types(prefix: str, section: Mapping[str, Any], target: Callable[..., A
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
-    """`, did you mean X?` where something like `word` is known, else nothing."""
+    """Return `, did you mean X?` where a known word resembles `word`, else an empty text."""
     nearest = get_close_matches(word, known, n=1)
     return f", did you mean {nearest[0]}?" if nearest else ""
 
 
-def _check_type(name: str, value: object, hint: Any) -> None:  # a type form has no type of its own
+def _check_type(name: str, value: object, hint: Any) -> None:  # Any: typing has no class for all type forms
     try:
         TypeAdapter(hint, config=None if is_dataclass(hint) else _ANY_TYPE).validate_python(value, strict=True)
     except ValidationError as error:

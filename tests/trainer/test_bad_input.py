@@ -143,7 +143,7 @@ def test_a_missing_recipe_is_refused(refused):
         ("rloo", "rloo.kl_estimator=k1", "unknown key rloo.kl_estimator: did you mean rloo.kl_placement?"),
         ("sft", "datset.path=x", "unknown key datset: did you mean dataset?"),
         ("sft", "sft.learning_rat=1", "unknown key sft.learning_rat: did you mean sft.learning_rate?"),
-        ("sft", "sft.output_dir=x", "sft.output_dir is set by the program; take it out of the recipe"),
+        ("sft", "sft.output_dir=x", "sft.output_dir is set by the program: remove it from the recipe"),
         ("rloo", "rloo.num_generation=4", "unknown key rloo.num_generation: did you mean rloo.num_generations?"),
         ("rloo", "model.dtyp=float32", "unknown key model.dtyp: did you mean model.dtype?"),
         ("sft", "model.dtyp=float32", "unknown key model.dtyp: did you mean model.dtype?"),
@@ -151,7 +151,7 @@ def test_a_missing_recipe_is_refused(refused):
         ("rloo", "dataset.pth=x", "unknown key dataset.pth: did you mean dataset.path?"),
         ("sft", "lora.target_module=x", "unknown key lora.target_module: did you mean lora.target_modules?"),
         ("sft", "chat.end_of_turns=eos", "unknown key chat.end_of_turns: did you mean chat.end_of_turn?"),
-        ("sft", "chat.rows=x", "chat.rows is set by the program; take it out of the recipe"),
+        ("sft", "chat.rows=x", "chat.rows is set by the program: remove it from the recipe"),
         (
             "rloo",
             "rewards.reasoning_format.wieght=1",
@@ -348,7 +348,7 @@ def test_a_quantization_that_cannot_be_trained_is_refused(stage, quantization, l
 @pytest.mark.parametrize("key", ["deepspeed", "fsdp"])
 def test_how_a_run_is_sharded_is_not_the_recipes_to_say(key, recipe_of, refused):
     message = refused("train", recipe_of("sft"), f"sft.{key}=ds.json")
-    assert message == f"sft.{key} is set by the program; take it out of the recipe"
+    assert message == f"sft.{key} is set by the program: remove it from the recipe"
 
 
 def test_lora_dropout_is_refused_by_rloo(recipe_of, refused):

@@ -267,7 +267,7 @@ def target(*, learning_rate: float, steps: int = 1, name: str | None = None, out
     [
         ({"learning_rat": 0.1}, "unknown key s.learning_rat: did you mean s.learning_rate?"),
         ({"zzz": 0.1}, "unknown key s.zzz: known keys: learning_rate, name, steps"),
-        ({"learning_rate": 0.1, "output": "x"}, "s.output is set by the program; take it out of the recipe"),
+        ({"learning_rate": 0.1, "output": "x"}, "s.output is set by the program: remove it from the recipe"),
         ({"steps": 1}, "s.learning_rate is missing: add it to the recipe"),
         ({"learning_rate": "0.1"}, "s.learning_rate is '0.1'; it should be a valid number"),
         ({"learning_rate": 0.1, "steps": 1.5}, "s.steps is 1.5; it should be a valid integer"),
@@ -288,7 +288,7 @@ def test_a_good_section_passes():
 
 @pytest.mark.parametrize("key", TRL_RESERVED)
 def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
-    with pytest.raises(InputError, match=f"^sft.{key} is set by the program; take it out of the recipe$"):
+    with pytest.raises(InputError, match=f"^sft.{key} is set by the program: remove it from the recipe$"):
         check_keywords("sft", {key: None}, SFTConfig, reserved=TRL_RESERVED)
 
 
