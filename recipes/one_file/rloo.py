@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 PROMPTS_PER_STEP = 4
 NUM_GENERATIONS = 8  # k. The baseline of a completion is the mean of the k - 1 others, so k is at least 2.
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 16
 TEMPERATURE = 1.0
 BETA = 0.01  # price of one nat of distance from the reference, in units of reward
 LEARNING_RATE = 1e-5
