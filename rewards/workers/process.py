@@ -50,6 +50,7 @@ _scorers: list[Callable[..., Any] | str | Score] = []  # of this worker; an erro
 def start_worker(specs: Sequence[Spec], memory: int, folder: str) -> None:
     """Set the limits and make the scorers. Its time does not count for any completion."""
     os.chdir(folder)
+    os.environ.pop("PYTHONSAFEPATH", None)  # set for the forkserver alone: a grader may start scripts
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker is one core's, and numpy's threads reserve memory by the core
     _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs
