@@ -1,12 +1,12 @@
-"""Predicted against measured peak memory, for every combination of a plan that runs on a CPU.
+"""Compare predicted with measured peak memory, for every combination of stage and options that runs on a CPU.
 
     python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m
 
 Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
-embeddings) are trained for two steps by the real command, each run a process of its own, or two under DeepSpeed. Rows
-and completions have the length that the plan takes for granted. Measured is VmHWM, the most that was resident, with an
-allocator that hands freed blocks back at once (the MALLOC variables below), so that it is what was live. Both sides
-include the interpreter.
+embeddings) are trained for two steps by the real command, each run in a separate process, or in two under DeepSpeed.
+Sequences and completions have the length that the plan assumes. The measurement is VmHWM, the peak resident memory of
+the process. The allocator returns freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory.
+Both numbers include the interpreter.
 """
 
 import json
@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 from common import load_folder_tokenizer, make_parser, print_table, write_report
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
 from rekatrain.data.chat import encode_text, render_prompt
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import Recipe
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-RETURNS_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 SIZES = {"30M": (256, 8), "60M": (384, 16), "135M": (576, 30)}  # hidden size and layers, with SmolLM2's vocabulary
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-# A group whose rewards are all equal would be left out.
+# The rewards of a group must differ: a group with equal rewards is not trained on.
 REWARD = """
 def by_letters(completions, **kwargs):
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
@@ -43,8 +44,8 @@ sys.path[:0] = sys.argv[3:]
 import os
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, and moves no memory
-if __name__ == "__main__":  # the reward's workers import this file, too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile and uses no memory
+if __name__ == "__main__":  # the reward workers import this file, too
     from rekatrain.trainer.cli import main
     from common import memory_mb
     main(["train", sys.argv[1]])
@@ -54,7 +55,7 @@ if __name__ == "__main__":  # the reward's workers import this file, too
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A recipe's sections and how many processes run it under which ZeRO stage (0: none)."""
+    """A recipe, and the ZeRO stage that it runs under in two processes (0: one process without DeepSpeed)."""
 
     size: str
     stage: str
@@ -75,7 +76,7 @@ class Case:
 
 
 def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int]) -> Iterator[Case]:
-    """SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference."""
+    """Yield SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference."""
     for size in sizes:
         for has_adapter in (False, True):
             for checkpointing in (False, True):
@@ -94,7 +95,7 @@ def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int]) -> 
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> None:
-    """A random Llama that never draws its end of a text."""
+    """Save a random Llama that never samples its EOS token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -109,7 +110,7 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, la
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # a direction that every token has, and that the end's logit falls along
+    with torch.no_grad():  # a direction that all embeddings have and that lowers the logit of EOS
         model.model.embed_tokens.weight[:, 0] = 1.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[tokenizer.eos_token_id, 0] = -10.0
@@ -118,7 +119,7 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, la
 
 
 def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
-    """Rows of about `tokens` tokens, and prompts."""
+    """Write a data set for each stage; the sequences of sft and reward have about `tokens` tokens."""
     word = next(text for text in (" a", "a") if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1)
     answers = [word * (tokens - 40 - number % 2) for number in range(8)]
     rows = {
@@ -133,12 +134,12 @@ def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
 
 
 def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Length of the one prompt that all rows have."""
+    """Return the number of tokens of the prompt, which is the same in all rows."""
     return len(encode_text(render_prompt([{"role": "user", "content": "Go on."}]), tokenizer))
 
 
 def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: int) -> dict[str, Any]:
-    """Predict, run, compare."""
+    """Predict and measure the peak memory of one case; return both in GB, and their ratio."""
     formats = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}
     sections: dict[str, Any] = {
         "model": {"pretrained_model_name_or_path": str(models[case.size]), "dtype": "float32"},
@@ -172,7 +173,7 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
     out = folder / "peak"
     finished = subprocess.run(
         [*command, str(folder / "run.py"), str(folder / "recipe.yaml"), str(out), *paths],
-        env={**os.environ, **RETURNS_AT_ONCE, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **MALLOC_SETTINGS, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -193,11 +194,11 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
 
 
 def main() -> None:
-    """Print the table, write the report."""
+    """Run all cases, print a table and write the report."""
     parser = make_parser(__doc__, "plan.json")
-    parser.add_argument("--tokenizer", required=True, help="a model folder; its tokenizer is used")
+    parser.add_argument("--tokenizer", required=True, help="model folder whose tokenizer is used")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["30M", "135M"])
-    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
     parser.add_argument("--zero-stages", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--stages", nargs="+", default=["sft", "reward", "rloo"])
     arguments = parser.parse_args()
@@ -215,8 +216,8 @@ def main() -> None:
                 results.append(run_case(case, folder, models, prompt_tokens))
                 print(json.dumps(results[-1]), flush=True)
     print_table(results)
-    furthest = max(abs(result["ratio"] - 1) for result in results)
-    print(f"\n{len(results)} combinations, the furthest off by {furthest:.1%}")
+    largest_error = max(abs(result["ratio"] - 1) for result in results)
+    print(f"\n{len(results)} combinations, largest error {largest_error:.1%}")
     write_report(arguments.out, arguments, results)
 
 

@@ -1,1 +1,1 @@
-"""What a run needs before it is started: memory by part and phase, arithmetic, traffic, time."""
+"""Estimate what a run needs before it starts: memory by part and phase, arithmetic, traffic and time."""

@@ -1,4 +1,7 @@
-"""What to change where a plan does not fit, nearest to what was asked first, each change planned again."""
+"""Find changes that make a plan fit. Changes that keep the result of the run come first.
+
+Each change is planned again before it is recommended.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,15 +14,18 @@ from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.recipe.load import Recipe, Section
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-# Changes that are told, and how often a batch is halved.
-MOST = 4
-HALVINGS = 3
+# Number of changes that are recommended, and number of times that a batch size is halved.
+MAX_CHANGES = 4
+MAX_HALVINGS = 3
 QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A step towards fitting: what it says to do, and what is then planned."""
+    """A change of the recipe or the launch.
+
+    text: the change as a command-line override or a phrase
+    """
 
     text: str
     recipe: Recipe
@@ -27,18 +33,23 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """What is changed, whatever to."""
+        """The name of the changed setting, without its value."""
         return self.text.split("=")[0].split(":")[0].split("-")[0]
 
 
 def advise(plan: Plan) -> list[Change]:
-    """Changes that make the plan fit: those that do so alone, or else the first ones that do together; or none."""
-    alone = list(islice((one for one in _changes(plan.recipe, plan.launch) if _fits(plan, one)), MOST))
-    if alone:
-        return alone
+    """Return single changes that make the plan fit; if there are none, one combined change; if none fits, nothing."""
+    changes = _changes(plan.recipe, plan.launch)
+    single = list(islice((change for change in changes if _fits(plan, change)), MAX_CHANGES))
+    # A quantized base excludes ZeRO-3, which a changed launch has: so the second attempt keeps the launch.
+    return single or _combine(plan, keeps_launch=False) or _combine(plan, keeps_launch=True)
+
+
+def _combine(plan: Plan, *, keeps_launch: bool) -> list[Change]:
+    """Add the strongest change of each kind, in order, until the plan fits."""
     recipe, launch, texts = plan.recipe, plan.launch, []
     done: set[str] = set()
-    while change := next((one for one in _strongest(recipe, launch) if one.kind not in done), None):
+    while change := next((c for c in _strongest(recipe, launch, keeps_launch) if c.kind not in done), None):
         done.add(change.kind)
         recipe, launch = change.recipe, change.launch
         texts.append(change.text)
@@ -48,20 +59,21 @@ def advise(plan: Plan) -> list[Change]:
     return []
 
 
-def _strongest(recipe: Recipe, launch: PlannedLaunch) -> list[Change]:
-    """Of each kind of change the last one, in their order."""
-    return list({change.kind: change for change in _changes(recipe, launch)}.values())
+def _strongest(recipe: Recipe, launch: PlannedLaunch, keeps_launch: bool) -> list[Change]:
+    """Return the strongest change of each kind, which is the last one of its kind."""
+    changes = (c for c in _changes(recipe, launch) if not keeps_launch or c.launch == launch)
+    return list({change.kind: change for change in changes}.values())
 
 
 def _fits(plan: Plan, change: Change) -> bool:
     try:
         return make_plan(change.recipe, change.launch, prompt_tokens=plan.prompt_tokens or None).fits
-    except InputError:  # a change that the recipe has no room for, such as prompts that GPUs cannot share out
+    except InputError:  # a change that the recipe does not allow, such as more GPUs than prompts
         return False
 
 
 def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
-    """Single changes, from those that change no result to those that train something else."""
+    """Yield single changes: first those that keep the result, last those that train something else."""
     section = {"sft": recipe.sft, "reward": recipe.reward, "rloo": recipe.rloo}[recipe.stage]
 
     def by_recipe(key: str, value: object, note: str = "") -> Change:
@@ -69,22 +81,22 @@ def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
         return Change(text=f"{recipe.stage}.{key}={_yaml(value)}{note}", recipe=changed, launch=launch)
 
     if not section.get("gradient_checkpointing", recipe.stage != "rloo"):
-        yield by_recipe("gradient_checkpointing", True, " (the same result, a third more arithmetic)")
+        yield by_recipe("gradient_checkpointing", True, " (same result, a third more arithmetic)")
     if recipe.stage == "rloo":
         for key, least in (("micro_batch_tokens", 1024), ("per_device_generation_batch_size", None)):
             value = int(section.get(key, {"micro_batch_tokens": 8192}.get(key, 64)))
             least = least or int(section.get("num_generations", 8))
-            for smaller in (value // 2**halvings for halvings in range(1, HALVINGS + 1)):
+            for smaller in (value // 2**halvings for halvings in range(1, MAX_HALVINGS + 1)):
                 if smaller >= least:
-                    yield by_recipe(key, smaller, " (the same result, smaller products)")
+                    yield by_recipe(key, smaller, " (same result, smaller matrix products)")
     else:
-        rows, steps = section.get("per_device_train_batch_size", 8), section.get("gradient_accumulation_steps", 1)
-        while rows > 1 and rows % 2 == 0:
-            rows, steps = rows // 2, steps * 2
-            changed = {**section, "per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        size, steps = section.get("per_device_train_batch_size", 8), section.get("gradient_accumulation_steps", 1)
+        while size > 1 and size % 2 == 0:
+            size, steps = size // 2, steps * 2
+            changed = {**section, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
             yield Change(
-                text=f"{recipe.stage}.per_device_train_batch_size={rows} {recipe.stage}.gradient_accumulation_steps="
-                f"{steps} (the same step)",
+                text=f"{recipe.stage}.per_device_train_batch_size={size} {recipe.stage}.gradient_accumulation_steps="
+                f"{steps} (same step)",
                 recipe=_with_section(recipe, changed),
                 launch=launch,
             )
@@ -99,14 +111,14 @@ def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
     elif not recipe.model.get("quantization_config") and not launch.is_cpu:
         yield Change(
             text="'model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: "
-            "bfloat16}' (QLoRA: a base in four bits)",
+            "bfloat16}' (QLoRA: base weights in 4 bits)",
             recipe=replace(recipe, model={**recipe.model, "quantization_config": QUANTIZATION}),
             launch=launch,
         )
 
 
 def _launches(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
-    def by_launch(text: str, **changes: Any) -> Change:  # Any: a field of PlannedLaunch
+    def by_launch(text: str, **changes: Any) -> Change:  # Any: values of PlannedLaunch's fields
         return Change(text=text, recipe=recipe, launch=replace(launch, **changes))
 
     for stage in (1, 2, 3):

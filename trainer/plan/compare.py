@@ -1,15 +1,15 @@
-"""`rekatrain plan --compare`: which method fits which launch, on nodes of 8 GPUs."""
+"""`rekatrain plan --compare`: a table of which method fits which launch, on nodes of 8 GPUs."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.models import check_quantization
 from rekatrain.trainer.plan.advice import LORA, QUANTIZATION
-from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.report import table
+from rekatrain.trainer.quantization import check_quantization
 from rekatrain.trainer.recipe.load import Recipe
 
 NUM_GPUS = (1, 2, 4, 8, 16, 64)
@@ -26,20 +26,23 @@ ENGINES: dict[str, dict[str, Any]] = {
         "offload_parameters": True,
     },
 }
-# Full fine-tuning needs float32 weights where no engine keeps them.
 METHODS = ("full", "LoRA", "QLoRA")
 
 
 def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt_tokens: int | None) -> str:
-    """A table of GB a GPU in the worst phase, for SFT and RLOO; brackets where it does not fit.
+    """Return a table of the GPU memory that SFT and RLOO need with each method, engine and number of GPUs.
 
-    An engine that a run refuses with a method, as ZeRO-3 with QLoRA, has no row for it.
+    Combinations that a run rejects, such as ZeRO-3 with QLoRA, are left out.
+
+    gpu_memory:    bytes of one GPU
+    host_memory:   bytes of one host; None: not checked
+    prompt_tokens: tokens per prompt in RLOO; None: 256
     """
-    rows = []
+    lines = []
     for stage in ("sft", "rloo"):
         for method in METHODS:
             for engine, settings in ENGINES.items():
-                if _is_refused(_as(recipe, stage, method, PlannedLaunch(**settings)), settings):
+                if _is_rejected(_as(recipe, stage, method, PlannedLaunch(**settings)), settings):
                     continue
                 cells = []
                 for num_gpus in NUM_GPUS:
@@ -51,21 +54,27 @@ def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt
                         host_memory=host_memory,
                     )
                     cells.append(_cell(_as(recipe, stage, method, launch), launch, prompt_tokens))
-                rows.append([f"{stage} {method}", engine, *cells])
+                lines.append([f"{stage} {method}", engine, *cells])
     header = ["stage, weights", "engine", *(f"{count} GPU{'s' * (count > 1)}" for count in NUM_GPUS)]
-    return table(header, rows)
+    host = "" if host_memory is None else f", {host_memory / GB:.4g} GB per host"
+    legend = [
+        f"GB (10^9 bytes) per GPU in the phase that needs the most; GPUs of {gpu_memory / GB:.4g} GB, 8 per node{host}",
+        "(GB phase): does not fit, and the phase that needs the most",
+        "-: the step cannot be divided among this number of GPUs",
+    ]
+    return "\n".join([*legend, "", table(header, lines)])
 
 
 def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> str:
     try:
         plan = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
-        needed = f"{plan.worst.gpu_bytes / 1e9:.0f}"
+        needed = f"{plan.worst.gpu_bytes / GB:.0f}"
         return f"({needed} {plan.worst.name})" if plan.overfull else needed
-    except InputError:  # prompts that so many GPUs cannot share out
+    except InputError:  # for example more GPUs than prompts
         return "-"
 
 
-def _is_refused(recipe: Recipe, settings: dict[str, Any]) -> bool:
+def _is_rejected(recipe: Recipe, settings: dict[str, Any]) -> bool:
     try:
         check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
         return False
@@ -74,15 +83,16 @@ def _is_refused(recipe: Recipe, settings: dict[str, Any]) -> bool:
 
 
 def _as(recipe: Recipe, stage: str, method: str, launch: PlannedLaunch) -> Recipe:
-    """The recipe's lengths and batches in another stage, with other trained weights."""
+    """Return the recipe with another stage and method, but its own lengths and batch sizes."""
     others = dict(_sections(recipe))
     is_sharded = launch.engine == "deepspeed"
     model = {key: value for key, value in recipe.model.items() if key != "quantization_config"}
+    # DeepSpeed keeps float32 weights for the optimizer. Without it, full fine-tuning needs a float32 model.
     model["dtype"] = "bfloat16" if method != "full" or is_sharded else "float32"
     if method == "QLoRA":
         model["quantization_config"] = QUANTIZATION
     rloo = {**others["rloo"], "bf16": method == "full"}
-    # A step has prompts enough for every GPU.
+    # At least one prompt per GPU.
     rloo["prompts_per_step"] = max(rloo.get("prompts_per_step", 8), launch.num_gpus)
     return replace(
         recipe,
@@ -95,7 +105,7 @@ def _as(recipe: Recipe, stage: str, method: str, launch: PlannedLaunch) -> Recip
 
 
 def _sections(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Both stages' sections: the recipe's own, and one with its lengths for the other stage."""
+    """Yield the sections of both stages: the recipe's own, and a default for the other stage."""
     checkpointed = {"gradient_checkpointing": True}
     yield "sft", recipe.sft or {"per_device_train_batch_size": 1, "max_length": 4096, "bf16": True, **checkpointed}
     yield (

@@ -1,10 +1,11 @@
-"""Arithmetic, traffic and time of a step, from published rates and stated shares of them.
+"""Estimate the arithmetic, traffic and time of a step from published rates and assumed efficiencies.
 
-The estimate is for judging a launch, not for promising one. Completions are taken to run to their cap, as in the
-memory plan: real ones are shorter. FLOPs are those of tests/benchmarks/roofline.py:
+The estimate serves to compare launches; it is not a measurement. All completions are assumed to have the maximum
+length, as in the memory plan. FLOPs are counted as in tests/benchmarks/roofline.py:
 
-    2 * weights a token forward, as many for the gradient of the inputs, as many for that of the weights (not of a
-    frozen base), as many again where activations are recomputed; attention 4 * heads * head size * keys seen forward
+    linear layers: 2 FLOPs per weight and token in the forward pass; as many again for the gradient of the inputs, for
+                   the gradient of the weights (unless the base is frozen), and for recomputed activations
+    attention:     4 * heads * head size per query and visible key in the forward pass
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,22 @@ from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a GPU and its links do in a second, and the share of it that is taken to be reached.
+    """The peak rates of a GPU and its links, and the fractions of them that a run is assumed to reach.
 
-    Defaults: NVIDIA H100 SXM5 80 GB: 989 TFLOP/s dense bfloat16, 3.35 TB/s of memory, NVLink 900 GB/s both ways
-    together (data sheet, nvidia.com/en-us/data-center/h100); a 400 Gbit/s network port a GPU (DGX H100 data sheet). The
-    training share is what Meta reached for Llama 3 405B, 38 to 43 % (arXiv 2407.21783, table 4). The other shares, and
-    the time to launch a layer's kernels in eager PyTorch, are our assumptions: no GPU run of this program stands behind
-    them.
+    Defaults: NVIDIA H100 SXM5 80 GB (data sheet, nvidia.com/en-us/data-center/h100), with one 400 Gbit/s network port
+    per GPU (DGX H100 data sheet). NVLink's 900 GB/s are both directions together. The training fraction is the one that
+    Meta reached for Llama 3 405B, 38 to 43 % (arXiv 2407.21783, table 4). The other fractions and the time to launch a
+    layer's kernels are our assumptions: no GPU run of this program has confirmed them.
+
+    name:                   name of the GPU
+    flops:                  dense bfloat16 FLOP/s
+    memory:                 bytes per second that the GPU reads from its memory
+    nvlink:                 bytes per second and direction between GPUs of a node
+    network:                bytes per second and direction between nodes, per GPU
+    training_fraction:      of `flops`
+    memory_fraction:        of `memory`
+    link_fraction:          of `nvlink` and `network`
+    layer_launch_seconds:   seconds to launch the kernels of one layer in eager PyTorch
     """
 
     name: str = "H100 SXM5"
@@ -29,29 +39,29 @@ class Rates:
     memory: float = 3.35e12
     nvlink: float = 450e9
     network: float = 50e9
-    share_training: float = 0.4
-    share_memory: float = 0.6
-    share_links: float = 0.7
-    seconds_to_launch_a_layer: float = 2e-4
+    training_fraction: float = 0.4
+    memory_fraction: float = 0.6
+    link_fraction: float = 0.7
+    layer_launch_seconds: float = 2e-4
 
     def describe(self) -> str:
-        """The rates in words."""
+        """Describe the rates and the assumed fractions in one line."""
         return (
-            f"{self.name}: {self.share_training:.0%} of {self.flops / 1e12:.0f} TFLOP/s, {self.share_memory:.0%} of "
-            f"{self.memory / 1e12:.2f} TB/s memory, {self.share_links:.0%} of NVLink's {self.nvlink / 1e9:.0f} GB/s "
-            f"and of the network's {self.network / 1e9:.0f} GB/s a GPU"
+            f"{self.name}: {self.training_fraction:.0%} of {self.flops / 1e12:.0f} TFLOP/s, "
+            f"{self.memory_fraction:.0%} of {self.memory / 1e12:.2f} TB/s memory, {self.link_fraction:.0%} of NVLink's "
+            f"{self.nvlink / 1e9:.0f} GB/s and of the network's {self.network / 1e9:.0f} GB/s per GPU"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A step of one GPU.
+    """The cost of one step on one GPU.
 
-    train_tokens:   tokens that the model is trained on, all micro-batches together
-    sampled_tokens: completion tokens drawn
-    flops:          arithmetic by phase
-    traffic:        bytes that the GPU sends and receives, by what for
-    seconds:        by phase
+    train_tokens:   tokens that the model is trained on, over all micro-batches
+    sampled_tokens: completion tokens that are sampled
+    flops:          FLOPs by phase
+    traffic:        bytes through the GPU's links, by purpose
+    seconds:        seconds by phase, and for the traffic
     """
 
     train_tokens: int
@@ -62,8 +72,8 @@ class Cost:
 
 
 def estimate(plan: Plan, rates: Rates) -> Cost:
-    """The cost of one step of the plan's recipe."""
-    train_tokens, pairs = _trained(plan)
+    """Estimate the cost of one step of the plan's recipe on one GPU."""
+    train_tokens, pairs = _count_trained(plan)
     forward = _forward_flops(plan, train_tokens, pairs)
     is_adapter = plan.recipe.lora is not None
     passes = 1 + (1 if is_adapter else 2) + plan.checkpoints_activations
@@ -72,32 +82,31 @@ def estimate(plan: Plan, rates: Rates) -> Cost:
     sampled = 0
     if plan.recipe.stage == "rloo":
         config = plan.rloo
-        sampled = plan.prompts * config.num_generations * config.max_completion_length
-        flops["sample"] = _forward_flops(plan, sampled + plan.prompts * plan.prompt_tokens, pairs)
+        sampled = plan.num_prompts * config.num_generations * config.max_completion_length
+        flops["sample"] = _forward_flops(plan, sampled + plan.num_prompts * plan.prompt_tokens, pairs)
         if config.beta:
             flops["score"] = forward
         seconds["sample"] = _decoding_seconds(plan, rates)
     traffic = _traffic(plan)
-    slow = plan.launch.num_nodes > 1
-    link = (rates.network if slow else rates.nvlink) * rates.share_links
+    link = (rates.network if plan.launch.num_nodes > 1 else rates.nvlink) * rates.link_fraction
     seconds |= {
-        phase: count / (rates.flops * rates.share_training) for phase, count in flops.items() if phase != "sample"
+        phase: count / (rates.flops * rates.training_fraction) for phase, count in flops.items() if phase != "sample"
     }
     seconds["traffic"] = sum(traffic.values()) / link
     return Cost(train_tokens=train_tokens, sampled_tokens=sampled, flops=flops, traffic=traffic, seconds=seconds)
 
 
-def _trained(plan: Plan) -> tuple[int, float]:
-    """Tokens of a process's step, and the pairs of query and key that are not masked."""
-    passes = plan.passes
+def _count_trained(plan: Plan) -> tuple[int, float]:
+    """Return one process's tokens per step, and its pairs of a query and a visible key."""
+    workload = plan.workload
     if plan.recipe.stage != "rloo":
-        tokens = passes.micro_batch_tokens * passes.num_micro_batches
-        return tokens, tokens * plan.row_tokens * plan.launch.sequence_parallel / 2
+        tokens = workload.micro_batch_tokens * workload.num_micro_batches
+        return tokens, tokens * workload.sequence_tokens * plan.launch.sequence_parallel / 2
     config = plan.rloo
-    own, prompt = config.max_completion_length - 1, plan.prompt_tokens
-    rows = plan.prompts * config.num_generations
-    pairs = plan.prompts * prompt**2 / 2 + rows * (own * prompt + own**2 / 2)
-    return plan.prompts * prompt + rows * own, pairs
+    completion, prompt = config.max_completion_length - 1, plan.prompt_tokens  # the model is not run on the last token
+    num_completions = plan.num_prompts * config.num_generations
+    pairs = plan.num_prompts * prompt**2 / 2 + num_completions * (completion * prompt + completion**2 / 2)
+    return plan.num_prompts * prompt + num_completions * completion, pairs
 
 
 def _forward_flops(plan: Plan, tokens: int, pairs: float) -> float:
@@ -106,42 +115,50 @@ def _forward_flops(plan: Plan, tokens: int, pairs: float) -> float:
 
 
 def _decoding_seconds(plan: Plan, rates: Rates) -> float:
-    """Each token of a batch reads all weights and the batch's cache; with enough rows the products take longer."""
+    """Return the seconds to sample one step in process.
+
+    Each decoding step takes the longest of three times: to read all weights and the batch's KV cache, to compute the
+    matrix products, and to launch the kernels.
+    """
     config = plan.rloo
-    at_once = plan.passes.sampled_at_once
-    batches = -(-plan.prompts * config.num_generations // at_once)
-    size = 2 if is_bfloat16(plan.recipe) or plan.casts else 4
+    batch_size = plan.workload.sampler_batch_size
+    batches = -(-plan.num_prompts * config.num_generations // batch_size)
+    size = 2 if is_bfloat16(plan.recipe) or plan.uses_bf16 else 4
     weights = base_bytes(plan.recipe, plan.shape, size)
-    # Half of a completion's cache is there on average; a group's prompt is read once.
-    cache = plan.shape.num_layers * plan.shape.kv_dims * size
-    cached_tokens = at_once * config.max_completion_length / 2 + at_once / config.num_generations * plan.prompt_tokens
-    read = (weights + cache * cached_tokens) / (rates.memory * rates.share_memory)
-    computed = 2.0 * plan.shape.num_base * at_once / (rates.flops * rates.share_training)
-    launched = plan.shape.num_layers * rates.seconds_to_launch_a_layer
+    # On average half of a completion is in the cache. A group's prompt is in it once.
+    token_bytes = plan.shape.num_layers * plan.shape.kv_dims * size
+    prompts = batch_size / config.num_generations
+    cached_tokens = batch_size * config.max_completion_length / 2 + prompts * plan.prompt_tokens
+    read = (weights + token_bytes * cached_tokens) / (rates.memory * rates.memory_fraction)
+    computed = 2.0 * plan.shape.num_base * batch_size / (rates.flops * rates.training_fraction)
+    launched = plan.shape.num_layers * rates.layer_launch_seconds
     return batches * config.max_completion_length * max(read, computed, launched)
 
 
 def _traffic(plan: Plan) -> dict[str, float]:
-    """Bytes through a GPU's links in a step: ring collectives move (N - 1) / N of what they reduce or gather."""
+    """Return the bytes through one GPU's links per step, by purpose.
+
+    A ring collective of N GPUs moves (N - 1) / N of the tensor that it reduces or gathers.
+    """
     launch, shape = plan.launch, plan.shape
     ring = (launch.num_gpus - 1) / launch.num_gpus
     if not ring:
         return {}
     size = 2 if launch.engine == "deepspeed" or is_bfloat16(plan.recipe) else 4
     trained = shape.num_trained * (4 if plan.recipe.lora and launch.engine == "ddp" else size)
-    # An all-reduce is a scatter of sums and a gather; ZeRO 1 and 2 gather the updated weights in place of gradients.
+    # An all-reduce is a reduce-scatter and an all-gather. ZeRO 1 and 2 all-gather updated weights instead of gradients.
     traffic = {"gradients and updates": 2 * ring * trained}
     if launch.shards(3) > 1:
         whole = base_bytes(plan.recipe, shape, size)
         traffic = {
             "gradients and updates": ring * trained,
-            "parameters gathered": 2 * ring * whole * plan.passes.num_micro_batches,
+            "parameters gathered": 2 * ring * whole * plan.workload.num_micro_batches,
         }
         if plan.recipe.stage == "rloo":
             traffic["parameters to sample"] = ring * whole
     if launch.sequence_parallel > 1:
-        # Ulysses (arXiv 2309.14509): queries, keys, values and outputs change places, forward and backward.
-        tokens = plan.passes.micro_batch_tokens * plan.passes.num_micro_batches
+        # Ulysses (arXiv 2309.14509): queries, keys, values and outputs are exchanged, forward and backward.
+        tokens = plan.workload.micro_batch_tokens * plan.workload.num_micro_batches
         width = 2 * shape.attention_dims + shape.kv_dims
         traffic["sequence parallelism"] = 2.0 * 2 * width * tokens * shape.num_layers
     return traffic

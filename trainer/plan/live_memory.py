@@ -1,7 +1,8 @@
-"""Memory of real code on tensors that have none: what is live, and the most that ever was, by part.
+"""Measure peak memory by running the real code on fake tensors.
 
-torch's fake tensors have shape, dtype and storage size and no data. A step that runs on them allocates and frees what
-it would on real ones, to the byte (test_plan_memory.py), autograd's saved tensors and temporaries included.
+A fake tensor of torch has a shape, a dtype and a storage size, but no data. Code that runs on fake tensors allocates
+and frees the same number of bytes as on real ones, including autograd's saved tensors and temporaries
+(test_plan_memory.py compares the two).
 """
 
 import copy
@@ -17,18 +18,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Bytes by part; typed for whole numbers, and holding shares of them too.
+# Bytes by part. The type says int; values that are divided among processes are floats.
 Parts = Counter[str]
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of what is allocated within it, each under the part that `part_of` says.
+    """Count the bytes that are allocated inside this context, by part.
 
-    peak: the parts at the moment when their sum was largest
+    live: bytes by part that are allocated now
+    peak: bytes by part at the moment when their sum was largest
     """
 
     def __init__(self, existing: nn.Module, part_of: Callable[[Tensor], str]) -> None:
-        """`existing`: its parameters and buffers were there before and are not counted."""
+        """Start at zero bytes.
+
+        existing: a module whose parameters and buffers are not counted
+        part_of:  returns the name of the part that a new tensor belongs to
+        """
         super().__init__()
         self._part_of = part_of
         self._parts: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]] = weakref.WeakKeyDictionary()
@@ -39,7 +45,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        operator: Any,  # an overload of an operator, with whatever it takes and gives
+        operator: Any,  # an overload of an operator, its arguments and its result
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -62,7 +68,7 @@ class LiveMemory(TorchDispatchMode):
         self.live[part[0]] -= size
 
     def move(self, tensor: Tensor, name: str) -> None:
-        """Count what is there already under another part."""
+        """Count a tensor that is already counted under the part `name` from now on."""
         storage = tensor.untyped_storage()
         part = self._parts[storage]
         self.live[part[0]] -= storage.nbytes()
@@ -71,34 +77,37 @@ class LiveMemory(TorchDispatchMode):
 
 
 @contextmanager
-def pretended(model: nn.Module) -> Iterator[None]:
-    """Within it, tensors that are made have no data; a model on the meta device becomes one on a CPU without data."""
-    made: dict[int, Tensor] = {}
+def fake_tensors(model: nn.Module) -> Iterator[None]:
+    """Make new tensors fake inside this context, and turn a model on the meta device into a fake one on the CPU."""
+    created: dict[int, Tensor] = {}
     with FakeTensorMode():
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in made:  # tied weights stay tied
+                    if id(tensor) not in created:  # tied weights stay tied
                         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                         is_weight = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
-                    held[name] = made[id(tensor)]  # type: ignore[assignment]  # of the kind that was there
+                        created[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                    tensors[name] = created[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
         yield
 
 
-def over_layers(peak_of: Callable[[int], Parts], num_layers: int, few: tuple[int, int] = (2, 3)) -> Parts:
-    """A peak with many layers, from those with few: each further layer adds what the last of the few added.
+def extrapolate_layers(peak_of: Callable[[int], Parts], num_layers: int, few: tuple[int, int] = (2, 3)) -> Parts:
+    """Return the peak of a deep model, in bytes by part, extrapolated linearly from the peaks of two shallow ones.
 
-    >>> over_layers(lambda n: Counter(saved=10 * n, once=7), 44)
+    peak_of: returns the peak of a model with this number of layers
+    few:     the two numbers of layers that are measured
+
+    >>> extrapolate_layers(lambda n: Counter(saved=10 * n, once=7), 44)
     Counter({'saved': 440, 'once': 7})
     """
     fewer, more = few
     if num_layers <= more:
         return peak_of(num_layers)
-    less, base = peak_of(fewer), peak_of(more)
-    grown = copy.copy(base)
-    for part in base:
-        grown[part] += (num_layers - more) * (base[part] - less[part]) // (more - fewer)
-    return grown
+    low, high = peak_of(fewer), peak_of(more)
+    peak = copy.copy(high)
+    for part in high:
+        peak[part] += (num_layers - more) * (high[part] - low[part]) // (more - fewer)
+    return peak

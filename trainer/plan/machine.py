@@ -1,4 +1,4 @@
-"""On what a run is launched: engine, ZeRO stage, processes, memory; from an Accelerate launch file or the launcher."""
+"""The launch that a plan is made for, from an Accelerate launch file or from the running process."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch import read_launch
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch import read_launch
 
 GB = 1e9
 ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
@@ -25,18 +26,21 @@ ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLaunch:
-    """The processes that a run is planned for, and what each of them has; `launch.Launch` is what was requested.
+    """The processes of a run and the memory that each of them has.
 
-    engine:             single (one process), ddp (a whole model in each), deepspeed
-    zero_stage:         of DeepSpeed: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the parameters too
-    num_gpus:           processes in all; on a CPU each has its share of the host in place of a GPU
-    num_nodes:          hosts
-    gpu_memory:         bytes of one GPU, or of a process's share of the host
-    host_memory:        bytes of one host; None: not known, and not compared
-    offload_optimizer:  optimizer states and float32 weights on the host
-    offload_parameters: parameters on the host (stage 3)
-    sequence_parallel:  processes that share a row (DeepSpeed's Ulysses, for the stages of TRL's trainers)
-    is_cpu:             no GPU: everything is on the host
+    `trainer.launch.Launch` is the engine that the launcher of this process requested. `PlannedLaunch` is any launch,
+    running or not, and also has the memory, the nodes, the offload and the sequence parallelism.
+
+    engine:             single (one process), ddp (a whole model in each process), deepspeed
+    zero_stage:         DeepSpeed's ZeRO stage: 0 shards nothing, 1 the optimizer, 2 also gradients, 3 also parameters
+    num_gpus:           processes on all nodes; on a CPU, each process has an equal part of its host instead of a GPU
+    num_nodes:          number of hosts
+    gpu_memory:         bytes of one GPU, or of one process's part of a host
+    host_memory:        bytes of one host; None if it is not known, then it is not checked
+    offload_optimizer:  True if optimizer states and float32 weights are on the host
+    offload_parameters: True if parameters are on the host (ZeRO-3)
+    sequence_parallel:  number of processes that split each sequence (DeepSpeed's Ulysses, in the stages sft and reward)
+    is_cpu:             True without a GPU: everything is on the host
     """
 
     engine: Literal["single", "ddp", "deepspeed"] = "single"
@@ -52,9 +56,14 @@ class PlannedLaunch:
 
     def __post_init__(self) -> None:
         if self.num_gpus % self.num_nodes:
-            raise InputError(f"{self.num_gpus} processes cannot be shared out evenly among {self.num_nodes} nodes")
+            raise InputError(
+                f"{self.num_gpus} processes cannot be divided evenly among {self.num_nodes} nodes: choose a multiple"
+            )
         if self.engine == "single" and self.num_gpus > 1:
-            raise InputError(f"{self.num_gpus} processes of engine NO would train alone, each the same")
+            raise InputError(
+                f"distributed_type NO with {self.num_gpus} processes would train the same model {self.num_gpus} times: "
+                "use MULTI_GPU or DEEPSPEED"
+            )
         if self.num_gpus % self.sequence_parallel:
             raise InputError(
                 f"sequence parallelism of {self.sequence_parallel} does not divide {self.num_gpus} processes"
@@ -62,20 +71,24 @@ class PlannedLaunch:
 
     @property
     def gpus_per_node(self) -> int:
-        """Processes on one host."""
+        """Number of processes on one host."""
         return self.num_gpus // self.num_nodes
 
     @property
     def num_copies(self) -> int:
-        """Data-parallel processes: those that see different rows."""
+        """Number of data-parallel groups of processes: each group trains on different sequences."""
         return self.num_gpus // self.sequence_parallel
 
     def shards(self, stage: int) -> int:
-        """Into how many parts what ZeRO shards from `stage` on is cut."""
+        """Return the number of shards of a tensor that ZeRO shards from `stage` on; 1 if it is not sharded."""
         return self.num_gpus if self.engine == "deepspeed" and self.zero_stage >= stage else 1
 
     def describe(self) -> str:
-        """In words."""
+        """Describe the launch in one line.
+
+        >>> PlannedLaunch(engine="deepspeed", zero_stage=3, num_gpus=8, offload_optimizer=True).describe()
+        'DeepSpeed ZeRO-3 with optimizer on the host, 8 x 80 GB GPU, 1 node'
+        """
         engine = f"DeepSpeed ZeRO-{self.zero_stage}" if self.engine == "deepspeed" else self.engine
         offload = [
             name
@@ -84,16 +97,20 @@ class PlannedLaunch:
         ]
         words = [
             engine + (f" with {' and '.join(offload)} on the host" if offload else ""),
-            f"{self.num_gpus} x {self.gpu_memory / GB:.4g} GB {'of the host, without a GPU' if self.is_cpu else 'GPU'}",
+            f"{self.num_gpus} x {self.gpu_memory / GB:.4g} GB {'of host memory, no GPU' if self.is_cpu else 'GPU'}",
             f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}",
         ]
         if self.sequence_parallel > 1:
-            words.append(f"{self.sequence_parallel} GPUs to a row")
+            words.append(f"{self.sequence_parallel} GPUs per sequence")
         return ", ".join(words)
 
 
 def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None = None) -> PlannedLaunch:
-    """What an Accelerate launch file starts; InputError for one that the stages do not run under."""
+    """Read an Accelerate launch file; raise InputError for an engine that the stages do not support.
+
+    gpu_memory:  bytes of one GPU
+    host_memory: bytes of one host; None if it is not known
+    """
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -122,20 +139,20 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
     return _on_host(launch) if is_cpu else launch
 
 
-def launched() -> PlannedLaunch:
-    """What this process was started by `accelerate launch`, or without it, as; memory is the machine's own."""
-    asked = read_launch()
+def current_launch() -> PlannedLaunch:
+    """Return the launch of this process, with the memory of this machine."""
+    requested = read_launch()
     settings: dict[str, Any] = {}
-    if asked.engine == "deepspeed":
+    if requested.engine == "deepspeed":
         names = ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
-        given = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in names}
+        variables = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in names}
         settings = _zero(
-            {"deepspeed_" * (key == "config_file") + key: value for key, value in given.items() if value}, Path()
+            {"deepspeed_" * (key == "config_file") + key: value for key, value in variables.items() if value}, Path()
         )
     launch = PlannedLaunch(
-        engine=asked.engine,
-        num_gpus=asked.num_processes,
-        num_nodes=asked.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", asked.num_processes)),
+        engine=requested.engine,
+        num_gpus=requested.num_processes,
+        num_nodes=requested.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", requested.num_processes)),
         host_memory=psutil.virtual_memory().total,
         sequence_parallel=int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")),
         **settings,
@@ -152,21 +169,21 @@ def _on_host(launch: PlannedLaunch) -> PlannedLaunch:
 
 
 def _zero(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Stage and offload, from a launch file's `deepspeed_config` or the JSON that it names."""
-    named = settings.get("deepspeed_config_file")
-    if named is None:
+    """Read the ZeRO stage and the offload from a launch file's `deepspeed_config`, or the JSON file that it names."""
+    name = settings.get("deepspeed_config_file")
+    if name is None:
         return {
             "zero_stage": int(settings.get("zero_stage", 2)),  # Accelerate's default
             "offload_optimizer": settings.get("offload_optimizer_device", "none") != "none",
             "offload_parameters": settings.get("offload_param_device", "none") != "none",
         }
-    found = [path for path in (Path(named), folder / named) if path.exists()]
-    if not found:
-        raise InputError(f"there is no DeepSpeed configuration at {named!r}")
+    paths = [path for path in (Path(name), folder / name) if path.exists()]
+    if not paths:
+        raise InputError(f"there is no DeepSpeed configuration at {name!r}")
     try:
-        zero = json.loads(found[0].read_text(encoding="utf-8")).get("zero_optimization", {})
+        zero = json.loads(paths[0].read_text(encoding="utf-8")).get("zero_optimization", {})
     except ValueError as error:
-        raise InputError(f"{found[0]} is not valid JSON: {error}") from error
+        raise InputError(f"{paths[0]} is not valid JSON: {error}") from error
     devices = [zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
     return {
         "zero_stage": int(zero.get("stage", 0)),

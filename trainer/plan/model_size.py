@@ -1,7 +1,7 @@
-"""The model of a recipe without its weights: how many parameters of which kind, and skeletons of any depth.
+"""Build the model of a recipe without weights, and count its parameters.
 
-Built on the meta device: Reka Flash 3 in a second or two. Where the hub cannot be reached, the configs that lie in
-recipes/reka-flash-3/configs/ stand in for those of the models that they are named after.
+The model is built on the meta device, which takes a second or two for Reka Flash 3. If the hub cannot be reached, the
+configs in recipes/reka-flash-3/configs/ are used for the models that they are named after.
 """
 
 import copy
@@ -15,9 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.models import Policy, add_adapter, find_source
-from rekatrain.trainer.recipe.load import Recipe
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,30 +25,32 @@ from transformers import (
 )
 
 from rekatrain import RECIPES
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.models import Policy, add_adapter
+from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = RECIPES / "reka-flash-3" / "configs"
-# A layer more than these many costs what the last of them did.
-FEW_LAYERS = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What a plan needs to know of a model.
+    """Sizes of a model, as numbers of elements (not bytes).
 
     num_base:       parameters without the adapter
     num_trained:    parameters that have a gradient
-    num_adapter:    parameters of the adapter and of what is trained beside it (a classifier's head)
-    num_linear:     weights of the decoder's linear layers, which a quantized base holds in four bits
-    num_head:       weights of the LM head, also where they are the embedding's
+    num_adapter:    parameters of the adapter and of modules that are trained with it (a classifier's head)
+    num_linear:     weights of the decoder's linear layers, which a quantized base stores in 4 bits
+    num_head:       weights of the LM head, counted even if they are tied to the embedding
     num_layers:     decoder layers
-    largest_module: parameters of the largest module that holds any itself, which ZeRO-3 gathers whole
+    largest_module: parameters of the largest single module (its submodules excluded), which ZeRO-3 gathers whole
     largest_linear: weights of the largest linear layer of the decoder
-    kv_dims:        numbers a token leaves in the cache of one layer, keys and values together
-    attention_dims: heads times their size
-    vocab_rows:     rows of the LM head
-    context:        positions that the model knows
+    kv_dims:        elements of the KV cache per token and layer, keys and values together
+    attention_dims: elements of the queries per token and layer
+    vocab_size:     outputs of the LM head
+    context:        the model's maximum sequence length, in tokens
     """
 
     num_base: int
@@ -64,17 +63,20 @@ class ModelShape:
     largest_linear: int
     kv_dims: int
     attention_dims: int
-    vocab_rows: int
+    vocab_size: int
     context: int
 
     @property
     def num_all(self) -> int:
-        """All parameters."""
+        """Number of parameters, adapter included."""
         return self.num_base + self.num_adapter
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """The config of the recipe's model, from its folder, the hub, or the configs shipped for a hub out of reach."""
+    """Load the config of the recipe's model: from its folder, the hub, or, without the hub, the shipped configs.
+
+    Raise InputError if none of them has the model.
+    """
     name = recipe.model["pretrained_model_name_or_path"]
     labels = {"num_labels": 1} if recipe.stage == "reward" else {}
     source = find_source(name)
@@ -87,17 +89,21 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
         return AutoConfig.from_pretrained(shipped, **labels)
 
 
-@lru_cache  # told once, however many plans are of the model
+@lru_cache  # so that the message is logged once per model, not once per plan
 def _shipped_config(name: str) -> Path | None:
     shipped = CONFIGS / f"{Path(name).name}.json"
     if not shipped.exists():
         return None
-    logger.info("plan: %s is out of reach; its architecture is taken from %s", name, shipped.name)
+    logger.info("plan: %s cannot be loaded; using the architecture in %s", name, shipped.name)
     return shipped
 
 
 def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = None, **options: Any) -> Policy:
-    """The recipe's model, adapter included, with fresh weights on the device that is current."""
+    """Build the recipe's model, adapter included, with new weights on the current default device.
+
+    num_layers: number of decoder layers to build; None: all
+    options:    further arguments of `from_config`
+    """
     config = copy.deepcopy(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
@@ -125,8 +131,7 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
     num_adapter = sum(trained) if isinstance(model, PeftModel) else 0
     linear = [module.weight.numel() for module in _linear_modules(base.base_model.modules()) if module is not head]
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    attention_dims, kv_dims = attention_sizes(config)
     return ModelShape(
         num_base=sum(sizes.values()) - num_adapter,
         num_trained=sum(trained),
@@ -138,15 +143,23 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
             sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()
         ),
         largest_linear=max(linear),
-        kv_dims=2 * kv_heads * head_dim,
-        attention_dims=text.num_attention_heads * head_dim,
-        vocab_rows=text.vocab_size,
+        kv_dims=kv_dims,
+        attention_dims=attention_dims,
+        vocab_size=text.vocab_size,
         context=text.max_position_embeddings,
     )
 
 
+def attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the elements per token and layer of the queries, and of the keys and values together."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return text.num_attention_heads * head_dim, 2 * kv_heads * head_dim
+
+
 def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Linear layers of the base model, those that an adapter is on included, without the adapter's own."""
+    """Return the linear layers of the base model, including those with an adapter, but not the adapter's layers."""
     modules = list(modules)
     adapters = {
         id(part)
@@ -160,7 +173,10 @@ def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 @lru_cache(maxsize=64)
 def model_of(stage: Literal["sft", "reward", "rloo"], model: str, lora: str) -> tuple[PretrainedConfig, ModelShape]:
-    """Config and shape by a recipe's sections, the latter two as JSON: many plans are of one model."""
+    """Return the config and the sizes of a model, cached because many plans are made for one model.
+
+    model, lora: the recipe's sections as JSON text, which is hashable
+    """
     recipe = Recipe(stage=stage, output_dir="", model=json.loads(model), lora=json.loads(lora), dataset={})
     config = load_config(recipe)
     return config, measure_shape(config, recipe)

@@ -1,4 +1,4 @@
-"""`rekatrain plan`, and the same check before `train` loads a weight."""
+"""`rekatrain plan`, and the memory check that `train` makes before it loads weights."""
 
 import logging
 from dataclasses import replace
@@ -8,10 +8,10 @@ from typing import Any
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.plan.compare import compare
 from rekatrain.trainer.plan.cost import Rates
-from rekatrain.trainer.plan.machine import GB, PlannedLaunch, launched, read_launch_file
+from rekatrain.trainer.plan.machine import GB, PlannedLaunch, current_launch, read_launch_file
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.model_size import load_config
-from rekatrain.trainer.plan.report import advice_lines, gigabytes, misfits, show
+from rekatrain.trainer.plan.report import advice_lines, gigabytes, misfits, render_plan
 from rekatrain.trainer.plan.scale_out import scale_out
 from rekatrain.trainer.recipe.load import Recipe
 
@@ -29,7 +29,16 @@ def plan(
     prompt_tokens: int | None,
     table: str | None,
 ) -> bool:
-    """Print the plan of a recipe, or one of the tables over many launches -> whether it fits."""
+    """Print the plan of a recipe, or a table over many launches; return False if the plan does not fit.
+
+    launch_file:   an Accelerate launch file; None: `num_gpus`, or the launch of this process
+    num_gpus:      GPUs with a whole model each; InputError together with `launch_file`
+    num_nodes:     nodes that hold these GPUs
+    gpu_memory:    GB (10^9 bytes) of one GPU
+    host_memory:   GB of one host; None: not checked
+    prompt_tokens: tokens per prompt in stage rloo; None: 256
+    table:         "compare" or "scale-out" for a table; None: the plan
+    """
     host = None if host_memory is None else host_memory * GB
     if table == "compare":
         print(compare(recipe, gpu_memory * GB, host, prompt_tokens))
@@ -39,26 +48,26 @@ def plan(
         return True
     if launch_file is not None:
         if num_gpus is not None:
-            raise InputError("--launch says how many GPUs there are: leave out --gpus")
+            raise InputError("--launch sets the number of GPUs: leave out --gpus")
         launch = read_launch_file(launch_file, gpu_memory=gpu_memory * GB, host_memory=host)
     elif num_gpus is None:
-        launch = launched()
+        launch = current_launch()
     else:
         engine = "ddp" if num_gpus > 1 else "single"
-        launch = PlannedLaunch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # one of the two
+        launch = PlannedLaunch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # "ddp" or "single"
         launch = replace(launch, host_memory=host)
     planned = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
-    print(show(planned, rates=Rates()))
+    print(render_plan(planned, rates=Rates()))
     return not planned.overfull
 
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
-    """Raise InputError where the run cannot fit what it was launched on, unless that is overridden: then warn."""
-    planned = make_plan(_within_context(recipe), launched())
+    """Raise InputError if the run does not fit its launch; only log a warning if `is_overridden`."""
+    planned = make_plan(_within_context(recipe), current_launch())
     if not planned.overfull:
         worst = planned.worst
         logger.info(
-            "plan: phase %s needs most, %s of %s GB",
+            "plan: phase %s needs the most memory, %s of %s GB",
             worst.name,
             gigabytes(worst.gpu_bytes),
             gigabytes(planned.launch.gpu_memory),
@@ -66,12 +75,12 @@ def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     elif is_overridden:
         logger.warning("plan: %s", "; ".join(misfits(planned)))
     else:
-        told = "\n".join([*misfits(planned), *advice_lines(planned)])
-        raise InputError(f"{told}\n(--skip-memory-check runs it all the same)")
+        message = "\n".join([*misfits(planned), *advice_lines(planned)])
+        raise InputError(f"{message}\n(--skip-memory-check starts the run anyway)")
 
 
 def _within_context(recipe: Recipe) -> Recipe:
-    """A limit on rows may lie beyond the model's context: the stages look at the rows themselves."""
+    """Cap `max_length` at the model's context: a longer limit is no error, because the stages check each sequence."""
     context = load_config(recipe).get_text_config().max_position_embeddings
 
     def capped(section: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Print a plan as text."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,18 @@ from rekatrain.trainer.plan.cost import Cost, Rates, estimate
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import GB
 from rekatrain.trainer.plan.memory import Plan
-from rekatrain.trainer.plan.passes import KV_CACHE
-from rekatrain.trainer.plan.states import base_bytes
+from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
 from rekatrain.trainer.rloo.logprobs import TOKENS_PER_CHUNK
 
 
-def show(plan: Plan, *, rates: Rates) -> str:
-    """The whole report."""
+def render_plan(plan: Plan, *, rates: Rates) -> str:
+    """Return the text that `rekatrain plan` prints: model, launch, memory tables, verdict, and cost of a step."""
     shape, launch = plan.shape, plan.launch
     lines = [
         f"model: {shape.num_all:,} parameters, {shape.num_trained:,} trained, {shape.num_layers} layers, "
-        f"context {shape.context}",
+        f"context of {shape.context} tokens",
         f"launch: {launch.describe()}",
-        *_assumed(plan),
+        *_assumptions(plan),
         "",
         _memory_table(plan),
         "",
@@ -32,85 +31,93 @@ def show(plan: Plan, *, rates: Rates) -> str:
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns that line up, the first to the left, the others to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a text table; the first column is aligned to the left, the others to the right."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for row in cells
+        for line in cells
     )
 
 
 def gigabytes(size: float) -> str:
-    """A size in GB of 10^9 bytes."""
+    """Return a number of bytes in GB (10^9 bytes), rounded for display.
+
+    >>> gigabytes(1.234e9), gigabytes(12.34e9)
+    ('1.23', '12.3')
+    """
     return f"{size / GB:.2f}" if size < 10 * GB else f"{size / GB:.1f}"
 
 
-def _assumed(plan: Plan) -> list[str]:
-    passes = plan.passes
+def _assumptions(plan: Plan) -> list[str]:
+    workload = plan.workload
+    batches = (
+        f"{workload.num_micro_batches} micro-batches per update, at most {workload.micro_batch_tokens} tokens each"
+    )
     if plan.recipe.stage != "rloo":
-        rows = (
-            f"{passes.micro_batch_tokens} tokens a micro-batch of a GPU, {passes.num_micro_batches} of them an update"
-        )
-        return [f"taken to be: rows of the full length, {rows}"]
+        return [f"assumed: every sequence has the maximum length; per GPU: {batches}"]
     config = plan.rloo
     return [
-        f"taken to be: prompts of {plan.prompt_tokens} tokens (--prompt-tokens), completions of all "
-        f"{config.max_completion_length}; {plan.prompts} x {config.num_generations} completions a GPU, "
-        f"{passes.sampled_at_once} sampled at once, micro-batches of up to {passes.micro_batch_tokens} tokens, "
-        f"{passes.num_micro_batches} of them an update"
+        f"assumed: prompts of {plan.prompt_tokens} tokens (--prompt-tokens), completions of the maximum length, "
+        f"{config.max_completion_length} tokens",
+        f"per GPU: {plan.num_prompts} x {config.num_generations} completions, {workload.sampler_batch_size} sampled at "
+        f"a time; {batches}",
     ]
 
 
 def _memory_table(plan: Plan) -> str:
     phases = plan.phases
     parts = list(dict.fromkeys(part for phase in phases for part in phase.gpu))
-    rows = [[part, *(gigabytes(phase.gpu[part]) if phase.gpu[part] else "" for phase in phases)] for part in parts]
-    rows.append(["all", *(gigabytes(phase.gpu_bytes) for phase in phases)])
-    whose = "a process" if plan.launch.is_cpu else "a GPU"
-    text = table([f"GB of {whose}", *(phase.name for phase in phases)], rows)
+    lines = [[part, *(gigabytes(phase.gpu[part]) if phase.gpu[part] else "" for phase in phases)] for part in parts]
+    lines.append(["total", *(gigabytes(phase.gpu_bytes) for phase in phases)])
+    owner = "process" if plan.launch.is_cpu else "GPU"
+    text = "peak memory of each phase, in GB (10^9 bytes)\n"
+    text += table([f"per {owner}", *(phase.name for phase in phases)], lines)
     on_host = list(dict.fromkeys(part for phase in phases for part in phase.host))
     if plan.launch.is_cpu or not on_host:
         return text
-    rows = [[part, *(gigabytes(phase.host[part]) if phase.host[part] else "" for phase in phases)] for part in on_host]
-    rows.append(["all", *(gigabytes(phase.host_bytes) for phase in phases)])
-    return text + "\n\n" + table(["GB of a host", *(phase.name for phase in phases)], rows)
+    lines = [[part, *(gigabytes(phase.host[part]) if phase.host[part] else "" for phase in phases)] for part in on_host]
+    lines.append(["total", *(gigabytes(phase.host_bytes) for phase in phases)])
+    return text + "\n\n" + table(["per host", *(phase.name for phase in phases)], lines)
 
 
 def _details(plan: Plan) -> list[str]:
-    with_it, without = (_size(plan.activations(checkpointing=is_on)) for is_on in (True, False))
-    lines = [f"activations and logits: {with_it} GB with gradient_checkpointing, {without} GB without"]
+    with_checkpointing, without = (_size(plan.activations(checkpointing=is_on)) for is_on in (True, False))
+    lines = [f"activations and logits: {with_checkpointing} GB with gradient_checkpointing, {without} GB without"]
     if plan.recipe.stage == "rloo":
-        size = 2 if plan.casts or plan.recipe.model.get("dtype", "bfloat16") == "bfloat16" else 4
-        rows = min(TOKENS_PER_CHUNK, plan.passes.micro_batch_tokens)
-        token = plan.shape.kv_dims * plan.shape.num_layers * size
+        size = 2 if plan.uses_bf16 or is_bfloat16(plan.recipe) else 4
+        tokens = min(TOKENS_PER_CHUNK, plan.workload.micro_batch_tokens)
+        token_bytes = plan.workload.kv_bytes_per_token
         lines += [
-            f"LM head: {rows} positions at a time, {gigabytes(rows * plan.shape.vocab_rows * size)} GB of logits; "
-            "a part of the peak above only where it falls into it",
-            f"KV cache: {token:,} bytes a token, {gigabytes(plan.passes.cache()[KV_CACHE])} GB in all",
+            f"LM head: {tokens} tokens at a time, {gigabytes(tokens * plan.shape.vocab_size * size)} GB of logits "
+            "(in the table only if they are in memory at the peak)",
+            f"KV cache: {token_bytes:,} bytes per token, {gigabytes(plan.workload.kv_cache_bytes)} GB in total",
         ]
         if not plan.launch.is_cpu:
-            lines += _rollout_engine(plan, token)
+            lines += _vllm_lines(plan, token_bytes)
     return lines
 
 
-def _rollout_engine(plan: Plan, token: int) -> list[str]:
-    """What GPUs that only sample would hold, at vLLM's default of 90 % of a GPU (gpu_memory_utilization)."""
+def _vllm_lines(plan: Plan, token_bytes: int) -> list[str]:
+    """Describe a vLLM server on GPUs of this size, at its default of 90 % of a GPU (gpu_memory_utilization)."""
     weights = base_bytes(plan.recipe, plan.shape, 2)
-    row = plan.prompt_tokens + plan.rloo.max_completion_length
+    sequence = plan.prompt_tokens + plan.rloo.max_completion_length
     for ways in (1, 2, 4, 8):
-        room = 0.9 * plan.launch.gpu_memory - weights / ways - 4 * GB  # activations, CUDA graphs
-        if room > token / ways * row:
+        room = (
+            0.9 * plan.launch.gpu_memory - weights / ways - 4 * GB
+        )  # 4 GB are assumed for activations and CUDA graphs
+        if room > token_bytes / ways * sequence:
             return [
-                f"a rollout engine (vLLM, tensor parallel {ways}): {gigabytes(weights / ways)} GB of weights a GPU, a "
-                f"cache of {gigabytes(room)} GB: {int(room * ways / token / row)} whole completions at once"
+                f"a vLLM server (tensor parallel size {ways}): {gigabytes(weights / ways)} GB of weights and "
+                f"{gigabytes(room)} GB of KV cache per GPU, for {int(room * ways / token_bytes / sequence)} "
+                "completions of the maximum length"
             ]
-    return ["a rollout engine: the model fits no 8 such GPUs"]
+    return ["a vLLM server: the model does not fit on 8 of these GPUs"]
 
 
 def _size(parts: Parts) -> str:
@@ -121,37 +128,38 @@ def _verdict(plan: Plan) -> list[str]:
     if not plan.overfull:
         worst = plan.worst
         return [
-            f"fits: phase {worst.name} needs most, {gigabytes(worst.gpu_bytes)} of "
-            f"{gigabytes(plan.launch.gpu_memory)} GB"
+            f"fits: phase {worst.name} needs the most, {gigabytes(worst.gpu_bytes)} of "
+            f"{gigabytes(plan.launch.gpu_memory)} GB per {'process' if plan.launch.is_cpu else 'GPU'}"
         ]
     return [*misfits(plan), *advice_lines(plan)]
 
 
 def misfits(plan: Plan) -> list[str]:
-    """A line for each phase that does not fit, with its largest parts."""
+    """Return one line per phase that does not fit, with its largest parts."""
     lines = []
     for phase in plan.overfull:
         if phase.gpu_bytes > plan.launch.gpu_memory:
-            whose, needed, there, parts = "a GPU", phase.gpu_bytes, plan.launch.gpu_memory, phase.gpu
-            whose = "a process" if plan.launch.is_cpu else whose
+            owner = "process" if plan.launch.is_cpu else "GPU"
+            needed, available, parts = phase.gpu_bytes, plan.launch.gpu_memory, phase.gpu
         else:
-            whose, needed, parts = "a host", phase.host_bytes, phase.host
-            there = plan.launch.host_memory or 0
+            owner = "host"
+            needed, available, parts = phase.host_bytes, plan.launch.host_memory or 0, phase.host
         largest = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.most_common(4))
         lines.append(
-            f"does not fit: phase {phase.name} needs {gigabytes(needed)} GB of {whose}'s {gigabytes(there)} ({largest})"
+            f"does not fit: phase {phase.name} needs {gigabytes(needed)} of {gigabytes(available)} GB per {owner} "
+            f"({largest})"
         )
     return lines
 
 
 def advice_lines(plan: Plan) -> list[str]:
-    """What to change, each line of which has been planned and fits."""
+    """Return the lines that recommend changes; each change was planned and fits."""
     texts = [change.text for change in advise(plan)]
     if [phase.name for phase in plan.overfull] == ["sample"] and not plan.launch.is_cpu:
-        texts.insert(0, "rloo.vllm_server_base_url=URL (servers on other GPUs sample; these keep all else)")
+        texts.insert(0, "rloo.vllm_server_base_url=URL (sample with vLLM servers on other GPUs)")
     if not texts:
-        return ["no change that is known here makes it fit: a smaller model, or shorter rows"]
-    return ["any of these makes it fit, nearest first:", *(f"  {text}" for text in texts)]
+        return ["no known change makes it fit: use a smaller model or shorter sequences"]
+    return ["each of these changes makes it fit:", *(f"  {text}" for text in texts)]
 
 
 def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
@@ -161,12 +169,12 @@ def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
     times = ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items())
     copies = plan.launch.num_copies
     lines = [
-        f"a step of a GPU: {cost.train_tokens:,} tokens trained, {cost.sampled_tokens:,} sampled",
-        f"  arithmetic, TFLOP: {arithmetic}",
-        f"  traffic, GB: {traffic}",
-        f"  time, s: {times}; between {max(seconds.values()):,.0f} s (all at the same time) and "
-        f"{sum(seconds.values()):,.0f} s (one after the other), "
-        f"{cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens a second over all GPUs",
-        f"  at {rates.describe()}; completions are taken to run to their cap",
+        f"one step on one GPU: {cost.train_tokens:,} tokens trained, {cost.sampled_tokens:,} sampled",
+        f"  arithmetic (TFLOP): {arithmetic}",
+        f"  traffic (GB): {traffic}",
+        f"  time (s, estimated for an {rates.name} whatever --gpu-memory is): {times}",
+        f"  total: {max(seconds.values()):,.0f} s if all of it overlaps, {sum(seconds.values()):,.0f} s if nothing does, "
+        f"which is {cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens per second on all GPUs",
+        f"  rates: {rates.describe()}",
     ]
     return lines

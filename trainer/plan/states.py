@@ -1,41 +1,43 @@
-"""What is there all the time: parameters, gradients, optimizer and their copies, of one process and on its host.
+"""Static memory of one process and its host: parameters, gradients, optimizer states, and copies of parameters.
 
-Bytes a parameter, by DeepSpeed's own accounting where it runs the training (its estimators count the same, see
-test_plan.py): 16-bit parameters and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
+Bytes per parameter, counted as DeepSpeed's estimators count them (test_plan.py compares the two): 16-bit parameters
+and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.model_size import ModelShape
 from rekatrain.trainer.recipe.load import Recipe
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-# DeepSpeed's defaults: parameters that ZeRO-3 leaves gathered and fetches ahead, and those that are reduced at once.
+# DeepSpeed's defaults, as numbers of parameters: the most that ZeRO-3 keeps gathered, the bucket that it fetches in
+# advance, and the bucket of gradients that it reduces at once.
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 REDUCE_BUCKET = 500_000_000
-# NF4: half a byte a weight, a scale for each 64 of them, in float32 or (double quantization) in 8 bits and a float32
-# for each 256 scales (QLoRA, arXiv 2305.14314).
+# Bytes per weight in NF4 (QLoRA, arXiv 2305.14314): half a byte, and one scale per 64 weights. The scale is a float32,
+# or with double quantization 8 bits and one float32 per 256 scales.
 NF4_BYTES = 0.5 + 4 / 64
 DOUBLE_QUANTIZED_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Bytes by part.
+    """Static memory, in bytes: `host` per host, everything else per process.
 
-    weights:   of a process: parameters and adapters, in place throughout
-    gradients: of a process, from the first backward pass of an update to its end
-    optimizer: of a process: moments, float32 weights and gradients
-    buffers:   of a process: gathered parameters and buckets of gradients, while training
-    reference: of a process
-    gathered:  of a process: whole parameters for in-process sampling, where they are sharded
-    host:      what is offloaded, for all processes of a host
+    weights:   parameters and adapters, present all the time
+    gradients: present from the first backward pass of an update to its end
+    optimizer: AdamW's moments, with DeepSpeed also float32 weights and gradients
+    buffers:   gathered parameters and buckets of gradients, during training
+    reference: copy of the model that the KL penalty needs
+    gathered:  unsharded parameters for in-process sampling under ZeRO-3
+    host:      offloaded states of all processes of one host, by part
     """
 
     weights: Parts
@@ -47,15 +49,18 @@ class States:
     host: Parts = field(default_factory=Counter)
 
 
-def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, casts: bool) -> States:
-    """The states of a recipe's stage under a launch; `casts`: bfloat16 arithmetic over the weights' own dtype."""
-    is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and casts)
+def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, uses_bf16: bool) -> States:
+    """Count the static memory of a recipe under a launch.
+
+    uses_bf16: True if the stage computes in bfloat16, whatever the dtype of the weights is
+    """
+    is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and uses_bf16)
     size = 2 if is_16_bit else 4
     is_adapter = recipe.lora is not None
     base = int(base_bytes(recipe, shape, size) / launch.shards(3))
     if launch.engine == "deepspeed":
         return _sharded(recipe, shape, launch, base, is_16_bit)
-    # PEFT keeps an adapter in float32 over a bfloat16 model; otherwise the weights are trained in their own dtype.
+    # PEFT keeps an adapter in float32, even on a bfloat16 model. Without one, the weights are trained in their dtype.
     trained_size = 4 if is_adapter else size
     weights: Parts = Counter({"parameters": base})
     if is_adapter:
@@ -66,7 +71,7 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, ca
         weights=weights,
         gradients=gradients,
         optimizer=2 * shape.num_trained * trained_size,
-        buffers=gradients if launch.engine == "ddp" else 0,  # DDP reduces flat copies of the gradients
+        buffers=gradients if launch.engine == "ddp" else 0,  # DDP's buckets are a copy of all gradients
         reference=base if has_copy else 0,
         gathered=0,
     )
@@ -81,8 +86,8 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
         weights["adapters"] = shape.num_adapter * size // launch.shards(3)
     trained = shape.num_trained
     gradients = trained * size / launch.shards(2)
-    # float32 weights, moments and gradients beside 16-bit ones; stage 3 has the last for a sub-group at a time, for
-    # which DeepSpeed counts half. Of float32 parameters it keeps the flat copy that it updates.
+    # Per trained parameter: 4 bytes of float32 weight, 8 of moments, and, if the model has 16 bits, 4 of float32
+    # gradient. Stage 3 has float32 gradients for one sub-group at a time: DeepSpeed's estimator counts 2 bytes.
     is_by_sub_group = launch.zero_stage == 3 and not launch.offload_optimizer
     float32_gradients = 2 if is_by_sub_group else 4
     optimizer = trained * (4 + 8 + (float32_gradients if is_16_bit else 0)) / launch.shards(1)
@@ -109,28 +114,34 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
 
 
 def base_bytes(recipe: Recipe, shape: ModelShape, size: int) -> float:
-    """Bytes of the model without its adapter, whole."""
+    """Return the bytes of the unsharded model without its adapter.
+
+    size: bytes of one parameter that is not quantized
+    """
     quantization = quantization_of(recipe)
     if quantization is None:
         return float(shape.num_base * size)
     is_double = quantization.get("bnb_4bit_use_double_quant", False)
-    four_bits = DOUBLE_QUANTIZED_NF4_BYTES if is_double else NF4_BYTES
-    return shape.num_linear * four_bits + (shape.num_base - shape.num_linear) * size
+    nf4_bytes = DOUBLE_QUANTIZED_NF4_BYTES if is_double else NF4_BYTES
+    return shape.num_linear * nf4_bytes + (shape.num_base - shape.num_linear) * size
 
 
 def quantization_of(recipe: Recipe) -> dict[str, object] | None:
-    """The recipe's four-bit quantization, None without."""
+    """Return the recipe's 4-bit quantization settings; None without quantization."""
     quantization: dict[str, object] | None = recipe.model.get("quantization_config")
     return quantization if quantization and quantization.get("load_in_4bit") else None
 
 
 def is_bfloat16(recipe: Recipe) -> bool:
-    """Whether the weights are loaded in bfloat16."""
+    """Return True if the weights are loaded in bfloat16."""
     return bool(recipe.model.get("dtype", "bfloat16") == "bfloat16")
 
 
 def reward_models(recipe: Recipe) -> tuple[float, float]:
-    """Bytes of the local reward model on a process's GPU and on its host."""
+    """Return the bytes of the recipe's local reward model for one process: on its GPU, and on its host.
+
+    Raise InputError if its config cannot be loaded.
+    """
     options = recipe.rewards.get("reward_model")
     if recipe.stage != "rloo" or not options:
         return 0.0, 0.0
