@@ -142,16 +142,13 @@ def update_weights(
 
 
 @contextmanager
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Context in which every process holds the whole model, so that it can sample on its own.
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Context in which every process holds the whole of a model that ZeRO-3 shards, so that it can sample on its own.
 
-    At ZeRO stage 3 each GPU then holds the whole model beside its shards (`rekatrain plan` counts it; with vLLM servers
+    Each GPU then holds the whole model beside its shards (`rekatrain plan` counts it; with vLLM servers
     it is not needed). The hooks by which layers gather and drop their weights are off meanwhile: processes sample for
     as many tokens as their completions have, each on its own.
     """
-    if zero_stage(accelerator) < 3:
-        yield
-        return
     from trl.models.utils import add_hooks, remove_hooks
 
     with gathered(list(model.parameters())):
@@ -207,12 +204,6 @@ def writable(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> It
 
     with GatheredParameters(list(parameters), modifier_rank=0):
         yield accelerator.is_main_process
-
-
-def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Context with the arithmetic of a prepared model's forward, for a call that does not go through it."""
-    # DeepSpeed has cast the weights themselves.
-    return nullcontext() if _is_deepspeed(accelerator) else accelerator.autocast()
 
 
 def _is_deepspeed(accelerator: Accelerator) -> bool:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.distributed import autocast, frozen, zero_stage
+from rekatrain.trainer.rloo.distributed import frozen, zero_stage
 from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
 from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, run_decoder
 
@@ -242,9 +242,12 @@ def make_reference(
     else:
         initial = frozen(accelerator, copy.deepcopy(model))
 
+    # A prepared model autocasts its own forward; this call does not go through it. DeepSpeed has cast the weights.
+    arithmetic = nullcontext if zero_stage(accelerator) else accelerator.autocast
+
     def reference_logprobs(packed: PackedCompletions) -> Tensor:
         without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
-        with torch.no_grad(), without_adapter, autocast(accelerator):
+        with torch.no_grad(), without_adapter, arithmetic():
             scored: Tensor = initial(replace(packed, cutoffs=None))  # over every token, whatever the sampler filtered
             return scored
 

@@ -82,8 +82,6 @@ class LossInputs:
 
 def set_advantages(batches: Sequence[LossInputs], config: RLOOConfig) -> None:
     """Set the advantages of batches that together hold whole groups, in order; after the KL is known."""
-    if not batches:
-        return
     rewards_PG = torch.cat([batch.rewards for batch in batches]).view(-1, config.num_generations)
     if config.beta and config.kl_placement == "reward":
         kl_N = torch.cat([batch.kl for batch in batches if batch.kl is not None])

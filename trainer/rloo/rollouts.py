@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.workers.pool import Job
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.distributed import whole_weights
+from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
 
@@ -82,12 +84,12 @@ class InProcessRollouts:
         setup: RunSetup,
         prompt_indices: Sequence[int],
     ) -> None:
-        self._accelerator, self._model, self._sampler = accelerator, model, sampler
-        self._setup, self._prompt_indices = setup, prompt_indices
+        self._sampler, self._setup, self._prompt_indices = sampler, setup, prompt_indices
+        self._weights = partial(whole_weights, model) if zero_stage(accelerator) == 3 else nullcontext
 
     def __call__(self, step: int, lap: Lap) -> tuple[list[Group], list[Group]]:
         """Sample and score this process's groups of `step`."""
-        with whole_weights(self._accelerator, self._model):
+        with self._weights():
             return roll_out(self._sampler, self._setup, self._prompt_indices, step, lap)
 
 
@@ -128,7 +130,9 @@ def roll_out(
             num_generations=config.num_generations,
             lap=lap,
         )
-        groups.update(zip(indices, (apply_length_penalties(group, config) for group in sampled), strict=True))
+        if config.overlong_buffer is not None or config.truncated_completions != "keep":
+            sampled = [apply_length_penalties(group, config) for group in sampled]
+        groups.update(zip(indices, sampled, strict=True))
     return list(groups.values()), replaced
 
 

@@ -114,5 +114,6 @@ def score_before_training(run: Run, batches: list[MicroBatch], some_token: int) 
     if run.reference is not None:
         for batch in batches:
             batch.reference_logprobs = run.reference(batch.packed)
-    set_advantages(early, run.setup.config)
+    if early:
+        set_advantages(early, run.setup.config)
     return batches

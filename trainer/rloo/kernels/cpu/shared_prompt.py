@@ -6,7 +6,7 @@ output o and log-sum-exp l of the completion part, p and m of the prompt part:
 
     output over both = o + sigmoid(m - l) (p - o)      log-sum-exp over both = log(exp l + exp m)
 
-The backward pass of a part is the flash-attention backward of its own call, given the merged output and log-sum-exp,
+The backward pass of a part is the flash-attention backward of its call, given the merged output and log-sum-exp,
 because it recomputes probabilities from the normalizer (Dao et al., arXiv 2205.14135, section 3.1 and appendix B).
 
 Shapes: T tokens of a call, H heads, K key-value heads, h = H / K heads that share one, D size of a head.

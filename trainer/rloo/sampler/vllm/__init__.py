@@ -1,1 +1,1 @@
-"""Rollouts by vLLM servers: sampling over HTTP, weights that reach the servers, one step off policy."""
+"""Rollouts by vLLM servers: sampling over HTTP, publishing weights to the servers, one step off policy."""

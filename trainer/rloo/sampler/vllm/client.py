@@ -1,28 +1,24 @@
-"""One vLLM server over HTTP: a request is answered, refused for good, or has met a server that is down for now."""
+"""HTTP client of one vLLM server: a request is answered, rejected for good, or fails because the server is down."""
 
 import asyncio
 from types import TracebackType
-from typing import Any
 
 import httpx2
 
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.models.endpoint import TRANSIENT_STATUS, Json
 
-# Overload, a proxy's trouble or an engine that died: the same request may be answered later, or elsewhere.
-PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 SHOWN_CHARACTERS = 300
-# Seconds for what a server answers at once, busy or not.
+# Seconds for requests that a server answers at once, even when it is busy.
 GET_TIMEOUT = 60.0
-
-Json = dict[str, Any]  # Any: a JSON value, not yet checked
 
 
 class ServerDown(Exception):
-    """No answer, and none to be expected at once."""
+    """The server gives no answer now; the same request may succeed later, or on another server."""
 
 
-class ServerRefused(Exception):
-    """The server's own refusal of a request."""
+class RequestRejected(Exception):
+    """The server rejects this request and would reject it again; `status` is the HTTP status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -30,15 +26,18 @@ class ServerRefused(Exception):
 
 
 class ServerClient:
-    """Talks to the server at `url`; used within `async with`."""
+    """Sends requests to the server at `url`; used within `async with`."""
 
     def __init__(self, url: str, *, request_timeout: float) -> None:
-        """`request_timeout`: seconds for one request, from its start to its whole answer."""
+        """Check the URL; nothing is sent.
+
+        request_timeout: seconds for one request, from its start to the last byte of the response
+        """
         self.url = check_url(url)
         self._timeout = request_timeout
 
     async def __aenter__(self) -> "ServerClient":
-        # Nothing is queued here: the pool bounds what is in flight. httpx's own limits are for each read.
+        # No queue here: the pool limits the requests in flight. httpx's own time limits are per read, so none is set.
         self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None))
         return self
 
@@ -48,39 +47,39 @@ class ServerClient:
         await self._http.aclose()
 
     async def get(self, path: str) -> Json:
-        """The JSON object at a path; empty where the answer is none."""
-        return await self._ask("GET", path, None)
+        """Return the JSON object at a path; {} if the response is not a JSON object."""
+        return await self._send("GET", path, None)
 
     async def post(self, path: str, body: Json | None = None) -> Json:
-        """The JSON object that a request is answered with; empty where the answer is none."""
-        return await self._ask("POST", path, body)
+        """Post a body and return the JSON object of the response; {} if it is not a JSON object."""
+        return await self._send("POST", path, body)
 
-    async def _ask(self, method: str, path: str, body: Json | None) -> Json:
-        where = f"the vLLM server {self.url}"
+    async def _send(self, method: str, path: str, body: Json | None) -> Json:
+        name = f"the vLLM server {self.url}"
         timeout = self._timeout if method == "POST" else min(self._timeout, GET_TIMEOUT)
         try:
             async with asyncio.timeout(timeout):
                 response = await self._http.request(method, f"{self.url}{path}", json=body)
         except TimeoutError:
-            raise ServerDown(f"{where} gave no answer within {timeout:g} s") from None
+            raise ServerDown(f"{name} gave no answer within {timeout:g} s") from None
         except httpx2.TransportError as error:
-            raise ServerDown(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
+            raise ServerDown(f"{name} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:
-            told = f"{where} answered {path} with {response.status_code}: {_shorten(response.text)}"
-            # What vLLM's engine says of one request while it lives has no other status either.
+            message = f"{name} answered {path} with {response.status_code}: {_shorten(response.text)}"
+            # vLLM also answers 500 where its engine is fine and rejects one request: "Call to ... method failed".
             is_final = response.status_code == 500 and "method failed" in response.text
-            if response.status_code in PASSING_STATUS and not is_final:
-                raise ServerDown(told)
-            raise ServerRefused(told, response.status_code)
+            if response.status_code in TRANSIENT_STATUS and not is_final:
+                raise ServerDown(message)
+            raise RequestRejected(message, response.status_code)
         try:
-            answer = response.json()
+            content = response.json()
         except ValueError:
             return {}
-        return answer if isinstance(answer, dict) else {}
+        return content if isinstance(content, dict) else {}
 
 
 def check_url(url: str) -> str:
-    """The URL without a final slash; InputError unless it is a plain one of a server's root."""
+    """Return the URL without a final slash; raise InputError unless it is the plain root of a server."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:

@@ -1,6 +1,6 @@
-"""Several servers as one: work goes to a server that is up, and to another one, or later, where it goes down.
+"""Spread requests over several vLLM servers; retry on the same or another server when one goes down.
 
-Not strictly in turns: a group goes to the server with the fewest in flight, so that a slow server gets less of them.
+A group goes to the server with the fewest groups in flight, so a slow server gets less work.
 """
 
 import asyncio
@@ -19,27 +19,31 @@ from rekatrain.trainer.rloo.sampler.vllm.client import ServerClient, ServerDown
 
 logger = logging.getLogger(__name__)
 
-# Attempts at one piece of work: a server that goes down with each of them has something against it.
+# Attempts per job. After that many, assume that the request itself crashes the server.
 MAX_ATTEMPTS = 8
 _BACK_OFF = wait_random_exponential(multiplier=0.25, max=10)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
-class _Place:
-    """A server and what it has in flight."""
+class _Server:
+    """A server with its state.
+
+    is_known: True once the server has been seen up or down. Until all servers are known, none gets work: otherwise the
+              first to be up would get all of it.
+    """
 
     client: ServerClient
     num_in_flight: int = 0
     is_up: bool = False
-    is_known: bool = False  # to be up or down: until all are, the first to be up would get all the work
+    is_known: bool = False
 
 
 class ServerPool:
-    """Servers for one step's work; used within `async with`.
+    """The servers of one step, used within `async with`.
 
-    num_retries: pieces of work that were begun again
+    num_retries: number of jobs that were started again
     """
 
     def __init__(
@@ -50,12 +54,13 @@ class ServerPool:
         max_in_flight: int,
         server_timeout: float,
     ) -> None:
-        """`make_ready` is awaited before a server gets work, again when it has been down; it may raise ServerDown.
+        """Store the settings; nothing is sent.
 
-        max_in_flight:  on all servers together
+        make_ready:     awaited before a server gets work, and again after it was down; may raise ServerDown
+        max_in_flight:  jobs in flight on all servers together
         server_timeout: seconds without any server after which the step fails
         """
-        self._places = [_Place(client=client) for client in clients]
+        self._servers = [_Server(client=client) for client in clients]
         self._make_ready = make_ready
         self._max_in_flight, self._server_timeout = max_in_flight, server_timeout
         self._down: dict[str, str] = {}
@@ -66,9 +71,9 @@ class ServerPool:
     async def __aenter__(self) -> "ServerPool":
         self._changed = asyncio.Condition()
         self._stack = AsyncExitStack()
-        for place in self._places:
-            await self._stack.enter_async_context(place.client)
-        self._tasks = {asyncio.create_task(self._bring_up(place)) for place in self._places}
+        for server in self._servers:
+            await self._stack.enter_async_context(server.client)
+        self._tasks = {asyncio.create_task(self._bring_up(server)) for server in self._servers}
         return self
 
     async def __aexit__(
@@ -79,75 +84,83 @@ class ServerPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stack.aclose()
 
-    async def run(self, work: Callable[[ServerClient], Awaitable[Answer]]) -> Answer:
-        """What `work` gives on one of the servers; where it raises ServerDown it is begun again, there or elsewhere."""
-        told = ""
+    async def run(self, job: Callable[[ServerClient], Awaitable[Result]]) -> Result:
+        """Run `job` on one of the servers and return its result; start it again if it raises ServerDown.
+
+        Raise InputError after MAX_ATTEMPTS attempts, or when no server is up for `server_timeout` seconds.
+        """
+        message = ""
         for attempt in range(MAX_ATTEMPTS):
             self.num_retries += attempt > 0
-            place = await self._take()
+            server = await self._acquire()
             try:
-                return await work(place.client)
+                return await job(server.client)
             except ServerDown as error:
-                told = str(error)
-                self._goes_down(place)
+                message = str(error)
+                self._mark_down(server)
             finally:
-                place.num_in_flight -= 1
+                server.num_in_flight -= 1
                 await self._notify()
-        raise InputError(f"a group of rollouts failed {MAX_ATTEMPTS} times; the last time {told}")
+        raise InputError(f"a group of rollouts failed {MAX_ATTEMPTS} times; last error: {message}")
 
-    async def _take(self) -> _Place:
+    async def _acquire(self) -> _Server:
         async with self._changed:
             await self._changed.wait_for(self._has_room)
             if self._error is not None:
                 raise self._error
-            place = min((place for place in self._places if place.is_up), key=lambda place: place.num_in_flight)
-            place.num_in_flight += 1
-            return place
+            server = min((server for server in self._servers if server.is_up), key=lambda server: server.num_in_flight)
+            server.num_in_flight += 1
+            return server
 
     def _has_room(self) -> bool:
         if self._error is not None:
             return True
-        if not all(place.is_known for place in self._places):
+        if not all(server.is_known for server in self._servers):
             return False
-        is_free = sum(place.num_in_flight for place in self._places) < self._max_in_flight
-        return is_free and any(place.is_up for place in self._places)
+        is_free = sum(server.num_in_flight for server in self._servers) < self._max_in_flight
+        return is_free and any(server.is_up for server in self._servers)
 
-    def _goes_down(self, place: _Place) -> None:
-        if place.is_up:  # and not already seen by another piece of work
-            place.is_up = False
+    def _mark_down(self, server: _Server) -> None:
+        if server.is_up:  # otherwise another job has already marked it
+            server.is_up = False
             self._last_up = time.monotonic()
-            self._tasks.add(asyncio.create_task(self._bring_up(place)))
+            self._tasks.add(asyncio.create_task(self._bring_up(server)))
 
-    async def _bring_up(self, place: _Place) -> None:
-        url = place.client.url
+    async def _bring_up(self, server: _Server) -> None:
+        """Wait until a server is up and ready, with back-off between attempts."""
+        url = server.client.url
         attempts = AsyncRetrying(retry=retry_if_exception_type(ServerDown), wait=_BACK_OFF, reraise=True)
         try:
             async for attempt in attempts:
                 with attempt:
-                    await self._try(place)
-        except Exception as error:  # what nobody waits for must reach those who wait for a server
+                    await self._check_ready(server)
+        except Exception as error:  # nobody awaits this task: `_acquire` raises its error
             self._error = self._error or error
         else:
-            place.is_up = place.is_known = True
+            server.is_up = server.is_known = True
             if self._down.pop(url, None):
                 logger.warning("rollouts: the vLLM server %s is up again", url)
         await self._notify()
 
-    async def _try(self, place: _Place) -> None:
+    async def _check_ready(self, server: _Server) -> None:
+        """Make one attempt to reach a server and make it ready.
+
+        Raise ServerDown where it fails, and InputError if no server has been up for `server_timeout` seconds.
+        """
         try:
-            await place.client.get("/health")
-            await self._make_ready(place.client)
+            await server.client.get("/health")
+            await self._make_ready(server.client)
         except ServerDown as error:
-            if place.client.url not in self._down:
+            if server.client.url not in self._down:
                 logger.warning("rollouts: %s; waiting for it", error)
-            self._down[place.client.url] = str(error)
-            place.is_known = True
+            self._down[server.client.url] = str(error)
+            server.is_known = True
             await self._notify()
-            waited = time.monotonic() - self._last_up
-            if waited > self._server_timeout and not any(place.is_up for place in self._places):
+            seconds_down = time.monotonic() - self._last_up
+            if seconds_down > self._server_timeout and not any(server.is_up for server in self._servers):
                 raise InputError(
-                    f"no vLLM server for {self._server_timeout:g} s (rloo.vllm_server_timeout): {error}; start it and "
-                    "go on with --resume"
+                    f"no vLLM server for {self._server_timeout:g} s (rloo.vllm_server_timeout): {error}; start one and "
+                    "continue the run with --resume"
                 ) from None
             raise
 

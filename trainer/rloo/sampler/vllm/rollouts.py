@@ -1,13 +1,30 @@
-"""A step's rollouts from servers: weights published first, and the next step's batch sampled while this one trains."""
+"""Each step's rollouts from vLLM servers: who samples which batch when, and from which weights.
+
+W0, W1, ... are the weights after 0, 1, ... updates; batch n is the one that step n trains. Sampling includes scoring.
+
+On policy (`max_staleness: 0`), the main thread samples a batch and then trains it:
+
+    main thread  | publish W0 | sample 0 from W0 | train 0 -> W1    | publish W1 | sample 1 from W1 | train 1 -> W2    |
+
+One step off policy (`max_staleness: 1`), a background thread samples the next batch while the main thread trains:
+
+    main thread  | publish W0 | sample 0 from W0 | train 0 -> W1    | publish W1 | train 1 -> W2    | publish W2 | ...
+    background   |            |                  | sample 1 from W0 |            | sample 2 from W1 |            | ...
+    queue        |            |                  |                  | batch 1    |                  | batch 2    | ...
+
+The queue, `ServerRollouts._queue`, holds the batch that the background thread samples or has sampled: at most one. It
+is part of a checkpoint, so a resumed run trains that batch. The servers load published weights between two batches,
+when no request is in flight (weights.py).
+"""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rekatrain.data.chat import FinishReason
+from rekatrain.rewards.models.endpoint import Json
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.rollouts import Group, Lap, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -16,96 +33,92 @@ from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
 from rekatrain.trainer.rloo.setup import RunSetup
 
+# Groups to train on, and groups that dynamic sampling replaced.
 Rolled = tuple[list[Group], list[Group]]
-Json = dict[str, Any]  # Any: a JSON value
 
 
 class ServerRollouts:
-    """Source of groups that vLLM servers sample: the `RolloutSource` of a run with servers.
+    """Groups sampled by vLLM servers: the `RolloutSource` of a run with servers."""
 
-    On policy, a step's batch is sampled from the weights that it then trains. With `max_staleness` 1 it has been
-    sampled while the batch before it was trained, from the weights of one update ago. The servers change weights
-    between two batches, when nothing is in flight. A batch that waits is part of a checkpoint: a resumed run trains it.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        policy: Policy,
-        task: RunSetup,
-        run_folder: Path,
-    ) -> None:
-        self._accelerator, self._policy, self._task = accelerator, policy, task
-        self._run_folder, self._prompt_indices = run_folder, task.prompt_indices(accelerator)
-        self.sampler = VLLMSampler(task.tokenizer, task.config, vocab_size=policy.config.vocab_size)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
-        self._waiting: dict[int, Future[Rolled]] = {}
+    def __init__(self, accelerator: Accelerator, policy: Policy, setup: RunSetup, run_folder: Path) -> None:
+        self._accelerator, self._policy, self._setup = accelerator, policy, setup
+        self._run_folder, self._prompt_indices = run_folder, setup.prompt_indices(accelerator)
+        self.sampler = VLLMSampler(setup.tokenizer, setup.config, vocab_size=policy.config.vocab_size)
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._queue: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
         self._transfer: WeightTransfer | None = None
-        if task.config.max_staleness:
+        if setup.config.max_staleness:
             accelerator.register_for_checkpointing(self)
 
     def __call__(self, step: int, lap: Lap) -> Rolled:
-        """The step's groups, as `roll_out` gives them; from the weights of `step` or `step - 1` updates."""
-        waiting = self._waiting.pop(step, None)
-        self._staleness = int(waiting is not None)
-        rolled = waiting.result() if waiting else None
+        """Return this process's groups of `step`, as `roll_out` does, from the weights of `step` or `step - 1` updates.
+
+        With `max_staleness` 1 also start to sample the next step's batch in the background.
+        """
+        # Take this step's batch from the queue, and wait until it is sampled: then no request is in flight.
+        queued = self._queue.pop(step, None)
+        self._staleness = int(queued is not None)
+        rolled = queued.result() if queued else None
         lap("wait")
         self._num_retries, self.sampler.num_retries = self.sampler.num_retries, 0
-        config = self._task.config
-        goes_ahead = config.max_staleness and step + 1 < config.max_steps
-        if rolled is None or goes_ahead:
+        config = self._setup.config
+        samples_ahead = config.max_staleness and step + 1 < config.max_steps
+        # Publish the weights that the next batch to be sampled needs.
+        if rolled is None or samples_ahead:
             self.sampler.weights = self._publish(step)
             lap("publish")
         if rolled is None:
-            rolled = roll_out(self.sampler, self._task, self._prompt_indices, step, lap)
-        if goes_ahead:
-            self._waiting[step + 1] = self._thread.submit(
-                roll_out, self.sampler, self._task, self._prompt_indices, step + 1, lambda phase: None
+            rolled = roll_out(self.sampler, self._setup, self._prompt_indices, step, lap)
+        if samples_ahead:
+            self._queue[step + 1] = self._background.submit(
+                roll_out, self.sampler, self._setup, self._prompt_indices, step + 1, lambda phase: None
             )
         return rolled
 
     def _publish(self, num_updates: int) -> ServedWeights:
-        urls = self._task.config.vllm_server_urls
-        if self._task.config.vllm_weight_transfer == "folder":
+        urls = self._setup.config.vllm_server_urls
+        if self._setup.config.vllm_weight_transfer == "folder":
             return publish(self._accelerator, self._policy, self._run_folder, num_updates)
         if self._transfer is None:
             self._transfer = WeightTransfer(urls, self._policy, rank=self._accelerator.process_index)
         return send(self._accelerator, self._transfer, urls, num_updates)
 
     def metrics(self) -> dict[str, float]:
-        """Updates between the weights that sampled the last batch and those it trained; groups asked for again."""
+        """Return the staleness of the last batch in updates, and the number of groups that were requested again."""
         return {"staleness": self._staleness, "groups_sampled_again": self._num_retries}
 
     def state_dict(self) -> Json:
-        """The batches that wait, of all processes; Accelerate saves it. Waits for what is being sampled."""
-        places = {id(prompt): place for place, prompt in enumerate(self._task.prompts)}
+        """Return the queued batch of all processes, once it is sampled; Accelerate saves it in a checkpoint."""
+        indices = {id(prompt): index for index, prompt in enumerate(self._setup.prompts)}
         mine = [
-            {"step": step, "is_replaced": is_replaced, **_to_json(group, places)}
-            for step, future in self._waiting.items()
+            {"step": step, "is_replaced": is_replaced, **_to_json(group, indices)}
+            for step, future in self._queue.items()
             for is_replaced, groups in enumerate(future.result())
             for group in groups
         ]
         return {"groups": gather_object(mine)}
 
     def load_state_dict(self, state: Json) -> None:
-        """Take up the batches of a checkpoint, each process its own prompts of a step."""
-        config = self._task.config
-        share = config.prompts_per_process(self._accelerator.num_processes)
+        """Restore the queued batch of a checkpoint; each process keeps the groups of its own prompts."""
+        config = self._setup.config
+        per_process = config.prompts_per_process(self._accelerator.num_processes)
         rolled: dict[int, Rolled] = {}
         for stored in state["groups"]:
             of_step = rolled.setdefault(stored["step"], ([], []))
-            if stored["prompt_index"] % config.prompts_per_step // share == self._accelerator.process_index:
-                of_step[stored["is_replaced"]].append(_from_json(stored, self._task))
+            # A replacement's index is `prompts_per_step` higher per round.
+            if stored["prompt_index"] % config.prompts_per_step // per_process == self._accelerator.process_index:
+                of_step[stored["is_replaced"]].append(_from_json(stored, self._setup))
         for step, groups in rolled.items():
-            self._waiting[step] = Future()
-            self._waiting[step].set_result(groups)
+            self._queue[step] = Future()
+            self._queue[step].set_result(groups)
 
 
-def _to_json(group: Group, places: dict[int, int]) -> Json:
+def _to_json(group: Group, indices: dict[int, int]) -> Json:
+    """Return a JSON object for a group; `indices` gives the index in the data of each prompt by its `id`."""
     return {
         "prompt_index": group.prompt_index,
-        "prompt": places[id(group.prompt)],
+        "prompt": indices[id(group.prompt)],
         "completions": [
             {
                 "ids": completion.ids,
@@ -123,7 +136,7 @@ def _to_json(group: Group, places: dict[int, int]) -> Json:
     }
 
 
-def _from_json(stored: Json, task: RunSetup) -> Group:
+def _from_json(stored: Json, setup: RunSetup) -> Group:
     completions = [
         Completion(
             **{**fields, "finish_reason": FinishReason(fields["finish_reason"]), "forced": range(*fields["forced"])}
@@ -132,5 +145,5 @@ def _from_json(stored: Json, task: RunSetup) -> Group:
     ]
     kept = ("prompt_index", "texts", "rewards", "rewards_by_name", "reward_errors", "is_in_loss")
     return Group(
-        prompt=task.prompts[stored["prompt"]], completions=completions, **{name: stored[name] for name in kept}
+        prompt=setup.prompts[stored["prompt"]], completions=completions, **{name: stored[name] for name in kept}
     )

@@ -1,7 +1,7 @@
-"""Whole models from the training GPUs into the servers' by NCCL: vLLM's weight-transfer interface, as of vLLM 0.30.
+"""Send whole models from the training GPUs to the servers' GPUs by NCCL: vLLM 0.30's weight-transfer interface.
 
-vLLM's own trainer engine does the work, so vLLM must be installed beside the trainer too. It has not been run yet: it
-needs GPUs. What is tested without them is that vLLM's classes take what is given to them here.
+vLLM's trainer engine does the work, so vLLM must be installed in the trainer's environment too. This has not been run
+yet, because it needs GPUs. A test without GPUs checks that vLLM's classes accept our arguments.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from rekatrain.trainer.rloo.gather import gathered
 
 
 class WeightTransfer:
-    """One NCCL group from the main process to the workers of each server."""
+    """NCCL groups, one per server, of the main process and the server's workers."""
 
     def __init__(self, urls: Sequence[str], policy: torch.nn.Module, *, rank: int) -> None:
-        """Meet the servers; on every process, of which rank 0 sends."""
+        """Connect to the servers; every process must call this, and rank 0 sends."""
         if not torch.cuda.is_available():
             raise InputError("rloo.vllm_weight_transfer nccl moves weights between GPUs: set it to folder")
         try:
@@ -40,13 +40,13 @@ class WeightTransfer:
             self._engines.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source))
 
     def send(self) -> None:
-        """Send the policy's weights to one server after the other; on every process, whose parts ZeRO-3 gathers."""
+        """Send the policy's weights to each server in turn; every process must call this, because ZeRO-3 gathers."""
         for engine in self._engines:
             engine.send_weights()
 
 
 def init_info(*, rank: int, master_address: str, master_port: int, num_workers: int) -> Any:  # Any: vLLM's class
-    """How the main process and a server's workers meet."""
+    """Return the address and sizes of the NCCL group of the main process and a server's workers."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     return NCCLTrainerInitInfo(
@@ -55,7 +55,7 @@ def init_info(*, rank: int, master_address: str, master_port: int, num_workers: 
 
 
 def policy_source(policy: torch.nn.Module) -> Any:  # Any: vLLM's class
-    """A policy's parameters as vLLM asks for them, one whole parameter at a time."""
+    """Return a policy's parameters as vLLM's `WeightSource`, which yields one whole parameter at a time."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
@@ -77,7 +77,7 @@ def _num_workers(url: str) -> int:
     response = httpx2.get(f"{url}/get_world_size")
     if response.status_code != 200:
         raise InputError(
-            f"the vLLM server {url} takes no weights: start it by rekatrain serve-rollouts, or with "
+            f"the vLLM server {url} accepts no weights: start it by rekatrain serve-rollouts, or with "
             "VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config"
         )
     return int(response.json()["world_size"])
