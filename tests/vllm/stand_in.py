@@ -1,6 +1,6 @@
-"""A vLLM server for fast tests: its routes and schema as of version 0.30, its answers from the in-process sampler.
+"""A stand-in for a vLLM 0.30 server in fast tests: the same routes and schema, completions by the in-process sampler.
 
-It draws with the numbers that an in-process run draws with, so that a run through it must be that run.
+It draws with the uniform numbers of an in-process run, so a run with it must equal that run.
 """
 
 import threading
@@ -26,32 +26,33 @@ from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
 
 
 class StandIn:
-    """Answers as a vLLM server would that was started with the model in `folder`.
+    """Responds as a vLLM server that was started with the model in `folder`.
 
-    trouble: called with each request for completions and its number from 0; what it returns is answered instead
-    loaded:  names of the weights that have been loaded, in order
-    keys:    of prompts, and of the first and second requests that completions go on by, by their seeds
+    trouble: called with the number (from 0) and the body of each request for completions; a result that is not None is
+             the response
+    loaded:  names of the weights that were loaded, in order
+    keys:    by seed, the keys of prompts and of the first and second continuation of each completion
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, has_lora: bool = True) -> None:
         self.folder, self.tokenizer, self.has_lora = folder, tokenizer, has_lora
-        self.version_told, self.context = "0.30.0", 256
+        self.version, self.context = "0.30.0", 256
         self.trouble: Callable[[int, dict], tuple[int, Any] | None] = lambda number, body: None
-        self.num_asked = 0
+        self.num_requests = 0
         self.loaded: list[str] = []
         self.finished: list[tuple[str, int]] = []
         self.max_logprobs = 20
         keys = [(1, seed, step, prompt_index) for step in range(20) for prompt_index in range(20)]
         self.keys = {
             seed_of(key): key
-            for key in [*keys, *((*key, place, n) for key in keys for place in range(4) for n in (1, 2))]
+            for key in [*keys, *((*key, index, n) for key in keys for index in range(4) for n in (1, 2))]
         }
         self._prompts: dict[tuple[int, ...], list[int]] = {}
         self._lock = threading.Lock()
         self.restart()
 
     def restart(self) -> None:
-        """Forget all weights but those it was started with."""
+        """Forget all weights but the first."""
         self.adapters: dict[str, PeftModel] = {}
         self.model: Any = LlamaForCausalLM.from_pretrained(self.folder)
         self.weight_version = "default"
@@ -65,7 +66,7 @@ class StandIn:
         return 200, {}
 
     def _version(self, _: None) -> tuple[int, Any]:
-        return 200, {"version": self.version_told}
+        return 200, {"version": self.version}
 
     def _models(self, _: None) -> tuple[int, Any]:
         served = [{"id": "policy", "root": str(self.folder), "max_model_len": self.context}]
@@ -108,13 +109,13 @@ class StandIn:
 
     def _completions(self, body: Any) -> tuple[int, Any]:
         if body["logprobs"] > self.max_logprobs:
-            told = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
-            return 400, {"error": {"message": told}}
+            message = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
+            return 400, {"error": {"message": message}}
         if (forced := body.get("logit_bias")) and list(forced.values()) == [100.0]:
             choice = {"token_ids": [int(*forced)], "logprobs": {"token_logprobs": [self.forced_logprob]}}
             return 200, {"choices": [choice]}
-        self.num_asked += 1
-        if (trouble := self.trouble(self.num_asked - 1, body)) is not None:
+        self.num_requests += 1
+        if (trouble := self.trouble(self.num_requests - 1, body)) is not None:
             return trouble
         name = body.get("model", "policy")
         if name != "policy" and name not in self.adapters:
@@ -128,20 +129,20 @@ class StandIn:
             for index, c in enumerate(group)
         ]
         self.finished.append((name, body["seed"]))
-        return 200, {"model": name, "choices": choices[::-1]}  # in no order: the index counts
+        return 200, {"model": name, "choices": choices[::-1]}  # out of order: the index counts
 
     forced_logprob = 0.0
 
     def _sample(self, model: Any, body: Any) -> list[Completion]:
-        """A group from its beginning, or one completion from where the prompt has it, by the uniforms from there on."""
+        """Sample a group, or the rest of one completion with the uniform numbers that come after its first part."""
         key = self.keys[body["seed"]]
         prompt = self._prompts.setdefault(key[:4], body["prompt"])
-        num_begun, places = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
+        num_done, indices = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
         assert (
-            body["prompt"][: len(prompt)] == prompt and (num_begun > 0) == (len(key) == 6) and len(places) == body["n"]
+            body["prompt"][: len(prompt)] == prompt and (num_done > 0) == (len(key) == 6) and len(indices) == body["n"]
         )
-        end = num_begun + body["max_tokens"]
-        uniforms = np.stack([np.random.default_rng([*key[:4], place]).random(end)[num_begun:] for place in places])
+        end = num_done + body["max_tokens"]
+        uniforms = np.stack([np.random.default_rng([*key[:4], index]).random(end)[num_done:] for index in indices])
         sampler = Sampler(
             model,
             self.tokenizer,
@@ -155,7 +156,7 @@ class StandIn:
             return sampler._sample_batch([body["prompt"]], uniforms, body["n"], None, 0)
 
     def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
-        """The drawn token and the likeliest ones, which are as many as were asked for, of those that could be drawn."""
+        """List log-probs of the drawn token and, of the kept tokens, as many of the most likely as the request says."""
         assert body["return_tokens_as_token_ids"]
         with torch.no_grad():
             logits = model(torch.tensor([body["prompt"] + completion.ids])).logits[0, len(body["prompt"]) - 1 : -1]
@@ -172,7 +173,7 @@ class StandIn:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in one order, whoever samples."""
+    """Let torch add in one order, whichever process samples."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
-"""Rollouts by servers, against a stand-in that speaks vLLM's schema: a run through it is the in-process run.
+"""Rollouts by servers, with a stand-in that speaks vLLM's API: a run with servers equals the in-process run.
 
-The real vLLM is in test_vllm_server.py.
+test_server.py runs the real vLLM.
 """
 
 import json
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
 from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm import pool
-from rekatrain.trainer.rloo.sampler.vllm.responses import AnswerReader
+from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader
 from rekatrain.trainer.run_folder import read_records
-from safetensors.torch import load_file
-from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
-
 from tests.helpers.rloo import open_reasoning
 from tests.vllm.stand_in import StandIn, one_thread
 
@@ -42,7 +42,7 @@ ONE_OFF = {"max_staleness": 1, "importance_sampling_correction": "sequence_trunc
 def run(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[list[dict], list[dict], dict]]:
-    """Run RLOO for some steps -> its metrics, its rollouts, its last weights."""
+    """Run RLOO for some steps -> metrics, rollouts, last weights."""
     rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(1, 9)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARD)
@@ -89,15 +89,15 @@ def stand_in(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> StandIn:
 
 
 def sampled(rollouts: list[dict]) -> list[tuple]:
-    """What was sampled and earned in each step, prompt_index and place."""
+    """Return ids, finish reason and reward of each completion, ordered by step and prompt."""
     ordered = sorted(rollouts, key=lambda record: (record["step"], record["prompt_index"]))
     return [(r["step"], r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in ordered]
 
 
-def refusal(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:
-    """The one line that a run ends with."""
+def error_line(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:
+    """Return the one line of error that a run exits with."""
     with pytest.raises(SystemExit) as caught:
-        run("refused", *arguments, **rloo)
+        run("rejected", *arguments, **rloo)
     assert caught.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1
@@ -105,7 +105,7 @@ def refusal(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
-def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model_folder, tokenizer, lora) -> None:
+def test_server_rollouts_equal_in_process_rollouts(run, serve, stand_in, model_folder, tokenizer, lora) -> None:
     other = StandIn(model_folder, tokenizer, seed=3)
     metrics, rollouts, weights = run("served", [serve(stand_in).url, serve(other).url + "/"], lora=lora)
     expected, expected_rollouts, expected_weights = run("here", None, lora=lora)
@@ -113,11 +113,11 @@ def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model
     assert [step["reward"] for step in metrics] == [step["reward"] for step in expected]
     for name, tensor in expected_weights.items():
         assert_close(weights[name], tensor, rtol=0, atol=1e-6)
-    # The trainer finds the probabilities that the server drew with, at every version of the weights.
+    # The trainer computes the log-probs that the server drew with, at every version of the weights.
     assert max(step["mismatch_logprob"] for step in metrics) < 1e-4 and metrics[2]["kl"] > 1e-3
     assert [step["staleness"] for step in metrics] == [0, 0, 0]
 
-    # Each server got each version once, under names of their own, and holds no more than the last.
+    # Each server loaded each version once, under separate names, and has the last one only.
     assert len(stand_in.finished) > 0 < len(other.finished)
     assert len(stand_in.finished) + len(other.finished) == 3 * 4
     assert stand_in.loaded == other.loaded and len(set(stand_in.loaded)) == 3
@@ -128,7 +128,7 @@ def test_a_run_through_servers_is_the_in_process_run(run, serve, stand_in, model
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_k": 20, "top_p": 0.8}])
-def test_a_filtered_run_through_servers_is_the_in_process_run(run, serve, stand_in, filters: dict) -> None:
+def test_server_rollouts_with_filters_equal_in_process_rollouts(run, serve, stand_in, filters: dict) -> None:
     filters |= {"temperature": 1.3, "max_steps": 2}
     metrics, rollouts, weights = run("served", serve(stand_in).url, **filters)
     _, expected_rollouts, expected_weights = run("here", None, **filters)
@@ -141,9 +141,9 @@ def test_a_filtered_run_through_servers_is_the_in_process_run(run, serve, stand_
 @pytest.mark.parametrize(
     ("cap", "filters"),
     [(10, {}), (24, {"top_k": 20, "top_p": 0.95, "temperature": 1.5})],
-    ids=["cut off in the closing", "filtered, up to the answer"],
+    ids=["truncated in the closing", "filtered, up to the answer"],
 )
-def test_a_reasoning_budget_through_servers_is_the_in_process_one(
+def test_server_rollouts_with_a_reasoning_budget_equal_in_process(
     run, serve, stand_in, ending_model, tokenizer, tmp_path, cap: int, filters: dict
 ) -> None:
     open_reasoning(ending_model, tokenizer)
@@ -154,21 +154,23 @@ def test_a_reasoning_budget_through_servers_is_the_in_process_one(
     settings = {"model": tmp_path / "model", "reasoning_budget": 7, "max_completion_length": cap, "max_steps": 2}
 
     def die(number: int, body: dict) -> tuple[int, Any] | None:
-        if number not in (2, 7):  # a group and, where there is room for an answer, a completion that goes on
+        if number not in (2, 7):  # a group and, where there is room for an answer, the rest of a completion
             return None
         stand_in.restart()
         return 500, {}
 
-    def stops_at_once(body: dict, answer: Callable[[dict], tuple[int, Any]] = stand_in._completions) -> tuple[int, Any]:
-        """As where vLLM decodes a prompt that ends within a character once more, and finds its `<sep>`."""
-        status, told = answer(body)
+    complete = stand_in._completions
+
+    def stop_at_once(body: dict) -> tuple[int, Any]:
+        """Stop falsely, as vLLM does where it decodes a prompt that ends within a character again and finds `<sep>`."""
+        status, response = complete(body)
         if status == 200 and stand_in.keys.get(body.get("seed"), ())[5:] == (1,):
-            [choice] = told["choices"]
+            [choice] = response["choices"]
             choice |= {"token_ids": choice["token_ids"][:1], "stop_reason": "<sep>"}
             choice["logprobs"] = {name: values[:1] for name, values in choice["logprobs"].items()}
-        return status, told
+        return status, response
 
-    stand_in.trouble, stand_in._completions = die, stops_at_once
+    stand_in.trouble, stand_in._completions = die, stop_at_once
     metrics, rollouts, weights = run("served", serve(stand_in).url, **settings, **filters)
     _, expected_rollouts, expected_weights = run("here", None, **settings, **filters)
     assert sampled(rollouts) == sampled(expected_rollouts)
@@ -181,19 +183,19 @@ def test_a_reasoning_budget_through_servers_is_the_in_process_one(
         assert_close(weights[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_stop_across_the_seam_of_two_requests_ends_the_completion(tokenizer) -> None:
-    reader = AnswerReader(tokenizer, RLOOConfig(max_steps=1, top_k=2, reasoning_budget=3))
+def test_response_reader_finds_a_stop_across_two_responses(tokenizer) -> None:
+    reader = ResponseReader(tokenizer, RLOOConfig(max_steps=1, top_k=2, reasoning_budget=3))
 
     def part(ids: list[int], **request: int) -> Completion:
         listed = [{"token_id:0": -0.5, f"token_id:{token}": -1.0, "token_id:9": -9999.0} for token in ids]
-        told = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids), "top_logprobs": listed}}
-        [completion] = reader.read({"choices": [told]}, "http://server", num_completions=1, max_tokens=len(ids))
+        choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids), "top_logprobs": listed}}
+        [completion] = reader.read({"choices": [choice]}, "http://server", num_completions=1, max_tokens=len(ids))
         return completion
 
     first, second = encode_text("4 <s", tokenizer), encode_text("ep> and so on", tokenizer)
-    beginning = reader.close_reasoning(part(first))
-    assert (beginning.ids, beginning.forced, beginning.finish_reason) == (first, range(0), FinishReason.LENGTH)
-    whole = reader.join(beginning, part(second))
+    partial = reader.close_reasoning(part(first))
+    assert (partial.ids, partial.forced, partial.finish_reason) == (first, range(0), FinishReason.LENGTH)
+    whole = reader.join(partial, part(second))
     end = len(first) + len(encode_text("ep>", tokenizer))
     assert (whole.ids, whole.finish_reason) == ((first + second)[:end], FinishReason.STOP)
     assert whole.logprobs == [-1.0] * end and whole.cutoffs == [-TIE] * end
@@ -201,11 +203,11 @@ def test_a_stop_across_the_seam_of_two_requests_ends_the_completion(tokenizer) -
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
 @pytest.mark.parametrize("num_servers", [1, 2])
-def test_a_server_that_dies_in_mid_step_costs_nothing(
+def test_server_pool_loses_nothing_when_a_server_dies(
     run, serve, stand_in, model_folder, tokenizer, lora, num_servers
 ) -> None:
     def die(number: int, body: dict) -> tuple[int, Any] | None:
-        if number in (2, 5, 6):  # it comes back with the weights that it was started with
+        if number in (2, 5, 6):  # it comes back with its first weights
             stand_in.restart()
             return 500, {"error": {"message": "EngineCore encountered an issue."}}
         return (503, {}) if number == 9 else None
@@ -220,25 +222,25 @@ def test_a_server_that_dies_in_mid_step_costs_nothing(
     assert sum(step["groups_sampled_again"] for step in metrics) >= (4 if num_servers == 1 else 1)
 
 
-def test_an_answer_from_other_weights_is_thrown_away(run, serve, stand_in) -> None:
+def test_sampler_drops_responses_from_other_weights(run, serve, stand_in) -> None:
     def answer_from_the_base(number: int, body: dict) -> None:
         if number == 3:
             stand_in.restart()
 
-    stand_in.trouble = answer_from_the_base  # its completions come from the base: the version says so
+    stand_in.trouble = answer_from_the_base  # its completions come from its first weights, as its version shows
     metrics, rollouts, _ = run("served", serve(stand_in).url, lora=None)
     _, expected_rollouts, _ = run("here", None, lora=None)
     assert sampled(rollouts) == sampled(expected_rollouts)
     assert sum(step["groups_sampled_again"] for step in metrics) >= 1
 
 
-def test_no_more_is_in_flight_than_the_recipe_says(run, serve, stand_in) -> None:
+def test_server_pool_limits_concurrent_requests(run, serve, stand_in) -> None:
     server = serve(stand_in)
     run("served", server.url, max_steps=1, per_device_generation_batch_size=8)
     assert server.most_at_once == 2
 
 
-def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_in) -> None:
+def test_server_rollouts_off_policy_use_the_weights_before(run, serve, stand_in) -> None:
     metrics, rollouts, weights = run("ahead", serve(stand_in).url, max_steps=4, **ONE_OFF)
     assert [step["staleness"] for step in metrics] == [0, 1, 1, 1]
     assert metrics[0]["mismatch_logprob"] < 1e-4 < 1e-3 < metrics[1]["mismatch_logprob"]
@@ -247,7 +249,7 @@ def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_i
     assert sampled(rollouts)[:32] == sampled(at_rest)
     assert len(sampled(rollouts)) == 4 * 16
 
-    # Resumed from any checkpoint, with a server that knows nothing of the run, it ends with the same weights.
+    # Resumed from any checkpoint, with a restarted server, the run ends with the same weights.
     shutil.rmtree("ahead/checkpoints/checkpoint-4")
     shutil.rmtree("ahead/checkpoints/checkpoint-3")
     stand_in.restart()
@@ -258,7 +260,7 @@ def test_one_step_off_policy_samples_from_the_weights_before(run, serve, stand_i
         assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(run, serve, stand_in) -> None:
+def test_server_rollouts_of_two_processes_resume_on_one(run, serve, stand_in) -> None:
     metrics, rollouts, weights = run("one", serve(stand_in).url, **ONE_OFF)
     stand_in.restart()
     stand_in.loaded.clear()
@@ -268,9 +270,9 @@ def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([*launch, "train", "two.yaml"], check=True, env=environment, timeout=240)
     assert sampled(read_records(Path("two/rollouts.jsonl"))) == sampled(rollouts)
-    assert len(stand_in.loaded) == 2  # each version once, not once a process, and none that nobody samples from
+    assert len(stand_in.loaded) == 2  # each version that is sampled from once, not once per process
 
-    # One process takes up what two have left: the batch of both waits in the checkpoint.
+    # One process resumes the run of two: the checkpoint holds the queued batch of both.
     shutil.rmtree("two/checkpoints/checkpoint-3")
     stand_in.restart()
     _, resumed, resumed_weights = run("two", serve(stand_in).url, "--resume", **ONE_OFF)
@@ -279,17 +281,17 @@ def test_processes_share_the_servers_and_a_checkpoint_keeps_what_waits_for_each(
         assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_at_learning_rate_0_one_step_off_policy_is_on_policy(run, serve, stand_in) -> None:
+def test_server_rollouts_off_policy_at_learning_rate_0_match(run, serve, stand_in) -> None:
     metrics, _, _ = run("ahead", serve(stand_in).url, learning_rate=0.0, **ONE_OFF)
     assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
 
 
-# What is told in one line, before a weight is loaded
+# Errors of one line, before a weight is loaded
 
 
 def break_it(stand_in: StandIn, how: str) -> None:
     change: dict[str, Callable[[], object]] = {
-        "old": lambda: setattr(stand_in, "version_told", "0.19.1"),
+        "old": lambda: setattr(stand_in, "version", "0.19.1"),
         "no vLLM": lambda: setattr(stand_in, "_version", lambda body: (200, {"hello": 1})),
         "other model": lambda: setattr(stand_in, "folder", Path("/models/other")),
         "short": lambda: setattr(stand_in, "context", 20),
@@ -302,7 +304,7 @@ def break_it(stand_in: StandIn, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ("old", r"is vLLM 0.19.1: rollouts need 0.30.0 or newer"),
         ("no vLLM", r"does not answer as vLLM does"),
@@ -314,58 +316,58 @@ def break_it(stand_in: StandIn, how: str) -> None:
         ("no runtime", r"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
     ],
 )
-def test_a_wrong_server_is_told_in_one_line(run, serve, stand_in, capsys, how: str, told: str) -> None:
+def test_check_servers_reports_a_wrong_server_in_one_line(run, serve, stand_in, capsys, how: str, message: str) -> None:
     break_it(stand_in, how)
-    line = refusal(run, serve(stand_in).url, capsys=capsys)
-    assert re.search(told, line) and "http://127.0.0.1" in line
-    assert stand_in.loaded == [] and not Path("refused").exists()
+    line = error_line(run, serve(stand_in).url, capsys=capsys)
+    assert re.search(message, line) and "http://127.0.0.1" in line
+    assert stand_in.loaded == [] and not Path("rejected").exists()
 
 
-def test_a_server_that_lists_too_few_tokens_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
-    line = refusal(run, serve(stand_in).url, capsys=capsys, top_k=25)
-    assert re.search(r"logprobs of 25, .* rloo.top_k asks .* start it with --max-logprobs 25", line)
-    assert stand_in.loaded == [] and not Path("refused").exists()
+def test_check_servers_reports_too_few_listed_logprobs(run, serve, stand_in, capsys) -> None:
+    line = error_line(run, serve(stand_in).url, capsys=capsys, top_k=25)
+    assert re.search(r"logprobs of 25, .* rloo.top_k needs .* start it with --max-logprobs 25", line)
+    assert stand_in.loaded == [] and not Path("rejected").exists()
     choice = {"token_ids": [0], "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:0": -1.0}]}}
     stand_in.trouble = lambda number, body: (200, {"model": body["model"], "choices": [choice] * 4})
-    assert "does not list the 5 log-probabilities" in refusal(run, serve(stand_in).url, capsys=capsys, top_k=5)
+    assert "does not list the 5 log-probs" in error_line(run, serve(stand_in).url, capsys=capsys, top_k=5)
 
 
-def test_no_server_is_told_in_one_line(run, serve, stand_in, capsys) -> None:
-    assert "cannot be reached" in refusal(run, "http://127.0.0.1:9", capsys=capsys)
-    assert "must read http://HOST:PORT" in refusal(run, "http://127.0.0.1:9/v1", capsys=capsys)
+def test_check_servers_reports_an_unreachable_server(run, serve, stand_in, capsys) -> None:
+    assert "cannot be reached" in error_line(run, "http://127.0.0.1:9", capsys=capsys)
+    assert "must read http://HOST:PORT" in error_line(run, "http://127.0.0.1:9/v1", capsys=capsys)
     stand_in._health = lambda body: (503, {})  # it goes down after the checks, for good
-    told = refusal(run, serve(stand_in).url, capsys=capsys, vllm_server_timeout=0.2)
-    assert "no vLLM server for 0.2 s" in told and "--resume" in told
+    line = error_line(run, serve(stand_in).url, capsys=capsys, vllm_server_timeout=0.2)
+    assert "no vLLM server for 0.2 s" in line and "--resume" in line
 
 
-def test_a_refused_request_and_an_unknown_ending_stop_the_run(run, serve, stand_in, capsys) -> None:
+def test_run_stops_at_rejected_requests_and_unknown_finishes(run, serve, stand_in, capsys) -> None:
     stand_in.trouble = lambda number, body: (400, {"error": {"message": "max_tokens is too large"}})
-    assert "max_tokens is too large" in refusal(run, serve(stand_in).url, capsys=capsys)
-    shutil.rmtree("refused")
+    assert "max_tokens is too large" in error_line(run, serve(stand_in).url, capsys=capsys)
+    shutil.rmtree("rejected")
     choice = {"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
     stand_in.trouble = lambda number, body: (200, {"model": body["model"], "choices": [choice] * 4})
-    assert "--generation-config vllm" in refusal(run, serve(stand_in).url, capsys=capsys)
-    shutil.rmtree("refused")
+    assert "--generation-config vllm" in error_line(run, serve(stand_in).url, capsys=capsys)
+    shutil.rmtree("rejected")
     stand_in.trouble = lambda number, body: (500, {})
-    assert "failed 8 times" in refusal(run, serve(stand_in).url, capsys=capsys)
+    assert "failed 8 times" in error_line(run, serve(stand_in).url, capsys=capsys)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"max_staleness": 1, "vllm_server_base_url": None}, "rloo.max_staleness 1 needs servers"),
         ({"max_staleness": 1}, "set importance_sampling_correction"),
         ({"top_p": 0.9}, "rloo.top_p 0.9 with vllm_server_base_url needs rloo.top_k as well"),
         ({"top_k": 5, **ONE_OFF}, "rloo.top_p and rloo.top_k go with num_iterations 1 and max_staleness 0"),
-        ({"lora": {**LORA, "use_dora": True}}, "lora.use_dora is not for rollouts by vLLM"),
+        ({"lora": {**LORA, "use_dora": True}}, "lora.use_dora is not supported for rollouts by vLLM"),
     ],
 )
-def test_what_does_not_go_with_servers_is_refused(run, capsys, settings: dict, told: str) -> None:
+def test_recipe_options_that_servers_lack_are_rejected(run, capsys, settings: dict, message: str) -> None:
     url = settings.pop("vllm_server_base_url", "http://127.0.0.1:9")
-    assert told in refusal(run, url, capsys=capsys, **settings)
+    assert message in error_line(run, url, capsys=capsys, **settings)
 
 
-def test_the_line_that_serves_a_recipe(run, serve, stand_in, capsys) -> None:
+def test_serve_rollouts_prints_the_command_of_a_recipe(run, serve, stand_in, capsys) -> None:
     run("served", serve(stand_in).url, max_steps=1, lora={**LORA, "r": 12})
     main(["serve-rollouts", "served.yaml", "--port", "8123", "--tensor-parallel-size", "2", "--print"])
     line = capsys.readouterr().out.splitlines()[-1]

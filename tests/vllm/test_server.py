@@ -1,6 +1,6 @@
-"""Rollouts by the real vLLM, started by `rekatrain serve-rollouts` with the python that VLLM_PYTHON names.
+"""Rollouts by the real vLLM, started by `rekatrain serve-rollouts` with the Python that VLLM_PYTHON names.
 
-The server runs on a CPU, on a tiny random model: what is tested is that its weights are the trainer's at every step.
+The server runs a tiny random model on a CPU. The tests check that its weights are the trainer's at every step.
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-from rekatrain.trainer.run_folder import read_records
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.run_folder import read_records
 from tests.helpers.rloo import open_reasoning
 
 PROJECT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 class LiveServer:
-    """`rekatrain serve-rollouts` in a process group of its own."""
+    """`rekatrain serve-rollouts` in a separate process group."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class LiveServer:
             time.sleep(0.5)
 
     def kill(self) -> None:
-        """End it and its engine at once, as a machine that fails does."""
+        """Kill the server and its engine at once, as a machine failure does."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self.log.close()
@@ -104,17 +104,17 @@ def start_run(folder: Path, recipe: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, recipe: str) -> tuple[list[dict], list[dict]]:
-    """Metrics and rollouts of a whole run."""
+    """Run a recipe to its end -> metrics, rollouts."""
     process = start_run(folder, recipe)
-    _, told = process.communicate(timeout=RUN_SECONDS)
-    assert process.returncode == 0, told
+    _, output = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, output
     name = folder / recipe.removesuffix(".yaml")
     return read_records(name / "metrics.jsonl"), read_records(name / "rollouts.jsonl")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A model whose heads vLLM's CPU kernels take and which reasons at times and ends at others, rows and a reward."""
+    """A folder with data, a reward and a model for vLLM's CPU kernels that sometimes reasons and sometimes ends."""
     folder = tmp_path_factory.mktemp("vllm")
     torch.manual_seed(0)
     eos = tokenizer.eos_token_id
@@ -160,9 +160,9 @@ from rekatrain.trainer.rloo.sampler.vllm.transfer import init_info, policy_sourc
 
 module = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 4)])})
 source = policy_source(module)
-told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
-assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
-assert [name for names, _ in source.iter_groups() for name in names] == [name for name, *_ in told] and len(told) == 4
+metas = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+assert metas == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+assert [name for names, _ in source.iter_groups() for name in names] == [name for name, *_ in metas] and len(metas) == 4
 info = init_info(rank=1, master_address="127.0.0.1", master_port=9, num_workers=4)
 engine = WeightTransferTrainerFactory.trainer_init(info, client=None, source=source)  # 1: does not meet the servers
 engine._broadcast(source, source.metadata())
@@ -170,7 +170,7 @@ print(info.world_size)
 """
 
 
-def test_vllms_own_classes_take_what_nccl_is_given() -> None:
+def test_nccl_transfer_arguments_fit_vllms_classes() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run([os.environ["VLLM_PYTHON"], "-c", NCCL], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -183,10 +183,10 @@ def test_adapters_reach_the_server_at_every_step(folder: Path, server: LiveServe
     assert abs(metrics[2]["kl"]) > 1e-3  # an estimate, of either sign
     assert len(rollouts) == 3 * 16 and {record["finish_reason"] for record in rollouts} == {"eos", "length"}
     assert max(max(record["completion_ids"]) for record in rollouts) < 300  # none of the ids beyond the tokenizer
-    assert len(server.models()) == 2  # its own, and the last adapter
+    assert len(server.models()) == 2  # the base model and the last adapter
 
 
-def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: LiveServer) -> None:
+def test_server_rollouts_off_policy_at_learning_rate_0_match(folder: Path, server: LiveServer) -> None:
     settings = {"max_staleness": 1, "importance_sampling_correction": "sequence_truncate", "learning_rate": 0.0}
     metrics, _ = run(folder, write_recipe(folder, "rest", server.url, **settings, temperature=0.7))
     assert [step["staleness"] for step in metrics] == [0, 1, 1]
@@ -198,13 +198,11 @@ def test_at_learning_rate_0_the_ratio_is_1_off_policy_too(folder: Path, server: 
     [{"top_k": 40, "top_p": 0.9, "temperature": 1.5}, {"top_k": 30, "reasoning_budget": 9}],
     ids=["filters", "budget"],
 )
-def test_filtered_draws_and_closed_reasonings_are_scored_as_they_were_sampled(
-    folder: Path, server: LiveServer, settings: dict
-) -> None:
+def test_server_filters_and_budget_are_scored_as_sampled(folder: Path, server: LiveServer, settings: dict) -> None:
     name = "-".join(settings)
     metrics, rollouts = run(folder, write_recipe(folder, name, server.url, **settings, max_steps=2))
     assert_sampled_from_the_trainers_weights(metrics)
-    # The reference has all tokens: over the likeliest alone a draw is that much likelier.
+    # The reference is over all tokens, so kept tokens are less likely under it.
     assert metrics[0]["kl"] > 1
     forced = [record["num_forced"] for record in rollouts]
     if "reasoning_budget" not in settings:
@@ -223,16 +221,16 @@ def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.05)
 
 
-def test_a_server_is_killed_and_started_again_and_the_run_goes_on(folder: Path, server: LiveServer) -> None:
+def test_server_restart_does_not_stop_the_run(folder: Path, server: LiveServer) -> None:
     steps = 30
     recipe = write_recipe(folder, "killed", server.url, max_steps=steps, max_completion_length=100, save_steps=50)
     process = start_run(folder, recipe)
     wait_for_step(folder / "killed" / "metrics.jsonl", 2, process)
     server.kill()
     server.start()
-    _, told = process.communicate(timeout=RUN_SECONDS)
-    assert process.returncode == 0, told
-    assert "waiting for it" in told and "is up again" in told
+    _, output = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, output
+    assert "waiting for it" in output and "is up again" in output
     metrics = read_records(folder / "killed" / "metrics.jsonl")
     assert [step["step"] for step in metrics] == list(range(1, steps + 1))
     assert_sampled_from_the_trainers_weights(metrics)
@@ -240,7 +238,7 @@ def test_a_server_is_killed_and_started_again_and_the_run_goes_on(folder: Path, 
 
 
 def test_whole_models_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
-    # The last test of this server: its own model is another one from here on.
+    # This must be the last test of this server: it replaces the server's base model.
     metrics, rollouts = run(folder, write_recipe(folder, "whole", server.url, None, learning_rate=1e-3))
     assert_sampled_from_the_trainers_weights(metrics)
     assert abs(metrics[2]["kl"]) > 1e-2 and len(rollouts) == 3 * 16
