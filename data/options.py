@@ -5,6 +5,8 @@ everywhere.
 """
 
 import inspect
+import json
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
@@ -12,7 +14,44 @@ from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from rekatrain.data.errors import InputError
+
+# Below it the nearest word is another word: `log_completions` is not `truncated_completions` (0.67).
+SIMILARITY = 0.75
+# Keys of TRL, verl and OpenRLHF -> ours.
+OTHER_NAMES = {
+    "kl_coef": "beta",
+    "init_kl_coef": "beta",
+    "kl_loss_coef": "beta",
+    "kl_estimator": "kl_placement",
+    "use_kl_loss": "kl_placement",
+    "lr": "learning_rate",
+    "actor_learning_rate": "learning_rate",
+    "max_response_length": "max_completion_length",
+    "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "generate_max_len": "max_completion_length",
+    "rloo_k": "num_generations",
+    "n": "num_generations",
+    "n_samples_per_prompt": "num_generations",
+    "train_batch_size": "prompts_per_step",
+    "rollout_batch_size": "prompts_per_step",
+    "per_device_train_batch_size": "prompts_per_step",
+    "ppo_epochs": "num_iterations",
+    "num_ppo_epochs": "num_iterations",
+    "cliprange": "epsilon",
+    "clip_ratio": "epsilon",
+    "num_train_epochs": "max_steps",
+    "total_training_steps": "max_steps",
+    "loss_agg_mode": "loss_type",
+    "mask_truncated_completions": "truncated_completions",
+    "path": "pretrained_model_name_or_path",
+    "name": "pretrained_model_name_or_path",
+    "torch_dtype": "dtype",
+}
+
+SUBJECT = re.compile(r"^\w+ should ")  # of a message of pydantic's: "Input should be a valid integer"
 
 
 def check_keywords(
@@ -22,41 +61,85 @@ def check_keywords(
 
     `reserved` are parameters of `target` that the program itself passes.
     """
-    signature = inspect.signature(target)
-    known = [key for key in signature.parameters if key not in reserved]
+    parameters = inspect.signature(target).parameters
     prefix = "" if name == "recipe" else f"{name}."
     for key in section:
         if key in reserved:
             raise InputError(f"{prefix}{key} is set by the program: remove it from the recipe")
-        if key not in known:
-            nearest = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
-            raise InputError(f"unknown key {prefix}{key}: {hint}")
-    for key in known:
-        if key not in section and signature.parameters[key].default is inspect.Parameter.empty:
-            raise InputError(f"{prefix}{key} is missing: add it to the recipe")
+    known = [key for key in parameters if key not in reserved]
+    required = [key for key in known if parameters[key].default is inspect.Parameter.empty]
+    check_keys(prefix, section, known, required=required)
     check_types(prefix, section, target)
+
+
+def check_keys(prefix: str, section: Mapping[str, Any], known: Collection[str], *, required: Collection[str]) -> None:
+    """Raise InputError for a key of `section` that is not known, and for a required one that it lacks."""
+    for key in section:
+        if key not in known:
+            nearest = _nearest(str(key), known)
+            hint = f"did you mean {prefix}{nearest}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+            raise InputError(f"unknown key {prefix}{key}: {hint}")
+    for key in required:
+        if key not in section:
+            raise InputError(f"{prefix}{key} is missing: add it to the recipe")
 
 
 def check_types(prefix: str, section: Mapping[str, Any], target: Callable[..., Any]) -> None:
     """Raise InputError unless each value has the type that `target` annotates its parameter with."""
     hints = typing.get_type_hints(target, include_extras=True)
     for key, value in section.items():
-        _check_type(f"{prefix}{key}", value, hints.get(key, Any))
+        check_type(f"{prefix}{key}", value, hints.get(key, Any))
+
+
+def check_type(name: str, value: object, hint: Any) -> None:  # Any: typing has no class for all type forms
+    """Raise InputError unless a value of a recipe has the annotated type.
+
+    YAML has no tuples, paths or enums: a list is accepted as a tuple, and text as whatever is written as text in JSON.
+    """
+    adapter = TypeAdapter(hint, config=None if is_dataclass(hint) else _ANY_TYPE)
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        if not _is_valid_json(adapter, value):
+            where, wrong = _locate(name, value, error)
+            raise InputError(f"{where} is {wrong!r}; it should {_reason(error)}") from None
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """Return `, did you mean X?` where a known word resembles `word`, else an empty text."""
-    nearest = get_close_matches(word, known, n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
+    nearest = _nearest(word, known)
+    return f", did you mean {nearest}?" if nearest else ""
 
 
-def _check_type(name: str, value: object, hint: Any) -> None:  # Any: typing has no class for all type forms
+def _nearest(word: str, known: Collection[str]) -> str | None:
+    """Return our name of a key of TRL, verl or OpenRLHF, or else the most similar known word, or None."""
+    if OTHER_NAMES.get(word) in known:
+        return OTHER_NAMES[word]
+    return next(iter(get_close_matches(word, known, n=1, cutoff=SIMILARITY)), None)
+
+
+def _is_valid_json(adapter: TypeAdapter[Any], value: object) -> bool:
     try:
-        TypeAdapter(hint, config=None if is_dataclass(hint) else _ANY_TYPE).validate_python(value, strict=True)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise InputError(f"{name} is {value!r}; it should be {reason}") from None
+        text = json.dumps(value)
+        adapter.validate_json(text, strict=True)
+    except (ValidationError, TypeError, ValueError):
+        return False
+    return bool(json.loads(text) == value)  # JSON turns a key that is a number into text
+
+
+def _locate(name: str, value: object, error: ValidationError) -> tuple[str, object]:
+    """Return the dotted name and the value of the wrong item of a mapping; of any other value, its own."""
+    for key in error.errors()[0]["loc"]:
+        if not isinstance(value, Mapping) or key not in value:
+            break
+        name, value = f"{name}.{key}", value[key]
+    return name, value
+
+
+def _reason(error: ValidationError) -> str:
+    """Return what the value should be or have, by the first two reasons: those of a union are alternatives."""
+    messages = [item["msg"].replace(" after validation", "") for item in error.errors()]
+    return " or ".join(dict.fromkeys(SUBJECT.sub("", message) for message in messages[:2]))
 
 
 _ANY_TYPE = ConfigDict(arbitrary_types_allowed=True)

@@ -1,4 +1,4 @@
-"""The launch files ask for what they say; what Accelerate would silently turn into something else is refused."""
+"""Launch files are read as they are written, and settings that Accelerate would replace in silence are errors."""
 
 import json
 import os
@@ -17,17 +17,18 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
-from rekatrain.data.errors import InputError
-from rekatrain.trainer.cli import main
-from rekatrain.trainer.launch import Launch, check_engine, read_launch
-from rekatrain.trainer.models import check_trainable
-from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.trl_run import make_config
 from ruamel.yaml import YAML
 from trl.trainer.sft_config import SFTConfig
 
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.cli import main
+from rekatrain.trainer.launch import Launch, check_engine, prepare_deepspeed, read_launch
+from rekatrain.trainer.models import check_trainable
+from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.trl_run import make_config
+
 FILES = Path(__file__).parents[2] / "recipes" / "accelerate"
-ASKED = {
+LAUNCHES = {
     "single": Launch(engine="single", zero_stage=None, num_processes=1),
     "ddp": Launch(engine="ddp", zero_stage=None, num_processes=8),
     "zero1": Launch(engine="deepspeed", zero_stage=1, num_processes=8),
@@ -37,11 +38,11 @@ ASKED = {
     "two-nodes": Launch(engine="deepspeed", zero_stage=3, num_processes=16),
 }
 SINGLE = str(FILES / "single.yaml")
-LaunchIt = Callable[..., None]
+SetLaunch = Callable[..., None]
 
 
 @pytest.fixture
-def launch_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LaunchIt:
+def set_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SetLaunch:
     """Give this process the environment that `accelerate launch ARGUMENTS` gives to those it starts."""
 
     def set_environment(*arguments: str) -> None:
@@ -67,23 +68,24 @@ def launch_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LaunchIt:
     return set_environment
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_a_launch_file_asks_for_what_it_says_from_any_folder(name: str, launch_it: LaunchIt) -> None:
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_read_launch_reads_each_launch_file_from_any_folder(name: str, set_launch: SetLaunch) -> None:
     where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29400"] if name == "two-nodes" else []
-    launch_it("--config_file", str(FILES / f"{name}.yaml"), *where)
-    assert read_launch() == ASKED[name]
+    set_launch("--config_file", str(FILES / f"{name}.yaml"), *where)
+    assert read_launch() == LAUNCHES[name]
+    prepare_deepspeed(read_launch())
     assert ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE" in os.environ) == (name == "zero3-offload")
-    if ASKED[name].engine == "deepspeed" and not torch.cuda.is_available():  # compiling it takes minutes
+    if LAUNCHES[name].engine == "deepspeed" and not torch.cuda.is_available():  # compiling it takes minutes
         assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
-    if ASKED[name].zero_stage == 3:  # nobody holds the whole model, and a checkpoint is one that transformers loads
+    if LAUNCHES[name].zero_stage == 3:  # no process holds the whole model, and transformers can load the checkpoint
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true"
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
 
 
 def test_launch_files_name_no_machine_and_no_other_file() -> None:
-    found = {path.stem: YAML(typ="safe").load(path) for path in FILES.iterdir()}
-    assert found.keys() == ASKED.keys()
-    for content in found.values():
+    launch_files = {path.stem: YAML(typ="safe").load(path) for path in FILES.iterdir()}
+    assert launch_files.keys() == LAUNCHES.keys()
+    for content in launch_files.values():
         keys = content.keys() | content.get("deepspeed_config", {}).keys()
         assert not keys & {"main_process_ip", "machine_rank", "deepspeed_config_file", "deepspeed_hostfile", "gpu_ids"}
 
@@ -99,29 +101,29 @@ def test_launch_files_name_no_machine_and_no_other_file() -> None:
         (["--use_deepspeed", "--zero_stage", "0", "--num_processes", "2"], "ddp.yaml"),
     ],
 )
-def test_what_would_silently_become_something_else_is_refused(
-    arguments: list[str], message: str, launch_it: LaunchIt
+def test_read_launch_rejects_settings_replaced_in_silence(
+    arguments: list[str], message: str, set_launch: SetLaunch
 ) -> None:
-    launch_it(*arguments)
+    set_launch(*arguments)
     with pytest.raises(InputError, match=message):
         read_launch()
 
 
-@pytest.mark.parametrize("asked", [ASKED["zero3"], ASKED["ddp"], ASKED["zero1"]])
-def test_an_engine_that_is_not_the_one_asked_for_stops_the_run(asked: Launch) -> None:
+@pytest.mark.parametrize("launch", [LAUNCHES["zero3"], LAUNCHES["ddp"], LAUNCHES["zero1"]])
+def test_check_engine_rejects_another_engine(launch: Launch) -> None:
     accelerator = Accelerator(cpu=True)
-    check_engine(ASKED["single"], accelerator)
-    with pytest.raises(InputError, match=f"asked for {asked}, but there is single in 1 process:"):
-        check_engine(asked, accelerator)
+    check_engine(LAUNCHES["single"], accelerator)
+    with pytest.raises(InputError, match=f"settings are {launch}, but accelerate runs single in 1 process:"):
+        check_engine(launch, accelerator)
 
 
 @pytest.mark.parametrize(
     ("option", "key"),
     [("--gradient_clipping", "max_grad_norm"), ("--gradient_accumulation_steps", "gradient_accumulation_steps")],
 )
-def test_a_launch_file_that_contradicts_the_recipe_is_refused(option: str, key: str, launch_it: LaunchIt) -> None:
+def test_make_config_rejects_a_contradicting_launch_file(option: str, key: str, set_launch: SetLaunch) -> None:
     recipe = Recipe(stage="sft", output_dir="run", model={}, dataset={})
-    launch_it("--use_deepspeed", "--zero_stage", "1", "--num_processes", "1", option, "7")
+    set_launch("--use_deepspeed", "--zero_stage", "1", "--num_processes", "1", option, "7")
     assert make_config("sft", {key: 7}, recipe, SFTConfig).deepspeed_plugin is not None
     with pytest.raises(InputError, match=f"the launch file has {option[2:]} 7.*, the recipe's sft section 3"):
         make_config("sft", {key: 3}, recipe, SFTConfig)
@@ -139,7 +141,7 @@ def test_a_launch_file_that_contradicts_the_recipe_is_refused(option: str, key: 
         ("float32", None, False, True, None),
     ],
 )
-def test_bfloat16_weights_are_trained_where_float32_copies_of_them_are(
+def test_check_trainable_wants_float32_copies_of_bfloat16(
     dtype: str, lora: dict | None, is_deepspeed: bool, bf16: bool, message: str | None, model_folder: Path
 ) -> None:
     model = {"pretrained_model_name_or_path": str(model_folder), "dtype": dtype}
@@ -148,7 +150,7 @@ def test_bfloat16_weights_are_trained_where_float32_copies_of_them_are(
         check_trainable(recipe, is_deepspeed=is_deepspeed, bf16=bf16)
 
 
-def test_a_checkpoint_of_another_launch_or_cut_off_is_not_resumed_from(
+def test_resume_rejects_another_launch_and_cut_off_saves(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,8 +165,8 @@ def test_a_checkpoint_of_another_launch_or_cut_off_is_not_resumed_from(
     Path("recipe.yaml").write_text(json.dumps(recipe))
     main(["train", "recipe.yaml"])
     (saved,) = Path("run").glob("checkpoints/*/launch.json")
-    assert Launch(**json.loads(saved.read_text())) == ASKED["single"]
-    saved.write_text(json.dumps(asdict(ASKED["zero3"])))
+    assert Launch(**json.loads(saved.read_text())) == LAUNCHES["single"]
+    saved.write_text(json.dumps(asdict(LAUNCHES["zero3"])))
     for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "was cut off while it was"):
         with pytest.raises(SystemExit):
             main(["train", "recipe.yaml", "--resume", "sft.max_steps=2"])

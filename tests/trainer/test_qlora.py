@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rekatrain.data.chat import encode_text
 from rekatrain.trainer.models import add_adapter, load_model
 
 QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def test_an_adapter_learns_on_a_four_bit_base_that_does_not_move(model_folder: Path, tokenizer) -> None:
+def test_qlora_adapter_learns_on_a_frozen_four_bit_base(model_folder: Path, tokenizer) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
     base = load_model(str(model_folder), dtype="float32", quantization_config=QUANTIZATION)
     plain = load_model(str(model_folder), dtype="float32")

@@ -1,4 +1,4 @@
-"""The SFT stage: what is trained, and that packed rows do not see each other."""
+"""The SFT stage: the tokens that are trained, and packed rows that do not attend to each other."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+
 from rekatrain.data.chat import IGNORED_LABEL, parse_completion
 from rekatrain.trainer import sft
 from rekatrain.trainer.recipe.load import Recipe
-from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
 
 CONVERSATION = [
     {"role": "user", "content": "17 + 25 ="},
@@ -37,7 +38,7 @@ def trained_texts(task: sft.SFTTask) -> list[str]:
     return [task.tokenizer.decode([label for label in row.labels if label != IGNORED_LABEL]) for row in task.rows]
 
 
-def test_every_assistant_turn_is_a_row_and_only_its_own_tokens_are_trained(model_folder: Path, tmp_path: Path) -> None:
+def test_prepare_makes_a_row_of_each_assistant_turn(model_folder: Path, tmp_path: Path) -> None:
     thought = " <reasoning>\nTen and twenty are thirty.\n</reasoning>\n\n42 <sep>"
     task = sft.prepare(make_recipe(model_folder, tmp_path))
     assert trained_texts(task) == [thought, " Blue <sep>", " Blue <sep>", thought]
@@ -65,8 +66,8 @@ def test_packed_rows_have_the_losses_of_separate_rows(attention: str, model_fold
     for row in task.rows:
         with torch.no_grad():
             logprobs = reference(torch.tensor([row.input_ids])).logits[0].log_softmax(dim=-1)
-        for place, label in enumerate(row.labels):
+        for position, label in enumerate(row.labels):
             if label != IGNORED_LABEL:
-                total -= logprobs[place - 1, label].item()
+                total -= logprobs[position - 1, label].item()
                 count += 1
     assert packed == pytest.approx(total / count, abs=2e-5)

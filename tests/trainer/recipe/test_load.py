@@ -1,4 +1,4 @@
-"""Recipes: what YAML means, what is refused and how it is said, and that every shipped recipe is whole."""
+"""Recipes: their YAML, the messages for mistakes, and every shipped recipe."""
 
 import subprocess
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl import SFTConfig
+
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords
 from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
 from rekatrain.trainer.recipe.sections import TRL_RESERVED, check_sections
 from rekatrain.trainer.run_folder import RECIPE_FILE, RunFolder
-from trl import SFTConfig
 
 ROOT = Path(__file__).parents[3]
 # recipes/accelerate holds launch files, which are Accelerate's.
@@ -26,8 +27,8 @@ def read(tmp_path: Path, text: str, *overrides: str) -> Recipe:
     return load_recipe(tmp_path / "recipe.yaml", overrides)
 
 
-def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
-    """The message with which the recipe is refused; the recipe's own path reads PATH in it."""
+def error_of(tmp_path: Path, text: str, *overrides: str) -> str:
+    """Return the message of the error that the recipe raises, with PATH for the recipe's own path."""
     with pytest.raises(InputError) as caught:
         read(tmp_path, text, *overrides)
     message = str(caught.value)
@@ -35,10 +36,10 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     return message.replace(str(tmp_path / "recipe.yaml"), "PATH")
 
 
-# What the file says
+# Files
 
 
-def test_the_shortest_recipe_is_this(tmp_path):
+def test_shortest_recipe_has_these_defaults(tmp_path):
     assert read(tmp_path, SHORTEST) == Recipe(
         stage="rloo",
         output_dir="run",
@@ -76,7 +77,7 @@ def test_the_shortest_recipe_is_this(tmp_path):
         ("", None),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(tmp_path, scalar, value):
+def test_scalars_follow_yaml_1_2(tmp_path, scalar, value):
     for recipe in (
         read(tmp_path, SHORTEST + f"wandb:\n  key: {scalar}\n"),
         read(tmp_path, SHORTEST, f"wandb.key={scalar}"),
@@ -85,12 +86,12 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path, scalar, value):
         assert type(recipe.wandb["key"]) is type(value)
 
 
-def test_a_section_may_be_merged_from_another(tmp_path):
+def test_section_may_be_merged_from_another(tmp_path):
     text = SHORTEST.replace("dataset:", "dataset: &rows") + "eval_dataset:\n  <<: *rows\n  limit: 3\n"
     assert read(tmp_path, text).eval_dataset == {"path": "rows.jsonl", "limit": 3}
 
 
-REFUSED = {
+MISTAKES = {
     "not a mapping": ("- stage\n", "PATH: a recipe is a mapping of sections, not list"),
     "empty": ("", "PATH: a recipe is a mapping of sections, not NoneType"),
     "unknown section": (SHORTEST + "lorra: {}\n", "unknown key lorra: did you mean lora?"),
@@ -111,9 +112,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_recipe_is_refused_with_this_message(tmp_path, text, message):
-    assert refusal(tmp_path, text) == message
+@pytest.mark.parametrize(("text", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_load_recipe_rejects_with_this_message(tmp_path, text, message):
+    assert error_of(tmp_path, text) == message
 
 
 @pytest.mark.parametrize(
@@ -127,13 +128,13 @@ def test_a_recipe_is_refused_with_this_message(tmp_path, text, message):
         ("stage: rloo\n---\nstage: sft\n", ["document"]),
     ],
 )
-def test_invalid_yaml_is_told_on_one_line(tmp_path, text, parts):
-    message = refusal(tmp_path, text)
+def test_invalid_yaml_is_reported_on_one_line(tmp_path, text, parts):
+    message = error_of(tmp_path, text)
     assert message.startswith("PATH is not valid YAML: ")
     assert all(part in message for part in parts)
 
 
-def test_a_file_that_is_not_there_or_not_text_is_told(tmp_path):
+def test_load_recipe_reports_a_file_that_is_missing_or_not_text(tmp_path):
     with pytest.raises(InputError, match="^no recipe at '/nowhere/recipe.yaml'$"):
         load_recipe("/nowhere/recipe.yaml")
     with pytest.raises(InputError, match="^the recipe .* cannot be read: "):
@@ -146,7 +147,7 @@ def test_a_file_that_is_not_there_or_not_text_is_told(tmp_path):
 # Overrides
 
 
-def test_overrides_set_nested_values_make_sections_and_remove_them(tmp_path):
+def test_overrides_set_values_and_make_and_remove_sections(tmp_path):
     text = SHORTEST + "lora: {r: 8}\nrloo: {max_steps: 3, beta: 0.5}\n"
     recipe = read(
         tmp_path,
@@ -182,15 +183,15 @@ def test_overrides_set_nested_values_make_sections_and_remove_them(tmp_path):
         ("stage=null", "stage is None; it should be 'sft', 'reward' or 'rloo'"),
     ],
 )
-def test_a_bad_override_is_refused_with_this_message(tmp_path, override, message):
-    assert refusal(tmp_path, SHORTEST + "rloo: {beta: 1}\n", override) == message
+def test_override_that_is_bad_is_rejected_with_this_message(tmp_path, override, message):
+    assert error_of(tmp_path, SHORTEST + "rloo: {beta: 1}\n", override) == message
 
 
-def test_an_override_that_is_not_yaml_is_named(tmp_path):
-    assert refusal(tmp_path, SHORTEST, "rloo={beta: 1").startswith("the override 'rloo={beta: 1' is not valid YAML: ")
+def test_override_that_is_not_yaml_is_reported(tmp_path):
+    assert error_of(tmp_path, SHORTEST, "rloo={beta: 1").startswith("the override 'rloo={beta: 1' is not valid YAML: ")
 
 
-# What is saved
+# Saved recipes
 
 
 # ruamel.yaml writes U+0085 as a line break and reads a space.
@@ -225,18 +226,18 @@ RECIPES = st.builds(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(recipe=RECIPES)
-def test_a_dumped_recipe_loads_as_itself(tmp_path, recipe):
+def test_dumped_recipe_loads_as_itself(tmp_path, recipe):
     assert read(tmp_path, dump_recipe(recipe)) == recipe
 
 
 @pytest.mark.parametrize("section", ["lora", "eval_dataset", "wandb"])
-def test_a_section_that_is_on_without_options_stays_on(tmp_path, section):
+def test_section_without_options_stays_on(tmp_path, section):
     recipe = read(tmp_path, SHORTEST + f"{section}: {{}}\n")
     assert getattr(recipe, section) == {}
     assert getattr(read(tmp_path, dump_recipe(recipe)), section) == {}
 
 
-def test_the_recipe_of_a_run_is_the_resolved_one(tmp_path):
+def test_run_folder_keeps_the_resolved_recipe(tmp_path):
     recipe = read(
         tmp_path, SHORTEST + "lora: {r: 8}\n", "lora=null", "rloo.beta=1e-2", f"output_dir={tmp_path / 'run'}"
     )
@@ -259,7 +260,7 @@ def test_differing_keys_are_dotted_and_sorted(tmp_path):
 
 
 def target(*, learning_rate: float, steps: int = 1, name: str | None = None, output: str = "") -> None:
-    """Something that a section could be for."""
+    """A callable for a section."""
 
 
 @pytest.mark.parametrize(
@@ -276,18 +277,18 @@ def target(*, learning_rate: float, steps: int = 1, name: str | None = None, out
         ({7: 0.1}, "unknown key s.7: known keys: learning_rate, name, steps"),
     ],
 )
-def test_a_section_is_refused_with_this_message(section, message):
+def test_check_keywords_rejects_with_this_message(section, message):
     with pytest.raises(InputError) as caught:
         check_keywords("s", section, target, reserved=["output"])
     assert str(caught.value) == message
 
 
-def test_a_good_section_passes():
+def test_check_keywords_accepts_a_good_section():
     check_keywords("s", {"learning_rate": 1, "steps": 2, "name": None}, target, reserved=["output"])
 
 
 @pytest.mark.parametrize("key", TRL_RESERVED)
-def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
+def test_sft_section_cannot_set_a_reserved_key(key):
     with pytest.raises(InputError, match=f"^sft.{key} is set by the program: remove it from the recipe$"):
         check_keywords("sft", {key: None}, SFTConfig, reserved=TRL_RESERVED)
 
@@ -295,19 +296,19 @@ def test_what_the_program_passes_to_sft_config_cannot_be_set(key):
 # The shipped recipes
 
 
-def test_there_are_shipped_recipes_of_every_stage():
+def test_shipped_recipes_cover_every_stage():
     assert {load_recipe(path).stage for path in SHIPPED} == {"sft", "reward", "rloo"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_recipe_is_whole(path, tmp_path):
+def test_shipped_recipe_passes_every_check(path, tmp_path):
     recipe = load_recipe(path)
     check_sections(recipe)
     assert read(tmp_path, dump_recipe(recipe)) == recipe
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_recipe_opens_with_the_command_that_runs_it(path):
+def test_shipped_recipe_opens_with_its_command(path):
     comments = [line for line in path.read_text(encoding="utf-8").split("\nstage:")[0].splitlines()]
     assert all(line.startswith("#") for line in comments)
     assert any(f"train {path.relative_to(ROOT)}" in line for line in comments)
@@ -319,19 +320,53 @@ def test_a_shipped_recipe_opens_with_the_command_that_runs_it(path):
 # Speed
 
 
+def run_without_torch(code: str) -> None:
+    """Run the code in a process of its own; it calls `check(DONE)` where torch must not have been imported."""
+    check = "import sys\ndef check(done):\n    if 'torch' in sys.modules: sys.exit(f'torch is imported after {done}')\n"
+    done = subprocess.run([sys.executable, "-c", check + code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_loading_a_recipe_and_data_imports_no_torch(tmp_path):
     (tmp_path / "recipe.yaml").write_text(SHORTEST)
-    code = (
-        "import sys, importlib\n"
-        "def check(done):\n"
-        "    if 'torch' in sys.modules: sys.exit(f'torch is there after {done}')\n"
-        "import trainer.cli, trainer.recipe, trainer.rloo.config\n"
+    run_without_torch(
+        "import importlib\n"
+        "import rekatrain.trainer.cli, rekatrain.trainer.recipe, rekatrain.trainer.rloo.config\n"
         "check('the command line')\n"
         f"rekatrain.trainer.recipe.load.load_recipe({str(tmp_path / 'recipe.yaml')!r})\n"
         "check('a recipe')\n"
         "for name in ('chat', 'stop', 'tokenizer', 'rows', 'layouts', 'sources'):\n"
-        "    importlib.import_module(f'data.{name}')\n"
-        "    check(f'data.{name}')\n"
+        "    importlib.import_module(f'rekatrain.data.{name}')\n"
+        "    check(f'rekatrain.data.{name}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_wrong_keys_are_reported_before_torch_is_imported(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(SHORTEST + "rewards: {math_answer: null}\n")
+    run_without_torch(
+        "import rekatrain\n"
+        "for override in ('rloo.num_generation=4', 'dataset.pth=x', 'lorra={}', 'rewards={math_answr: null}'):\n"
+        "    try:\n"
+        f"        rekatrain.train({str(tmp_path / 'recipe.yaml')!r}, override)\n"
+        "    except rekatrain.InputError:\n"
+        "        check(override)\n"
+        "    else:\n"
+        "        sys.exit(override)\n"
+    )
+
+
+@pytest.mark.parametrize("key", ["log_completions", "eval_steps", "num_train_epoch"])
+def test_unknown_key_gets_no_far_fetched_hint(key, tmp_path):
+    recipe = read(tmp_path, SHORTEST + f"rewards: {{math_answer: null}}\nrloo: {{max_steps: 1, {key}: 1}}\n")
+    with pytest.raises(InputError, match=f"^unknown key rloo.{key}: known keys: "):
+        check_sections(recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("kl_coef", "beta"), ("lr", "learning_rate"), ("max_response_length", "max_completion_length")],
+)
+def test_unknown_key_of_another_library_names_ours(key, ours, tmp_path):
+    recipe = read(tmp_path, SHORTEST + f"rewards: {{math_answer: null}}\nrloo: {{max_steps: 1, {key}: 1}}\n")
+    with pytest.raises(InputError, match=rf"^unknown key rloo.{key}: did you mean rloo.{ours}\?$"):
+        check_sections(recipe)
