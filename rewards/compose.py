@@ -1,21 +1,37 @@
-"""From the recipe's `rewards:` section to reward functions, and from their values to one total a completion.
+"""Build the reward functions of a recipe's `rewards:` section, and add their values up to one total per completion.
 
-A reward is a scorer (one completion at a time, graded in worker processes) or a batch function in TRL's convention
-(called in this process). `rewards/README.md` has both forms; `rewards/grader.py` runs them.
+A reward is a scorer (one completion at a time, in worker processes) or a batch function in TRL's convention (called in
+this process). `rewards/README.md` describes both forms; `rewards/grader.py` runs them.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Annotated, Any
+
+from annotated_types import Gt
+from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.options import did_you_mean
-from rekatrain.rewards.registry import Spec, read_signature
+from rekatrain.data.options import check_keys, check_type, check_types, did_you_mean
+from rekatrain.rewards.registry import Signature, Spec, Unresolved, read_signature
 from rekatrain.rewards.workers.pool import LiftedScorer
 
-# Keys of a reward that are not options of its function.
-OWN_KEYS = ("weight", "timeout", "requires")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnKeys:
+    """The keys that every reward has beside the options of its function."""
+
+    weight: FiniteFloat = 1.0
+    timeout: Annotated[FiniteFloat, Gt(0)] | None = None
+    requires: str | list[str] = field(default_factory=list)
+
+
+OWN_KEYS = tuple(key.name for key in fields(OwnKeys))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +39,11 @@ class RewardFunction:
     """One reward of the recipe.
 
     name:     its key in the recipe
-    weight:   its factor in the total; 0 means computed for the log only
-    function: TRL's convention, `(prompts, completions, completion_ids, **columns) -> list[float | None]`
-    columns:  the columns that the rows must have for it
-    scorer:   how a worker makes it, where it judges one completion at a time
-    timeout:  seconds, for each completion where it is a scorer, else for a batch; None: the recipe's `scoring:`
+    weight:   its factor in the total; a reward of weight 0 is only logged
+    function: a function in TRL's convention, `(prompts, completions, completion_ids, **columns) -> list[float | None]`
+    columns:  columns that the rows must have
+    scorer:   for a scorer, the name and options by which a worker makes it; None for a batch function
+    timeout:  seconds, per completion of a scorer or per batch of a batch function; None: that of `scoring:`
     requires: rewards that must give 1.0 for this one to count in the total
     """
 
@@ -41,7 +57,7 @@ class RewardFunction:
 
 
 def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> list[RewardFunction]:
-    """The rewards of a recipe, in its order; raises InputError for what the recipe got wrong.
+    """Return the rewards of a recipe, in its order; raise InputError if a name, an option or a value is wrong.
 
     >>> build_reward_functions({"math_answer": None, "my_rewards:brevity": {"weight": 0.1, "limit": 50}})
     """
@@ -55,7 +71,7 @@ def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> lis
 
 
 def check_columns(functions: Sequence[RewardFunction], column_names: Collection[str]) -> None:
-    """Raise InputError where the rows lack a column that a reward needs; needs no model, so call it first."""
+    """Raise InputError if the rows lack a column that a reward needs."""
     for function in functions:
         for column in function.columns:
             if column not in column_names:
@@ -69,9 +85,11 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Collection[
 def total_reward(
     functions: Sequence[RewardFunction], values: Mapping[str, float | None], failed: Collection[str]
 ) -> float:
-    """One completion's weighted sum; nan where no reward with a weight applies, or one that decides has failed.
+    """Return the weighted sum of one completion's rewards, or nan if the completion cannot be scored.
 
-    A reward counts 0 where one that it `requires` gives less than 1.0. One that does not apply holds nothing back.
+    A completion cannot be scored if no reward with a weight applies, or if one with a weight, or one that it requires,
+    has failed. A reward counts 0 if one that it requires gives less than 1.0; a required one that does not apply is no
+    obstacle.
     """
     terms = []
     for function in functions:
@@ -87,57 +105,68 @@ def total_reward(
 
 def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> RewardFunction:
     if not isinstance(spec, Mapping):
-        raise InputError(f"reward {name} takes a weight and options, as in {{weight: 1.0}}, not {spec!r}")
+        raise InputError(f"rewards.{name} is {spec!r}; it should be a weight and options, as in {{weight: 1.0}}")
     signature = read_signature(name)
-    clashing = [option for option in signature.options if option in OWN_KEYS]
-    if clashing:
-        raise InputError(f"reward {name} has an option {clashing[0]}, which every reward has already: rename it")
-    options = {key: value for key, value in spec.items() if key not in OWN_KEYS}
-    known = [*OWN_KEYS, *signature.options]
-    for option in options:
-        if option not in known:
-            nearest = did_you_mean(str(option), known)
-            raise InputError(f"reward {name} has no option {option}{nearest}; its options are: {', '.join(known)}")
-    for option in signature.required:
-        if option not in options:
-            raise InputError(f"reward {name} needs the option {option}: add it beside its weight")
-    maker = Spec(name=name, options=options)
-    made = maker.make()  # a class checks its options here
-    timeout = _positive(name, "timeout", spec.get("timeout", getattr(made, "timeout", None)))
+    _check_options(name, spec, signature)
+    own = OwnKeys(**{key: value for key, value in spec.items() if key in OWN_KEYS})
+    maker = Spec(name=name, options={key: value for key, value in spec.items() if key not in OWN_KEYS})
+    try:
+        made = maker.make()  # a class checks here what its annotations cannot say
+    except InputError as error:
+        raise InputError(f"rewards.{name}: {error}") from error
+    timeout = own.timeout or getattr(made, "timeout", None)
     return RewardFunction(
         name=name,
-        weight=_weight(name, spec.get("weight", 1.0)),
+        weight=float(own.weight),
         function=LiftedScorer(maker, signature.columns, timeout) if signature.is_scorer else made,
         columns=(*signature.columns, *getattr(made, "columns", ())),  # an option may name a column, too
         scorer=maker if signature.is_scorer else None,
-        timeout=timeout,
-        requires=_required_rewards(name, spec.get("requires", []), specs),
+        timeout=None if timeout is None else float(timeout),
+        requires=_find_required(name, own.requires, specs),
     )
 
 
-def _weight(name: str, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise InputError(f"reward {name}: weight must be a finite number, not {weight!r}")
-    return float(weight)
+def _check_options(name: str, spec: Mapping[str, Any], signature: Signature) -> None:
+    """Raise InputError for an option that is unknown, missing or of the wrong type."""
+    prefix = f"rewards.{name}."
+    for option in signature.options:
+        if option in OWN_KEYS:
+            raise InputError(f"reward {name} has an option {option}, which every reward has already: rename it")
+    for key in spec:
+        if key in signature.columns and key not in signature.options:
+            raise InputError(f"{prefix}{key} is a column of the rows and not an option; take it out of the recipe")
+    check_keys(prefix, spec, [*OWN_KEYS, *signature.options], required=signature.required)
+    check_types(prefix, {key: value for key, value in spec.items() if key in OWN_KEYS}, OwnKeys)
+    for key, value in spec.items():
+        is_default = value is None and key in signature.optional  # `limit: int = None` is not annotated with None
+        if key in signature.options and not is_default:
+            _check_option(f"{prefix}{key}", value, signature.options[key])
 
 
-def _positive(name: str, key: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"reward {name}: {key} must be a number of seconds above 0, not {value!r}")
-    return float(value)
+def _check_option(name: str, value: object, hint: Any) -> None:  # a type form
+    if isinstance(hint, Unresolved):
+        _warn_unchecked(name, hint.reason)
+        return
+    try:
+        check_type(name, value, hint)
+    except InputError:
+        raise
+    except Exception as error:  # pydantic raises several unrelated classes for what it cannot read as a type
+        _warn_unchecked(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def _required_rewards(name: str, required: object, specs: Mapping[str, object]) -> tuple[str, ...]:
+@cache  # a recipe's rewards are built more than once
+def _warn_unchecked(name: str, reason: str) -> None:
+    logger.warning("%s: its value is not checked, for its annotation cannot be read (%s)", name, reason)
+
+
+def _find_required(name: str, required: str | list[str], specs: Mapping[str, object]) -> tuple[str, ...]:
     names = [required] if isinstance(required, str) else required
-    if not isinstance(names, list) or not all(isinstance(other, str) for other in names):
-        raise InputError(f"reward {name}: requires must be a reward of the recipe or a list of them, not {required!r}")
     for other in names:
         if other == name or other not in specs:
-            nearest = did_you_mean(other, specs)
+            nearest = did_you_mean(other, [known for known in specs if known != name])
             raise InputError(
-                f"reward {name} requires {other}, which is no other reward of the recipe{nearest}; "
+                f"rewards.{name}.requires is {required!r}: {other} is no other reward of the recipe{nearest}; "
                 "add it, with weight 0 if it is only to be checked"
             )
     return tuple(names)

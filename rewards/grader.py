@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
+
 from rekatrain.rewards.batch_calls import call_batch_functions
 from rekatrain.rewards.compose import RewardFunction, check_columns, total_reward
 from rekatrain.rewards.errors import RewardError

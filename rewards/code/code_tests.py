@@ -1,8 +1,11 @@
-"""Generated code judged by running it: unit tests that call it, or programs with an input and an expected output."""
+"""The reward `code_tests`: runs generated code, with unit tests that call it or as programs with input and output."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
+from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
@@ -10,49 +13,45 @@ from rekatrain.rewards.code.sandbox import Isolation, Limits, check_isolation, r
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 LANGUAGES = ("", "python", "python3", "py")
-# The sandbox takes this long to start on a machine that is busy; the pool must not give up before the sandbox does.
+# Time to start a sandbox on a busy machine: the pool's time limit must not expire before the sandbox's.
 START_SECONDS = 5.0
 KEYS = ("asserts", "setup", "prefix", "entry_point")
 
 
 class CodeTests:
-    """1.0 where the Python code of the answer passes all the row's tests, else 0.0.
+    """1.0 if the Python code of the answer passes all tests of the row, else 0.0.
 
-    The code is the answer's last fenced block, or the whole answer where there is none. The column `tests` is one of
+    The code is the answer's last fenced block, or the whole answer if there is none. The column `tests` is one of
 
         ["assert add(1, 2) == 3", ...]                      statements that call the code (MBPP)
         {"asserts": [...], "setup": "...", "prefix": "...", "entry_point": "..."}      with code around it (HumanEval)
         [{"input": "1 2\\n", "output": "3\\n"}, ...]        programs: standard input, expected output
 
-    `setup` runs before the statements. `prefix` stands before the code, and its names are the tests' too, all but the
-    function `entry_point`, which is then all that is taken from the code. None where the row has no tests.
+    `setup` runs before the statements. `prefix` is put before the code, and the tests can use its names too. With an
+    `entry_point`, that function is all that the tests take from the code. None if the row has no tests.
     """
 
     def __init__(
         self,
         *,
-        time_limit: float = 5.0,
-        memory_limit_mb: int = 1024,
-        max_processes: int = 1,
+        time_limit: Annotated[FiniteFloat, Gt(0)] = 5.0,
+        memory_limit_mb: Annotated[int, Ge(1)] = 1024,
+        max_processes: Annotated[int, Ge(1)] = 1,
         partial_credit: bool = False,
         isolation: Isolation = "namespaces",
     ) -> None:
-        """Check the options and, by a trial run, that this machine can isolate as `isolation` says.
+        """Check by a trial run that this machine can provide the isolation.
 
-        time_limit:     seconds, for all unit tests of a row together, or for each of its programs
-        partial_credit: the share of tests that pass, instead of 1.0 for all of them
+        time_limit:      seconds, for all unit tests of a row together, or for each of its programs
+        memory_limit_mb: address space of each process, in MiB
+        max_processes:   processes and threads of a sandbox at the same time
+        partial_credit:  score the fraction of tests that pass, instead of 1.0 for all of them
+        isolation:       namespaces or rlimits, see rewards/README.md
         """
-        if isolation not in ("namespaces", "rlimits"):
-            raise InputError(f"code_tests: isolation must be namespaces or rlimits, not {isolation!r}")
-        for key, value in (("time_limit", time_limit), ("memory_limit_mb", memory_limit_mb)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise InputError(f"code_tests: {key} must be a number above 0, not {value!r}")
-        if not isinstance(partial_credit, bool):
-            raise InputError(f"code_tests: partial_credit must be true or false, not {partial_credit!r}")
         check_isolation(isolation)
         self.isolation = isolation
         self.partial_credit = partial_credit
-        self.limits = Limits(seconds=time_limit, memory=int(memory_limit_mb) << 20, processes=max_processes)
+        self.limits = Limits(seconds=time_limit, memory=memory_limit_mb << 20, processes=max_processes)
         self.timeout = time_limit + START_SECONDS
 
     def __call__(self, completion: ParsedCompletion, *, tests: Any) -> float | None:  # Any: checked here
@@ -65,7 +64,7 @@ class CodeTests:
         return sum(passed) / len(passed) if self.partial_credit else float(all(passed))
 
     def _run_asserts(self, code: str, tests: Mapping[str, Any]) -> list[bool]:
-        # With its `from __future__` lines in front, code is no Python after a prefix: it may well do without.
+        # Code that begins with `from __future__` is no Python after a prefix, and may well work without it.
         solutions = [f"{tests['prefix']}\n{code}", code]
         return run_tests(solutions, tests, limits=self.limits, isolation=self.isolation)
 
@@ -85,7 +84,7 @@ class CodeTests:
 
 
 def extract_code(answer: str) -> str:
-    """The last fenced block of Python or of no named language; without one, the whole answer.
+    """Return the last fenced block of Python or of no named language; without one, the whole answer.
 
     >>> extract_code("So:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
@@ -95,7 +94,7 @@ def extract_code(answer: str) -> str:
 
 
 def _lines(text: bytes) -> list[bytes]:
-    """Lines without the white space at their ends, nor empty ones at the text's end: contests compare them so."""
+    """Return the lines without trailing white space, and without empty ones at the end, as contests compare them."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
@@ -109,13 +108,13 @@ def _are_programs(tests: Any) -> bool:
 
 
 def _as_mapping(tests: Any) -> Mapping[str, Any]:
-    given = {"asserts": tests} if isinstance(tests, list) else tests
-    if not isinstance(given, dict) or not isinstance(given.get("asserts"), list) or not given["asserts"]:
+    keys = {"asserts": tests} if isinstance(tests, list) else tests
+    if not isinstance(keys, dict) or not isinstance(keys.get("asserts"), list) or not keys["asserts"]:
         raise InputError(f"the column tests must be a list, or an object with a list of asserts, not {tests!r}")
-    unknown = [key for key in given if key not in KEYS]
+    unknown = [key for key in keys if key not in KEYS]
     if unknown:
         raise InputError(f"the column tests has the unknown key {unknown[0]!r}; it may have {', '.join(KEYS)}")
-    whole = {"setup": "", "prefix": "", "entry_point": "", **{key: value for key, value in given.items() if value}}
+    whole = {"setup": "", "prefix": "", "entry_point": "", **{key: value for key, value in keys.items() if value}}
     texts = [*whole["asserts"], whole["setup"], whole["prefix"], whole["entry_point"]]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"the column tests must hold Python as text, not {tests!r}")

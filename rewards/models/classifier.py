@@ -1,7 +1,7 @@
-"""A sequence classifier of any family as a judge: loaded from a folder, run on micro-batches of equal-length rows.
+"""Sequence classifiers of any family as reward models: loaded from a folder, run on micro-batches of similar lengths.
 
-What a reward model's folder says of itself stands in `reward_model.json`: its template, whether it was trained on the
-reasoning too, and the mean and standard deviation of its scores when it was exported.
+The file `reward_model.json` of a reward model's folder holds its template, whether it was trained on the reasoning too,
+and the mean and standard deviation of its scores when it was exported.
 """
 
 import json
@@ -26,10 +26,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelCard:
-    """What a reward model's folder says of itself.
+    """The contents of `reward_model.json`.
 
-    template:  how an answer is rendered for it
-    reasoning: whether it judges the reasoning too
+    template:  the template in which the model reads an answer
+    reasoning: True if the model judges the reasoning too
     mean, std: of its scores on `measured_on`; a reward is (score - mean) / std
     """
 
@@ -45,7 +45,7 @@ class RewardModelCard:
 
 
 def read_card(folder: str) -> RewardModelCard | None:
-    """The card in a model's folder; None where there is none, InputError where it cannot be read."""
+    """Return the card in a model's folder; None if there is none. Raise InputError if it cannot be read."""
     file = Path(folder) / CARD_FILE
     if not file.is_file():
         return None
@@ -58,7 +58,9 @@ def read_card(folder: str) -> RewardModelCard | None:
 def load_classifier(
     folder: str, *, revision: str | None, dtype: Dtype, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a folder's (or the hub's) sequence classifier with its tokenizer, ready to score."""
+    """Load a sequence classifier with its tokenizer, from a folder or the hub, ready to score."""
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r}, but this process sees {torch.cuda.device_count()} GPUs")
     tokenizer = load_classifier_tokenizer(folder, revision=revision)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -77,63 +79,65 @@ def load_classifier(
 
 
 def set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model's config a pad id where it has none: decoders read their verdict off the last other token."""
+    """Set the pad id of a model's config that has none: decoders read the score at the last token that is no pad."""
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once."""
+    """Return the model's context in tokens."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0)) or 1_000_000
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
-    """Names of the classifier's outputs, in their order; a reward model has one."""
+    """Return the names of the classifier's outputs, in order; a reward model has one."""
     return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
 
 
 def memory_of(model: torch.nn.Module) -> str:
-    """Parameters and bytes of a model, for a person."""
+    """Describe a model's parameters and their memory."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return f"{num_parameters:,} parameters, {num_bytes / 2**30:.2f} GiB"
 
 
-def classify(model: PreTrainedModel, rows: Sequence[RewardModelIds], *, micro_batch_tokens: int) -> torch.Tensor:
-    """Logits [N, labels] in float32 on the CPU, in the order of `rows`.
+def classify(model: PreTrainedModel, sequences: Sequence[RewardModelIds], *, micro_batch_tokens: int) -> torch.Tensor:
+    """Return the logits [N, labels] in float32 on the CPU, in the order of `sequences`.
 
-    Rows are run in the order of their length, so that a micro-batch holds little padding: at most `micro_batch_tokens`
-    tokens with it, unless one row alone has more.
+    Sequences are run in the order of their length, so that a micro-batch holds little padding. With padding it has at
+    most `micro_batch_tokens` tokens, unless one sequence alone has more.
     """
     pad_id = model.config.get_text_config().pad_token_id
     takes_types = getattr(model.config, "type_vocab_size", 0) > 1
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].input_ids), reverse=True)
-    logits_NC = torch.empty(len(rows), len(label_names(model)))
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].input_ids), reverse=True)
+    logits_NC = torch.empty(len(sequences), len(label_names(model)))
     with torch.inference_mode():
-        for places in _micro_batches(rows, order, micro_batch_tokens):
-            longest = len(rows[places[0]].input_ids)
-            ids_BT = torch.full((len(places), longest), pad_id)
+        for indices in _micro_batches(sequences, order, micro_batch_tokens):
+            longest = len(sequences[indices[0]].input_ids)
+            ids_BT = torch.full((len(indices), longest), pad_id)
             types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
-            for number, place in enumerate(places):
-                length = len(rows[place].input_ids)
-                ids_BT[number, :length] = torch.tensor(rows[place].input_ids)
-                types_BT[number, :length] = torch.tensor(rows[place].token_type_ids)
-                mask_BT[number, :length] = 1
+            for b, index in enumerate(indices):
+                length = len(sequences[index].input_ids)
+                ids_BT[b, :length] = torch.tensor(sequences[index].input_ids)
+                types_BT[b, :length] = torch.tensor(sequences[index].token_type_ids)
+                mask_BT[b, :length] = 1
             inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
             if takes_types:
                 inputs["token_type_ids"] = types_BT
             output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            logits_NC[places] = output.logits.float().cpu()
+            logits_NC[indices] = output.logits.float().cpu()
     return logits_NC
 
 
-def _micro_batches(rows: Sequence[RewardModelIds], order: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+def _micro_batches(
+    sequences: Sequence[RewardModelIds], order: Sequence[int], micro_batch_tokens: int
+) -> list[list[int]]:
     batches: list[list[int]] = []
-    for place in order:
-        longest = len(rows[batches[-1][0]].input_ids) if batches else 0
+    for index in order:
+        longest = len(sequences[batches[-1][0]].input_ids) if batches else 0
         if batches and longest * (len(batches[-1]) + 1) <= micro_batch_tokens:
-            batches[-1].append(place)
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches

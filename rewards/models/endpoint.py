@@ -1,68 +1,69 @@
-"""A JSON endpoint over HTTP, asked politely: bounded concurrency, a time limit, retries with back-off, no secret shown.
+"""A client of a JSON endpoint over HTTP: bounded concurrency, a time limit, retries with back-off, no secret shown.
 
 The key of an endpoint is read from the environment each time it is needed. It is never stored, so that neither the
-recipe, a checkpoint nor an error can hold it, and it is blotted out of whatever a server sends back.
+recipe, a checkpoint nor an error can hold it, and it is masked in all text that a server sends back.
 """
 
 import asyncio
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
-from rekatrain.data.errors import InputError
-from rekatrain.rewards.errors import RewardError
+from annotated_types import Ge, Gt
+from pydantic import FiniteFloat
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-# Worth asking again: overload, a proxy's or the server's own trouble.
-PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.errors import RewardError
+
+# Worth another attempt: overload, or a failure of a proxy or of the server itself.
+TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LONGEST_WAIT = 60.0
 SHOWN_CHARACTERS = 200
-BLOT = "***"
+MASK = "***"
 _BACK_OFF = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
 
 Json = dict[str, Any]  # Any: a JSON value, not yet checked
+Count = Annotated[int, Ge(1)]
+Retries = Annotated[int, Ge(0)]
+Seconds = Annotated[FiniteFloat, Gt(0)]
 
 
 class Endpoint:
-    """Posts JSON to one server; `num_requests` and `num_retries` count what was sent since they were last reset."""
+    """Posts JSON to one server; `num_requests` and `num_retries` count the requests since they were last reset."""
 
     def __init__(
-        self, url: str, *, api_key_env: str | None, concurrency: int, request_timeout: float, max_retries: int
+        self, url: str, *, api_key_env: str | None, concurrency: Count, request_timeout: Seconds, max_retries: Retries
     ) -> None:
-        """Check the settings; nothing is sent.
+        """Check the URL and that the key is set; nothing is sent.
 
         url:             http or https, without a user, a password or a query: those could hold a secret
         api_key_env:     name of the environment variable with the bearer token
         concurrency:     requests in flight
         request_timeout: seconds for one attempt, from its start to its whole answer
-        max_retries:     further attempts after a passing failure: no connection, no answer in time, 429, 5xx
+        max_retries:     further attempts after a transient failure: no connection, no answer in time, 429, 5xx
         """
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL:
-            raise InputError("the URL cannot be read; write it as http://host:port/v1") from None
+            raise InputError("the URL cannot be parsed; write it as http://host:port/v1") from None
         if parsed.userinfo or parsed.query or parsed.fragment:
             raise InputError(
-                "the URL holds a user, a query or a fragment: secrets come from the environment, see api_key_env"
+                "the URL holds a user, a query or a fragment; secrets come from the environment, see api_key_env"
             )
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"the URL must begin with http:// or https:// and a host, not {url!r}")
         if api_key_env is not None:
             _read_key(api_key_env)
-        if concurrency < 1 or request_timeout <= 0 or max_retries < 0:
-            raise InputError(
-                "concurrency must be at least 1, request_timeout above 0 and max_retries at least 0, not "
-                f"{concurrency}, {request_timeout}, {max_retries}"
-            )
         self.url = url.rstrip("/")
         self.num_requests = self.num_retries = 0
         self._api_key_env, self._concurrency = api_key_env, concurrency
         self._request_timeout, self._max_retries = request_timeout, max_retries
 
     async def post_all(self, path: str, bodies: Sequence[Json]) -> list[Json | RewardError]:
-        """The server's JSON objects in the order of `bodies`; an error in the place of what could not be had."""
+        """Return the server's JSON objects in the order of `bodies`; an error for a request that failed."""
         key = _read_key(self._api_key_env) if self._api_key_env else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self._concurrency)
@@ -72,15 +73,15 @@ class Endpoint:
             async def post(body: Json) -> Json | RewardError:
                 async with in_flight:
                     try:
-                        return await self._retried(client, f"{self.url}{path}", body)
+                        return await self._post_with_retries(client, f"{self.url}{path}", body)
                     except RewardError as error:
-                        return type(error)(_blot(str(error), key))
+                        return type(error)(_mask(str(error), key))
 
             return list(await asyncio.gather(*[post(body) for body in bodies]))
 
-    async def _retried(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
+    async def _post_with_retries(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
         attempts = AsyncRetrying(
-            retry=retry_if_exception_type(_PassingError),
+            retry=retry_if_exception_type(_TransientError),
             wait=_wait,
             stop=stop_after_attempt(1 + self._max_retries),
             reraise=True,
@@ -94,18 +95,18 @@ class Endpoint:
 
     async def _post(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
         try:
-            # httpx's own limits are for each read, so that a server which drips would be waited for.
+            # httpx's own limits are per read: a server that sends one byte at a time would never reach them.
             async with asyncio.timeout(self._request_timeout):
                 response = await client.post(url, json=body)
         except TimeoutError:
-            raise _PassingError(f"{url} gave no answer within {self._request_timeout:g} s") from None
+            raise _TransientError(f"{url} gave no answer within {self._request_timeout:g} s") from None
         except httpx2.TransportError as error:
-            raise _PassingError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
+            raise _TransientError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:
-            told = f"{url} answered {response.status_code}: {_shorten(response.text)}"
-            if response.status_code not in PASSING_STATUS:
-                raise RefusedError(told)
-            raise _PassingError(told, wait=_seconds(response.headers.get("retry-after")))
+            message = f"{url} answered {response.status_code}: {_shorten(response.text)}"
+            if response.status_code not in TRANSIENT_STATUS:
+                raise RejectedError(message)
+            raise _TransientError(message, wait=_seconds(response.headers.get("retry-after")))
         try:
             answer = response.json()
         except ValueError:
@@ -115,12 +116,12 @@ class Endpoint:
         return answer
 
 
-class RefusedError(RewardError):
-    """The server will not take this request, however often it is sent."""
+class RejectedError(RewardError):
+    """The server rejects this request, however often it is sent."""
 
 
-class _PassingError(RewardError):
-    """A failure that may be over at the next attempt; `wait` are the seconds that the server asked for."""
+class _TransientError(RewardError):
+    """A failure that may be over at the next attempt; `wait` are the seconds of the server's Retry-After."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -129,24 +130,24 @@ class _PassingError(RewardError):
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    asked = error.wait if isinstance(error, _PassingError) else 0.0
-    return max(min(asked, LONGEST_WAIT), _BACK_OFF(state))
+    retry_after = error.wait if isinstance(error, _TransientError) else 0.0
+    return max(min(retry_after, LONGEST_WAIT), _BACK_OFF(state))
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Seconds of a Retry-After header; 0 for none, and for a date, which the back-off serves as well."""
+    """Return the seconds of a Retry-After header; 0 for none and for a date, where the back-off decides."""
     return float(retry_after) if retry_after and re.fullmatch(r"\d{1,6}(\.\d+)?", retry_after) else 0.0
 
 
 def _read_key(name: str) -> str:
     key = os.environ.get(name, "").strip()
     if not key:
-        raise InputError(f"the environment variable {name} (api_key_env) is not set: it holds the endpoint's key")
+        raise InputError(f"the environment variable {name} (api_key_env) is not set; set it to the endpoint's key")
     return key
 
 
-def _blot(text: str, key: str | None) -> str:
-    return text.replace(key, BLOT) if key else text
+def _mask(text: str, key: str | None) -> str:
+    return text.replace(key, MASK) if key else text
 
 
 def _shorten(text: str) -> str:

@@ -8,14 +8,16 @@ rewards:
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Len, MinLen
+from pydantic import FiniteFloat, JsonValue
 
 from rekatrain.data.chat import parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.models.endpoint import Endpoint, Json
+from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, Retries, Seconds
 from rekatrain.rewards.models.judge_cache import JudgeCache
 from rekatrain.rewards.models.judge_prompt import (
     pairwise_messages,
@@ -27,55 +29,57 @@ from rekatrain.rewards.models.judge_prompt import (
 )
 
 MILLION = 1e6
+Text = Annotated[str, MinLen(1)]
+Price = Annotated[FiniteFloat, Ge(0)]
 
 
 class Judge:
-    """A score from 0 to 1: the judge's mark on a rubric, or how often it prefers the answer to a reference.
+    """A score from 0 to 1: the judge's score on a rubric, or how often it prefers the answer to a reference.
 
-    An empty answer, and one that is still reasoning, scores 0 and is not asked about. A reply that is not exactly the
-    JSON object asked for, and a request that fails beyond its retries, is an error of that completion.
+    An empty answer, and one that is still reasoning, scores 0 and is not sent. A reply that is not exactly the
+    requested JSON object, and a request that fails beyond its retries, is an error of that completion.
     """
 
     def __init__(
         self,
         *,
         base_url: str,
-        model: str,
-        rubric: str,
-        reference: str | None = None,
-        scale: list[float] | None = None,
-        api_key_env: str | None = None,
-        concurrency: int = 16,
-        request_timeout: float = 60.0,
-        max_retries: int = 4,
-        max_tokens: int = 256,
+        model: Text,
+        rubric: Text,
+        reference: Text | None = None,
+        scale: Annotated[list[FiniteFloat], Len(2, 2)] | None = None,
+        api_key_env: Text | None = None,
+        concurrency: Count = 16,
+        request_timeout: Seconds = 60.0,
+        max_retries: Retries = 4,
+        max_tokens: Count = 256,
         json_schema: bool = True,
-        extra_body: dict[str, Any] | None = None,
-        cache: str | None = None,
-        prompt_price: float | None = None,
-        completion_price: float | None = None,
+        extra_body: dict[str, JsonValue] | None = None,
+        cache: Text | None = None,
+        prompt_price: Price | None = None,
+        completion_price: Price | None = None,
     ) -> None:
         """Check the options; nothing is sent.
 
         base_url, model:       of the endpoint; requests go to base_url/chat/completions at temperature 0
-        rubric:                what a good answer is
+        rubric:                describes a good answer
         reference:             a column with an answer to compare with, in both orders: 1 wins, 0.5 ties, 0 loses
-        scale:                 lowest and highest mark without a reference; [1, 10]
+        scale:                 lowest and highest score on the rubric; default [1, 10]
         api_key_env:           name of the environment variable that holds the key
         concurrency, request_timeout, max_retries: see `rekatrain.rewards.models.endpoint.Endpoint`
-        max_tokens:            of a reply
-        json_schema:           have the server hold the model to the reply's JSON schema, where it can
-        extra_body:            further keys of the request; a null takes one of ours out
+        max_tokens:            longest reply
+        json_schema:           request replies that follow a JSON schema; false for a server that cannot enforce one
+        extra_body:            further keys of the request; null removes one of ours
         cache:                 an SQLite file for the replies; None keeps them in memory
-        prompt_price, completion_price: money for a million tokens, for the metric `cost`
+        prompt_price, completion_price: price of a million tokens, for the metric `cost`
         """
-        if not isinstance(rubric, str) or not rubric.strip():
-            raise InputError("judge: rubric is empty: say what a good answer is")
+        if not rubric.strip():
+            raise InputError("rubric is empty; describe a good answer")
         self._low, self._high = scale or [1, 10]
-        if not -math.inf < self._low < self._high < math.inf:
-            raise InputError(f"judge: scale must be the lowest and the highest mark, as in [1, 10], not {scale}")
+        if self._low >= self._high:
+            raise InputError(f"scale is {scale}; it should be the lowest and the highest score, as in [1, 10]")
         if (prompt_price is None) != (completion_price is None):
-            raise InputError("judge: prompt_price and completion_price go together: give both or neither")
+            raise InputError("prompt_price and completion_price go together; set both or neither")
         self._endpoint = Endpoint(
             base_url,
             api_key_env=api_key_env,
@@ -101,20 +105,19 @@ class Judge:
     async def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | RewardError]:
-        """A verdict for each completion; equal requests are sent once."""
+        """Return a score for each completion; equal requests are sent once."""
         questions = [parse_prompt(prompt) for prompt in prompts]
         answers = [parse_completion(completion).answer for completion in completions]
         references = columns[self._reference] if self._reference else [None] * len(answers)
-        asked = [
+        requests = [
             self._bodies(_transcript(question), answer, reference) if answer else []
             for question, answer, reference in zip(questions, answers, references, strict=True)
         ]
-        replies = await self._replies([body for bodies in asked for body in bodies])
-        given = iter(replies)
-        return [self._verdict([next(given) for _ in bodies]) if bodies else 0.0 for bodies in asked]
+        replies = iter(await self._replies([body for bodies in requests for body in bodies]))
+        return [self._verdict([next(replies) for _ in bodies]) if bodies else 0.0 for bodies in requests]
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: requests and retries sent, replies from the cache, tokens, and their cost if priced."""
+        """Return counts since the last call: requests, retries, replies from the cache, tokens, and their cost."""
         counted: dict[str, float] = {
             "num_requests": self._endpoint.num_requests,
             "num_retries": self._endpoint.num_retries,
@@ -130,20 +133,22 @@ class Judge:
         return counted
 
     def _bodies(self, question: str, answer: str, reference: object) -> list[Json]:
-        """What the judge is asked about one answer: once on a rubric, in both orders beside a reference."""
+        """Return the requests for one answer: one on a rubric, or two beside a reference, one in each order."""
         if self._reference is None:
-            asked = [
+            conversations = [
                 rubric_messages(rubric=self._rubric, question=question, answer=answer, low=self._low, high=self._high)
             ]
         else:
             if not isinstance(reference, str):
-                raise InputError(f"judge: the column {self._reference} must be text, not {type(reference).__name__}")
+                raise InputError(
+                    f"reward judge: the column {self._reference} must be text, not {type(reference).__name__}"
+                )
             pairs = [(answer, reference), (reference, answer)]
-            asked = [
+            conversations = [
                 pairwise_messages(rubric=self._rubric, question=question, first=first, second=second)
                 for first, second in pairs
             ]
-        return [{**self._settings, "messages": messages} for messages in asked]
+        return [{**self._settings, "messages": messages} for messages in conversations]
 
     def _verdict(self, replies: Sequence[str | RewardError]) -> float | RewardError:
         for reply in replies:
@@ -153,11 +158,11 @@ class Judge:
         if self._reference is None:
             return read_score(texts[0], low=self._low, high=self._high)
         as_first, as_second = map(read_winner, texts)
-        # Judges favour a place; asking in both orders cancels it (arXiv 2306.05685).
+        # Judges prefer the first or the second answer as such; both orders together cancel it (arXiv 2306.05685).
         return ({"A": 1.0, "tie": 0.5, "B": 0.0}[as_first] + {"B": 1.0, "tie": 0.5, "A": 0.0}[as_second]) / 2
 
     async def _replies(self, bodies: Sequence[Json]) -> list[str | RewardError]:
-        """The judge's reply to each request, read once to see that it is one: only what can be read is kept."""
+        """Return the judge's reply to each request; only replies that hold a verdict are cached."""
         known = {_name(body): self._cache.get(self._endpoint.url, body) for body in bodies}
         fresh = {_name(body): body for body in bodies if known[_name(body)] is None}
         self._num_cached += len(bodies) - len(fresh)
@@ -171,7 +176,7 @@ class Judge:
         return [replies[_name(body)] for body in bodies]
 
     def _read_reply(self, answer: Json) -> str | RewardError:
-        """The text of the only choice, once it is known to hold a verdict; its tokens are counted in any case."""
+        """Return the text of the only choice if it holds a verdict, else the error; count its tokens in any case."""
         usage = answer.get("usage")
         for key in self._tokens:
             count = usage.get(key) if isinstance(usage, Mapping) else None
@@ -181,7 +186,7 @@ class Judge:
         except (KeyError, IndexError, TypeError):
             return RewardError("the judge's answer has no choices[0].message.content")
         if not isinstance(text, str):
-            return RewardError(f"the judge's message holds no text but {type(text).__name__}")
+            return RewardError(f"the judge's message holds {type(text).__name__} and no text")
         try:
             if self._reference is None:
                 read_score(text, low=self._low, high=self._high)
@@ -193,7 +198,7 @@ class Judge:
 
 
 def _transcript(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The conversation that the answer continues; its only message as it is."""
+    """Return the conversation before the answer as text; a single message as it is."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

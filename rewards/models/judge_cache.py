@@ -1,4 +1,4 @@
-"""Verdicts that have been paid for: in memory, or in an SQLite file that outlives the run and serves all processes."""
+"""A cache of the judge's replies: in memory, or in an SQLite file that outlives the run and serves all processes."""
 
 import hashlib
 import json
@@ -8,29 +8,31 @@ from typing import Any
 
 from rekatrain.data.errors import InputError
 
+CREATE_TABLE = "CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT NOT NULL)"
+
 
 class JudgeCache:
-    """Request -> the judge's reply. Keys are hashes of the whole request, which holds no key of an endpoint."""
+    """Maps a request to the judge's reply. Its keys are hashes of whole requests, which hold no API key."""
 
     def __init__(self, path: str | None) -> None:
-        """`path` None keeps replies in memory, until the run ends."""
+        """Open the file at `path`, or keep replies in memory if it is None."""
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             # Processes of a launch write at the same time; each waits for the other.
-            self._rows = sqlite3.connect(path or ":memory:", timeout=30, isolation_level=None)
-            self._rows.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+            self._connection = sqlite3.connect(path or ":memory:", timeout=30, isolation_level=None)
+            self._connection.execute(CREATE_TABLE)
         except (sqlite3.Error, OSError) as error:
             raise InputError(f"the judge's cache {path!r} cannot be used: {error}") from error
 
     def get(self, url: str, body: dict[str, Any]) -> str | None:  # Any: a JSON value
-        """The reply to a request that has been answered before."""
-        row = self._rows.execute("SELECT reply FROM replies WHERE request = ?", (_key(url, body),)).fetchone()
-        return row[0] if row else None
+        """Return the cached reply to a request; None if there is none."""
+        entry = self._connection.execute("SELECT reply FROM replies WHERE request = ?", (_key(url, body),)).fetchone()
+        return entry[0] if entry else None
 
     def put(self, url: str, body: dict[str, Any], reply: str) -> None:  # Any: a JSON value
         """Keep a reply."""
-        self._rows.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (_key(url, body), reply))
+        self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (_key(url, body), reply))
 
 
 def _key(url: str, body: dict[str, Any]) -> str:  # Any: a JSON value

@@ -1,4 +1,4 @@
-"""The reward `reward_model`: a local sequence classifier's score of the answer, on a frozen scale.
+"""The reward `reward_model`: a local sequence classifier's score of the answer, on a fixed scale.
 
     rewards:
       reward_model: {pretrained_model_name_or_path: exports/reward, weight: 1.0}
@@ -9,9 +9,13 @@ torch and the model are loaded by `setup`, in the process that scores.
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+from pydantic import FiniteFloat
 
 from rekatrain.data.chat import parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
@@ -24,9 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d+)?")
+
 
 class RewardModel:
-    """(score - mean) / std, the score being a classifier's one output or the probability of one of its labels."""
+    """(score - mean) / std, where the score is a classifier's only output or the probability of one of its labels."""
 
     def __init__(
         self,
@@ -36,41 +42,37 @@ class RewardModel:
         template: Template | None = None,
         reasoning: bool | None = None,
         label: str | None = None,
-        mean: float | None = None,
-        std: float | None = None,
+        mean: FiniteFloat | None = None,
+        std: Annotated[FiniteFloat, Gt(0)] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: Annotated[int, Ge(1)] = 8192,
     ) -> None:
         """Check the options; no weight is read.
 
-        template:           reka (default), chat_template, pair, answer: see `rekatrain.data.reward_model_input.encode_reward_model_input`
+        template:           reka (default), chat_template, pair or answer, see data/reward_model_input.py
         reasoning:          judge the reasoning too; the default is to judge the answer alone
-        label:              of a classifier with several, whose probability is the score
+        label:              name of the output whose probability is the score, of a classifier with several outputs
         mean, std:          of the scores; default 0 and 1
         device:             cpu, cuda (this process's GPU) or cuda:1
-        micro_batch_tokens: in one forward, with padding
+        micro_batch_tokens: tokens of one forward, with padding
 
-        An exported reward model's `reward_model.json` gives the defaults of template, reasoning, mean and std.
+        The `reward_model.json` of an exported reward model sets the defaults of template, reasoning, mean and std.
         """
-        if template is not None and template not in get_args(Template):
-            raise InputError(f"template must be one of {', '.join(get_args(Template))}, not {template!r}")
         if (mean is None) != (std is None):
-            raise InputError(f"mean and std go together, but mean is {mean} and std is {std}: give both or neither")
-        if mean is not None and std is not None and not (math.isfinite(mean) and 0 < std < math.inf):
-            raise InputError(f"mean must be finite and std above 0, not {mean} and {std}")
-        if micro_batch_tokens < 1:
-            raise InputError(f"micro_batch_tokens must be at least 1, not {micro_batch_tokens}")
+            raise InputError(f"mean and std go together, but mean is {mean} and std is {std}; set both or neither")
+        if not DEVICE.fullmatch(device):
+            raise InputError(f"device is {device!r}; it should be cpu, cuda or one GPU such as cuda:1")
         path = pretrained_model_name_or_path
         if names_path(path) and not Path(path).is_dir():
-            raise InputError(f"there is no reward model at {path!r}")
+            raise InputError(f"pretrained_model_name_or_path: there is no reward model at {path!r}")
         self._path, self._revision, self._label = path, revision, label
         self._template, self._reasoning, self._mean, self._std = template, reasoning, mean, std
         self._dtype, self._device, self._micro_batch_tokens = dtype, device, micro_batch_tokens
         self._num_cut = 0
 
     def setup(self) -> None:
-        """Load the classifier, say what it takes, and fix the scale of its scores."""
+        """Load the classifier, log its memory, and fix the scale of its scores."""
         from rekatrain.rewards.models import classifier
 
         card = classifier.read_card(self._path)
@@ -99,7 +101,7 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None | RewardError]:
-        """One normalized score a completion; an error for one whose score is not a number."""
+        """Return one normalized score per completion; an error if the score is not a finite number."""
         from rekatrain.rewards.models import classifier
 
         judged = [
@@ -112,7 +114,7 @@ class RewardModel:
         context = classifier.context_of(self._model)
         rows = [encode_reward_model_input(one, self._tokenizer, self._template, max_length=context) for one in judged]
         self._num_cut += sum(row.is_cut for row in rows)
-        # Template answer and a tokenizer without marks leave nothing of an empty answer: no score, good or bad.
+        # With the template `answer` and a tokenizer without special tokens, an empty answer has no tokens to score.
         filled = [row for row in rows if row.input_ids]
         logits_NC = classifier.classify(self._model, filled, micro_batch_tokens=self._micro_batch_tokens)
         scores_N = logits_NC[:, 0] if self._label_id is None else logits_NC.softmax(dim=-1)[:, self._label_id]
@@ -129,7 +131,7 @@ class RewardModel:
         return (score - self._mean) / self._std if math.isfinite(score) else RewardError(f"the score is {score}")
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: answers whose beginning was cut off, to keep to the classifier's context."""
+        """Return the number of answers since the last call whose beginning was cut off to fit the context."""
         counted = {"num_cut": float(self._num_cut)}
         self._num_cut = 0
         return counted
@@ -138,7 +140,7 @@ class RewardModel:
         return reasoning if self._reasoning else None
 
     def _find_label(self) -> int | None:
-        """The output that is the score; None for the only one."""
+        """Return the index of the output that is the score; None for the only one."""
         from rekatrain.rewards.models import classifier
 
         names = classifier.label_names(self._model)

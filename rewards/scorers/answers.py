@@ -1,4 +1,4 @@
-"""Scorers of a final answer: it equals, lies near, names, matches or fits what the row or the recipe says.
+"""Scorers of a final answer, which compare it with a column of the row or with an option of the recipe.
 
 All judge the answer after the reasoning. Text that makes no sense scores 0.0; a row that cannot be graded gives None.
 """
@@ -9,17 +9,20 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jsonschema
+from annotated_types import Ge
 from jsonschema.protocols import Validator
+from pydantic import FiniteFloat
+
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.scorers.math_answer import find_boxes
 
 ANSWER_MARK = re.compile(r"\b(?:final\s+)?answer\b\W*(?:\bis\b|:)\W*", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?!\w|\.\d)")
-# A letter that stands as an option: alone, or marked by brackets, a full stop, a colon or stars.
+# A letter that is used as an option: alone, or marked by brackets, a full stop, a colon or stars.
 OPTION = re.compile(
     r"(?<![\w'])(?:option\s+|choice\s+)?[*(\[{]*([A-Z])[*)\]}]*(?![\w'’])(?:[.:)](?=\s|$))?", re.IGNORECASE
 )
@@ -28,7 +31,7 @@ FENCED_JSON = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)^[ \t]*```[ \t]
 
 
 def final_answer(text: str) -> str:
-    """The last `\\boxed{...}`, else what stands after the last "answer is" or "answer:" in its line, else all of it.
+    """Return the last `\\boxed{...}`, else the rest of the line after the last "answer is" or "answer:", else all.
 
     >>> final_answer("Both fit. The answer is **Paris**.")
     'Paris**.'
@@ -43,23 +46,29 @@ def final_answer(text: str) -> str:
 def exact_match(
     completion: ParsedCompletion, *, answer: str | float | list[Any] | None, ignore_case: bool = True
 ) -> float | None:
-    """1.0 where the final answer is the column `answer`, or one of a list, but for case, white space and outer marks.
+    """Return 1.0 if the final answer equals the column `answer`, or one of its items if that is a list, else 0.0.
 
-    None where the row has no answer. A longer text that contains the answer scores 0.0.
+    White space, outer punctuation and, with `ignore_case`, case do not count. A longer text that contains the answer
+    scores 0.0. Returns None if the row has no answer.
     """
     accepted = answer if isinstance(answer, list) else [answer]
-    golds = {_normalise(str(gold), ignore_case) for gold in accepted if gold is not None} - {""}
+    golds = {_normalize(str(gold), ignore_case) for gold in accepted if gold is not None} - {""}
     if not golds:
         return None
-    return float(_normalise(final_answer(completion.answer), ignore_case) in golds)
+    return float(_normalize(final_answer(completion.answer), ignore_case) in golds)
 
 
 def numeric_close(
-    completion: ParsedCompletion, *, answer: str | float | None, rel_tol: float = 0.01, abs_tol: float = 0.0
+    completion: ParsedCompletion,
+    *,
+    answer: str | float | None,
+    rel_tol: Annotated[FiniteFloat, Ge(0)] = 0.01,
+    abs_tol: Annotated[FiniteFloat, Ge(0)] = 0.0,
 ) -> float | None:
-    """1.0 where the only number of the final answer, else the last one of the text, is close to the column `answer`.
+    """Return 1.0 if the number of the final answer is close to the column `answer`, else 0.0.
 
-    Close as in `math.isclose`, relative to the larger of the two. None where the column holds no number.
+    A marked final answer (see `final_answer`) must hold one number; of a whole text, the last number counts. Close is
+    meant as in `math.isclose`, relative to the larger of the two. Returns None if the column holds no number.
     """
     golds = _numbers(str(answer)) if answer is not None else []
     if len(golds) != 1:
@@ -72,10 +81,10 @@ def numeric_close(
 
 
 def multiple_choice(completion: ParsedCompletion, *, choice: str | None) -> float | None:
-    """1.0 where the final answer names the option of the column `choice`, a letter, and no other one.
+    """Return 1.0 if the final answer names the option of the column `choice`, a letter, and no other one, else 0.0.
 
-    Reads `B`, `(b)`, `**B**`, `B. Paris`, `\\boxed{B}`, `The answer is B`. A text without such a mark counts where one
-    letter only stands as an option in it: to name them all is no answer. None where the column holds no letter.
+    Reads `B`, `(b)`, `**B**`, `B. Paris`, `\\boxed{B}`, `The answer is B`. A text without such a mark counts if it uses
+    exactly one letter as an option: naming them all is no answer. Returns None if the column holds no letter.
     """
     gold = re.fullmatch(r"\W*([A-Za-z])\W*", str(choice)) if choice is not None else None
     if gold is None:
@@ -84,13 +93,13 @@ def multiple_choice(completion: ParsedCompletion, *, choice: str | None) -> floa
 
 
 class Regex:
-    """1.0 where the answer matches the regular expression `pattern`; the whole of it with `whole: true`."""
+    """1.0 if the regular expression `pattern` is found in the answer, or with `whole: true` matches all of it."""
 
     def __init__(self, *, pattern: str, whole: bool = False) -> None:
         try:
             compiled = re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise InputError(f"regex: pattern {pattern!r} is not a regular expression: {error}") from error
+        except re.error as error:
+            raise InputError(f"pattern {pattern!r} is not a regular expression: {error}") from error
         self._match = compiled.fullmatch if whole else compiled.search
 
     def __call__(self, completion: ParsedCompletion) -> float:
@@ -98,23 +107,26 @@ class Regex:
 
 
 class JsonSchema:
-    """1.0 where the answer is JSON that fits `schema`: an object of the recipe, or the path of a file with one.
+    """1.0 if the answer is JSON that fits `schema`, an object of the recipe or the path of a file with one, else 0.0.
 
-    The JSON is the whole answer, or its only fenced block with nothing but white space around it, unless
-    `text_around: true`, where it is the last fenced block. A repeated key and NaN are no JSON.
+    The JSON is the whole answer, or its only fenced block with nothing but white space around it. With
+    `text_around: true` it is the last fenced block. A repeated key and NaN are no JSON.
     """
 
     def __init__(self, *, schema: Mapping[str, Any] | str, text_around: bool = False) -> None:
         if isinstance(schema, str):
+            path = schema
             try:
-                schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+                schema = json.loads(Path(path).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise InputError(f"json_schema: schema {schema!r} cannot be read as JSON: {error}") from error
+                raise InputError(f"schema {path!r} cannot be read as JSON: {error}") from error
+            if not isinstance(schema, dict):
+                raise InputError(f"schema {path!r} holds no JSON object but {type(schema).__name__}")
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         try:
             kind.check_schema(schema)
         except jsonschema.SchemaError as error:
-            raise InputError(f"json_schema: schema is not a JSON schema: {error.message}") from error
+            raise InputError(f"schema is not a JSON schema: {error.message}") from error
         self._validator: Validator = kind(schema)
         self._text_around = text_around
 
@@ -123,7 +135,7 @@ class JsonSchema:
         is_alone = len(blocks) == 1 and not FENCED_JSON.sub("", completion.answer).strip()
         text = blocks[-1] if is_alone or (blocks and self._text_around) else completion.answer
         try:
-            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_reject)
         except (ValueError, RecursionError):
             return 0.0
         return float(self._validator.is_valid(value))
@@ -132,16 +144,17 @@ class JsonSchema:
 def reasoning_gym(
     completion: ParsedCompletion, *, reasoning_gym_task: str, reasoning_gym_entry: Mapping[str, Any]
 ) -> float:
-    """1.0 where the task's own verifier gives the answer full marks, else 0.0: part credit is for answers not right.
+    """Return 1.0 if the task's own verifier gives the answer full marks, else 0.0.
 
-    Raises ValueError for an unknown task, and what the verifier raises on the gold answer of the entry.
+    A verifier's partial credit is for answers that are not right. Raises ValueError for an unknown task, and whatever
+    the verifier raises on the gold answer of the entry.
     """
     score = _load_verifier(reasoning_gym_task)
     try:
         return float(score(completion.answer, reasoning_gym_entry) == 1.0)
     except Exception:
         # Verifiers raise whatever their parsing raises (prime_factorization: ValueError from int("two")). A verifier
-        # that can judge the gold answer is sound, so the text is at fault; one that cannot raises again, here.
+        # that can judge the gold answer works, so the text is at fault; one that cannot raises again, here.
         score(reasoning_gym_entry["answer"], reasoning_gym_entry)
         return 0.0
 
@@ -154,26 +167,26 @@ def _load_verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
     return get_score_answer_fn(task)
 
 
-def _normalise(text: str, ignore_case: bool) -> str:
+def _normalize(text: str, ignore_case: bool) -> str:
     text = " ".join(text.replace("\\text", "").split()).strip("*_`'\"“”‘’{}()[]$.,;:!? ")
     return text.casefold() if ignore_case else text
 
 
 def _numbers(text: str) -> list[float]:
-    found = [match.group().replace(",", "").replace("−", "-") for match in NUMBER.finditer(text)]
-    return [float(number) for number in found if number.strip("+-")]
+    numbers = [match.group().replace(",", "").replace("−", "-") for match in NUMBER.finditer(text)]
+    return [float(number) for number in numbers if number.strip("+-")]
 
 
 def _options(text: str) -> set[str]:
-    """Letters that stand as options in a text."""
-    found = set()
+    """Return the letters that a text uses as options."""
+    letters = set()
     for match in OPTION.finditer(text):
         letter, whole = match[1], match.group()
         is_bare = whole == letter and text.strip() != letter
         if is_bare and (letter.islower() or (letter in "AI" and WORD_FOLLOWS.match(text, match.end()))):
             continue
-        found.add(letter.upper())
-    return found
+        letters.add(letter.upper())
+    return letters
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,5 +195,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")

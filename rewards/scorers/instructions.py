@@ -1,7 +1,8 @@
-"""Verifiable instructions: the 25 kinds of IFEval (arXiv 2311.07911), each a check of the answer's text.
+"""The reward `instruction_following`: the 25 verifiable instructions of IFEval (arXiv 2311.07911).
 
-They judge as the published checkers do in its strict mode, but for two things: sentences and words in capitals are
-found by the rules below instead of nltk's models, and the language by py3langid instead of langdetect.
+Each is a check of the answer's text, as in the strict mode of the published checkers, with two differences: sentences
+and words in capitals are found by the rules below instead of nltk's models, and the language by py3langid instead of
+langdetect.
 """
 
 import json
@@ -28,18 +29,20 @@ ABBREVIATION = re.compile(
 
 
 class InstructionFollowing:
-    """1.0 where the answer follows all instructions of its row, else 0.0; None where the row has none.
+    """1.0 if the answer follows all instructions of its row, else 0.0; None if the row has none.
 
     The columns are IFEval's: `instruction_id_list` names the instructions, `kwargs` has an object of options for each.
     """
 
     def __init__(self, *, partial_credit: bool = False) -> None:
-        """partial_credit: the share of instructions that are followed, instead of 1.0 for all of them."""
-        if not isinstance(partial_credit, bool):
-            raise InputError(f"instruction_following: partial_credit must be true or false, not {partial_credit!r}")
+        """Set the option.
+
+        partial_credit: score the fraction of instructions that are followed, instead of 1.0 for all of them
+        """
         self._partial_credit = partial_credit
 
     def setup(self) -> None:
+        """Load the language identifier."""
         _identifier()
 
     def __call__(
@@ -54,29 +57,31 @@ class InstructionFollowing:
         options = kwargs or [{}] * len(instruction_id_list)
         if len(options) != len(instruction_id_list):
             raise InputError(
-                f"the columns instruction_id_list and kwargs must have one entry each for an instruction, not "
-                f"{len(instruction_id_list)} and {len(options)}"
+                f"the columns instruction_id_list and kwargs have {len(instruction_id_list)} and {len(options)} "
+                "entries; each must have one per instruction"
             )
         followed = [
-            bool(completion.answer) and is_followed(name, given or {}, completion.answer)
-            for name, given in zip(instruction_id_list, options, strict=True)
+            bool(completion.answer) and is_followed(name, of_instruction or {}, completion.answer)
+            for name, of_instruction in zip(instruction_id_list, options, strict=True)
         ]
         return sum(followed) / len(followed) if self._partial_credit else float(all(followed))
 
 
 def is_followed(instruction: str, options: Mapping[str, Any], text: str) -> bool:
-    """Whether the text follows one instruction, named as in IFEval; InputError where that or its options are unknown.
+    """Return True if the text follows one instruction, named as in IFEval.
+
+    Raises InputError if the instruction or one of its options is unknown.
 
     >>> is_followed("length_constraints:number_words", {"relation": "at least", "num_words": 3}, "One, two, three.")
     True
     """
     if instruction not in CHECKS:
         raise InputError(f"there is no instruction {instruction!r}; IFEval has {', '.join(CHECKS)}")
-    given = {key: value for key, value in options.items() if value is not None}
+    set_options = {key: value for key, value in options.items() if value is not None}
     try:
-        return CHECKS[instruction](text, **given)
+        return CHECKS[instruction](text, **set_options)
     except (KeyError, TypeError) as error:
-        raise InputError(f"the instruction {instruction} cannot have the options {dict(given)}: {error}") from error
+        raise InputError(f"the instruction {instruction} cannot have the options {set_options}: {error}") from error
 
 
 @cache
@@ -107,7 +112,7 @@ def _has_no_forbidden(text: str, forbidden_words: Sequence[str]) -> bool:
 
 
 def count_sentences(text: str) -> int:
-    """Sentences, by their end marks; that of an abbreviation, an initial or a list's number ends none."""
+    """Count sentences by their end marks; the mark of an abbreviation, an initial or a list's number ends none."""
     count, start = 0, 0
     for mark in SENTENCE_END.finditer(text):
         sentence = text[start : mark.end()]
@@ -121,7 +126,7 @@ def _capital_words(text: str) -> int:
 
 
 def _parts(text: str, divider: str) -> list[str] | None:
-    """What lies between dividers; an empty first or last part is left out, and an empty one elsewhere is a fault."""
+    """Return the parts between dividers, without an empty first or last one; None if another one is empty."""
     parts = [part.strip() for part in re.split(divider, text)]
     inner = parts[1:-1]
     return None if "" in inner else [part for part in parts if part]
@@ -149,7 +154,7 @@ def _nth_paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, fi
 def _num_highlights(text: str) -> int:
     single = re.findall(r"\*[^\n*]*\*", text)
     double = re.findall(r"\*\*[^\n*]*\*\*", text)
-    return sum(bool(found.strip("*").strip()) for found in (*single, *double))
+    return sum(bool(section.strip("*").strip()) for section in (*single, *double))
 
 
 def _num_bullets(text: str) -> int:
@@ -174,7 +179,7 @@ def _is_json(text: str) -> bool:
 
 
 def _has_title(text: str) -> bool:
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
+    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
 
 
 def _is_quoted(text: str) -> bool:
@@ -186,7 +191,7 @@ def _ends_with(text: str, phrase: str) -> bool:
     return text.strip().strip('"').lower().endswith(phrase.strip().lower())
 
 
-# Each takes the text and, by name, the options that IFEval's data gives it.
+# Each is called with the text and, by name, with the options of IFEval's data.
 CHECKS: dict[str, Callable[..., bool]] = {
     "keywords:existence": lambda text, keywords: all(_occurrences(text, keyword) for keyword in keywords),
     "keywords:frequency": lambda text, keyword, frequency, relation: _has_count(

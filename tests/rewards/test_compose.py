@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions, check_columns
@@ -195,17 +196,17 @@ def test_a_broken_grader_is_an_error_that_names_it():
         ({"my_rewards:no_kwargs": None}, r"has the parameters \(completions\)"),
         (
             {"my_rewards:brevity": {"limt": 5}},
-            "has no option limt, did you mean limit?; its options are: weight, timeout, requires, limit",
+            "unknown key rewards.my_rewards:brevity.limt: did you mean rewards.my_rewards:brevity.limit?",
         ),
         (
             {"my_rewards:brevity": {"language": "en"}},
-            "has no option language; its options are: weight, timeout, requires, limit",
+            "rewards.my_rewards:brevity.language is a column of the rows and not an option",
         ),
-        ({"math_answer": {"weigth": 1}}, "reward math_answer has no option weigth, did you mean weight?"),
-        ({"math_answer": {"weight": "1"}}, "weight must be a finite number, not '1'"),
-        ({"math_answer": {"weight": True}}, "weight must be a finite number, not True"),
-        ({"math_answer": {"weight": math.nan}}, "weight must be a finite number, not nan"),
-        ({"math_answer": 1.0}, "reward math_answer takes a weight and options, .* not 1.0"),
+        ({"math_answer": {"weigth": 1}}, "rewards.math_answer.weigth: did you mean rewards.math_answer.weight?"),
+        ({"math_answer": {"weight": "1"}}, "rewards.math_answer.weight is '1'; it should be a valid number"),
+        ({"math_answer": {"weight": True}}, "rewards.math_answer.weight is True; it should be a valid number"),
+        ({"math_answer": {"weight": math.nan}}, "rewards.math_answer.weight is nan; it should be a finite number"),
+        ({"math_answer": 1.0}, "rewards.math_answer is 1.0; it should be a weight and options, "),
         ({"math_answer": {"weight": 0}}, "at least one reward must have a weight other than 0"),
         ({}, "at least one reward must have a weight other than 0"),
     ],
@@ -237,7 +238,7 @@ def test_a_class_checks_its_options_when_the_recipe_is_read_and_is_set_up_where_
     assert score(functions, ["42 <sep>", "24 <sep>"], language=["en", "en"]).total == [6.0, 0.0]
     with pytest.raises(InputError, match=r"pattern '\(' is not a regular expression"):
         build_reward_functions({"my_rewards:Pattern": {"pattern": "("}})
-    with pytest.raises(InputError, match="needs the option pattern"):
+    with pytest.raises(InputError, match="rewards.my_rewards:Pattern.pattern is missing"):
         build_reward_functions({"my_rewards:Pattern": None})
     with pytest.raises(InputError, match="my_rewards:Starts has an option timeout, which every reward has already"):
         build_reward_functions({"my_rewards:Starts": {"pattern": "4"}})
@@ -311,7 +312,7 @@ def test_a_gate_must_hold_for_what_requires_it():
 
 @pytest.mark.parametrize("required", ["reasoning_formt", "math_answer", ["reasoning_format", "other"]])
 def test_a_gate_that_is_no_other_reward_is_refused(required):
-    with pytest.raises(InputError, match="reward math_answer requires .*, which is no other reward of the recipe"):
+    with pytest.raises(InputError, match="rewards.math_answer.requires is .* is no other reward of the recipe"):
         build_reward_functions({"reasoning_format": {"weight": 0}, "math_answer": {"requires": required}})
 
 

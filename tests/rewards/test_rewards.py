@@ -5,12 +5,12 @@ import json
 
 import pytest
 import reasoning_gym
+
 from rekatrain.data.chat import parse_completion, render_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.scorers.answers import reasoning_gym as reasoning_gym_score
 from rekatrain.rewards.scorers.math_answer import math_answer
 from rekatrain.rewards.scorers.text import reasoning_format
-
 from tests.conftest import REAL_DATA
 
 MATH_ANSWERS = [

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from rekatrain.rewards.code.sandbox import Limits, _problem, check_isolation, run_program, run_tests
 from rekatrain.rewards.errors import RewardError
 

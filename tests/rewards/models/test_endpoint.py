@@ -6,7 +6,9 @@ import threading
 import time
 
 import pytest
+
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models import endpoint
 from rekatrain.rewards.models.endpoint import Endpoint
@@ -140,6 +142,8 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"request_timeout": 0}, {"max_retries": -1}])
-def test_limits_must_be_limits(options: dict) -> None:
-    with pytest.raises(InputError, match="concurrency must be"):
-        make("http://host", **options)
+def test_endpoint_limits_out_of_range_are_rejected(options: dict) -> None:
+    (key,) = options
+    judge = {"base_url": "http://host", "model": "judge", "rubric": "Be polite.", **options}
+    with pytest.raises(InputError, match=f"rewards.judge.{key} is .*; it should be greater than"):
+        build_reward_functions({"judge": judge})

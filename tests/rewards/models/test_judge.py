@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions, check_columns
 from rekatrain.rewards.errors import RewardError
@@ -180,7 +181,7 @@ def test_a_cache_file_outlives_the_run_and_holds_neither_text_nor_key(serve, tmp
     ("options", "told"),
     [
         ({"rubric": " "}, "rubric is empty"),
-        ({"scale": [5, 1]}, "scale must be"),
+        ({"scale": [5, 1]}, "scale is .5, 1.; it should be the lowest"),
         ({"prompt_price": 1.0}, "go together"),
         ({"base_url": "localhost:80"}, "URL must begin"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_model_input
+from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.classifier import CARD_FILE, classify, set_pad
 from rekatrain.rewards.models.local import RewardModel
@@ -127,11 +128,13 @@ def test_reward_model_rejects_other_folders_and_options(
     with pytest.raises(InputError, match="reward_model.json cannot be read"):
         rewards_of(broken, "")
     for options, message in [
-        ({"template": "chatml"}, "template must be one of"),
+        ({"template": "chatml"}, "template is 'chatml'; it should be 'reka', 'chat_template', 'pair' or 'answer'"),
         ({"mean": 1.0}, "go together"),
-        ({"mean": 0.0, "std": 0.0}, "std above 0"),
-        ({"micro_batch_tokens": 0}, "at least 1"),
+        ({"mean": 0.0, "std": 0.0}, "std is 0.0; it should be greater than 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens is 0; it should be greater than or equal to 1"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "no reward model at './nowhere'"),
     ]:
         with pytest.raises(InputError, match=message):
-            RewardModel(**{"pretrained_model_name_or_path": str(decoder_folder)} | options)
+            build_reward_functions({"reward_model": {"pretrained_model_name_or_path": str(decoder_folder)} | options})
+    with pytest.raises(InputError, match="device is 'cuda:99', but this process sees"):
+        rewards_of(decoder_folder, "", device="cuda:99")

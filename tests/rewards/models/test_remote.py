@@ -4,6 +4,7 @@ import asyncio
 import math
 
 import pytest
+
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
@@ -115,18 +116,21 @@ def test_errors_are_counted_and_the_others_stand(serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        ({"route": "rerank"}, "route must be one of"),
-        ({"route": "http", "template": "pair"}, "template 'pair' must be one of"),
-        ({"route": "classify", "template": "pair"}, "template 'pair' must be one of reka, answer, chat_template"),
+        ({"route": "rerank"}, "route is 'rerank'; it should be 'classify', 'pooling', 'score' or 'http'"),
+        ({"route": "http", "template": "reka"}, "template is 'reka', which goes with the routes "),
+        (
+            {"route": "classify", "template": "pair"},
+            "template is 'pair'; it should be 'reka', 'answer' or 'chat_templat",
+        ),
         ({"route": "http", "reasoning": True}, "reasoning and use_activation go with vLLM's"),
         ({"route": "http", "use_activation": False}, "reasoning and use_activation go with vLLM's"),
-        ({"route": "score", "std": 0}, "std above 0"),
-        ({"route": "score", "batch_size": 0}, "batch_size must be"),
-        ({"route": "score", "label": -1}, "label 0"),
+        ({"route": "score", "std": 0}, "std is 0; it should be greater than 0"),
+        ({"route": "score", "batch_size": 0}, "batch_size is 0; it should be greater than or equal to 1"),
+        ({"route": "score", "label": -1}, "label is -1; it should be greater than or equal to 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options: dict, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        RemoteRewardModel(url="http://host", **options)
+def test_remote_reward_model_rejects_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_reward_functions({"remote_reward_model": {"url": "http://host", **options}})

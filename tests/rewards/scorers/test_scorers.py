@@ -4,15 +4,16 @@ import gzip
 import json
 
 import pytest
+
 from rekatrain.data.chat import parse_completion, render_completion
 from rekatrain.data.errors import InputError
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.code.code_tests import CodeTests, extract_code
+from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.scorers.answers import JsonSchema, Regex, exact_match, multiple_choice, numeric_close
 from rekatrain.rewards.scorers.instructions import CHECKS, InstructionFollowing, count_sentences, is_followed
 from rekatrain.rewards.scorers.math_answer import math_answer
 from rekatrain.rewards.scorers.text import Language, Length, repetition
-
 from tests.conftest import REAL_DATA
 
 
@@ -183,15 +184,15 @@ def test_language_looks_at_thought_and_answer_and_past_mathematics():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Regex(pattern="("), r"regex: pattern '\(' is not a regular expression"),
-        (lambda: JsonSchema(schema={"type": "no"}), "json_schema: schema is not a JSON schema"),
-        (lambda: JsonSchema(schema="no/such/file"), "json_schema: schema 'no/such/file' cannot be read"),
-        (lambda: Length(max_length=10), "buffer goes with shape overlong, which needs it"),
-        (lambda: Length(max_length=10, buffer=20), r"buffer \(20\) must not exceed max_length"),
-        (lambda: Length(max_length=10, shape="round"), "shape must be one of overlong, cosine, not 'round'"),
-        (lambda: Language(language="english"), "must be a code of two letters"),
-        (lambda: CodeTests(time_limit=0), "code_tests: time_limit must be a number above 0"),
-        (lambda: CodeTests(isolation="none"), "isolation must be namespaces or rlimits, not 'none'"),
+        (lambda: Regex(pattern="("), r"pattern '\(' is not a regular expression"),
+        (lambda: JsonSchema(schema={"type": "no"}), "schema is not a JSON schema"),
+        (lambda: JsonSchema(schema="no/such/file"), "schema 'no/such/file' cannot be read"),
+        (lambda: Length(max_length=10), "buffer is missing: shape overlong needs"),
+        (lambda: Length(max_length=10, buffer=20), r"buffer is 20; it should be at most max_length \(10\)"),
+        (lambda: Length(max_length=10, buffer=5, shape="cosine"), "buffer is 5, but shape cosine has none"),
+        (lambda: Language(language="english"), "language is 'english'; it should be one of the codes"),
+        (lambda: build_reward_functions({"code_tests": {"time_limit": 0}}), "code_tests.time_limit is 0; it should be"),
+        (lambda: build_reward_functions({"code_tests": {"isolation": "none"}}), "isolation is 'none'; it should be"),
         (lambda: is_followed("no:such", {}, "x"), "there is no instruction 'no:such'"),
         (lambda: is_followed("punctuation:no_comma", {"x": 1}, "x"), "cannot have the options"),
     ],

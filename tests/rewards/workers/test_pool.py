@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.grader import Grader, ScoringConfig
