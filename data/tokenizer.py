@@ -6,6 +6,7 @@ other ids, no error, and a ruined run (huggingface/transformers#44254, #45812). 
 """
 
 import logging
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,10 +34,16 @@ def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None =
     """Load and check the fast tokenizer of a folder or of a model on the hub.
 
     Raises InputError where there is none, where it has no usable eos token, or where a cl100k_base tokenizer does not
-    give the golden ids. A tokenizer of another family is accepted and logged.
+    give the golden ids. A tokenizer of another family is accepted, with a warning if the model is called Reka.
     """
     tokenizer = _load(pretrained_model_name_or_path, revision)
     check_tokenizer(tokenizer)
+    if "reka" in Path(pretrained_model_name_or_path).name.lower() and not is_cl100k(tokenizer):
+        logger.warning(
+            "tokenizer of %s: %d ids, not Reka's cl100k_base, so its ids are not checked",
+            pretrained_model_name_or_path,
+            len(tokenizer),
+        )
     return tokenizer
 
 
@@ -64,7 +71,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             "set eos_token in tokenizer_config.json"
         )
     if not is_cl100k(tokenizer):
-        logger.info("tokenizer: %d ids, not cl100k_base, so Reka's golden ids do not apply", len(tokenizer))
         return
     if eos_id != CL100K_EOS_ID:
         raise InputError(f"the tokenizer is cl100k_base but its eos id is {eos_id}, not {CL100K_EOS_ID}")

@@ -12,7 +12,7 @@ from rekatrain.trainer.rloo.rollouts import Group
 
 RolloutRecord = dict[str, Any]
 RATIO_NAMES = {FinishReason.STOP: "stop_ratio", FinishReason.EOS: "eos_ratio", FinishReason.LENGTH: "clipped_ratio"}
-HEADLINE = ["reward", "kl", "completions/mean_length", "completions/stop_ratio", "tokens_per_second"]
+HEADLINE = ["reward", "kl", "completions/mean_length", "completions/clipped_ratio", "tokens_per_second"]
 
 
 def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
