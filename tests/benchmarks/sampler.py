@@ -32,11 +32,12 @@ from common import (
     print_table,
     write_report,
 )
-from rekatrain.trainer.rloo.kernels.cpu.packed_weights import decoding_weights
-from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
+
+from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
+from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 # bmm, attention's, is none of them.
 PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear")

@@ -23,16 +23,14 @@ from rekatrain.trainer.models import Policy
 from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, extrapolate_layers, fake_tensors
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.plan.workload import Workload
-from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import (
     LOGIT_BYTES_AT_ONCE,
     CompletionLogprobs,
     PackedCompletions,
-    decoder_and_head,
     pack_completions,
 )
 from rekatrain.trainer.rloo.sampler.draw import draw
-from rekatrain.trainer.rloo.sampler.kv_cache import ForkedCache
 
 ACTIVATIONS, LM_HEAD, GRADIENTS, KV_CACHE = "activations", "LM head", "gradients", "KV cache"
 

@@ -15,10 +15,9 @@ from rekatrain.trainer.plan.model_size import ModelShape, attention_sizes, build
 from rekatrain.trainer.plan.states import is_bfloat16
 from rekatrain.trainer.recipe.load import Recipe, Section
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
-from rekatrain.trainer.rloo.logprobs import decoder_and_head
-from rekatrain.trainer.rloo.microbatch import GroupPart, num_tokens, pack
-from rekatrain.trainer.rloo.sampler.kv_cache import FIRST_ROOM
+from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head
+from rekatrain.trainer.rloo.microbatch import GroupPart, pack
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

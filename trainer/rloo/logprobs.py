@@ -17,13 +17,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import frozen, zero_stage
-from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
-from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, run_decoder
+from rekatrain.trainer.rloo.kernels.cpu import PassCost
+from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, decoder_and_head, run_decoder
 
 # Tokens whose logits exist at the same time; the backward pass computes them again, chunk by chunk. The float32 logits
 # of Reka Flash 3 take 0.4 GB per thousand tokens.
@@ -97,12 +96,6 @@ def pack_completions(
         num_chunks=max(1, math.ceil(len(predictors) / TOKENS_PER_CHUNK)),
         cutoffs=None if cutoffs is None else torch.tensor(cutoffs, device=device),
     )
-
-
-def decoder_and_head(policy: Policy) -> tuple[PreTrainedModel, nn.Module]:
-    """Return the two halves of a policy, with the adapter where it has one."""
-    causal_lm = cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
-    return causal_lm.get_decoder(), cast(nn.Module, causal_lm.get_output_embeddings())
 
 
 class CompletionLogprobs(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
+from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
 from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
 from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs
 from rekatrain.trainer.rloo.rollouts import Group
@@ -116,11 +116,6 @@ class GroupPart:
     group: int
     members: range
     is_shared: bool
-
-
-def num_tokens(prompt: int, completions: Sequence[int], is_shared: bool) -> int:
-    """Number of tokens that the model is run on for one part of a group."""
-    return sum(completions) + prompt * (1 if is_shared else len(completions))
 
 
 def pack(groups: Sequence[tuple[int, Sequence[int]]], max_tokens: int, cost: PassCost) -> list[list[GroupPart]]:

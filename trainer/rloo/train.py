@@ -29,7 +29,8 @@ from rekatrain.trainer.rloo.distributed import (
     zero_stage,
 )
 from rekatrain.trainer.rloo.kernels.grouped_attention import NAME as GROUPED_ATTENTION
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, decoder_and_head, make_reference
+from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
 from rekatrain.trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, step_metrics
 from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.rollouts import ServerRollouts

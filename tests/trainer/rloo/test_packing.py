@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
-from rekatrain.trainer.rloo.microbatch import GroupPart, num_tokens, pack
+from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
+from rekatrain.trainer.rloo.microbatch import GroupPart, pack
 
 GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=5)), max_size=12)
 COSTS = st.builds(PassCost, token=st.floats(0, 100), pair=st.floats(0, 10), join=st.floats(0, 10))

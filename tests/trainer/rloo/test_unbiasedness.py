@@ -13,7 +13,7 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.kernels.cpu.cost import PassCost
+from rekatrain.trainer.rloo.kernels.cpu import PassCost
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.loss import (
     LossDenominators,

@@ -20,11 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models import Policy
-from rekatrain.trainer.rloo.kernels.cpu.packed_weights import decoding_weights
-from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
-from rekatrain.trainer.rloo.logprobs import decoder_and_head
+from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
+from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.draw import draw
-from rekatrain.trainer.rloo.sampler.kv_cache import ForkedCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +130,9 @@ class Sampler:
         logits_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
         uniforms_NT = torch.from_numpy(uniforms).to(device)  # of all completions, ended or not
 
-        completions = [_PartialCompletion() for _ in uniforms]
-        live = list(range(len(completions)))
+        partials = [_PartialCompletion() for _ in uniforms]
+        completions: dict[int, Completion] = {}
+        live = list(range(len(partials)))
         for length in range(1, self.max_completion_length + 1):
             # 2. Draw one token for each completion that has not ended.
             drawn, logprobs, cutoffs = draw(
@@ -145,21 +144,31 @@ class Sampler:
             )
             cutoffs_of_live = [None] * len(live) if cutoffs is None else cutoffs.tolist()
             for index, *token in zip(live, drawn.tolist(), logprobs.tolist(), cutoffs_of_live, strict=True):
-                self._append(completions[index], *token)
+                self._append(partials[index], *token)
             # 3. Report completions that ended and remove them from the batch.
             for index in live:
-                if on_completion is not None and completions[index].finish_reason is not None:
-                    on_completion(first_group * num_generations + index, completions[index].completion())
-            unfinished = [at for at, index in enumerate(live) if completions[index].finish_reason is None]
-            if not unfinished or length == self.max_completion_length:
+                partial = partials[index]
+                if partial.finish_reason is None and length < self.max_completion_length:
+                    continue
+                completions[index] = Completion(
+                    ids=partial.ids,
+                    logprobs=partial.logprobs,
+                    finish_reason=partial.finish_reason or FinishReason.LENGTH,
+                    forced=range(partial.forced_from, partial.forced_from + partial.num_forced),
+                    cutoffs=partial.cutoffs,
+                )
+                if on_completion is not None and partial.finish_reason is not None:
+                    on_completion(first_group * num_generations + index, completions[index])
+            unfinished = [at for at, index in enumerate(live) if index not in completions]
+            if not unfinished:
                 break
             if len(unfinished) < len(live):
                 live = [live[at] for at in cache.keep(unfinished)]
             # 4. Decode: run the new tokens.
-            last_ids = torch.tensor([[completions[index].ids[-1]] for index in live], device=device)
+            last_ids = torch.tensor([[partials[index].ids[-1]] for index in live], device=device)
             logits_NV = head(run_decoder(decoder, last_ids, cache.position_ids, cache)[:, 0])
             cache.advance()
-        return [completion.completion() for completion in completions]
+        return [completions[index] for index in range(len(partials))]
 
     def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""
@@ -193,15 +202,6 @@ class _PartialCompletion:
     num_forced: int = 0
     forced_from: int = 0
     finish_reason: FinishReason | None = None
-
-    def completion(self) -> Completion:
-        return Completion(
-            ids=self.ids,
-            logprobs=self.logprobs,
-            finish_reason=self.finish_reason or FinishReason.LENGTH,
-            forced=range(self.forced_from, self.forced_from + self.num_forced),
-            cutoffs=self.cutoffs,
-        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rekatrain.trainer.rloo.kernels.cpu.packed_weights import decoding_weights
+from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="weights are packed by MKL")
