@@ -73,9 +73,10 @@ def load_pairs(
     max_length: int,
     name: str = "dataset",
 ) -> list[Pair]:
-    """Read and encode a data set's preferences; never cut one.
+    """Read and encode a data set's preferences, without truncation.
 
-    Raise InputError for a pair longer than `max_length` tokens; with `bad_rows: skip`, skip it and log the number.
+    Raise InputError for a pair longer than `max_length` tokens. With `bad_rows: skip` such pairs are skipped, their
+    number is logged, and InputError is raised only if none is left.
     """
     pairs = encode_pairs(load_rows(**section).rows, tokenizer, **chat)
     fitting: list[Pair] = []
