@@ -4,7 +4,6 @@ pebble's process pool kills a worker at the time limit and replaces it. Workers 
 has no threads and no torch, only the modules that the recipe's rewards need; so a replacement costs milliseconds.
 """
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.registry import REWARDS, Spec
+from rekatrain.rewards.workers.context import WorkerContext
 from rekatrain.rewards.workers.process import OUT_OF_MEMORY, Score, do_nothing, score_completion, start_worker
 
 # Beyond the time limit: a worker that takes this long to be killed and replaced is not coming back.
@@ -103,9 +103,9 @@ class WorkerPool:
         return self._pool.schedule(function, args=arguments, timeout=timeout)
 
     def _new_pool(self) -> ProcessPool:
-        context = multiprocessing.get_context("forkserver")
+        context = WorkerContext()
         ours = [REWARDS[spec.name].partition(":")[0] for spec in self.specs if spec.name in REWARDS]
-        context.set_forkserver_preload(["rekatrain.rewards.workers.process", *ours])
+        context.preload(["rekatrain.rewards.workers.process", *ours])
         _start_forkserver()
         return ProcessPool(
             max_workers=self.num_workers,

@@ -228,7 +228,7 @@ def test_a_column_that_the_rows_lack_is_named():
 
 
 def test_rewards_work_without_importing_torch_or_transformers():
-    code = "import sys, rewards.compose; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    code = "import sys, rekatrain.rewards; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
 
 
