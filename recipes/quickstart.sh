@@ -11,7 +11,7 @@ source recipes/environment.sh quickstart
 
 # glibc gives every large block back to the kernel, which then clears it page by page for the next matrix product.
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000
-export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+export HF_HUB_OFFLINE=1
 
 out=runs/quickstart
 say() { printf '\n== %s (minute %d)\n' "$1" $((($(date +%s) - started) / 60)); }

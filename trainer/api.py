@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 def check_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
     """Load a recipe, apply overrides such as `"rloo.beta=0.1"`, and check every section; InputError for a mistake."""
     set_up_terminal()
-    is_loaded = isinstance(recipe, Recipe)
-    checked = build_recipe(asdict(recipe), overrides) if is_loaded else load_recipe(recipe, overrides)
+    checked = build_recipe(asdict(recipe), overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     from rekatrain.trainer.recipe.sections import check_sections
 
     check_sections(checked)

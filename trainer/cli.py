@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rekatrain {rekatrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_train(commands.add_parser("train", help="train: run the recipe's stage (sft, reward or rloo)"))
+    _add_train(commands.add_parser("train", help="train a model: run the recipe's stage (sft, reward or rloo)"))
     _add_plan(commands.add_parser("plan", help="print the memory and the time that a run needs; load no weights"))
     _add_sample(commands.add_parser("sample", help="roll out a few prompts and print their rewards; train nothing"))
     _add_serve(commands.add_parser("serve-rollouts", help="start a vLLM server that samples for an rloo run"))

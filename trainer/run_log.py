@@ -97,17 +97,17 @@ def progress_text(metrics: Metrics, headline: list[str], eta: str, room: int) ->
     """Return the text of a step's metrics and the remaining time, of at most `room` characters.
 
     >>> progress_text({"reward": 0.61, "kl": None, "tokens_per_second": 520.4}, ["reward", "kl"], "eta 2m09s", 80)
-    'reward 0.61  kl -  eta 2m09s'
+    'reward 0.61  eta 2m09s'
     """
-    parts = [_shown(name, metrics[name]) for name in headline if name in metrics]
+    values = {name: metrics.get(name) for name in headline}
+    parts = [_shown(name, value) for name, value in values.items() if value is not None]
     while parts and len("  ".join([*parts, eta])) > room:
         parts.pop()
     return "  ".join([*parts, eta])
 
 
-def _shown(name: str, value: float | int | None) -> str:
-    template = SHOWN.get(name, f"{name.replace('_', ' ')} {{:.4g}}")
-    return template.partition("{")[0] + "-" if value is None else template.format(value)
+def _shown(name: str, value: float | int) -> str:
+    return SHOWN.get(name, f"{name.replace('_', ' ')} {{:.4g}}").format(value)
 
 
 def _start_wandb(recipe: Recipe) -> WandBTracker | None:

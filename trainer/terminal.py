@@ -14,8 +14,10 @@ VERBOSE = "REKATRAIN_VERBOSE"
 WARNINGS: list[tuple[type[Warning], str, str]] = [
     # transformers' and TRL's own use of names that transformers renames in version 6.
     (FutureWarning, r"`\w*gradient_checkpointing\w*` is deprecated", r"transformers\."),
+    # DeepSpeed's use of names that torch renames.
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\."),
     # Accelerate's wrapper steps a scheduler once per process before torch's sees the optimizer's first step.
-    (UserWarning, r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`", r"torch\.optim"),
+    (UserWarning, r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`", ""),
 ]
 # Log lines that state what every run without a GPU knows: (logger, start of the message).
 LOG_LINES = [("DeepSpeed", "Setting accelerator to CPU")]
@@ -28,7 +30,7 @@ def set_up_terminal() -> None:
     is_main_process = os.environ.get("RANK", "0") == "0"
     # Without effect where the program that calls us has set up logging.
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
-    if not sys.stderr.isatty():
+    if not is_main_process or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file, the libraries' bars are thousand-character lines
     if os.environ.get(VERBOSE):
         return

@@ -22,7 +22,7 @@ def test_progress_text_shows_short_names_and_units() -> None:
         "reward 0.614  kl 0.031  len 28.5  clipped 0%  1,520 tok/s  eta 2m09s"
     )
     assert progress_text({"reward": None, "margin": 0.25}, ["reward", "margin"], "eta 0m00s", 80) == (
-        "reward -  margin 0.25  eta 0m00s"
+        "margin 0.25  eta 0m00s"
     )
 
 

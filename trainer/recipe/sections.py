@@ -66,11 +66,10 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_trl(recipe: Recipe) -> None:
     if recipe.chat:
-        if recipe.stage == "reward":
-            from rekatrain.trainer.reward_model.pairs import encode_pairs as encode_rows
-        else:
-            from rekatrain.trainer.sft import encode_conversations as encode_rows
+        from rekatrain.trainer.reward_model.pairs import encode_pairs
+        from rekatrain.trainer.sft import encode_conversations
 
+        encode_rows = encode_pairs if recipe.stage == "reward" else encode_conversations
         check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
     if recipe.sft:
         from trl.trainer.sft_config import SFTConfig

@@ -1,5 +1,6 @@
 """The recipes and launch files of the package: the folder recipes/ of a checkout, or package data of a wheel."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -23,11 +24,14 @@ def write_recipes(out: Path) -> None:
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
     shutil.copytree(RECIPES, out, ignore=shutil.ignore_patterns(*CHECKOUT_ONLY))
     files = [path for path in out.rglob("*") if path.is_file()]
+
+    def rename(named: re.Match[str]) -> str:
+        return str(out / named[1]) if (out / named[1]).exists() else named[0]
+
     for path in files:
         path.chmod(0o644)  # an installation may be read-only
-        if path.suffix == ".yaml":
-            text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace("recipes/", f"{out.as_posix().rstrip('/')}/"), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"(?<![\w/.])recipes/([\w./-]*\w)", rename, text), encoding="utf-8")
     print(
         f"wrote {len(files)} files: recipes for Reka Flash 3 in {out / 'reka-flash-3'} and for a small model in "
         f"{out / 'smollm2'}, launch files for several GPUs in {out / 'accelerate'}\n"
