@@ -62,6 +62,7 @@ def assert_untouched(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.launched
 @pytest.mark.parametrize("form", ["merged", "adapter", "gguf"])
 def test_export_works_beside_files_named_as_our_packages(folder: Path, form: str) -> None:
     shown = rekatrain(folder, "export", "run", f"out-{form}", "--as", form)
@@ -74,6 +75,7 @@ def test_export_works_beside_files_named_as_our_packages(folder: Path, form: str
 
 
 @pytest.mark.slow
+@pytest.mark.launched
 def test_export_of_a_reward_model_works_beside_such_files(folder: Path) -> None:
     rows = [{"prompt": f"{n} + {n} =", "chosen": f"It is {2 * n}.", "rejected": f"{2 * n}"} for n in range(1, 5)]
     (folder / "data" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,6 +94,7 @@ def test_export_of_a_reward_model_works_beside_such_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.launched
 def test_export_script_imports_nothing_from_the_working_folder(folder: Path, tmp_path: Path) -> None:
     # The script `rekatrain` does not search the working folder, so its verifying child must not do so either.
     write_traps(tmp_path, *PACKAGES, "random", "safetensors", "transformers")
@@ -100,6 +103,7 @@ def test_export_script_imports_nothing_from_the_working_folder(folder: Path, tmp
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.launched
 def test_help_works_beside_a_folder_named_rekatrain(tmp_path: Path) -> None:
     (tmp_path / "rekatrain").mkdir()
     write_traps(tmp_path / "rekatrain", "rekatrain", "data", "trainer")
