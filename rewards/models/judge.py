@@ -91,7 +91,7 @@ class Judge:
         self._rubric, self._reference, self._cache_path = rubric, reference, cache
         schema = pairwise_schema() if reference else rubric_schema(self._low, self._high)
         reply_format = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
-        settings = {"model": model, "temperature": 0, "max_tokens": max_tokens}
+        settings: Json = {"model": model, "temperature": 0, "max_tokens": max_tokens}
         settings |= {"response_format": reply_format if json_schema else None} | (extra_body or {})
         self._settings = {key: value for key, value in settings.items() if value is not None}
         self._prices = (prompt_price, completion_price)

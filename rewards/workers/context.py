@@ -7,27 +7,47 @@ here-document. The server and its context are separate from multiprocessing's ow
 
 import io
 import os
+import sys
+from collections.abc import Mapping
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, spawn, util
 from typing import Any
 
-SAFE_PATH = "PYTHONSAFEPATH"
+# What the server is started with; read_environment and restore_environment hand the user's own values to the workers.
+CHANGED = ("PYTHONPATH", "PYTHONSAFEPATH")
 
 
 class WorkerServer(forkserver.ForkServer):
-    """A fork server that does not look for Python's own modules in the current folder."""
+    """A fork server that imports from where this process does.
+
+    Its interpreter would search the current folder first, which may hold a `rekatrain.py` or `random.py` of the user's.
+    """
 
     def ensure_running(self) -> None:
         """Start the server unless it runs."""
-        is_set = SAFE_PATH in os.environ
-        os.environ.setdefault(SAFE_PATH, "1")  # `python -c` would put the current folder first on the path
+        before = read_environment()
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        os.environ.update(dict(zip(CHANGED, (path, "1"), strict=True)))
         try:
             super().ensure_running()
         finally:
-            if not is_set:
-                os.environ.pop(SAFE_PATH, None)
+            restore_environment(before)
 
 
 SERVER = WorkerServer()
+
+
+def read_environment() -> dict[str, str | None]:
+    """Return the values of CHANGED; None for a variable that is not set."""
+    return {name: os.environ.get(name) for name in CHANGED}
+
+
+def restore_environment(values: Mapping[str, str | None]) -> None:
+    """Set the variables to the values that `read_environment` returned."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class WorkerPopen(popen_forkserver.Popen):
@@ -44,13 +64,18 @@ class WorkerPopen(popen_forkserver.Popen):
             reduction.dump(process_obj, buffer)
         finally:
             context.set_spawning_popen(None)
-        self.sentinel, pipe = SERVER.connect_to_new_process(self._fds)
+        self.sentinel, pipe = SERVER.connect_to_new_process(self._fds)  # type: ignore[attr-defined]  # of the base class
         # The worker knows by this end of the pipe whether the training process lives.
         parent_end = os.dup(pipe)
-        self.finalizer = util.Finalize(self, util.close_fds, (parent_end, self.sentinel))
+        self.finalizer = util.Finalize(self, _close, (parent_end, self.sentinel))
         with open(pipe, "wb", closefd=True) as file:
             file.write(buffer.getbuffer())
         self.pid = forkserver.read_signed(self.sentinel)
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class WorkerProcess(context.ForkServerProcess):

@@ -5,12 +5,10 @@ has no threads and no torch, only the modules that the recipe's rewards need; so
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -18,7 +16,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.registry import REWARDS, Spec
-from rekatrain.rewards.workers.context import WorkerContext
+from rekatrain.rewards.workers.context import WorkerContext, read_environment
 from rekatrain.rewards.workers.process import OUT_OF_MEMORY, Score, do_nothing, score_completion, start_worker
 
 # Beyond the time limit: a worker that takes this long to be killed and replaced is not coming back.
@@ -106,31 +104,12 @@ class WorkerPool:
         context = WorkerContext()
         ours = [REWARDS[spec.name].partition(":")[0] for spec in self.specs if spec.name in REWARDS]
         context.preload(["rekatrain.rewards.workers.process", *ours])
-        _start_forkserver()
         return ProcessPool(
             max_workers=self.num_workers,
             initializer=start_worker,
-            initargs=(self.specs, self.limits.memory, os.getcwd()),
+            initargs=(self.specs, self.limits.memory, os.getcwd(), read_environment()),
             context=context,
         )
-
-
-def _start_forkserver() -> None:
-    """Start the process that forks the workers, and have it import from exactly where this process does.
-
-    Its interpreter would search the working folder first, where a user's `rekatrain.py` or `random.py` may be.
-    """
-    changes = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONSAFEPATH": "1"}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class LiftedScorer:

@@ -22,7 +22,7 @@ from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.registry import Spec
-from rekatrain.rewards.workers.context import SAFE_PATH
+from rekatrain.rewards.workers.context import restore_environment
 
 # Over a pipe that workers share, a message of at most PIPE_BUF bytes arrives whole or not at all if one is killed.
 MAX_TRACEBACK = 2_000
@@ -48,11 +48,11 @@ class Score:
 _scorers: list[Callable[..., Any] | str | Score] = []  # of this worker; an error instead where one cannot be made
 
 
-def start_worker(specs: Sequence[Spec], memory: int, folder: str) -> None:
+def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
     """Set the limits and make the scorers. Its time does not count for any completion."""
     os.chdir(folder)
     os.environ.pop("PYTHONSAFEPATH", None)  # set for the forkserver alone: a grader may start scripts
-    os.environ.pop(SAFE_PATH, None)  # for programs that a scorer starts
+    restore_environment(environment)
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker is one core's, and numpy's threads reserve memory by the core
     _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs

@@ -102,9 +102,12 @@ def test_workers_leave_the_users_own_multiprocessing_alone(folder: Path) -> None
 
 def test_workers_have_the_environment_of_the_training_process(folder: Path) -> None:
     (folder / "rewards.py").write_text(
-        "import os\ndef brevity(completion, *, limit=1):\n    return float('PYTHONSAFEPATH' in os.environ)\n"
+        "import os\n"
+        f"EXPECTED = {[str(PACKAGES), None]!r}\n"
+        "def brevity(completion, *, limit: int = 50):\n"
+        "    return float([os.environ.get(name) for name in ('PYTHONPATH', 'PYTHONSAFEPATH')] == EXPECTED)\n"
     )
-    assert run(folder, "-", text=SCRIPT) == "started\n[0.0, 0.0]\n"
+    assert run(folder, "-", text=SCRIPT) == "started\n[1.0, 1.0]\n"
 
 
 # Modules that cannot be imported
