@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up an environment of its own and runs all checks and tests:  bash tests/run.sh [pytest arguments]
+# Sets up a separate environment and runs all checks and tests:  bash tests/run.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/environment.sh test
 ruff format --check .
 ruff check .
 mypy
-# Two workers, one thread each: the tests are many small models, and the wait is mostly for imports. A file is one
-# worker's, as its tests share what they made; those of whole runs, the longest, come first.
+# Two workers with one thread each: the models are small, and most of the time goes to imports. The tests of a file
+# share fixtures, so a file stays on one worker. The order of collection is kept: the longest tests come first.
 exec env OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

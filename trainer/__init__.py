@@ -1,1 +1,1 @@
-"""How weights move: recipes, model loading, SFT, RLOO, evaluation and export."""
+"""Training: recipes, model loading, SFT, reward models, RLOO, evaluation and export."""

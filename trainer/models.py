@@ -16,11 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
-from rekatrain.trainer.model_source import Source as Source
-from rekatrain.trainer.model_source import find_source as find_source
-from rekatrain.trainer.quantization import check_quantization as check_quantization
-from rekatrain.trainer.quantization import check_quantization_here as check_quantization_here
-from rekatrain.trainer.quantization import make_quantization as make_quantization
+from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)

@@ -321,7 +321,7 @@ def test_shipped_recipe_opens_with_its_command(path):
 
 
 def run_without_torch(code: str) -> None:
-    """Run the code in a process of its own; it calls `check(DONE)` where torch must not have been imported."""
+    """Run the code in a separate process; it calls `check(DONE)` where torch must not have been imported."""
     check = "import sys\ndef check(done):\n    if 'torch' in sys.modules: sys.exit(f'torch is imported after {done}')\n"
     done = subprocess.run([sys.executable, "-c", check + code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

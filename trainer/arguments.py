@@ -1,0 +1,150 @@
+"""The arguments of the command line: commands, options and their help."""
+
+import argparse
+from pathlib import Path
+
+import rekatrain
+from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
+
+EXAMPLES = """\
+examples:
+  rekatrain recipes my-recipes                               write the shipped recipes into a folder of yours
+  rekatrain train my-recipes/smollm2/rloo.yaml --dry-run     check everything, load no weights
+  rekatrain train my-recipes/smollm2/rloo.yaml rloo.max_steps=100
+  accelerate launch --config_file my-recipes/accelerate/zero3.yaml -m rekatrain train RECIPE
+  rekatrain COMMAND --help                                   show a command's options
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser; `command` is the name of the command, or None."""
+    parser = argparse.ArgumentParser(
+        prog="rekatrain",
+        description="Train Reka Flash 3 and other Llama-compatible chat models: SFT, reward models and RLOO.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rekatrain {rekatrain.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    _add_train(commands.add_parser("train", help="train a model: run the recipe's stage (sft, reward or rloo)"))
+    _add_plan(commands.add_parser("plan", help="print the memory and the time that a run needs; load no weights"))
+    _add_sample(commands.add_parser("sample", help="roll out a few prompts and print their rewards; train nothing"))
+    _add_serve(commands.add_parser("serve-rollouts", help="start a vLLM server that samples for an rloo run"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure accuracy on eval_dataset, with a 95 %% interval"))
+    _add_export(commands.add_parser("export", help="write a run's weights for transformers, vLLM or llama.cpp"))
+    recipes = commands.add_parser("recipes", help="write the shipped recipes and launch files into a new folder")
+    recipes.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
+    return parser
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved recipe and one row, and stop"
+    )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in output_dir; start from the beginning if there is none",
+    )
+    command.add_argument(
+        "--skip-memory-check", action="store_true", help="start even if the plan says that the run cannot fit"
+    )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument(
+        "--launch", type=Path, metavar="FILE", help="plan for this Accelerate launch file (default: for this machine)"
+    )
+    command.add_argument(
+        "--gpus", type=_positive, metavar="N", help="plan for N GPUs with a whole model on each, without a launch file"
+    )
+    command.add_argument(
+        "--nodes", type=_positive, default=1, metavar="N", help="number of nodes that hold the GPUs (default 1)"
+    )
+    command.add_argument(
+        "--gpu-memory", type=_positive, default=80, metavar="GB", help="memory of one GPU (default 80)"
+    )
+    command.add_argument(
+        "--host-memory", type=_positive, metavar="GB", help="memory of one node; not checked without this option"
+    )
+    command.add_argument(
+        "--prompt-tokens", type=_positive, metavar="N", help="number of tokens of a prompt (default 256)"
+    )
+    tables = command.add_mutually_exclusive_group()
+    for name, help in (
+        ("compare", "print a table: SFT and RLOO x full, LoRA, QLoRA x ZeRO stages x 1 to 64 GPUs"),
+        ("scale-out", "print a table: estimated throughput of RLOO on 8 to 1,024 GPUs"),
+    ):
+        tables.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=help)
+
+
+def _add_sample(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument(
+        "--num-prompts", type=_positive, default=2, metavar="N", help="number of prompts to roll out (default 2)"
+    )
+    command.add_argument(
+        "--by-disagreement",
+        action="store_true",
+        help="print first the completions on which the rewards disagree most",
+    )
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    command.add_argument(
+        "--port", type=_positive, help="port to listen on (default: that of vllm_server_base_url, or 8000)"
+    )
+    command.add_argument(
+        "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="GPUs of this server (default 1)"
+    )
+    command.add_argument("--print", action="store_true", help="print the command that starts the server, and stop")
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--out", type=Path, metavar="FILE", help="write the result and every answer to a JSON file")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or one checkpoint of it")
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
+    command.add_argument(
+        "--as",
+        dest="form",
+        choices=["merged", "adapter", "gguf"],
+        default="merged",
+        help="merged (default): for transformers and vLLM; adapter: the LoRA adapter alone; gguf: for llama.cpp",
+    )
+    command.add_argument(
+        "--quantize",
+        nargs="+",
+        metavar="TYPE",
+        choices=GGUF_TYPES,
+        help=f"types of the GGUF files: {', '.join(GGUF_TYPES)} (default: the dtype of the weights)",
+    )
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"
+    )
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest size of one weights file (default 5GB)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe, a YAML file")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a value in place of the recipe's, such as rloo.beta=0.1; null removes a section",
+    )
