@@ -65,7 +65,7 @@ def sample_peak(workload: Workload) -> Parts:
 def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> Parts:
     """Measure the peak of forward, loss and backward in a model with `num_layers` layers, in bytes by part."""
     model = _model(workload, num_layers, checkpointing)
-    keeps_gradients = workload.keeps_gradients  # builds a model of its own, so it is computed outside the measurement
+    keeps_gradients = workload.keeps_gradients  # builds another model: keep it outside the measurement
     with fake_tensors(model):
         if keeps_gradients:
             for parameter in model.parameters():
@@ -102,7 +102,7 @@ def run_loss(workload: Workload, model: Policy) -> Tensor:
 
 def _measure_score(workload: Workload, num_layers: int) -> Parts:
     model = _model(workload, num_layers)
-    _ = workload.largest_micro_batch  # builds a model of its own, so it is computed outside the measurement
+    _ = workload.largest_micro_batch  # builds another model: keep it outside the measurement
     with fake_tensors(model):
         logprobs = _logprobs(workload, model)
         live = LiveMemory(model, _part_of(workload))

@@ -108,9 +108,8 @@ def _vllm_lines(plan: Plan, token_bytes: int) -> list[str]:
     weights = base_bytes(plan.recipe, plan.shape, 2)
     sequence = plan.prompt_tokens + plan.rloo.max_completion_length
     for ways in (1, 2, 4, 8):
-        room = (
-            0.9 * plan.launch.gpu_memory - weights / ways - 4 * GB
-        )  # 4 GB are assumed for activations and CUDA graphs
+        # 4 GB are assumed for activations and CUDA graphs.
+        room = 0.9 * plan.launch.gpu_memory - weights / ways - 4 * GB
         if room > token_bytes / ways * sequence:
             return [
                 f"a vLLM server (tensor parallel size {ways}): {gigabytes(weights / ways)} GB of weights and "
@@ -173,8 +172,8 @@ def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
         f"  arithmetic (TFLOP): {arithmetic}",
         f"  traffic (GB): {traffic}",
         f"  time (s, estimated for an {rates.name} whatever --gpu-memory is): {times}",
-        f"  total: {max(seconds.values()):,.0f} s if all of it overlaps, {sum(seconds.values()):,.0f} s if nothing does, "
-        f"which is {cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens per second on all GPUs",
+        f"  total: {max(seconds.values()):,.0f} s if all overlap, {sum(seconds.values()):,.0f} s if none do "
+        f"({cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens per second on all GPUs)",
         f"  rates: {rates.describe()}",
     ]
     return lines
