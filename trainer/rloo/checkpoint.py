@@ -1,10 +1,10 @@
-"""A checkpoint of the RLOO stage: weights as transformers or PEFT load them, optimizer, schedule, every RNG.
+"""Checkpoints of the RLOO stage: weights as transformers or PEFT load them, optimizer, schedule and every RNG.
 
-Prompts and draws are functions of (seed, step), so the number of steps done is all there is to say of the data. The
-folder is written beside its place and renamed: it appears whole or not at all.
+Prompts and draws are functions of (seed, step), so the number of finished steps is the whole state of the data. The
+folder is written under another name and then renamed: it appears whole or not at all.
 
-Without ZeRO, every process holds all of it and a run can go on with any number of them. ZeRO's optimizer is in shards:
-another number of processes, or another stage, can take the weights up but has to begin with a fresh optimizer.
+Without ZeRO, each process holds the whole state and a run can resume on any number of processes. ZeRO shards the
+optimizer: another number of processes, or another stage, can load the weights but needs a fresh optimizer.
 """
 
 import json
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores what an `Accelerator` prepared, with the weights in a form that other programs load."""
+    """Saves and restores the state of an `Accelerator`, with the weights in a form that other programs load."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Checkpointer:
         """Write the checkpoint after `step` steps, then delete the oldest ones beyond the limit."""
         final = self._run.checkpoint(step)
         partial = final.with_suffix(".partial")
-        # Of a model with an adapter, the base is nowhere written again.
+        # With an adapter, the weights of the base are not written.
         self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
@@ -60,7 +60,7 @@ class Checkpointer:
         self._accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> None:
-        """Load a checkpoint into what was prepared."""
+        """Load a checkpoint into everything that the accelerator prepared."""
         self._accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if self._is_sharded else {}))
 
     @property
@@ -68,7 +68,7 @@ class Checkpointer:
         return zero_stage(self._accelerator) > 0
 
     def _save_weights(self, models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        # What is taken from `weights` Accelerate does not save a second time in its own layout.
+        # Accelerate saves the entries of `weights` in its own layout: taking them out avoids a second copy.
         named = trained_weights(self._accelerator, models[0]) if self._is_sharded else weights.pop()
         state_dict = {name.removeprefix("module.").removeprefix("policy."): tensor for name, tensor in named.items()}
         if self._accelerator.is_main_process:
@@ -82,7 +82,7 @@ class Checkpointer:
 
 
 def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimizer: bool) -> bool:
-    """Whether this launch can take up a checkpoint's optimizer; InputError where it cannot and has not been told to."""
+    """Return True if this launch can load a checkpoint's optimizer; InputError if not and it is not restarted."""
     stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     there, here = (
         {key: layout.get(key, 0) for key in ("zero_stage", "num_shards")} for layout in (stored, _layout(accelerator))
@@ -91,15 +91,15 @@ def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimiz
         return True
     if not restarts_optimizer:
         raise InputError(
-            f"{str(checkpoint)!r} holds an optimizer {_in_words(there)}, and this run would be {_in_words(here)}: "
-            "launch it as it was, or give rloo.restart_optimizer=true to go on from its weights with a fresh optimizer"
+            f"{str(checkpoint)!r} holds an optimizer {_describe(there)}, and this run would be {_describe(here)}: "
+            "launch it as before, or set rloo.restart_optimizer=true to resume from its weights with a fresh optimizer"
         )
-    logger.warning("the optimizer begins anew: its state was %s, this run is %s", _in_words(there), _in_words(here))
+    logger.warning("the optimizer starts afresh: its state was %s, this run is %s", _describe(there), _describe(here))
     return False
 
 
 def load_weights(accelerator: Accelerator, policy: Policy, checkpoint: Path) -> None:
-    """Read a checkpoint's weights into a policy, sharded or not."""
+    """Load a checkpoint's weights into a policy, sharded or not."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     with writable(accelerator, trained) as is_written_here:
         if not is_written_here:
@@ -115,7 +115,7 @@ def _layout(accelerator: Accelerator) -> dict[str, int]:
     return {"zero_stage": stage, "num_shards": accelerator.num_processes if stage else 0}
 
 
-def _in_words(layout: dict[str, int]) -> str:
+def _describe(layout: dict[str, int]) -> str:
     return (
         f"in {layout['num_shards']} shards of ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else "in one piece"
     )

@@ -1,4 +1,4 @@
-"""What a recipe's `rloo:` section can say. Imports no torch."""
+"""Every key of a recipe's `rloo:` section. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,55 +12,54 @@ from rekatrain.data.errors import InputError
 class RLOOConfig:
     """Settings of the RLOO stage. One step is `prompts_per_step * num_generations` completions and one update.
 
-    Counts are of the whole run, not of one process: the same recipe takes the same steps on any number of processes.
+    Counts are those of the whole run, not of one process: a recipe takes the same steps on any number of processes.
 
-    max_steps:                          batches of rollouts in all
-    prompts_per_step:                   prompts a step, shared out among the processes
-    num_generations:                    completions a prompt: the group, k in the paper
-    max_completion_length:              tokens after which a completion is cut off
-    temperature:                        divides the logits in sampling and in scoring alike
-    beta:                               weight of the KL to the reference; 0 keeps no reference
+    max_steps:                          number of steps
+    prompts_per_step:                   prompts per step, divided among the processes
+    num_generations:                    completions per prompt: the group size, k in the paper
+    max_completion_length:              tokens after which a completion is truncated
+    temperature:                        divides the logits, in sampling and in the loss alike
+    beta:                               weight of the KL to the reference; 0 loads no reference
     learning_rate:                      AdamW's peak rate; about ten times higher for LoRA than for full fine-tuning
-    lr_scheduler_type, warmup_steps:    `transformers.get_scheduler`
-    weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's others
+    lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`
+    weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
     max_grad_norm:                      the gradient is scaled down to this norm
-    micro_batch_tokens:                 tokens in one forward and backward; a group above it is split, a row above it is
-                                        run alone
+    micro_batch_tokens:                 tokens in one forward and backward pass; a larger group is split, a larger
+                                        completion is run alone
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
-    save_steps, save_total_limit:       a checkpoint every so many steps and at the end, and how many are kept
-    restart_optimizer:                  --resume under another number of ZeRO shards goes on with a fresh optimizer
+    save_steps, save_total_limit:       steps between checkpoints (there is one at the end, too); checkpoints to keep
+    restart_optimizer:                  resume under another number of ZeRO shards with a fresh optimizer
 
-    Beyond the paper, all off by default; formulas in objective.py unless said here:
+    Options beyond the paper, all off by default; formulas are in loss.py unless given here:
 
-    num_iterations:                     updates a batch; from the second on the ratio to the sampling policy is clipped
-    importance_sampling_level, epsilon: ratio and clip of the sequence or of each token; the clip's width
-    importance_sampling_correction:     weights for a sampler whose arithmetic differs, of tokens or of sequences
-    importance_sampling_cap:            where those weights are cut off
+    num_iterations:                     updates per batch; from the second on, ratios to the sampling policy are clipped
+    importance_sampling_level, epsilon: take the ratio and its clip per sequence or per token; width of the clip
+    importance_sampling_correction:     weights for a sampler whose probabilities differ, per token or per sequence
+    importance_sampling_cap:            upper limit of those weights
     loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean, over the whole step
     kl_placement:                       reward: the k1 estimate, detached, in the reward and its baseline; loss: the k2
                                         estimate in the loss. Only these two have the gradient of the KL
-    truncated_completions:              what a completion that met max_completion_length does. keep: as any other;
+    truncated_completions:              treatment of completions that reach max_completion_length. keep: as any other;
                                         penalize: reward - truncation_penalty; drop_from_loss: no term in the loss and
-                                        its denominator, but a part in its siblings' baseline; drop_from_group: neither
-    overlong_buffer, overlong_penalty:  reward + overlong_penalty * (0 falling to -1 over the last tokens of the cap)
-    dynamic_sampling_rounds:            times that a prompt whose rewards, penalties included, are all equal is replaced
-                                        by a fresh one
-    grad_norm_quantile, grad_norm_window:  the gradient is scaled down to this quantile of the norms of recent updates,
-                                        or to max_grad_norm where that is lower
-    top_p, top_k:                       sampling from the top_k likeliest tokens, and of these from the likeliest that
-                                        reach top_p together, those as likely as the last included; scored over the same
-                                        tokens, up to the rounding that sampler_kl shows. vLLM servers want top_k with
-                                        top_p, for they list top_k tokens with each that is drawn
-    reasoning_budget:                   tokens after which an open `<reasoning>` is closed for the policy, which is
-                                        not trained on the closing; servers are then asked twice a completion
-    vllm_server_base_url:               vLLM servers that sample in the place of the training processes, one or a list
-    vllm_server_timeout:                seconds without any of them after which the run stops
-    vllm_request_timeout:               seconds for a group of completions, or the rest of one, to the whole answer
-    vllm_weight_transfer:               how a whole model reaches the servers: in output_dir, which they must see too,
-                                        or sent between GPUs; an adapter always goes by that folder
-    max_staleness:                      1: the servers sample the next batch while this one trains, from the weights of
+                                        its denominator, but counted in the baseline; drop_from_group: neither
+    overlong_buffer, overlong_penalty:  over the last overlong_buffer tokens before the cap, the reward falls linearly
+                                        by up to overlong_penalty
+    dynamic_sampling_rounds:            number of times that a prompt whose rewards (with penalties) are all equal is
+                                        replaced by a new one
+    grad_norm_quantile, grad_norm_window:  clip at this quantile of the gradient norms of so many recent updates, if
+                                        that is below max_grad_norm
+    top_p, top_k:                       top-k, then top-p sampling. The loss uses the same filtered distribution. With
+                                        vLLM servers top_p needs top_k, too: a server returns at most top_k logprobs
+    reasoning_budget:                   tokens after which an open `<reasoning>` is closed; the closing tokens are not
+                                        trained. Servers get two requests per completion
+    vllm_server_base_url:               vLLM servers that sample instead of the training processes; one URL or a list
+    vllm_server_timeout:                seconds without any server after which the run stops
+    vllm_request_timeout:               seconds until the complete response to one request, for a group or its rest
+    vllm_weight_transfer:               how a full model reaches the servers. folder: through output_dir, which they
+                                        must see; nccl: between GPUs. An adapter always goes through output_dir
+    max_staleness:                      1: the servers sample the next batch while this one trains, with the weights of
                                         one update ago
     """
 
@@ -115,11 +114,15 @@ class RLOOConfig:
                 f"rloo.per_device_generation_batch_size ({self.per_device_generation_batch_size}) must hold at least "
                 f"one group of rloo.num_generations ({self.num_generations}) completions"
             )
-        self._check_kl()
+        if self.kl_placement == "loss" and self.num_iterations > 1:
+            raise InputError(
+                f"rloo.kl_placement loss is exact only on policy, and rloo.num_iterations is {self.num_iterations}: "
+                "set num_iterations to 1, or kl_placement to reward"
+            )
         if self.importance_sampling_correction == "token_truncate" and self.importance_sampling_level == "sequence":
             raise InputError(
-                "rloo.importance_sampling_correction token_truncate weighs tokens and importance_sampling_level "
-                "sequence has one ratio a sequence: set importance_sampling_level to token, or correct by "
+                "rloo.importance_sampling_correction token_truncate weights each token, but importance_sampling_level "
+                "sequence has one ratio per sequence: set importance_sampling_level to token, or the correction to "
                 "sequence_truncate"
             )
         for key in ("overlong_buffer", "reasoning_budget"):
@@ -131,42 +134,38 @@ class RLOOConfig:
                 )
         if (self.num_iterations > 1 or self.max_staleness) and (self.top_p < 1 or self.top_k is not None):
             raise InputError(
-                "rloo.top_p and rloo.top_k go with num_iterations 1 and max_staleness 0: after an update the policy's "
-                "likeliest tokens are no longer those that were sampled from"
+                "rloo.top_p and rloo.top_k need num_iterations 1 and max_staleness 0: after an update the policy's "
+                "most likely tokens are no longer the set that was sampled from"
             )
         self._check_servers()
 
     @property
     def vllm_server_urls(self) -> list[str]:
-        """The servers that sample; none where the training processes do."""
+        """URLs of the servers that sample; none where the training processes sample."""
         urls = self.vllm_server_base_url or []
         return [urls] if isinstance(urls, str) else urls
 
     def _check_servers(self) -> None:
         if self.max_staleness and not self.vllm_server_urls:
-            raise InputError("rloo.max_staleness 1 needs servers that sample beside the training: vllm_server_base_url")
+            raise InputError(
+                "rloo.max_staleness 1 needs vLLM servers that sample during training: set vllm_server_base_url"
+            )
         if self.max_staleness and (self.importance_sampling_correction is None or self.kl_placement == "loss"):
             raise InputError(
-                "rloo.max_staleness 1 trains on what older weights have sampled: set importance_sampling_correction "
-                "(sequence_truncate), and kl_placement to reward"
+                "rloo.max_staleness 1 trains on completions of older weights: set importance_sampling_correction, such "
+                "as sequence_truncate, and kl_placement to reward"
             )
         if self.vllm_server_urls and self.top_p < 1 and self.top_k is None:
             raise InputError(
-                f"rloo.top_p {self.top_p} with vllm_server_base_url needs rloo.top_k as well, such as 100: a server "
-                "lists so many tokens at most, and those that it draws from must be among them"
-            )
-
-    def _check_kl(self) -> None:
-        if self.kl_placement == "loss" and self.num_iterations > 1:
-            raise InputError(
-                "rloo.kl_placement loss is exact only on policy: set num_iterations to 1, or kl_placement to reward"
+                f"rloo.top_p {self.top_p} with vllm_server_base_url needs rloo.top_k, too, such as 100: a server "
+                "returns at most top_k log-probabilities per token, and all kept tokens must be among them"
             )
 
     def prompts_per_process(self, num_processes: int) -> int:
-        """Prompts of a step that one process samples."""
+        """Number of prompts per step that one process samples."""
         if self.prompts_per_step % num_processes:
             raise InputError(
-                f"rloo.prompts_per_step ({self.prompts_per_step}) cannot be shared out evenly among {num_processes} "
-                "processes; make it a multiple"
+                f"rloo.prompts_per_step ({self.prompts_per_step}) cannot be divided evenly among {num_processes} "
+                f"processes: make it a multiple of {num_processes}"
             )
         return self.prompts_per_step // num_processes

@@ -1,4 +1,4 @@
-"""`rekatrain sample`: a few groups rolled out and judged as a step would, for a person to read. Trains nothing."""
+"""`rekatrain sample`: sample and score a few groups as a step does, and print them. Trains nothing."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
@@ -13,10 +13,10 @@ from rekatrain.trainer.rloo.setup import prepare
 
 
 def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -> list[Group]:
-    """Print the first prompts of the run's first step with their completions, rewards and advantages (without a KL).
+    """Print the first prompts of the first step with completions, rewards and advantages (without a KL); return them.
 
-    by_disagreement: print the completions, of all prompts, on which the rewards disagree most first: where one is being
-                     gamed, it likes what the others do not
+    by_disagreement: print the completions of all prompts in the order of how much the rewards disagree, most first. A
+                     reward that is being gamed likes completions that the others do not
     """
     setup = prepare(recipe)
     config = setup.config
@@ -42,16 +42,16 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
         return groups
     for group in groups:
         print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
-        for place in range(len(group.completions)):
-            print(f"--- {_describe(group, place)}\n{group.texts[place]}")
+        for index in range(len(group.completions)):
+            print(f"--- {_describe(group, index)}\n{group.texts[index]}")
     return groups
 
 
 def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float]:
-    """How far apart the rewards are on each completion: the spread of its standardized rewards, in deviations.
+    """Disagreement of the rewards on each completion: the range of its standardized rewards, in standard deviations.
 
-    A reward is standardized over the completions that have it, and turned round where its weight is negative. One that
-    is the same for all of them says nothing and is left out.
+    A reward is standardized over the completions that have it, and negated if its weight is negative. A constant reward
+    is left out.
 
     >>> disagreements({"a": [0, 0, 1, 1], "b": [0, 0, 1, 0]}, {"a": 1.0, "b": 1.0})[3] > 1
     True
@@ -59,31 +59,31 @@ def disagreements(values: Mapping[str, Sequence[float | None]], weights: Mapping
     num_completions = len(next(iter(values.values()), ()))
     standardized: list[list[float]] = [[] for _ in range(num_completions)]
     for name, of_reward in values.items():
-        given = [value for value in of_reward if value is not None]
-        deviation = pstdev(given) if given else 0.0
-        for place, value in enumerate(of_reward):
+        known = [value for value in of_reward if value is not None]
+        deviation = pstdev(known) if known else 0.0
+        for index, value in enumerate(of_reward):
             if value is not None and deviation:
-                distance = (value - fmean(given)) / deviation
-                standardized[place].append(-distance if weights.get(name, 1.0) < 0 else distance)
+                distance = (value - fmean(known)) / deviation
+                standardized[index].append(-distance if weights.get(name, 1.0) < 0 else distance)
     return [max(of_completion, default=0.0) - min(of_completion, default=0.0) for of_completion in standardized]
 
 
 def _print_by_disagreement(groups: Sequence[Group], weights: Mapping[str, float]) -> None:
-    members = [(group, place) for group in groups for place in range(len(group.completions))]
-    values = {name: [group.rewards_by_name[name][place] for group, place in members] for name in weights}
+    members = [(group, index) for group in groups for index in range(len(group.completions))]
+    values = {name: [group.rewards_by_name[name][index] for group, index in members] for name in weights}
     ordered = sorted(zip(disagreements(values, weights), members, strict=True), key=lambda pair: -pair[0])
-    for spread, (group, place) in ordered:
-        print(f"\n=== disagreement {spread:.2f}, {group.prompt.row.where}, {_describe(group, place)}")
-        print(f"{group.prompt.text}{group.texts[place]}")
+    for spread, (group, index) in ordered:
+        print(f"\n=== disagreement {spread:.2f}, {group.prompt.row.where}, {_describe(group, index)}")
+        print(f"{group.prompt.text}{group.texts[index]}")
 
 
-def _describe(group: Group, place: int) -> str:
-    completion = group.completions[place]
-    is_in_loss = group.is_in_loss[place]
-    advantage = leave_one_out_advantages(torch.tensor([group.rewards]))[0, place].item() if is_in_loss else 0.0
-    given = [f"{name} {values[place]}" for name, values in group.rewards_by_name.items()]
-    failed = [f"{name} failed: {error}" for name, error in group.reward_errors[place].items()]
+def _describe(group: Group, index: int) -> str:
+    completion = group.completions[index]
+    is_in_loss = group.is_in_loss[index]
+    advantage = leave_one_out_advantages(torch.tensor([group.rewards]))[0, index].item() if is_in_loss else 0.0
+    values = [f"{name} {of_reward[index]}" for name, of_reward in group.rewards_by_name.items()]
+    failed = [f"{name} failed: {error}" for name, error in group.reward_errors[index].items()]
     return (
-        f"{completion.finish_reason}, {len(completion.ids)} tokens, reward {group.rewards[place]:.4g} "
-        f"({', '.join([*given, *failed])}), advantage {advantage:+.4g}"
+        f"{completion.finish_reason}, {len(completion.ids)} tokens, reward {group.rewards[index]:.4g} "
+        f"({', '.join([*values, *failed])}), advantage {advantage:+.4g}"
     )

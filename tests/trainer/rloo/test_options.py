@@ -28,18 +28,18 @@ from tests.helpers.rloo import (
     gradient_from_records,
     gradient_of,
     gradient_of_terms,
-    make_task,
+    make_setup,
     perturb,
     reference_of,
     run_step,
-    scorer_of,
+    make_model,
     sequence_logprob,
     sometimes_none,
     with_adapter,
 )
 
 
-def test_all_beyond_the_paper_is_off_by_default() -> None:
+def test_rloo_config_defaults_are_the_papers() -> None:
     config = RLOOConfig(max_steps=1)
     assert (config.num_iterations, config.loss_type, config.kl_placement) == (1, "sequence_sum", "reward")
     assert (config.truncated_completions, config.dynamic_sampling_rounds, config.top_p) == ("keep", 0, 1.0)
@@ -52,17 +52,17 @@ def test_all_beyond_the_paper_is_off_by_default() -> None:
     [
         (
             {"kl_placement": "loss", "num_iterations": 2},
-            "rloo.kl_placement loss is exact only on policy: set num_iterations to 1",
+            "rloo.kl_placement loss is exact only on policy, and rloo.num_iterations is 2: set num_iterations to 1",
         ),
         ({"importance_sampling_correction": "token_truncate"}, "rloo.importance_sampling_correction token_truncate"),
         ({"overlong_buffer": 512}, "rloo.overlong_buffer (512) must be smaller than rloo.max_completion_length (512)"),
         ({"reasoning_budget": 600}, "rloo.reasoning_budget (600) must be smaller than rloo.max_completion_length"),
-        ({"top_p": 0.9, "num_iterations": 2}, "rloo.top_p and rloo.top_k go with num_iterations 1"),
-        ({"top_k": 5, "num_iterations": 2}, "rloo.top_p and rloo.top_k go with num_iterations 1"),
+        ({"top_p": 0.9, "num_iterations": 2}, "rloo.top_p and rloo.top_k need num_iterations 1"),
+        ({"top_k": 5, "num_iterations": 2}, "rloo.top_p and rloo.top_k need num_iterations 1"),
         ({"num_generations": 100}, "rloo.per_device_generation_batch_size (64) must hold at least one group"),
     ],
 )
-def test_what_is_not_correct_together_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_rloo_config_rejects_wrong_combinations(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         RLOOConfig(max_steps=1, **settings)
     assert str(caught.value).startswith(message)
@@ -84,20 +84,20 @@ def loss_weights(loss_type: str, records: list[RolloutRecord]) -> Callable[[Roll
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("budget", [1, 150, 10**6])
 @pytest.mark.parametrize("loss_type", ["sequence_sum", "sequence_mean", "token_mean"])
-def test_the_denominator_of_a_loss_is_the_whole_steps(
+def test_take_step_divides_by_the_counts_of_the_whole_step(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_type: str, budget: int, level: str
 ) -> None:
-    task = make_task(
+    setup = make_setup(
         tokenizer,
         sometimes_none,
         loss_type=loss_type,
         micro_batch_tokens=budget,
         importance_sampling_level=level,
     )
-    records, gradient = run_step(policy, task)
+    records, gradient = run_step(policy, setup)
     weight = loss_weights(loss_type, [record for record in records if record["reward"] is not None])
     expected = gradient_of_terms(
-        policy, task, records, lambda record, logprobs_T: -record["advantage"] * weight(record) * logprobs_T.sum()
+        policy, setup, records, lambda record, logprobs_T: -record["advantage"] * weight(record) * logprobs_T.sum()
     )
     assert_gradients_close(gradient, {name: value for name, value in expected.items()})
 
@@ -131,20 +131,20 @@ class Ranks:
         )
 
 
-def run_on_ranks(policy: LlamaForCausalLM, task: RunSetup, num_processes: int) -> tuple[list[RolloutRecord], Gradient]:
+def run_on_ranks(policy: LlamaForCausalLM, setup: RunSetup, num_processes: int) -> tuple[list[RolloutRecord], Gradient]:
     """Records of a step on several processes, and the mean of their gradients."""
     ranks = Ranks(num_processes)
     copies = [exact_copy(policy) for _ in range(num_processes)]
     records: list[list[RolloutRecord]] = [[] for _ in range(num_processes)]
 
     def run(rank: int) -> None:
-        reference = reference_of(exact_copy(policy), task) if task.config.beta else None
+        reference = reference_of(exact_copy(policy), setup) if setup.config.beta else None
         records[rank] = take_step(
             Run.in_process(
                 ranks.accelerator(rank),
-                scorer_of(copies[rank], task),
-                replace(task, seed=5),
-                task.make_sampler(copies[rank]),
+                make_model(copies[rank], setup),
+                replace(setup, seed=5),
+                setup.make_sampler(copies[rank]),
                 lambda: None,
                 reference,
             ),
@@ -174,14 +174,14 @@ def run_on_ranks(policy: LlamaForCausalLM, task: RunSetup, num_processes: int) -
     ],
     ids=["default", "kl", "sequence mean", "token mean", "dynamic", "k2"],
 )
-def test_any_number_of_processes_takes_the_step_of_one(
+def test_take_step_on_many_processes_equals_one(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]
 ) -> None:
     # In float64, so that no draw hangs on rounding: the processes sample other batches.
-    task = make_task(tokenizer, sometimes_none, prompts_per_step=4, num_generations=6, **options)
-    records, expected = run_on_ranks(policy.double(), task, 1)
+    setup = make_setup(tokenizer, sometimes_none, prompts_per_step=4, num_generations=6, **options)
+    records, expected = run_on_ranks(policy.double(), setup, 1)
     for num_processes in (2, 4):
-        others, gradient = run_on_ranks(policy, task, num_processes)
+        others, gradient = run_on_ranks(policy, setup, num_processes)
         for record, other in zip(by_completion(records), by_completion(others), strict=True):
             assert (record["prompt_index"], record["completion_ids"]) == (
                 other["prompt_index"],
@@ -203,19 +203,19 @@ def full_reward(record: RolloutRecord) -> float:
     return 2 * (sum(record["completion_ids"]) % 7 / 7)
 
 
-def test_truncated_completions_count_as_others_by_default(
+def test_take_step_keeps_truncated_completions_by_default(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    records, gradient = run_step(policy, make_task(tokenizer))
+    records, gradient = run_step(policy, make_setup(tokenizer))
     assert 3 < sum(map(is_cut, records)) < 17
     assert [record["reward"] for record in records] == pytest.approx([full_reward(record) for record in records])
     assert list(records[0]["rewards"]) == ["reward"]
-    assert_gradients_close(gradient, gradient_from_records(policy, make_task(tokenizer), records))
+    assert_gradients_close(gradient, gradient_from_records(policy, make_setup(tokenizer), records))
 
 
-def test_truncated_completions_can_be_penalised(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    task = make_task(tokenizer, truncated_completions="penalize", truncation_penalty=0.3)
-    records, gradient = run_step(policy, task)
+def test_take_step_penalizes_truncated_completions(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    setup = make_setup(tokenizer, truncated_completions="penalize", truncation_penalty=0.3)
+    records, gradient = run_step(policy, setup)
     assert [record["reward"] for record in records] == pytest.approx(
         [full_reward(record) - 0.3 * is_cut(record) for record in records]
     )
@@ -223,15 +223,15 @@ def test_truncated_completions_can_be_penalised(policy: LlamaForCausalLM, tokeni
         -0.3 if is_cut(record) else 0.0 for record in records
     ]
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records), abs=1e-6)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
 @pytest.mark.parametrize("loss_type", ["sequence_sum", "token_mean"])
-def test_dropped_from_the_loss_they_stay_in_their_siblings_baseline(
+def test_take_step_drops_truncated_completions_from_the_loss(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_type: str
 ) -> None:
-    task = make_task(tokenizer, truncated_completions="drop_from_loss", loss_type=loss_type)
-    records, gradient = run_step(policy, task)
+    setup = make_setup(tokenizer, truncated_completions="drop_from_loss", loss_type=loss_type)
+    records, gradient = run_step(policy, setup)
     assert [record["reward"] for record in records] == pytest.approx([full_reward(record) for record in records])
     expected = [
         0.0 if is_cut(record) else advantage
@@ -240,33 +240,33 @@ def test_dropped_from_the_loss_they_stay_in_their_siblings_baseline(
     assert [record["advantage"] for record in records] == pytest.approx(expected, abs=1e-6)
     weight = loss_weights(loss_type, [record for record in records if not is_cut(record)])
     term = gradient_of_terms(
-        policy, task, records, lambda record, logprobs_T: -record["advantage"] * weight(record) * logprobs_T.sum()
+        policy, setup, records, lambda record, logprobs_T: -record["advantage"] * weight(record) * logprobs_T.sum()
     )
     assert_gradients_close(gradient, term)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_dropped_from_the_group_they_are_in_no_baseline(
+def test_take_step_drops_truncated_completions_from_the_group(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
 ) -> None:
-    task = make_task(tokenizer, truncated_completions="drop_from_group", beta=beta)
-    reference = reference_of(policy, task) if beta else None
+    setup = make_setup(tokenizer, truncated_completions="drop_from_group", beta=beta)
+    reference = reference_of(policy, setup) if beta else None
     perturb(policy)
-    records, gradient = run_step(policy, task, reference)
+    records, gradient = run_step(policy, setup, reference)
     assert [record["reward"] is None for record in records] == [is_cut(record) for record in records]
     assert [record["rewards"]["reward"] for record in records] == pytest.approx(
         [full_reward(record) / 2 for record in records]
     )
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, beta), abs=1e-5)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
-def test_a_group_of_truncated_completions_alone_teaches_nothing(
+def test_take_step_skips_groups_of_truncated_completions(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for how in ("drop_from_loss", "drop_from_group"):
-        task = make_task(tokenizer, truncated_completions=how, max_completion_length=1)
-        records, gradient = run_step(policy, task)
+        setup = make_setup(tokenizer, truncated_completions=how, max_completion_length=1)
+        records, gradient = run_step(policy, setup)
         cut_slots = [
             prompt_index
             for prompt_index in range(1, 5)
@@ -277,11 +277,11 @@ def test_a_group_of_truncated_completions_alone_teaches_nothing(
         assert all(torch.isfinite(value).all() for value in gradient.values())
 
 
-def test_the_overlong_penalty_falls_over_the_last_tokens(
+def test_take_step_adds_the_overlong_penalty(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    task = make_task(tokenizer, overlong_buffer=4, overlong_penalty=0.5)
-    records, gradient = run_step(policy, task)
+    setup = make_setup(tokenizer, overlong_buffer=4, overlong_penalty=0.5)
+    records, gradient = run_step(policy, setup)
     penalties = {length: 0.0 for length in range(1, 5)} | {5: -0.125, 6: -0.25, 7: -0.375, 8: -0.5}
     assert [record["rewards"]["overlong_penalty"] for record in records] == [
         penalties[len(record["completion_ids"])] for record in records
@@ -291,7 +291,7 @@ def test_the_overlong_penalty_falls_over_the_last_tokens(
     )
     assert len({record["rewards"]["overlong_penalty"] for record in records}) > 2
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records), abs=1e-6)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
 # The KL in the loss
@@ -299,27 +299,27 @@ def test_the_overlong_penalty_falls_over_the_last_tokens(
 
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("budget", [40, 10**6])
-def test_k2_in_the_loss_is_half_the_square_of_the_log_ratio(
+def test_take_step_with_kl_in_the_loss_adds_the_k2_term(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, budget: int, is_lora: bool
 ) -> None:
     beta = 0.3
     initial = exact_copy(policy)
     trained = with_adapter(policy) if is_lora else policy
-    task = make_task(tokenizer, sometimes_none, beta=beta, kl_placement="loss", micro_batch_tokens=budget)
-    reference = reference_of(trained, task)
+    setup = make_setup(tokenizer, sometimes_none, beta=beta, kl_placement="loss", micro_batch_tokens=budget)
+    reference = reference_of(trained, setup)
     perturb(trained)
-    records, gradient = run_step(trained, task, reference)
+    records, gradient = run_step(trained, setup, reference)
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records), abs=1e-6)
     num_scorable = sum(record["reward"] is not None for record in records)
     kls = []
 
     def term(record: RolloutRecord, logprobs_T: Tensor) -> Tensor:
-        log_ratio = logprobs_T.sum() - sequence_logprob(initial, task, record).detach()
+        log_ratio = logprobs_T.sum() - sequence_logprob(initial, setup, record).detach()
         kls.append(log_ratio.item())
         penalty = beta / 2 * log_ratio**2 if record["reward"] is not None else 0.0
         return (-record["advantage"] * logprobs_T.sum() + penalty) / num_scorable
 
-    assert_gradients_close(gradient, gradient_of_terms(trained, task, records, term))
+    assert_gradients_close(gradient, gradient_of_terms(trained, setup, records, term))
     assert [record["kl"] for record in records] == pytest.approx(kls, abs=1e-4)
     assert max(map(abs, kls)) > 0.1
     assert math.isfinite(sum(kls))
