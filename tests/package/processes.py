@@ -33,6 +33,13 @@ def write_recipes(folder: Path, model: Path, *, rows: str = "rows.jsonl") -> Non
         (folder / f"{name}.yaml").write_text(json.dumps(recipe))  # JSON is YAML
 
 
+def environment(package: Path | None = None) -> dict[str, str]:
+    """Return the environment of a user's process that imports rekatrain from `package`, by default this checkout."""
+    hidden = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONWARNINGS", "TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"PYTHONPATH": str(package or ROOT / ".package"), "OMP_NUM_THREADS": "1"}
+
+
 def run(
     folder: Path, *command: str | Path, package: Path | None = None, text: str = ""
 ) -> subprocess.CompletedProcess[str]:
@@ -41,12 +48,8 @@ def run(
     package: the folder that holds the package rekatrain; by default this checkout's, as an editable install has it
     text:    standard input
     """
-    hidden = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONWARNINGS")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"PYTHONPATH": str(package or ROOT / ".package"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=300
-    )
+    options = {"cwd": folder, "env": environment(package), "input": text}
+    return subprocess.run(list(map(str, command)), **options, capture_output=True, text=True, timeout=600)
 
 
 def finish(folder: Path, *command: str | Path, package: Path | None = None, text: str = "") -> str:
