@@ -355,7 +355,7 @@ def test_run_stops_at_rejected_requests_and_unknown_finishes(run, serve, stand_i
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_staleness": 1, "vllm_server_base_url": None}, "rloo.max_staleness 1 needs servers"),
+        ({"max_staleness": 1, "vllm_server_base_url": None}, "rloo.max_staleness 1 needs vLLM servers"),
         ({"max_staleness": 1}, "set importance_sampling_correction"),
         ({"top_p": 0.9}, "rloo.top_p 0.9 with vllm_server_base_url needs rloo.top_k, too"),
         ({"top_k": 5, **ONE_OFF}, "rloo.top_p and rloo.top_k need num_iterations 1 and max_staleness 0"),
