@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords
 
@@ -67,7 +68,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"no recipe at {str(path)!r}") from None
+        is_shipped = (RECIPES.parent / path).is_file()
+        hint = "; to write the shipped recipes there: rekatrain recipes recipes" if is_shipped else ""
+        raise InputError(f"no recipe at {str(path)!r}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the recipe {str(path)!r} cannot be read: {error}") from error
     tree = _parse_yaml(text, str(path))

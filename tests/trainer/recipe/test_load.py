@@ -134,9 +134,12 @@ def test_invalid_yaml_is_reported_on_one_line(tmp_path, text, parts):
     assert all(part in message for part in parts)
 
 
-def test_load_recipe_reports_a_file_that_is_missing_or_not_text(tmp_path):
+def test_load_recipe_reports_a_file_that_is_missing_or_not_text(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="^no recipe at '/nowhere/recipe.yaml'$"):
         load_recipe("/nowhere/recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="to write the shipped recipes there: rekatrain recipes recipes$"):
+        load_recipe("recipes/smollm2/rloo.yaml")
     with pytest.raises(InputError, match="^the recipe .* cannot be read: "):
         load_recipe(tmp_path)
     (tmp_path / "recipe.yaml").write_bytes(b"stage: \xff")
