@@ -1,11 +1,11 @@
-"""Steps of RLOO on a tiny Llama for the tests, and what they should give, by one plain float64 forward a completion."""
+"""Steps of RLOO on a tiny Llama, and their expected results by one plain float64 forward pass per completion."""
 
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,10 @@ from rekatrain.data.rows import Row
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
-from rekatrain.trainer.rloo.loss import clipped_surrogates, sequence_weights
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, Reference, make_reference
+from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs, policy_loss
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
+from rekatrain.trainer.rloo.rollouts import GroupSampler
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.step import Run, take_step
@@ -38,32 +39,26 @@ Policy = LlamaForCausalLM | PeftModel
 Gradient = dict[str, Tensor]
 
 
-class AnySampler(Protocol):
-    """What `take_step` asks of a sampler."""
-
-    def sample(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
-    ) -> list[list[Completion]]: ...
-
-
 # Rewards
 
 
 def by_ids(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
-    """A reward that varies within every group."""
+    """Return rewards that vary within every group."""
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def sometimes_none(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
+    """Return None for about a third of the completions, and rewards that vary for the others."""
     return [None if sum(ids) % 3 == 0 else sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def never(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
+    """Return None for every completion."""
     return [None] * len(completion_ids)
 
 
 def for_some_prompts(prompts: Sequence[str], completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
-    """Every completion of three prompts earns the same."""
+    """Return rewards that vary for two prompts and are equal for all completions of the three others."""
     return [
         sum(ids) % 7 / 7 if prompt in TEXTS[:2] else 0.5 for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
@@ -73,12 +68,13 @@ def for_some_prompts(prompts: Sequence[str], completion_ids: Sequence[list[int]]
 
 
 def with_adapter(policy: LlamaForCausalLM) -> PeftModel:
+    """Add LoRA to every linear layer, at its start, where it changes nothing."""
     torch.manual_seed(0)
     return get_peft_model(policy, LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM"))
 
 
 def perturb(policy: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None:
-    """Move every trained weight, as training would."""
+    """Add noise to every trained weight, as training would change it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -87,54 +83,65 @@ def perturb(policy: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None
 
 
 def open_reasoning(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Have the model begin many completions, not all, with ` <reasoning>`: each token of it calls for the next."""
-    calls = list(pairwise(encode_text("assistant: <reasoning>", tokenizer)[-4:]))
-    assert tokenizer.decode([called for _, called in calls]) == " <reasoning>"
+    """Make many, not all, completions begin with ` <reasoning>`: each of its tokens makes the next one likely."""
+    pairs = list(pairwise(encode_text("assistant: <reasoning>", tokenizer)[-4:]))
+    assert tokenizer.decode([following for _, following in pairs]) == " <reasoning>"
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with torch.no_grad():
-        for direction, (caller, called) in enumerate(calls, start=1):
+        for direction, (token, following) in enumerate(pairs, start=1):
             embeddings[:, direction] = head[:, direction] = 0
-            embeddings[caller, direction] = 20
-            head[called, direction] = 1.1 if direction == 1 else 3.0
+            embeddings[token, direction] = 20
+            head[following, direction] = 1.1 if direction == 1 else 3.0
 
 
 # The objective
 
 
-def doubles(values: list) -> Tensor:
+def doubles(values: Sequence[float | Sequence[float]]) -> Tensor:
+    """Return a float64 tensor of the values."""
     return torch.tensor(values, dtype=torch.float64)
 
 
 def gradient(objective: Tensor, parameter: Tensor) -> Tensor:
+    """Differentiate, and keep the graph."""
     return torch.autograd.grad(objective, parameter, retain_graph=True)[0]
 
 
-def centred(rewards_PG: Tensor) -> Tensor:
+def centered(rewards_PG: Tensor) -> Tensor:
+    """Subtract the mean of each group."""
     return rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
 
 
 def loss_on_policy(
     logprobs_T: Tensor, advantages_N: Tensor, lengths_N: Tensor | None = None, num_completions: int | None = None
 ) -> Tensor:
-    """The default loss, as a step makes it of the functions on the page; lengths are 1 unless given."""
+    """Compute the loss of the default config on policy, where every ratio is 1; by default each length is 1."""
     lengths_N = torch.ones(len(advantages_N), dtype=torch.long) if lengths_N is None else lengths_N
-    surrogates_N, _ = clipped_surrogates(
-        logprobs_T - logprobs_T.detach(), advantages_N, lengths_N, level="sequence", epsilon=torch.inf
-    )
     num_completions = len(advantages_N) if num_completions is None else num_completions
-    weights_N = sequence_weights(lengths_N, "sequence_sum", num_completions=num_completions, num_tokens=0)
-    return -(surrogates_N * weights_N).sum()
+    batch = LossInputs(
+        lengths=lengths_N,
+        rewards=torch.full_like(advantages_N, torch.nan),  # the loss reads the advantages only
+        is_in_loss=torch.ones_like(lengths_N, dtype=torch.bool),
+        loss_mask=torch.ones_like(logprobs_T, dtype=torch.bool),
+        sampler_logprobs=logprobs_T.detach(),
+        old_logprobs=logprobs_T.detach(),
+        advantages=advantages_N,
+    )
+    denominators = LossDenominators(num_completions=num_completions, num_tokens=0)
+    loss, _ = policy_loss(batch, logprobs_T, RLOOConfig(max_steps=1), denominators)
+    return loss
 
 
 # Steps
 
 
-def make_task(
+def make_setup(
     tokenizer: PreTrainedTokenizerFast,
     reward: Callable[..., list[float | None]] = by_ids,
     texts: Sequence[str] = TEXTS,
-    **settings: Any,
+    **options: Any,
 ) -> RunSetup:
+    """Set up a run of one step on `texts`; `options` are those of RLOOConfig. The reward has a weight of 2."""
     prompts = [
         Prompt(
             text=text,
@@ -144,36 +151,39 @@ def make_task(
         for line, text in enumerate(texts, start=1)
     ]
     defaults = {"max_steps": 1, "prompts_per_step": len(TEXTS), "num_generations": 4, "max_completion_length": 8}
-    config = RLOOConfig(**{**defaults, "temperature": TEMPERATURE, "beta": 0.0, **settings})
+    config = RLOOConfig(**{**defaults, "temperature": TEMPERATURE, "beta": 0.0, **options})
     rewards = [RewardFunction(name="reward", weight=2.0, function=reward, columns=())]
     return RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=rewards)
 
 
-def scorer_of(policy: Policy, task: RunSetup) -> CompletionLogprobs:
-    return CompletionLogprobs(policy, temperature=task.config.temperature, num_tokens=len(task.tokenizer)).train()
+def make_model(policy: Policy, setup: RunSetup) -> CompletionLogprobs:
+    """Wrap the policy as a run does."""
+    return CompletionLogprobs(policy, temperature=setup.config.temperature, num_tokens=len(setup.tokenizer)).train()
 
 
-def reference_of(policy: Policy, task: RunSetup) -> Callable[[PackedCompletions], Tensor]:
-    reference = make_reference(Accelerator(cpu=True), scorer_of(policy, task), task.config)
+def reference_of(policy: Policy, setup: RunSetup) -> Reference:
+    """Make the reference that stays as the policy is now."""
+    reference = make_reference(Accelerator(cpu=True), make_model(policy, setup), setup.config)
     assert reference is not None
     return reference
 
 
 def gradient_of(policy: torch.nn.Module) -> Gradient:
+    """Return copies of the gradients of the trained weights."""
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 def run_updates(
     policy: Policy,
-    task: RunSetup,
-    reference: Callable[[PackedCompletions], Tensor] | None = None,
-    sampler: AnySampler | None = None,
+    setup: RunSetup,
+    reference: Reference | None = None,
+    sampler: GroupSampler | None = None,
     *,
     change: Callable[[], object] = lambda: None,
     step: int = 0,
     seed: int = 5,
 ) -> tuple[list[RolloutRecord], list[Gradient]]:
-    """Records of a step and the gradient of each of its updates; `change` is what an update does to the weights."""
+    """Take a step -> its records and the gradient of each of its updates; `change` is called to change the weights."""
     gradients = []
 
     def update() -> None:
@@ -184,9 +194,9 @@ def run_updates(
     policy.zero_grad()
     run = Run.in_process(
         Accelerator(cpu=True),
-        scorer_of(policy, task),
-        replace(task, seed=seed),
-        sampler or task.make_sampler(policy),
+        make_model(policy, setup),
+        replace(setup, seed=seed),
+        sampler or setup.make_sampler(policy),
         update,
         reference,
     )
@@ -195,105 +205,109 @@ def run_updates(
 
 def run_step(
     policy: Policy,
-    task: RunSetup,
-    reference: Callable[[PackedCompletions], Tensor] | None = None,
-    sampler: AnySampler | None = None,
+    setup: RunSetup,
+    reference: Reference | None = None,
+    sampler: GroupSampler | None = None,
 ) -> tuple[list[RolloutRecord], Gradient]:
-    """Records and gradient of the run's first step, which is one update."""
-    records, (gradient,) = run_updates(policy, task, reference, sampler)
+    """Take the first step of the run, which is one update -> its records and its gradient."""
+    records, (gradient,) = run_updates(policy, setup, reference, sampler)
     return records, gradient
 
 
-class KeepingSampler:
-    """Keeps what another sampler gave, by its prompt and its ids; `noise` is added to what it says of its logprobs."""
+class RecordingSampler:
+    """Sampler that records the completions of another one, with noise of deviation `noise` on their logprobs."""
 
-    def __init__(self, sampler: AnySampler, noise: float = 0.0) -> None:
+    def __init__(self, sampler: GroupSampler, noise: float = 0.0) -> None:
         self._sampler = sampler
         self._noise = noise
         self._generator = torch.Generator().manual_seed(0)
-        self.kept: dict[tuple[int, ...], Completion] = {}
+        self._recorded: dict[tuple[int, ...], Completion] = {}  # by the ids of the prompt and the completion
 
     def sample(
         self, prompts: Sequence[list[int]], keys: Sequence[tuple[int, ...]], num_generations: int, *_: object
     ) -> list[list[Completion]]:
+        """Sample with the other sampler, then add the noise."""
         groups = [
             [self._noisy(completion) for completion in group]
             for group in self._sampler.sample(prompts, keys, num_generations)
         ]
         for prompt, group in zip(prompts, groups, strict=True):
-            self.kept |= {(*prompt, *completion.ids): completion for completion in group}
+            self._recorded |= {(*prompt, *completion.ids): completion for completion in group}
         return groups
 
     def _noisy(self, completion: Completion) -> Completion:
-        # By its ids, so that a completion that is drawn twice has the same noise.
+        # Seeded by the ids, so that a completion that is drawn twice has the same noise.
         self._generator.manual_seed(hash(tuple(completion.ids)) % 2**32)
         noise = self._noise * torch.randn(len(completion.ids), generator=self._generator)
         return replace(completion, logprobs=(torch.tensor(completion.logprobs) + noise).tolist())
 
-    def completion(self, task: RunSetup, record: RolloutRecord) -> Completion:
-        return self.kept[(*encode_text(record["prompt"], task.tokenizer), *record["completion_ids"])]
+    def completion(self, setup: RunSetup, record: RolloutRecord) -> Completion:
+        """Return the completion of a record."""
+        return self._recorded[(*encode_text(record["prompt"], setup.tokenizer), *record["completion_ids"])]
 
 
-# What a step should give
+# Expected results of a step
 
 
-def token_logprobs(policy: torch.nn.Module, task: RunSetup, record: RolloutRecord) -> Tensor:
-    """log pi of each token of a record's completion from one plain forward of its row, with gradient -> [T]."""
-    prompt, completion = encode_text(record["prompt"], task.tokenizer), record["completion_ids"]
+def token_logprobs(policy: torch.nn.Module, setup: RunSetup, record: RolloutRecord) -> Tensor:
+    """Compute log pi of each token of a record's completion by one plain forward pass, with gradient -> [T]."""
+    prompt, completion = encode_text(record["prompt"], setup.tokenizer), record["completion_ids"]
     logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logprobs = torch.log_softmax(logits[:, : len(task.tokenizer)] / task.config.temperature, dim=1)
+    logprobs = torch.log_softmax(logits[:, : len(setup.tokenizer)] / setup.config.temperature, dim=1)
     return logprobs[range(len(completion)), completion]
 
 
-def sequence_logprob(policy: torch.nn.Module, task: RunSetup, record: RolloutRecord) -> Tensor:
-    return token_logprobs(policy, task, record).sum()
+def sequence_logprob(policy: torch.nn.Module, setup: RunSetup, record: RolloutRecord) -> Tensor:
+    """Sum `token_logprobs` over the completion -> scalar."""
+    return token_logprobs(policy, setup, record).sum()
 
 
 def exact_copy(policy: Policy) -> Policy:
-    """The policy in float64, without a gradient."""
+    """Copy the policy to float64, without gradients."""
     exact = copy.deepcopy(policy).double()
     exact.zero_grad()
     return exact
 
 
 def gradient_of_terms(
-    policy: Policy, task: RunSetup, records: list[RolloutRecord], term: Callable[[RolloutRecord, Tensor], Tensor]
+    policy: Policy, setup: RunSetup, records: list[RolloutRecord], term: Callable[[RolloutRecord, Tensor], Tensor]
 ) -> Gradient:
-    """Gradient of a sum over records of `term(record, its token log-probabilities)`, in float64."""
+    """Differentiate the sum over records of `term(record, its token log-probabilities)`, in float64."""
     exact = exact_copy(policy)
     for record in records:
-        term(record, token_logprobs(exact, task, record)).backward()
+        term(record, token_logprobs(exact, setup, record)).backward()
     return gradient_of(exact)
 
 
-def gradient_from_records(policy: Policy, task: RunSetup, records: list[RolloutRecord]) -> Gradient:
-    """- sum of advantage * grad log pi over the records, over the number of scorable completions."""
+def gradient_from_records(policy: Policy, setup: RunSetup, records: list[RolloutRecord]) -> Gradient:
+    """Return - sum of advantage * grad log pi over the records, divided by the number of scorable completions."""
     num_scorable = sum(record["reward"] is not None for record in records)
     return gradient_of_terms(
-        policy, task, records, lambda record, logprobs_T: -record["advantage"] / num_scorable * logprobs_T.sum()
+        policy, setup, records, lambda record, logprobs_T: -record["advantage"] / num_scorable * logprobs_T.sum()
     )
 
 
-def assert_gradients_close(found: Gradient, expected: Gradient, rtol: float = 1e-5) -> None:
-    """Each weight's gradient is right, up to `rtol` of the norm of the whole gradient."""
+def assert_gradients_close(actual: Gradient, expected: Gradient, rtol: float = 1e-5) -> None:
+    """Check the gradient of each weight, up to `rtol` of the norm of the whole gradient."""
     norm = norm_of(expected)
     assert norm > 0.01
-    assert found.keys() == expected.keys()
-    errors = {name: (found[name].double() - g.double()).norm().item() / norm for name, g in expected.items()}
+    assert actual.keys() == expected.keys()
+    errors = {name: (actual[name].double() - g.double()).norm().item() / norm for name, g in expected.items()}
     assert max(errors.values()) <= rtol, errors
 
 
 def norm_of(gradient: Gradient) -> float:
+    """Norm over all weights."""
     return torch.stack([value.double().norm() for value in gradient.values()]).norm().item()
 
 
 def distance(one: Gradient, other: Gradient) -> float:
-    """Norm of the difference over the norm of `other`."""
+    """Norm of the difference, divided by the norm of `other`."""
     return norm_of({name: one[name].double() - value.double() for name, value in other.items()}) / norm_of(other)
 
 
 def advantages_by_hand(records: list[RolloutRecord], beta: float = 0.0) -> list[float]:
-    """Reward minus beta * kl, minus the mean of the same over the others of its prompt_index that have a reward."""
+    """Return reward - beta * kl of each record, minus its mean over the other scorable records of the prompt."""
     advantages = []
     for record in records:
         others = [
@@ -304,11 +318,11 @@ def advantages_by_hand(records: list[RolloutRecord], beta: float = 0.0) -> list[
         if record["reward"] is None or not others:
             advantages.append(0.0)
         else:
-            own = record["reward"] - (beta * record["kl"] if beta else 0.0)
-            advantages.append(own - math.fsum(others) / len(others))
+            penalized = record["reward"] - (beta * record["kl"] if beta else 0.0)
+            advantages.append(penalized - math.fsum(others) / len(others))
     return advantages
 
 
 def by_completion(records: list[RolloutRecord]) -> list[RolloutRecord]:
-    """Records by their place in the step, whatever micro-batch they came with."""
+    """Sort records by their prompt's index in the step, whatever micro-batch they were in."""
     return sorted(records, key=lambda record: record["prompt_index"])

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.rloo import loss
-from tests.helpers.rloo import TEXTS, assert_gradients_close, gradient_of, make_task, perturb, reference_of, run_step
+from tests.helpers.rloo import TEXTS, assert_gradients_close, gradient_of, make_setup, perturb, reference_of, run_step
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "one_file" / "rloo.py"
 
@@ -45,7 +45,7 @@ def test_take_step_gradient_equals_the_engine(
     beta: float,
 ) -> None:
     one_file.BETA = beta
-    task = make_task(tokenizer, beta=beta, num_generations=4, temperature=one_file.TEMPERATURE)
+    task = make_setup(tokenizer, beta=beta, num_generations=4, temperature=one_file.TEMPERATURE)
     start = copy.deepcopy(policy)
     reference = reference_of(start, task) if beta else None
     perturb(policy)  # away from the reference, so that there is a KL

@@ -1,4 +1,4 @@
-"""Advantages and gradient of a step equal those of TRL's RLOOTrainer on the same ids and rewards."""
+"""Tests of trainer/rloo/step.py against TRL's RLOOTrainer, on the same ids and rewards."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.helpers.rloo import (
     assert_gradients_close,
     by_ids,
     gradient_of,
-    make_task,
+    make_setup,
     perturb,
     reference_of,
     run_step,
@@ -28,17 +28,18 @@ from tests.helpers.rloo import (
 
 
 class GradientProbe(TrainerCallback):
-    """Keeps the gradient that the optimizer is about to apply."""
+    """Callback that keeps the gradient that the optimizer is about to apply."""
 
     def __init__(self) -> None:
         self.gradient: Gradient = {}
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
+    def on_pre_optimizer_step(self, *_: object, model: torch.nn.Module, **kwargs: object) -> None:
+        """Copy the gradient."""
         self.gradient = gradient_of(model)
 
 
-class RecordedSampler:
-    """Gives each prompt the completions that TRL sampled for it."""
+class ReplayingSampler:
+    """Sampler that returns the completions that TRL sampled for each prompt."""
 
     def __init__(self, groups: dict[tuple[int, ...], list[list[int]]], eos_id: int) -> None:
         self.groups = groups
@@ -47,6 +48,7 @@ class RecordedSampler:
     def sample(
         self, prompts: list[list[int]], keys: object, num_generations: int, *_: object
     ) -> list[list[Completion]]:
+        """Return the group of each prompt."""
         assert all(len(self.groups[tuple(prompt)]) == num_generations for prompt in prompts)
         return [
             [
@@ -72,7 +74,7 @@ class RecordedSampler:
     ],
     ids=["full", "lora", "full-kl", "lora-kl", "unscorable"],
 )
-def test_advantages_and_gradient_equal_trls(
+def test_take_step_equals_trls_rloo_trainer(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -81,13 +83,13 @@ def test_advantages_and_gradient_equal_trls(
     reward: Callable[..., list[float | None]],
 ) -> None:
     # Both sum log-probabilities and KL over a sequence and average over sequences. For the numbers to be equal,
-    # - TRL's ratio to its own old log-probabilities must be 1 (one update a batch), where its clipped objective has the
-    #   gradient of the log-probability;
+    # - TRL's ratio to its own old log-probabilities must be 1 (one update per batch), where its clipped objective has
+    #   the gradient of the log-probability;
     # - normalize_advantages and mask_truncated_completions must be off, as they are by default;
     # - the model must have no ids beyond the tokenizer's: TRL normalizes over all logits;
     # - completions must end at eos and at the length, not at `<sep>`, which TRL does not look for;
     # - the reference must be what TRL loads from disk again by name: here the model before it was perturbed.
-    # One difference is meant: TRL divides by all rows, we divide by the scorable ones.
+    # One difference is intended: TRL divides by the number of all completions, we divide by that of the scorable ones.
     from trl import RLOOConfig as TRLConfig
     from trl import RLOOTrainer as TRLTrainer
 
@@ -96,8 +98,8 @@ def test_advantages_and_gradient_equal_trls(
 
     policy.save_pretrained(tmp_path / "model")
     trained = with_adapter(load_initial()) if is_lora else load_initial()
-    task = make_task(tokenizer, reward, beta=beta)
-    reference = reference_of(trained, task) if beta else None
+    setup = make_setup(tokenizer, reward, beta=beta)
+    reference = reference_of(trained, setup) if beta else None
     perturb(trained)
 
     sampled: list[tuple[str, list[int]]] = []
@@ -128,7 +130,7 @@ def test_advantages_and_gradient_equal_trls(
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_dict({"prompt": TEXTS}),
-        processing_class=copy.deepcopy(tokenizer),  # it is given a pad token
+        processing_class=copy.deepcopy(tokenizer),  # TRL sets a pad token on it
         callbacks=[probe],
         # An adapter that TRL does not make itself would be its own reference.
         peft_config=trained.peft_config["default"] if is_lora else None,
@@ -141,9 +143,9 @@ def test_advantages_and_gradient_equal_trls(
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for prompt, ids in sampled:
         groups.setdefault(tuple(encode_text(prompt, tokenizer)), []).append(ids)
-    records, gradient = run_step(trained, task, reference, RecordedSampler(groups, tokenizer.eos_token_id))
+    records, gradient = run_step(trained, setup, reference, ReplayingSampler(groups, tokenizer.eos_token_id))
 
-    # What TRL prints in its table of completions, in the order in which it called the reward.
+    # TRL's table of completions, in the order in which it called the reward.
     advantages = {
         (prompt, *ids): advantage for (prompt, ids), advantage in zip(sampled, trainer._logs["advantages"], strict=True)
     }

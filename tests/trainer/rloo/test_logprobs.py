@@ -1,77 +1,90 @@
-"""Log-probabilities and gradients, packed, with shared prompts or checkpointing, are those of one row at a time."""
+"""Tests of trainer/rloo/logprobs.py: packed, values and gradients equal those of one sequence at a time."""
 
 import copy
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
+from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference, pack_completions
 
 CPU = torch.device("cpu")
-# Also a float64 model's logits are normalized in float32.
+# The logits of a float64 model are normalized in float32 too.
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 1e-5}
 
-# Prompts' and completions' lengths.
+# Lengths of the prompts, and of their completions.
 LAYOUTS = {
     "variable lengths": ([5, 1, 9], [[3, 7, 1], [2, 2, 6], [1, 4, 5]]),
     "single tokens": ([4, 7], [[1, 1], [1, 1]]),
     "one group": ([6], [[2, 5, 3, 1]]),
-    "one row": ([3], [[4]]),
+    "one sequence": ([3], [[4]]),
     "groups of one": ([2, 8, 5], [[3], [1], [6]]),
     "equal lengths": ([6, 6], [[4, 4], [4, 4]]),
 }
-# Which groups have their prompt run once, and which with each completion.
+# For each group: is its prompt run once, or with each completion?
 SHARING = {"shared": itertools.repeat(True), "each": itertools.repeat(False), "mixed": itertools.cycle([True, False])}
 
 
 def random_ids(lengths: list[int], num_tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Draw a list of token ids of each length."""
     return [torch.randint(num_tokens, (length,), generator=generator).tolist() for length in lengths]
 
 
-def laid_out(layout: str, num_tokens: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+def make_groups(layout: str, num_tokens: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Return prompts and their groups of completions, of random ids and the lengths of a layout."""
     generator = torch.Generator().manual_seed(1)
     prompt_lengths, completion_lengths = LAYOUTS[layout]
     prompts = random_ids(prompt_lengths, num_tokens, generator)
     return prompts, [random_ids(lengths, num_tokens, generator) for lengths in completion_lengths]
 
 
-def brute_force(policy: torch.nn.Module, prompts: list, groups: list, *, temperature: float, num_tokens: int) -> Tensor:
-    """Log-probabilities of all completion tokens, [T], from one plain forward for each row."""
-    rows = []
+def brute_force(
+    policy: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    groups: Sequence[Sequence[list[int]]],
+    *,
+    temperature: float,
+    num_tokens: int,
+) -> Tensor:
+    """Compute the log-probabilities of all completion tokens by one plain forward pass per sequence -> [T]."""
+    parts = []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
             logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             logprobs = torch.log_softmax(logits[:, :num_tokens] / temperature, dim=1)
-            rows.append(logprobs[range(len(completion)), completion])
-    return torch.cat(rows)
+            parts.append(logprobs[range(len(completion)), completion])
+    return torch.cat(parts)
 
 
 def gradients(policy: torch.nn.Module, logprobs_T: Tensor) -> dict[str, Tensor]:
-    """Gradients of a sum that weighs each token differently."""
+    """Differentiate a sum that weights each token differently."""
     weights_T = torch.linspace(-1, 2, len(logprobs_T), dtype=torch.float64)
     policy.zero_grad()
     (logprobs_T.double() * weights_T).sum().backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float) -> None:
-    """Each weight's gradient is right, up to `rtol` of the norm of the whole gradient."""
+def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float) -> None:
+    """Check the gradient of each weight, up to `rtol` of the norm of the whole gradient."""
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
     assert norm > 0.1
-    assert found.keys() == expected.keys()
-    errors = {name: (found[name] - gradient).norm().item() / norm for name, gradient in expected.items()}
+    assert actual.keys() == expected.keys()
+    errors = {name: (actual[name] - gradient).norm().item() / norm for name, gradient in expected.items()}
     assert max(errors.values()) <= rtol, errors
 
 
 def assert_equal_to_brute_force(
     policy: torch.nn.Module, layout: str, num_tokens: int, temperature: float = 1.0, sharing: str = "shared"
 ) -> None:
-    """Compare with a float64 copy of the policy that scores one row at a time."""
-    prompts, groups = laid_out(layout, num_tokens)
+    """Compare with a float64 copy of the policy that scores one sequence at a time."""
+    prompts, groups = make_groups(layout, num_tokens)
     is_shared = list(itertools.islice(copy.copy(SHARING[sharing]), len(prompts)))
     exact = copy.deepcopy(policy).double().eval()
     expected_T = brute_force(exact, prompts, groups, temperature=temperature, num_tokens=num_tokens)
@@ -85,7 +98,7 @@ def assert_equal_to_brute_force(
 
 
 def with_adapter(model: LlamaForCausalLM) -> PeftModel:
-    """LoRA on every linear layer, moved away from its start, where it changes nothing."""
+    """Add LoRA to every linear layer, away from its start, where it changes nothing."""
     torch.manual_seed(3)
     policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -97,35 +110,35 @@ def with_adapter(model: LlamaForCausalLM) -> PeftModel:
 
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logprobs_and_gradients_equal_those_of_one_row_at_a_time(
+def test_completion_logprobs_equal_one_sequence_at_a_time(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, sharing: str
 ) -> None:
     assert_equal_to_brute_force(model.double(), layout, len(tokenizer), sharing=sharing)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_attention_that_a_model_was_loaded_with_makes_no_difference(
+def test_completion_logprobs_ignore_the_loaded_attention(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, attention: str
 ) -> None:
     model.double().set_attn_implementation(attention)
     assert_equal_to_brute_force(model, "variable lengths", len(tokenizer))
 
 
-@pytest.mark.parametrize("layout", ["variable lengths", "one row"])
-def test_logprobs_equal_those_of_a_padded_batch(
+@pytest.mark.parametrize("layout", ["variable lengths", "one sequence"])
+def test_completion_logprobs_equal_those_of_a_padded_batch(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str
 ) -> None:
     model.double()
     num_tokens = len(tokenizer)
-    prompts, groups = laid_out(layout, num_tokens)
-    rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
-    longest = max(len(prompt) + len(row) for prompt, row in rows)
-    padding = [longest - len(prompt) - len(row) for prompt, row in rows]
-    ids = torch.tensor([[0] * pad + prompt + row for pad, (prompt, row) in zip(padding, rows, strict=True)])
+    prompts, groups = make_groups(layout, num_tokens)
+    pairs = [(prompt, completion) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
+    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    padding = [longest - len(prompt) - len(completion) for prompt, completion in pairs]
+    ids = torch.tensor([[0] * pad + prompt + own for pad, (prompt, own) in zip(padding, pairs, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
     logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits
     logprobs = torch.log_softmax(logits[:, :-1, :num_tokens], dim=2).gather(2, ids[:, 1:, None])[:, :, 0]
-    padded_T = torch.cat([row[-len(ids) :] for row, (_, ids) in zip(logprobs, rows, strict=True)])
+    padded_T = torch.cat([sequence[-len(own) :] for sequence, (_, own) in zip(logprobs, pairs, strict=True)])
     padded = gradients(model, padded_T)
 
     for is_shared in (True, False):
@@ -137,7 +150,7 @@ def test_logprobs_equal_those_of_a_padded_batch(
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
-def test_logprobs_are_those_at_the_sampling_temperature(
+def test_completion_logprobs_are_at_the_sampling_temperature(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, temperature: float
 ) -> None:
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature)
@@ -146,7 +159,7 @@ def test_logprobs_are_those_at_the_sampling_temperature(
 @pytest.mark.parametrize("sharing", ["shared", "each"])
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_activation_checkpointing_changes_no_value_and_no_gradient(
+def test_completion_logprobs_are_equal_with_checkpointing(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str, is_lora: bool, sharing: str
 ) -> None:
     policy = with_adapter(model.double()) if is_lora else model.double()
@@ -155,12 +168,12 @@ def test_activation_checkpointing_changes_no_value_and_no_gradient(
 
 
 @pytest.mark.parametrize("is_on", [False, True])
-def test_activation_checkpointing_recomputes_each_layer_in_the_backward_pass(
+def test_completion_logprobs_recompute_only_with_checkpointing(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_on: bool
 ) -> None:
     if is_on:
         model.activation_checkpointing_enable()
-    prompts, groups = laid_out("variable lengths", len(tokenizer))
+    prompts, groups = make_groups("variable lengths", len(tokenizer))
     logprobs_T = CompletionLogprobs(model.train(), temperature=1.0, num_tokens=len(tokenizer))(
         pack_completions(prompts, groups, CPU)
     )
@@ -170,36 +183,52 @@ def test_activation_checkpointing_recomputes_each_layer_in_the_backward_pass(
     assert len(num_calls) == (1 if is_on else 0)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
-@pytest.mark.parametrize("at_once", [*range(1, 12), 30, 100])
-def test_logits_in_pieces_of_any_size_give_the_same_values_and_gradients(
+@pytest.mark.parametrize("num_at_once", [1, 4, 100])
+@pytest.mark.parametrize("tokens_per_chunk", [*range(1, 12), 30, 100])
+def test_completion_logprobs_are_equal_in_chunks_of_any_size(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
-    at_once: int,
-    rows_at_once: int,
+    tokens_per_chunk: int,
+    num_at_once: int,
 ) -> None:
-    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.TOKENS_PER_CHUNK", at_once)
-    logit_bytes = rows_at_once * 4 * model.config.vocab_size
+    monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.TOKENS_PER_CHUNK", tokens_per_chunk)
+    logit_bytes = num_at_once * 4 * model.config.vocab_size
     monkeypatch.setattr("rekatrain.trainer.rloo.logprobs.LOGIT_BYTES_AT_ONCE", {"cpu": logit_bytes})
     assert_equal_to_brute_force(model.double(), "variable lengths", len(tokenizer), temperature=0.7)
 
 
+@pytest.mark.parametrize("has_cutoffs", [False, True])
+def test_completion_logprobs_allow_empty_chunks(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, has_cutoffs: bool
+) -> None:
+    # As `equal_passes` sets it on a micro-batch with fewer tokens than another process has chunks.
+    model.double()
+    scored = CompletionLogprobs(model, temperature=0.7, num_tokens=len(tokenizer))
+    packed = pack_completions([[5]], [[[6]]], CPU, cutoffs=[-0.5] if has_cutoffs else None)
+    assert packed.num_chunks == 1
+    expected_T = scored(packed)
+    expected = gradients(model, expected_T)
+    logprobs_T = scored(replace(packed, num_chunks=3))
+    assert torch.equal(logprobs_T, expected_T)
+    assert_gradients_close(gradients(model, logprobs_T), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_adapter_is_scored_and_trained_as_one_row_at_a_time(
+def test_completion_logprobs_of_an_adapter_equal_brute_force(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str
 ) -> None:
     assert_equal_to_brute_force(with_adapter(model.double()), layout, len(tokenizer), 0.7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_float32_differs_by_rounding_only(
+def test_completion_logprobs_in_float32_differ_by_rounding(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layout: str
 ) -> None:
     assert_equal_to_brute_force(model, layout, len(tokenizer), 0.7)
 
 
-def test_probabilities_of_the_tokenizers_ids_sum_to_one(
+def test_completion_logprobs_of_all_ids_sum_to_probability_one(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     num_tokens = len(tokenizer)
@@ -209,15 +238,15 @@ def test_probabilities_of_the_tokenizers_ids_sum_to_one(
 
 
 @pytest.mark.parametrize("sharing", [True, False])
-def test_a_completion_sees_its_prompt_and_itself_alone(
+def test_completion_logprobs_depend_on_prompt_and_completion(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sharing: bool
 ) -> None:
     model.double()
     scored = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
-    prompts, groups = laid_out("variable lengths", len(tokenizer))
+    prompts, groups = make_groups("variable lengths", len(tokenizer))
 
     def second_of_first_group() -> Tensor:
-        lengths = [len(row) for row in groups[0]]
+        lengths = [len(completion) for completion in groups[0]]
         return scored(pack_completions(prompts, groups, CPU, is_shared=[sharing] * 3))[lengths[0] : sum(lengths[:2])]
 
     before = second_of_first_group()
@@ -229,10 +258,15 @@ def test_a_completion_sees_its_prompt_and_itself_alone(
     assert not torch.allclose(second_of_first_group()[1:], before[1:])
 
 
-def test_groups_lie_end_to_end_without_their_last_tokens() -> None:
-    rows = pack_completions([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU, is_shared=[True, False])
-    assert rows.input_ids.tolist() == [[5, 6, 1, 2, 4, 8, 4]]
-    assert rows.layout.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
-    assert rows.predictors.tolist() == [1, 1, 2, 3, 4, 5, 6]
-    assert rows.targets.tolist() == [7, 1, 2, 3, 8, 9, 2]
-    assert rows.lengths.tolist() == [1, 3, 2, 1]
+def test_pack_completions_drops_the_last_tokens() -> None:
+    packed = pack_completions([[5, 6], [4]], [[[7], [1, 2, 3]], [[8, 9], [2]]], CPU, is_shared=[True, False])
+    assert packed.input_ids.tolist() == [[5, 6, 1, 2, 4, 8, 4]]
+    assert packed.layout.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
+    assert packed.predictors.tolist() == [1, 1, 2, 3, 4, 5, 6]
+    assert packed.targets.tolist() == [7, 1, 2, 3, 8, 9, 2]
+    assert packed.lengths.tolist() == [1, 3, 2, 1]
+
+
+def test_make_reference_without_beta_returns_none(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    scored = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
+    assert make_reference(Accelerator(cpu=True), scored, RLOOConfig(max_steps=1, beta=0.0)) is None

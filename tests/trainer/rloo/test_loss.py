@@ -1,4 +1,4 @@
-"""The functions of the objective: values worked out by hand, brute force, and sums over any split."""
+"""Tests of trainer/rloo/loss.py: values worked out by hand, brute force, and sums over any split."""
 
 import itertools
 import math
@@ -17,8 +17,7 @@ from rekatrain.trainer.rloo.loss import (
     sequence_weights,
     truncated_importance_weights,
 )
-from rekatrain.trainer.rloo.rollouts import overlong_penalty
-from tests.helpers.rloo import centred, doubles, gradient, loss_on_policy
+from tests.helpers.rloo import centered, doubles, gradient, loss_on_policy
 
 NAN = math.nan
 
@@ -33,9 +32,9 @@ NAN = math.nan
         ([3], [0]),
     ],
 )
-def test_advantages_worked_out_by_hand(rewards: list[float], advantages: list[float]) -> None:
-    found = leave_one_out_advantages(doubles([rewards]))
-    torch.testing.assert_close(found, doubles([advantages]), rtol=0, atol=1e-15)
+def test_leave_one_out_advantages_worked_out_by_hand(rewards: list[float], advantages: list[float]) -> None:
+    actual = leave_one_out_advantages(doubles([rewards]))
+    torch.testing.assert_close(actual, doubles([advantages]), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -47,18 +46,16 @@ def test_advantages_worked_out_by_hand(rewards: list[float], advantages: list[fl
         ([NAN, NAN, NAN, NAN], [0, 0, 0, 0]),
     ],
 )
-def test_an_unscorable_completion_is_in_nobodys_baseline_and_has_no_advantage(
-    rewards: list[float], advantages: list[float]
-) -> None:
+def test_leave_one_out_advantages_skip_unscorable_completions(rewards: list[float], advantages: list[float]) -> None:
     assert leave_one_out_advantages(doubles([rewards])).tolist() == [advantages]
 
 
-def test_groups_are_compared_within_themselves_only() -> None:
+def test_leave_one_out_advantages_compare_within_a_group() -> None:
     both = leave_one_out_advantages(doubles([[1, 0, NAN], [10, 20, 60]]))
     assert both.tolist() == [[1, -1, 0], [-30, -15, 45]]
 
 
-def test_an_unscorable_reward_stays_so_under_the_kl_penalty() -> None:
+def test_kl_penalized_rewards_stay_nan_where_unscorable() -> None:
     rewards = kl_penalized_rewards(doubles([[1, NAN, 0]]), doubles([[2, 3, -4]]), 0.5)
     torch.testing.assert_close(rewards, doubles([[0, NAN, 2]]), rtol=0, atol=0, equal_nan=True)
 
@@ -72,12 +69,12 @@ groups_of = st.integers(1, 8).flatmap(
 
 
 @given(groups_of)
-def test_leave_one_out_equals_brute_force(groups: list[list[float]]) -> None:
+def test_leave_one_out_advantages_equal_brute_force(groups: list[list[float]]) -> None:
     expected = []
     for group in groups:
         advantages = []
-        for place, reward in enumerate(group):
-            others = [other for at, other in enumerate(group) if at != place and not math.isnan(other)]
+        for index, reward in enumerate(group):
+            others = [other for at, other in enumerate(group) if at != index and not math.isnan(other)]
             is_compared = others and not math.isnan(reward)
             advantages.append(reward - math.fsum(others) / len(others) if is_compared else 0.0)
         expected.append(advantages)
@@ -85,13 +82,13 @@ def test_leave_one_out_equals_brute_force(groups: list[list[float]]) -> None:
 
 
 @given(st.lists(numbers, min_size=2, max_size=8))
-def test_leave_one_out_is_centring_times_g_over_g_minus_one(group: list[float]) -> None:
+def test_leave_one_out_advantages_are_scaled_centered_rewards(group: list[float]) -> None:
     rewards = doubles([group])
-    expected = centred(rewards) * len(group) / (len(group) - 1)
+    expected = centered(rewards) * len(group) / (len(group) - 1)
     torch.testing.assert_close(leave_one_out_advantages(rewards), expected, rtol=0, atol=1e-12)
 
 
-def test_the_loss_and_its_gradient_worked_out_by_hand() -> None:
+def test_policy_loss_and_gradient_worked_out_by_hand() -> None:
     logprobs = doubles([-1, -2, -3, -5]).requires_grad_()
     loss = loss_on_policy(logprobs, doubles([2, 0, -1]), torch.tensor([1, 1, 2]), num_completions=2)
     assert loss.item() == -(2 * 1 + -1 * 1) / 2  # every ratio is 1
@@ -99,16 +96,16 @@ def test_the_loss_and_its_gradient_worked_out_by_hand() -> None:
     assert logprobs.grad.tolist() == [-1, 0, 0.5, 0.5]
 
 
-def test_the_denominator_counts_scorable_completions_only() -> None:
+def test_policy_loss_averages_over_scorable_completions() -> None:
     logprobs = doubles([-1, -2, -4, -8]).requires_grad_()
     rewards = doubles([[1, NAN, 0, 0]])
     advantages = leave_one_out_advantages(rewards).flatten()
     num_scorable = int((~rewards.isnan()).sum())
-    found = gradient(loss_on_policy(logprobs, advantages, num_completions=num_scorable), logprobs)
-    torch.testing.assert_close(found, doubles([-1 / 3, 0, 0.5 / 3, 0.5 / 3]), rtol=0, atol=1e-15)
+    actual = gradient(loss_on_policy(logprobs, advantages, num_completions=num_scorable), logprobs)
+    torch.testing.assert_close(actual, doubles([-1 / 3, 0, 0.5 / 3, 0.5 / 3]), rtol=0, atol=1e-15)
 
 
-def test_a_step_without_a_scorable_completion_has_loss_and_gradient_zero() -> None:
+def test_policy_loss_is_zero_without_a_scorable_completion() -> None:
     logprobs = doubles([-1, -2]).requires_grad_()
     advantages = leave_one_out_advantages(doubles([[NAN, NAN]])).flatten()
     loss = loss_on_policy(logprobs, advantages, num_completions=0)
@@ -119,7 +116,7 @@ def test_a_step_without_a_scorable_completion_has_loss_and_gradient_zero() -> No
 @pytest.mark.parametrize("loss_type", ["sequence_sum", "sequence_mean", "token_mean"])
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @given(sequences=st.lists(st.tuples(numbers, st.integers(1, 4)), min_size=1, max_size=8), data=st.data())
-def test_micro_batches_with_one_denominator_sum_to_the_whole(
+def test_sequence_weights_let_micro_batches_sum_to_the_whole(
     level: str, loss_type: str, sequences: list[tuple[float, int]], data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(sequences)))) | {0, len(sequences)})
@@ -152,8 +149,8 @@ def test_micro_batches_with_one_denominator_sum_to_the_whole(
     [
         (1.0, 1.0, 1.0, 1.0),
         (1.0, 1.1, 1.1, 1.1),
-        (1.0, 1.5, 1.2, 0.0),  # held at 1 + epsilon: no more of what is already likelier
-        (1.0, 0.5, 0.5, 0.5),  # never held on the side that has to come back
+        (1.0, 1.5, 1.2, 0.0),  # clipped at 1 + epsilon: the completion is more likely already
+        (1.0, 0.5, 0.5, 0.5),  # never clipped on the side that has to come back
         (-1.0, 1.0, -1.0, -1.0),
         (-1.0, 0.5, -0.8, 0.0),
         (-1.0, 1.5, -1.5, -1.5),
@@ -162,17 +159,19 @@ def test_micro_batches_with_one_denominator_sum_to_the_whole(
     ],
 )
 @pytest.mark.parametrize("level", ["sequence", "token"])
-def test_the_clip_worked_out_by_hand(
+def test_clipped_surrogates_worked_out_by_hand(
     level: str, advantage: float, ratio: float, surrogate: float, slope: float
 ) -> None:
     log_ratio = doubles([math.log(ratio)]).requires_grad_()
-    found, is_clipped = clipped_surrogates(log_ratio, doubles([advantage]), torch.tensor([1]), level=level, epsilon=0.2)
-    assert found.item() == pytest.approx(surrogate, rel=1e-12)
-    assert gradient(found.sum(), log_ratio).item() == pytest.approx(slope, rel=1e-12)
+    actual, is_clipped = clipped_surrogates(
+        log_ratio, doubles([advantage]), torch.tensor([1]), level=level, epsilon=0.2
+    )
+    assert actual.item() == pytest.approx(surrogate, rel=1e-12)
+    assert gradient(actual.sum(), log_ratio).item() == pytest.approx(slope, rel=1e-12)
     assert is_clipped.item() == (slope == 0 and advantage != 0)
 
 
-def test_a_sequence_is_clipped_by_its_product_and_a_token_by_itself() -> None:
+def test_clipped_surrogates_clip_by_sequence_or_by_token() -> None:
     log_ratios, lengths = doubles([0.15, 0.15, -0.5, 0.5]).requires_grad_(), torch.tensor([2, 2])
     advantages = doubles([1, 1])
     sequences, is_clipped = clipped_surrogates(log_ratios, advantages, lengths, level="sequence", epsilon=0.2)
@@ -183,29 +182,24 @@ def test_a_sequence_is_clipped_by_its_product_and_a_token_by_itself() -> None:
     assert is_clipped.tolist() == [False, False, False, True]
 
 
-def test_weights_are_cut_off_at_the_cap_and_carry_no_gradient() -> None:
+def test_truncated_importance_weights_are_capped_and_detached() -> None:
     log_ratios = doubles([-1, 0, 0.5, 3]).requires_grad_()
     weights = truncated_importance_weights(log_ratios, cap=2.0)
     torch.testing.assert_close(weights, doubles([math.exp(-1), 1, math.exp(0.5), 2]))
     assert not weights.requires_grad
 
 
-def test_denominators_worked_out_by_hand() -> None:
+def test_sequence_weights_worked_out_by_hand() -> None:
     lengths = torch.tensor([1, 4, 0])
 
     def weights(loss_type: str) -> list[float]:
         return sequence_weights(lengths, loss_type, num_completions=10, num_tokens=40).tolist()
 
     assert weights("sequence_sum") == pytest.approx([0.1, 0.1, 0.1])
-    assert weights("sequence_mean") == pytest.approx([0.1, 0.025, 0.1])  # without a trained token there is no sum
+    assert weights("sequence_mean") == pytest.approx(
+        [0.1, 0.025, 0.1]
+    )  # without a trained token the sum is empty, whatever its weight
     assert weights("token_mean") == pytest.approx([0.025] * 3)
-
-
-@pytest.mark.parametrize(
-    ("length", "penalty"), [(1, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0)]
-)
-def test_the_overlong_penalty_worked_out_by_hand(length: int, penalty: float) -> None:
-    assert overlong_penalty(length, max_completion_length=100, buffer=20) == pytest.approx(penalty)
 
 
 def test_sequence_sums_worked_out_by_hand() -> None:

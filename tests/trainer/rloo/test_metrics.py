@@ -1,4 +1,4 @@
-"""Metrics of a step are what its records say."""
+"""Tests of trainer/rloo/metrics.py: the metrics of a step follow from its records."""
 
 import math
 import re
@@ -8,10 +8,11 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
-from tests.helpers.rloo import for_some_prompts, make_task, run_step
+from tests.helpers.rloo import for_some_prompts, make_setup, run_step
 
 
 def record(prompt_index: int, rewards: dict[str, float | None], reward: float | None, **others: Any) -> RolloutRecord:
+    """Make a record with defaults for the fields in `others`."""
     defaults = {"completion_ids": [1, 2], "num_forced": 0, "finish_reason": "stop", "kl": None, "logprob": -2.0}
     defaults |= {"sampler_logprob": -2.0, "mismatch_kl": 0.0, "clip_ratio": 0.0}
     defaults |= {"reward_errors": {}}
@@ -21,7 +22,7 @@ def record(prompt_index: int, rewards: dict[str, float | None], reward: float | 
 IDLE = {"kl": None, "logprob": None, "mismatch_kl": None, "clip_ratio": None}
 
 
-def test_metrics_worked_out_by_hand() -> None:
+def test_step_metrics_worked_out_by_hand() -> None:
     a_1 = {"a": 1.0, "b": None}
     records = [
         record(0, a_1, 1.0, kl=0.5, completion_ids=[1, 2, 3], sampler_logprob=-6.0, logprob=-6.5, mismatch_kl=0.25),
@@ -46,9 +47,9 @@ def test_metrics_worked_out_by_hand() -> None:
             "rewards/b/not_applicable": 4 / 6,
             "rewards/b/errors": 1 / 6,
             "rewards/b/length_correlation": None,
-            "frac_reward_zero_std": 2 / 3,  # alone in being scorable teaches nothing either
+            "frac_reward_zero_std": 2 / 3,  # a group with one scorable completion counts too
             "kl": 2 / 5,
-            "entropy": 16 / 12,  # a forced token is not drawn
+            "entropy": 16 / 12,  # over drawn tokens only, not forced ones
             "mismatch_logprob": (0.5 + 1.0 + 0.0 + 0.25) / 4,
             "mismatch_kl": 0.4 / 8,
             "clip_ratio": 1.5 / 4,
@@ -61,7 +62,7 @@ def test_metrics_worked_out_by_hand() -> None:
     )
 
 
-def test_metrics_of_what_nobody_has_are_none() -> None:
+def test_step_metrics_without_values_are_none() -> None:
     metrics = step_metrics([record(0, {"a": None}, None, **IDLE), record(0, {"a": None}, None, **IDLE)])
     assert [name for name, value in metrics.items() if value is None] == [
         "reward",
@@ -82,17 +83,15 @@ def test_metrics_of_what_nobody_has_are_none() -> None:
     ("rewards", "is_zero_variance"),
     [([1, 1, 1], True), ([1, 0, 1], False), ([None, None, None], True), ([1, 1, None], True), ([1, None, 0], False)],
 )
-def test_a_group_whose_rewards_are_all_equal_has_no_variance(
-    rewards: list[float | None], is_zero_variance: bool
-) -> None:
+def test_step_metrics_count_groups_of_equal_rewards(rewards: list[float | None], is_zero_variance: bool) -> None:
     metrics = step_metrics([record(0, {"a": reward}, reward) for reward in rewards])
     assert metrics["frac_reward_zero_std"] == is_zero_variance
 
 
-def test_metrics_of_a_step_are_made_from_its_records(
+def test_step_metrics_follow_from_the_records_of_a_step(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    records, _ = run_step(policy, make_task(tokenizer, for_some_prompts))
+    records, _ = run_step(policy, make_setup(tokenizer, for_some_prompts))
     metrics = step_metrics(records)
     assert metrics["frac_reward_zero_std"] == pytest.approx(3 / 5)
     assert metrics["mismatch_logprob"] < 1e-4

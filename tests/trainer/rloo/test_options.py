@@ -28,11 +28,11 @@ from tests.helpers.rloo import (
     gradient_from_records,
     gradient_of,
     gradient_of_terms,
+    make_model,
     make_setup,
     perturb,
     reference_of,
     run_step,
-    make_model,
     sequence_logprob,
     sometimes_none,
     with_adapter,
@@ -213,7 +213,9 @@ def test_take_step_keeps_truncated_completions_by_default(
     assert_gradients_close(gradient, gradient_from_records(policy, make_setup(tokenizer), records))
 
 
-def test_take_step_penalizes_truncated_completions(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_take_step_penalizes_truncated_completions(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     setup = make_setup(tokenizer, truncated_completions="penalize", truncation_penalty=0.3)
     records, gradient = run_step(policy, setup)
     assert [record["reward"] for record in records] == pytest.approx(
@@ -277,9 +279,7 @@ def test_take_step_skips_groups_of_truncated_completions(
         assert all(torch.isfinite(value).all() for value in gradient.values())
 
 
-def test_take_step_adds_the_overlong_penalty(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_take_step_adds_the_overlong_penalty(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     setup = make_setup(tokenizer, overlong_buffer=4, overlong_penalty=0.5)
     records, gradient = run_step(policy, setup)
     penalties = {length: 0.0 for length in range(1, 5)} | {5: -0.125, 6: -0.25, 7: -0.375, 8: -0.5}

@@ -24,13 +24,13 @@ from tests.helpers.rloo import (
     for_some_prompts,
     gradient_from_records,
     gradient_of,
-    make_task,
+    make_model,
+    make_setup,
     never,
     perturb,
     reference_of,
     run_step,
     run_updates,
-    scorer_of,
     sequence_logprob,
     sometimes_none,
     with_adapter,
@@ -38,14 +38,14 @@ from tests.helpers.rloo import (
 
 
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
-def test_the_gradient_is_the_one_of_the_records(
+def test_take_step_has_the_gradient_of_its_records(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool
 ) -> None:
     trained = with_adapter(policy) if is_lora else policy
     perturb(trained)
-    task = make_task(tokenizer)
-    records, gradient = run_step(trained, task)
-    assert_gradients_close(gradient, gradient_from_records(trained, task, records))
+    setup = make_setup(tokenizer)
+    records, gradient = run_step(trained, setup)
+    assert_gradients_close(gradient, gradient_from_records(trained, setup, records))
 
     assert [record["prompt_index"] for record in by_completion(records)] == [
         prompt_index for prompt_index in range(5) for _ in range(4)
@@ -57,7 +57,7 @@ def test_the_gradient_is_the_one_of_the_records(
     ]
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
     for record in records:
-        expected = sequence_logprob(trained, task, record).item()
+        expected = sequence_logprob(trained, setup, record).item()
         assert record["sampler_logprob"] == pytest.approx(expected, abs=1e-4)
         assert record["kl"] is None
         assert record["logprob"] is None or record["logprob"] == pytest.approx(expected, abs=1e-4)
@@ -65,39 +65,40 @@ def test_the_gradient_is_the_one_of_the_records(
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
-def test_with_a_kl_penalty_rewards_are_regularised_within_the_baseline(
+def test_take_step_has_the_kl_in_reward_and_baseline(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool, is_checkpointing: bool
 ) -> None:
     beta = 0.3
-    task = make_task(tokenizer, beta=beta, micro_batch_tokens=300)
+    setup = make_setup(tokenizer, beta=beta, micro_batch_tokens=300)
     initial = copy.deepcopy(policy)
     trained = with_adapter(policy) if is_lora else policy
     if is_checkpointing:
         trained.activation_checkpointing_enable()
-    reference = reference_of(trained, task)
+    reference = reference_of(trained, setup)
     perturb(trained)
-    records, gradient = run_step(trained, task, reference)
+    records, gradient = run_step(trained, setup, reference)
 
     kls = [record["kl"] for record in records]
     expected_kls = [
-        (sequence_logprob(trained, task, record) - sequence_logprob(initial, task, record)).item() for record in records
+        (sequence_logprob(trained, setup, record) - sequence_logprob(initial, setup, record)).item()
+        for record in records
     ]
     assert kls == pytest.approx(expected_kls, abs=1e-4)
     assert max(map(abs, kls)) > 0.1
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, beta), abs=1e-5)
-    assert_gradients_close(gradient, gradient_from_records(trained, task, records))
+    assert_gradients_close(gradient, gradient_from_records(trained, setup, records))
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
-def test_the_reference_is_the_policy_bit_for_bit_before_the_first_update(
+def test_take_step_has_a_kl_of_zero_before_the_first_update(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_lora: bool, is_checkpointing: bool
 ) -> None:
     trained = with_adapter(policy) if is_lora else policy
     if is_checkpointing:
         trained.activation_checkpointing_enable()
-    task = make_task(tokenizer, beta=0.3)
-    records, _ = run_step(trained, task, reference_of(trained, task))
+    setup = make_setup(tokenizer, beta=0.3)
+    records, _ = run_step(trained, setup, reference_of(trained, setup))
     assert [record["kl"] for record in records] == [0.0] * 20
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
 
@@ -112,7 +113,7 @@ def bf16_accelerator() -> Iterator[Accelerator]:
 @pytest.mark.parametrize("is_sampler_bf16", [False, True], ids=["float32 sampler", "bfloat16 sampler"])
 @pytest.mark.parametrize("budget", [100, 10**6])
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
-def test_in_bfloat16_arithmetic_too(
+def test_take_step_works_in_bfloat16_arithmetic(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     bf16_accelerator: Accelerator,
@@ -121,40 +122,34 @@ def test_in_bfloat16_arithmetic_too(
     is_sampler_bf16: bool,
 ) -> None:
     trained = with_adapter(policy) if is_lora else policy
-    task = make_task(tokenizer, beta=0.3, micro_batch_tokens=budget, bf16=is_sampler_bf16)
-    model = scorer_of(trained, task)
-    reference = make_reference(bf16_accelerator, model, task.config)
+    setup = make_setup(tokenizer, beta=0.3, micro_batch_tokens=budget, bf16=is_sampler_bf16)
+    model = make_model(trained, setup)
+    reference = make_reference(bf16_accelerator, model, setup.config)
     model = bf16_accelerator.prepare(model)
-    sampler = task.make_sampler(trained)
-    run = Run.in_process(bf16_accelerator, model, replace(task, seed=5), sampler, lambda: None, reference)
+    sampler = setup.make_sampler(trained)
+    run = Run.in_process(bf16_accelerator, model, replace(setup, seed=5), sampler, lambda: None, reference)
     records = take_step(run, 0, Clock())
     assert [record["kl"] for record in records] == [0.0] * 20
     # The arithmetic was bfloat16: whatever the sampler's, a sum of rounded logits differs.
     assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in records) < 0.5
     gradient = gradient_of(trained)
     assert {value.dtype for value in gradient.values()} == {torch.float32}
-    expected = gradient_from_records(trained, task, records)
+    expected = gradient_from_records(trained, setup, records)
     assert distance(gradient, expected) < 0.05
 
 
-def test_without_beta_there_is_no_reference(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    task = make_task(tokenizer, beta=0.0)
-    model = CompletionLogprobs(policy, temperature=1.0, num_tokens=len(tokenizer))
-    assert make_reference(Accelerator(cpu=True), model, task.config) is None
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_micro_batches_of_any_size_give_the_same_step(
+def test_take_step_is_equal_with_micro_batches_of_any_size(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
 ) -> None:
     policy.double()
     steps = []
     for budget in (1, 150, 400, 10**6):
         trained = copy.deepcopy(policy)
-        task = make_task(tokenizer, sometimes_none, beta=beta, micro_batch_tokens=budget)
-        reference = reference_of(trained, task) if beta else None
+        setup = make_setup(tokenizer, sometimes_none, beta=beta, micro_batch_tokens=budget)
+        reference = reference_of(trained, setup) if beta else None
         perturb(trained)
-        records, gradient = run_step(trained, task, reference)
+        records, gradient = run_step(trained, setup, reference)
         steps.append((by_completion(records), gradient))
     (expected_records, expected), *others = steps
     for records, gradient in others:
@@ -163,36 +158,38 @@ def test_micro_batches_of_any_size_give_the_same_step(
         assert_gradients_close(gradient, expected)
 
 
-def test_unscorable_completions_are_excluded(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    task = make_task(tokenizer, sometimes_none)
-    records, gradient = run_step(policy, task)
+def test_take_step_excludes_unscorable_completions(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    setup = make_setup(tokenizer, sometimes_none)
+    records, gradient = run_step(policy, setup)
     unscorable = [record for record in records if record["reward"] is None]
     assert 0 < len(unscorable) < len(records)
     assert all(record["advantage"] == 0 for record in unscorable)
     assert all((record["rewards"]["reward"] is None) == (record["reward"] is None) for record in records)
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0), abs=1e-6)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
-def test_unscorable_completions_have_no_pull_through_the_kl(
+def test_take_step_excludes_unscorable_completions_from_the_kl(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    task = make_task(tokenizer, sometimes_none, beta=0.3)
-    reference = reference_of(policy, task)
+    setup = make_setup(tokenizer, sometimes_none, beta=0.3)
+    reference = reference_of(policy, setup)
     perturb(policy)
-    records, gradient = run_step(policy, task, reference)
+    records, gradient = run_step(policy, setup, reference)
     assert any(record["reward"] is None for record in records)
     assert all(record["advantage"] == 0 for record in records if record["reward"] is None)
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, 0.3), abs=1e-5)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_a_step_that_cannot_be_scored_moves_nothing(
+def test_take_step_without_scores_has_a_gradient_of_zero(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
 ) -> None:
-    task = make_task(tokenizer, never, beta=beta)
-    records, gradient = run_step(policy, task, reference_of(policy, task) if beta else None)
+    setup = make_setup(tokenizer, never, beta=beta)
+    records, gradient = run_step(policy, setup, reference_of(policy, setup) if beta else None)
     assert [record["advantage"] for record in records] == [0.0] * 20
     assert set(gradient) == {name for name, _ in policy.named_parameters()}
     assert all(torch.count_nonzero(value) == 0 for value in gradient.values())
@@ -212,17 +209,17 @@ def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("reward", [for_some_prompts, lambda prompts, **_: [0.7] * len(prompts)], ids=["some", "all"])
-def test_skipping_idle_groups_changes_no_gradient(
+def test_take_step_skips_idle_groups_without_effect(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     reward: Callable[..., list[float | None]],
 ) -> None:
     counts = count_scored_rows(monkeypatch)
-    task = make_task(tokenizer, reward)
-    records, gradient = run_step(policy, task)
+    setup = make_setup(tokenizer, reward)
+    records, gradient = run_step(policy, setup)
     monkeypatch.setattr(Group, "is_idle", False)
-    all_records, expected = run_step(policy, task)
+    all_records, expected = run_step(policy, setup)
     # The first group is always run, so that every process takes part in the backward pass.
     idle_slots = {
         prompt_index
@@ -244,18 +241,18 @@ def test_skipping_idle_groups_changes_no_gradient(
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_advantages_from_the_training_forward_or_from_one_before_it_give_the_same_step(
+def test_take_step_scores_split_groups_in_an_earlier_pass(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, beta: float
 ) -> None:
-    tasks = [make_task(tokenizer, beta=beta, micro_batch_tokens=budget) for budget in (10**6, 20)]
-    reference = reference_of(policy, tasks[0]) if beta else None
+    setups = [make_setup(tokenizer, beta=beta, micro_batch_tokens=budget) for budget in (10**6, 20)]
+    reference = reference_of(policy, setups[0]) if beta else None
     perturb(policy)
     counts = count_scored_rows(monkeypatch)
-    single_records, single = run_step(policy, tasks[0], reference)
+    single_records, single = run_step(policy, setups[0], reference)
     # Each completion once, with the reference where there is one.
     assert sum(counts) == (40 if beta else 20)
     counts.clear()
-    records, gradient = run_step(policy, tasks[1], reference)
+    records, gradient = run_step(policy, setups[1], reference)
     # Groups that no micro-batch holds whole have their KL from a forward before the training one.
     assert sum(counts) == (60 if beta else 20)
     for record, other in zip(by_completion(records), by_completion(single_records), strict=True):
@@ -264,24 +261,26 @@ def test_advantages_from_the_training_forward_or_from_one_before_it_give_the_sam
     assert_gradients_close(gradient, single)
 
 
-def test_with_a_kl_penalty_no_group_is_idle(
+def test_take_step_with_a_kl_penalty_skips_no_group(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = make_task(tokenizer, for_some_prompts, beta=0.3)
-    reference = reference_of(policy, task)
+    setup = make_setup(tokenizer, for_some_prompts, beta=0.3)
+    reference = reference_of(policy, setup)
     perturb(policy)
     counts = count_scored_rows(monkeypatch)
-    records, gradient = run_step(policy, task, reference)
+    records, gradient = run_step(policy, setup, reference)
     assert counts == [20, 20]  # the reference and the policy
     assert all(record["advantage"] != 0 for record in records)
-    assert_gradients_close(gradient, gradient_from_records(policy, task, records))
+    assert_gradients_close(gradient, gradient_from_records(policy, setup, records))
 
 
-def test_other_steps_and_seeds_sample_anew(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    task = make_task(tokenizer)
+def test_take_step_samples_anew_for_each_step_and_seed(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    setup = make_setup(tokenizer)
 
     def sampled(seed: int, step: int) -> list[tuple]:
-        records, _ = run_updates(policy, task, seed=seed, step=step)
+        records, _ = run_updates(policy, setup, seed=seed, step=step)
         assert {record["step"] for record in records} == {step + 1}
         return [(record["prompt"], *record["completion_ids"]) for record in records]
 

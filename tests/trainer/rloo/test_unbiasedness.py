@@ -28,7 +28,7 @@ from rekatrain.trainer.rloo.loss import (
 from rekatrain.trainer.rloo.microbatch import make_microbatches
 from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from tests.helpers.rloo import centred, distance, doubles, gradient, loss_on_policy, perturb
+from tests.helpers.rloo import centered, distance, doubles, gradient, loss_on_policy, perturb
 
 BETA = 0.1
 GROUP_SIZES = [2, 3, 4]
@@ -57,20 +57,20 @@ def expected_gradient(
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_the_expected_gradient_is_that_of_the_expected_reward(theta: Tensor, group_size: int) -> None:
+def test_expected_gradient_is_that_of_the_expected_reward(theta: Tensor, group_size: int) -> None:
     exact = gradient((theta.softmax(dim=0) * REWARDS).sum(), theta)
     assert (expected_gradient(theta, REWARDS, group_size) - exact).abs().max() <= 5e-16
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_a_mean_baseline_shrinks_the_gradient_by_one_over_k(theta: Tensor, group_size: int) -> None:
+def test_mean_baseline_shrinks_the_gradient_by_one_over_k(theta: Tensor, group_size: int) -> None:
     exact = gradient((theta.softmax(dim=0) * REWARDS).sum(), theta)
-    shrunk = expected_gradient(theta, REWARDS, group_size, centred)
+    shrunk = expected_gradient(theta, REWARDS, group_size, centered)
     torch.testing.assert_close(shrunk, exact * (group_size - 1) / group_size, rtol=0, atol=5e-16)
 
 
 @pytest.mark.parametrize(("group_size", "cosine"), [(2, 0.965), (3, 0.973), (4, 0.982)])
-def test_dividing_by_the_standard_deviation_turns_the_gradient(theta: Tensor, group_size: int, cosine: float) -> None:
+def test_division_by_the_deviation_turns_the_gradient(theta: Tensor, group_size: int, cosine: float) -> None:
     def normalized(rewards_PG: Tensor) -> Tensor:
         return (leave_one_out_advantages(rewards_PG) / rewards_PG.std(dim=1, keepdim=True)).nan_to_num(0.0)
 
@@ -86,9 +86,7 @@ def regularized_gradient(theta: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_the_log_ratio_in_the_reward_and_in_the_baseline_gives_the_gradient_of_the_kl(
-    theta: Tensor, group_size: int
-) -> None:
+def test_kl_penalized_rewards_give_the_gradient_of_the_kl(theta: Tensor, group_size: int) -> None:
     exact = regularized_gradient(theta)
     stated = doubles([0.075987, -0.100282, -0.080938, 0.255769, -0.150536])
     torch.testing.assert_close(exact, stated, rtol=0, atol=5e-7)
@@ -104,7 +102,7 @@ def test_the_log_ratio_in_the_reward_and_in_the_baseline_gives_the_gradient_of_t
     [(lambda ratio: ratio**2 / 2, 0.0155), (lambda ratio: torch.expm1(-ratio) + ratio, 0.0174)],
     ids=["k2", "k3"],
 )
-def test_the_other_estimators_of_the_kl_do_not_belong_in_the_reward(
+def test_kl_penalized_rewards_with_k2_or_k3_are_biased(
     theta: Tensor, estimate: Callable[[Tensor], Tensor], error: float
 ) -> None:
     kl = estimate(torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS)
@@ -154,7 +152,7 @@ def two_step_gradients() -> dict[str, Tensor]:
     return gradients
 
 
-def test_only_the_sum_over_a_sequence_gives_the_gradient_where_lengths_vary() -> None:
+def test_sequence_weights_are_exact_for_sequence_sum_only() -> None:
     gradients = two_step_gradients()
     errors = {name: (found - gradients["exact"]).abs().max().item() for name, found in gradients.items()}
     assert errors["sequence_sum"] <= 1e-12
@@ -166,7 +164,7 @@ def log_ratios_to_reference(theta: Tensor) -> Tensor:
     return torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS
 
 
-def test_of_the_estimators_of_the_kl_only_k2_has_its_gradient_in_the_loss(theta: Tensor) -> None:
+def test_k2_loss_alone_has_the_gradient_of_the_kl(theta: Tensor) -> None:
     chances = theta.softmax(dim=0).detach()
     logprobs = torch.log_softmax(theta, dim=0)
     exact = gradient(BETA * (logprobs.exp() * (logprobs - REFERENCE_LOGPROBS)).sum(), theta)
@@ -243,7 +241,7 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
     ],
     ids=["no kl", "k1", "k2", "token", "sequence mean", "token mean"],
 )
-def test_the_expected_step_of_a_llama_is_the_gradient_of_its_objective(
+def test_policy_loss_of_a_llama_has_the_exact_mean_gradient(
     model: LlamaForCausalLM, options: dict[str, object], is_exact: bool
 ) -> None:
     policy, reference = model.double(), copy.deepcopy(model).double()

@@ -11,13 +11,13 @@ from rekatrain.trainer.rloo.loss import clipped_surrogates
 from rekatrain.trainer.rloo.metrics import RolloutRecord, step_metrics
 from rekatrain.trainer.rloo.setup import RunSetup
 from tests.helpers.rloo import (
-    KeepingSampler,
     Policy,
+    RecordingSampler,
     advantages_by_hand,
     assert_gradients_close,
     exact_copy,
     gradient_of_terms,
-    make_task,
+    make_setup,
     perturb,
     reference_of,
     run_step,
@@ -48,7 +48,7 @@ def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("budget", [40, 150, 10**6])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("level", LEVELS)
-def test_at_learning_rate_zero_every_ratio_is_exactly_one(
+def test_take_step_at_learning_rate_zero_has_ratios_of_one(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     log_ratios: list[Tensor],
@@ -58,8 +58,8 @@ def test_at_learning_rate_zero_every_ratio_is_exactly_one(
     is_checkpointing: bool,
 ) -> None:
     options = {"importance_sampling_level": level, "beta": beta, "micro_batch_tokens": budget}
-    once = make_task(tokenizer, **options)
-    thrice = make_task(tokenizer, num_iterations=3, epsilon=1e-9, **options)
+    once = make_setup(tokenizer, **options)
+    thrice = make_setup(tokenizer, num_iterations=3, epsilon=1e-9, **options)
     if is_checkpointing:
         policy.activation_checkpointing_enable()
     reference = reference_of(policy, once) if beta else None
@@ -87,11 +87,11 @@ def clipped_by_hand(log_ratio: Tensor, advantage: float) -> tuple[Tensor, bool]:
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("level", LEVELS)
-def test_each_update_has_the_gradient_of_the_clipped_objective(
+def test_take_step_updates_by_the_clipped_objective(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, level: str, beta: float, is_lora: bool
 ) -> None:
     trained = with_adapter(policy) if is_lora else policy
-    task = make_task(
+    setup = make_setup(
         tokenizer,
         sometimes_none,
         num_iterations=3,
@@ -100,7 +100,7 @@ def test_each_update_has_the_gradient_of_the_clipped_objective(
         beta=beta,
         micro_batch_tokens=150,
     )
-    reference = reference_of(trained, task) if beta else None
+    reference = reference_of(trained, setup) if beta else None
     perturb(trained)
     seeds = itertools.count(10)
     policies = [exact_copy(trained)]
@@ -109,10 +109,10 @@ def test_each_update_has_the_gradient_of_the_clipped_objective(
         perturb(trained, scale=0.01, seed=next(seeds))
         policies.append(exact_copy(trained))
 
-    records, gradients = run_updates(trained, task, reference, change=change)
+    records, gradients = run_updates(trained, setup, reference, change=change)
     assert [record["advantage"] for record in records] == pytest.approx(advantages_by_hand(records, beta), abs=1e-5)
     num_scorable = sum(record["reward"] is not None for record in records)
-    old = {id(record): token_logprobs(policies[0], task, record).detach() for record in records}
+    old = {id(record): token_logprobs(policies[0], setup, record).detach() for record in records}
 
     for updated, gradient in zip(policies, gradients, strict=False):
         shares = []
@@ -124,18 +124,18 @@ def test_each_update_has_the_gradient_of_the_clipped_objective(
             shares.append(sum(is_held for _, is_held in terms) / len(terms))
             return -sum(surrogate for surrogate, _ in terms) / num_scorable
 
-        expected = gradient_of_terms(updated, task, records, term)
+        expected = gradient_of_terms(updated, setup, records, term)
         assert_gradients_close(gradient, expected)
     # The last update's.
     assert [record["clip_ratio"] for record in records] == pytest.approx(shares)
     assert 0.1 < step_metrics(records)["clip_ratio"] < 0.9
 
 
-def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
+def test_take_step_makes_one_unclipped_update_by_default(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    task = make_task(tokenizer, epsilon=1e-6)
-    records, gradients = run_updates(policy, task, change=lambda: perturb(policy))
+    setup = make_setup(tokenizer, epsilon=1e-6)
+    records, gradients = run_updates(policy, setup, change=lambda: perturb(policy))
     assert len(gradients) == 1
     assert step_metrics(records)["clip_ratio"] == 0
 
@@ -143,10 +143,10 @@ def test_a_batch_is_used_once_and_nothing_is_clipped_by_default(
 # Importance weights
 
 
-def mismatch(policy: Policy, task: RunSetup, sampler: KeepingSampler, record: RolloutRecord) -> Tensor:
+def mismatch(policy: Policy, setup: RunSetup, sampler: RecordingSampler, record: RolloutRecord) -> Tensor:
     """log pi - log sampler of each token, [T]."""
-    recorded = torch.tensor(sampler.completion(task, record).logprobs, dtype=torch.float64)
-    return token_logprobs(exact_copy(policy), task, record).detach() - recorded
+    recorded = torch.tensor(sampler.completion(setup, record).logprobs, dtype=torch.float64)
+    return token_logprobs(exact_copy(policy), setup, record).detach() - recorded
 
 
 @pytest.mark.parametrize(
@@ -154,41 +154,41 @@ def mismatch(policy: Policy, task: RunSetup, sampler: KeepingSampler, record: Ro
     [("token", "token_truncate"), ("token", "sequence_truncate"), ("sequence", "sequence_truncate")],
 )
 @pytest.mark.parametrize("cap", [1.1, 2.0])
-def test_weights_correct_for_a_sampler_that_drew_otherwise(
+def test_take_step_corrects_for_a_sampler_that_differs(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, level: str, correction: str, cap: float
 ) -> None:
-    task = make_task(
+    setup = make_setup(
         tokenizer,
         importance_sampling_level=level,
         importance_sampling_correction=correction,
         importance_sampling_cap=cap,
         micro_batch_tokens=150,
     )
-    sampler = KeepingSampler(task.make_sampler(policy), noise=0.5)
-    records, gradient = run_step(policy, task, sampler=sampler)
+    sampler = RecordingSampler(setup.make_sampler(policy), noise=0.5)
+    records, gradient = run_step(policy, setup, sampler=sampler)
     weights = []
 
     def term(record: RolloutRecord, logprobs_T: Tensor) -> Tensor:
-        log_ratios_T = mismatch(policy, task, sampler, record)
+        log_ratios_T = mismatch(policy, setup, sampler, record)
         log_ratios = log_ratios_T if correction == "token_truncate" else log_ratios_T.sum()
         weights.append(log_ratios.exp().clamp(max=cap))
         return -(weights[-1] * record["advantage"] * logprobs_T).sum() / 20
 
-    assert_gradients_close(gradient, gradient_of_terms(policy, task, records, term))
+    assert_gradients_close(gradient, gradient_of_terms(policy, setup, records, term))
     assert max(weight.max() for weight in weights) == cap and min(weight.min() for weight in weights) < 0.8
 
 
-def test_without_correction_the_mismatch_is_logged_and_changes_nothing(
+def test_take_step_without_correction_only_logs_the_mismatch(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    task = make_task(tokenizer)
-    plain_records, plain = run_step(policy, task)
-    sampler = KeepingSampler(task.make_sampler(policy), noise=0.3)
-    records, gradient = run_step(policy, task, sampler=sampler)
+    setup = make_setup(tokenizer)
+    plain_records, plain = run_step(policy, setup)
+    sampler = RecordingSampler(setup.make_sampler(policy), noise=0.3)
+    records, gradient = run_step(policy, setup, sampler=sampler)
     assert all(torch.equal(gradient[name], value) for name, value in plain.items())
     assert step_metrics(plain_records)["mismatch_kl"] == pytest.approx(0, abs=1e-9)
 
-    log_ratios = [mismatch(policy, task, sampler, record) for record in records]
+    log_ratios = [mismatch(policy, setup, sampler, record) for record in records]
     by_token = torch.cat(log_ratios)
     metrics = step_metrics(records)
     assert metrics["mismatch_kl"] == pytest.approx((by_token.exp() - 1 - by_token).mean().item(), rel=1e-3)
@@ -199,10 +199,10 @@ def test_without_correction_the_mismatch_is_logged_and_changes_nothing(
 
 
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate"])
-def test_a_sampler_of_the_same_arithmetic_has_weights_of_one(
+def test_take_step_weights_an_equal_sampler_with_one(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, correction: str
 ) -> None:
     options = {"importance_sampling_level": "token", "importance_sampling_correction": correction}
-    _, expected = run_step(policy, make_task(tokenizer))
-    _, gradient = run_step(policy, make_task(tokenizer, **options))
+    _, expected = run_step(policy, make_setup(tokenizer))
+    _, gradient = run_step(policy, make_setup(tokenizer, **options))
     assert_gradients_close(gradient, expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Gradients are scaled down to a fixed norm, or to a quantile of the norms that came before."""
+"""Tests of GradientClipper and update_weights in trainer/rloo/distributed.py."""
 
 import math
 from pathlib import Path
@@ -13,11 +13,12 @@ from rekatrain.trainer.rloo.distributed import FIRST_NORMS, GradientClipper, upd
 
 
 def make_clipper(**settings: float) -> GradientClipper:
+    """Make a clipper with settings of RLOOConfig."""
     return GradientClipper(RLOOConfig(max_steps=1, **settings))
 
 
 def step(clipper: GradientClipper, model: torch.nn.Module) -> None:
-    """An update as the loop makes it; leaves the gradient that was applied."""
+    """Update the weights as the loop does; leave the gradient that was applied in `grad`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     update_weights(Accelerator(cpu=True), model, optimizer, clipper)
@@ -37,7 +38,7 @@ def clip(clipper: GradientClipper, norm: float) -> tuple[float, float]:
 NORMS = [3.0, 1.0, 2.0, 8.0, 5.0, 0.5, 4.0, 2.5, 1.5, 6.0, 20.0, 1.0, 30.0, 2.0, 9.0]
 
 
-def test_by_default_the_limit_is_fixed() -> None:
+def test_gradient_clipper_has_a_fixed_limit_by_default() -> None:
     clipper = make_clipper(max_grad_norm=2.0)
     for norm in NORMS:
         clipped, limit = clip(clipper, norm)
@@ -48,9 +49,7 @@ def test_by_default_the_limit_is_fixed() -> None:
 @pytest.mark.parametrize("quantile", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("window", [4, 12, 100])
 @pytest.mark.parametrize("max_norm", [2.5, 1e9])
-def test_the_limit_is_the_quantile_of_the_window_and_at_most_the_fixed_one(
-    quantile: float, window: int, max_norm: float
-) -> None:
+def test_gradient_clipper_limit_is_the_capped_quantile(quantile: float, window: int, max_norm: float) -> None:
     clipper = make_clipper(max_grad_norm=max_norm, grad_norm_quantile=quantile, grad_norm_window=window)
     for done, norm in enumerate(NORMS):
         recent = NORMS[max(0, done - window) : done]
@@ -61,7 +60,7 @@ def test_the_limit_is_the_quantile_of_the_window_and_at_most_the_fixed_one(
         assert clipped == pytest.approx(min(norm, limit), rel=1e-5)
 
 
-def test_steps_without_a_gradient_do_not_close_the_door() -> None:
+def test_gradient_clipper_ignores_norms_of_zero() -> None:
     # Groups without variance give the gradient 0; a quantile of such norms would scale every later one down to 0.
     clipper = make_clipper(grad_norm_quantile=0.5)
     for _ in range(3 * FIRST_NORMS):
@@ -71,7 +70,7 @@ def test_steps_without_a_gradient_do_not_close_the_door() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_norm_that_is_not_finite_is_not_remembered(value: float) -> None:
+def test_gradient_clipper_ignores_norms_that_are_not_finite(value: float) -> None:
     clipper = make_clipper(grad_norm_quantile=1.0)
     for norm in [0.5] * FIRST_NORMS:
         clip(clipper, norm)
@@ -82,7 +81,7 @@ def test_a_norm_that_is_not_finite_is_not_remembered(value: float) -> None:
     assert clip(clipper, 2.0)[1] == pytest.approx(0.5, rel=1e-5)
 
 
-def test_the_norms_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+def test_gradient_clipper_norms_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     settings = {"grad_norm_quantile": 0.5, "grad_norm_window": 12}
     whole = make_clipper(**settings)
     limits = [clip(whole, norm)[1] for norm in NORMS]
