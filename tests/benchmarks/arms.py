@@ -1,8 +1,8 @@
 """One arm of a comparison of RLOO engines, run alone in its process:  python tests/benchmarks/arms.py ARM JSON OUT
 
-ARM is `rekatrain` or a key of TRL_SETTINGS; JSON holds the fields of `Work`, which all arms have in common; OUT is
-where the measurements go. Both arms train all weights of the same model in float32 with torch's fused AdamW on the same
-prompts in the same order.
+ARM is `rekatrain` or a key of TRL_SETTINGS. JSON holds the fields of `Work`, which all arms have in common. The
+measurements are written to OUT. Both arms train all weights of the same model in float32 with torch's fused AdamW on
+the same prompts in the same order.
 """
 
 import gc
@@ -26,8 +26,8 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.rollouts import step_prompts
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
-# What the comparison fixes (lengths, k, learning rate, precision, ...) is in `trl_arm`. `defaults` are TRL's own; the
-# others are what its options offer on a CPU. Batches are rows a forward and backward; None: all of a step's.
+# `trl_arm` holds the settings that the comparison fixes (lengths, k, learning rate, precision, ...). `trl-defaults` are
+# TRL's defaults; the others are its options on a CPU. A batch size is completions per pass; None: all of a step.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "trl-defaults": {"per_device_train_batch_size": 8},
     "trl-8": {"per_device_train_batch_size": 8, "gradient_checkpointing": False},
@@ -43,7 +43,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_task(work: Work) -> RunSetup:
-    """Prompts, rewards and settings of the arms."""
+    """Make the prompts, rewards and settings of the arms."""
     settings = {
         "max_steps": work.steps,
         "prompts_per_step": work.prompts_per_step,
@@ -64,7 +64,7 @@ def make_task(work: Work) -> RunSetup:
 
 
 def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter) -> dict[str, Any]:
-    """Steps of this project's loop."""
+    """Run the steps of this project's engine."""
     from accelerate import Accelerator
 
     from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
@@ -110,15 +110,17 @@ def rekatrain_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Met
         records = take_step(run, step, clock)
         meter.seconds["reward"] = clock.metrics(1)["time/reward"]
         prompt_lengths = {prompt.text: len(prompt.ids) for prompt in task.prompts}
-        by_slot = sorted(records, key=lambda record: record["prompt_index"])
-        meter.sampled += [(prompt_lengths[record["prompt"]], len(record["completion_ids"])) for record in by_slot]
+        in_order_of_prompts = sorted(records, key=lambda record: record["prompt_index"])
+        meter.sampled += [
+            (prompt_lengths[record["prompt"]], len(record["completion_ids"])) for record in in_order_of_prompts
+        ]
         meter.rewards += [record["reward"] for record in records]
         meter.end_step(work.num_generations, 2 if work.beta else 1)
     return asdict(task.config)
 
 
 def trl_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter, settings: dict[str, Any]) -> Any:
-    """Steps of TRL's RLOOTrainer."""
+    """Run the steps of TRL's RLOOTrainer."""
     from datasets import Dataset
     from trl import RLOOConfig as TRLConfig
     from trl import RLOOTrainer
@@ -149,13 +151,13 @@ def trl_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter, se
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             meter.end_step(work.num_generations, 2 if work.beta else 1)
 
-    rows = work.prompts_per_step * work.num_generations
-    at_once = min(settings["per_device_train_batch_size"] or rows, rows)
+    num_completions = work.prompts_per_step * work.num_generations
+    at_once = min(settings["per_device_train_batch_size"] or num_completions, num_completions)
     with TemporaryDirectory() as folder:
         config = TRLConfig(
             output_dir=folder,
             **settings | {"per_device_train_batch_size": at_once},
-            gradient_accumulation_steps=rows // at_once,
+            gradient_accumulation_steps=num_completions // at_once,
             num_generations=work.num_generations,
             max_completion_length=work.max_completion_length,
             max_steps=work.steps,
@@ -192,20 +194,20 @@ def trl_arm(work: Work, task: RunSetup, model: PreTrainedModel, meter: Meter, se
 
 
 def in_order(prompts: Sequence[Prompt], work: Work) -> list[Prompt]:
-    """The prompts that this project's loop takes, in the order of its steps."""
+    """Return the prompts of this project's engine, in the order of its steps."""
     arguments = {"seed": work.seed, "prompts_per_step": work.prompts_per_step}
     return [prompts[i] for step in range(work.steps) for i in step_prompts(len(prompts), step=step, **arguments)]
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """As TRL needs; not the eos token, which may be one that the model has no embedding for."""
+    """Give the tokenizer the pad token that TRL needs; the model may have no embedding for the eos token."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def main() -> None:
-    """Run one arm and write what it measured."""
+    """Run one arm and write its measurements."""
     arm, work_json, out = sys.argv[1:]
     work = Work(**json.loads(work_json))
     task = make_task(work)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: prompts, models, the machine's description, memory, tables and reports."""
+"""Code that all benchmarks use: prompts, models, the description of the machine, memory, tables and reports."""
 
 import argparse
 import importlib.metadata
@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rekatrain.data.chat import render_prompt  # noqa: E402  # the project's packages are in the folder just added
+from rekatrain.data.chat import render_prompt  # noqa: E402  # the package is in the folder just added
 from rekatrain.data.rows import Row  # noqa: E402
 from rekatrain.data.sources import load_rows  # noqa: E402
 from rekatrain.data.tokenizer import load_tokenizer  # noqa: E402
 from rekatrain.trainer.prompts import Prompt  # noqa: E402
 
-# glibc hands large blocks back to the kernel, which clears them page by page when they come again.
+# glibc returns large blocks to the kernel, which clears them page by page at the next allocation.
 TUNED_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -34,28 +34,30 @@ NEVER = "<|never|>"
 
 
 def make_parser(description: str | None, default_out: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """Make a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / default_out, help="the JSON report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks") / default_out, help="file of the JSON report"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """A model folder and what prompts it is given."""
-    parser.add_argument("--model", required=True, help="a folder, such as recipes/smollm2/fetch_model.py makes")
+    """Add the options for a model folder and for its prompts."""
+    parser.add_argument("--model", required=True, help="model folder, such as recipes/smollm2/fetch_model.py writes")
     parser.add_argument(
         "--prompts", help="a .jsonl with `question` or `prompt`; default: reasoning_gym's gsm_symbolic word problems"
     )
 
 
 def load_model(folder: str) -> PreTrainedModel:
-    """In float32, in eval mode."""
+    """Load a model in float32, in eval mode."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def load_folder_tokenizer(folder: str, *, never_ends: bool = False) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer; `never_ends` gives it an eos token that no model has a logit for."""
+    """Load the tokenizer of a folder; `never_ends` gives it an eos token that no model has a logit for."""
     tokenizer = load_tokenizer(folder)
     if never_ends:
         tokenizer.add_special_tokens({"eos_token": NEVER})
@@ -63,7 +65,7 @@ def load_folder_tokenizer(folder: str, *, never_ends: bool = False) -> PreTraine
 
 
 def load_prompts(tokenizer: PreTrainedTokenizerBase, path: str | None, count: int) -> list[Prompt]:
-    """Prompts in the model's own chat format where its tokenizer has one, else in Reka's."""
+    """Load prompts in the chat format of the model if its tokenizer has one, else in Reka's."""
     if path is None:
         questions: Iterable[str] = (
             row.messages[0]["content"] for row in load_rows("reasoning_gym:gsm_symbolic", size=count, seed=0).rows
@@ -85,16 +87,16 @@ def load_prompts(tokenizer: PreTrainedTokenizerBase, path: str | None, count: in
 
 
 def memory_mb(field: str) -> float:
-    """This process's resident memory, `VmRSS` now or `VmHWM` at its peak.
+    """Return the resident memory of this process in MB: `VmRSS` now, or `VmHWM` at its peak.
 
-    Not getrusage's ru_maxrss: that of a child starts from its parent's.
+    ru_maxrss of getrusage would start from the value of the parent process.
     """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) / 1024
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its threads and the versions that were measured."""
+    """Return the processor, its threads and the versions of the packages."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     packages = ("torch", "transformers", "trl", "accelerate", "numpy")
     return {
@@ -109,17 +111,17 @@ def machine() -> dict[str, Any]:
 
 
 def write_report(path: Path, settings: argparse.Namespace, results: Any) -> None:
-    """The machine, the settings and the results as JSON."""
+    """Write the machine, the settings and the results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine(), "settings": vars(settings), "results": results}
     path.write_text(json.dumps(report, indent=1, default=_plain) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}")
 
 
-def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
-    """Rows with the same keys, aligned."""
+def print_table(lines: Sequence[dict[str, Any]], title: str = "") -> None:
+    """Print dictionaries with the same keys as the lines of a table."""
     print(f"\n{title}" if title else "")
-    print(tabulate(rows, headers="keys", floatfmt=".3g", missingval="-"), flush=True)
+    print(tabulate(lines, headers="keys", floatfmt=".3g", missingval="-"), flush=True)
 
 
 def _plain(value: object) -> object:

@@ -1,11 +1,11 @@
-"""What a step of RLOO costs as prompts, completions a prompt and completion length grow.
+"""Measure how the cost of an RLOO step grows with prompts, completions per prompt, and completion length.
 
     python tests/benchmarks/growth.py --model runs/smollm2-135m --prompts gsm8k.jsonl
 
-One of the three grows, the other two stay at the first of their values. Completions are all of the cap's length, so
-that a point is what it says. Every point is a process of its own, with a peak memory of its own; its first step warms
-up, the others' median counts. The plot has seconds by phase and peak memory, and a line through the first point that
-grows in proportion.
+One of the three grows, and the other two stay at their first value. All completions have the length of the cap, so
+that the work of a point is known. Every point is a separate process with its own peak memory. Its first step warms up;
+the median of the others counts. The plot shows seconds by phase, peak memory, and a line through the first point that
+grows in proportion to the work.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ from matplotlib import pyplot as plt  # noqa: E402  # after the choice of a back
 
 AXES = {
     "prompts_per_step": "prompts",
-    "num_generations": "completions a prompt",
-    "max_completion_length": "tokens a completion",
+    "num_generations": "completions per prompt",
+    "max_completion_length": "tokens per completion",
 }
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """One point."""
+    """Measure one point."""
     result = run_arm("rekatrain", work)
     steps = result["steps"][1:]
     phases = ("sample", "score", "reward", "train")
@@ -42,23 +42,23 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def plot(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Seconds above, memory below, a column for each that grows."""
+    """Plot seconds above and memory below, in one column per growing axis."""
     figure, panels = plt.subplots(2, len(points), figsize=(4 * len(points), 6.5), sharex="col", squeeze=False)
     for column, (axis, rows) in enumerate(points.items()):
         above, below = panels[:, column]
-        places = [row[axis] for row in rows]
+        values = [row[axis] for row in rows]
         for phase, marker in (("sample s", "o"), ("train s", "s"), ("step s", "^")):
-            above.plot(places, [row[phase] for row in rows], marker=marker, label=phase.removesuffix(" s"))
+            above.plot(values, [row[phase] for row in rows], marker=marker, label=phase.removesuffix(" s"))
         first = rows[0]["step s"]
-        above.plot(places, [first * place / places[0] for place in places], "k:", lw=1, label="in proportion")
-        below.plot(places, [row["peak MB"] for row in rows], marker="o", color="tab:red")
+        above.plot(values, [first * value / values[0] for value in values], "k:", lw=1, label="in proportion")
+        below.plot(values, [row["peak MB"] for row in rows], marker="o", color="tab:red")
         below.set_ylim(bottom=0)
         above.set_xscale("log", base=2)
         above.set_yscale("log", base=2)
         below.set_xlabel(AXES[axis])
         for panel in (above, below):
             panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("seconds a step")
+    panels[0][0].set_ylabel("seconds per step")
     panels[1][0].set_ylabel("peak memory, MB")
     panels[0][0].legend()
     figure.tight_layout()
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--prompts-per-step", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--num-generations", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--max-completion-length", nargs="+", type=int, default=[16, 32, 64, 128])
-    parser.add_argument("--steps", type=int, default=2, help="of each process; the first is left out")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each process; the first is left out")
     parser.add_argument("--beta", type=float, default=0.0)
     arguments = parser.parse_args()
     if arguments.steps < 2:

@@ -1,18 +1,18 @@
-"""What is learned from equal numbers of samples: RLOO k=4, RLOO k=2, REINFORCE with a moving baseline, RAFT.
+"""Compare learning from equal numbers of samples: RLOO k=4, RLOO k=2, REINFORCE with a moving baseline, RAFT.
 
     python tests/benchmarks/learning.py
 
-A Llama of two layers is trained from nothing to write digits in reverse, by supervision, until it is right about one
-time in five. From there every method gets the same number of completions a step, on prompts that are nearly never seen
-twice, and the reward 1 for the exact answer, ended by eos, else 0:
+A Llama of two layers is trained from scratch, by supervision, to write digits in reverse, until about one answer in
+five is right. From there every method gets the same number of completions per step, on prompts that almost never occur
+twice. The reward is 1 for the exact answer, ended by eos, else 0:
 
-    RLOO k               the project's own step, completions / k prompts a step
-    REINFORCE            one completion a prompt, weighed by its reward minus the moving average of earlier steps' means
-    RAFT                 best of 4 (of equal ones the first), maximum likelihood (arXiv 2304.06767)
+    RLOO k               the step of this project, with completions / k prompts
+    REINFORCE            one completion per prompt, weighted by its reward minus the moving average of earlier steps
+    RAFT                 the best of 4 (the first of equals), maximum likelihood (arXiv 2304.06767)
 
-All use the same sampler, log-probabilities, sequence sums, AdamW and clipping of the gradient's norm to 1. Learning
-rates are chosen for each method from one grid, on a seed of its own, by the mean reward of the last quarter of the
-steps. Then each method runs with five seeds; intervals are 95 % (Student's t over seeds).
+All use the same sampler, log-probabilities, sequence sums, AdamW and clipping of the gradient norm to 1. The learning
+rate of each method is chosen from one grid, with a separate seed, by the mean reward of the last quarter of the steps.
+Then each method runs with five seeds; intervals are 95 % (Student's t over seeds).
 """
 
 import argparse
@@ -62,12 +62,12 @@ METHODS = {"RLOO k=4": 4, "RLOO k=2": 2, "REINFORCE": 1, "RAFT": 4}
 NUM_PROMPTS = 1 << 14
 BASELINE_DECAY = 0.9
 TUNING_SEED = 1000
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 to 9 degrees of freedom
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, for 1 to 9 degrees of freedom
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all runs have in common."""
+    """Settings that all runs have in common."""
 
     start: str
     steps: int
@@ -75,14 +75,14 @@ class Setting:
 
 
 def reinforce_weights(rewards_P1: Tensor, state: dict[str, float]) -> Tensor:
-    """Reward minus the moving average over earlier steps."""
+    """Return the reward minus the moving average over earlier steps."""
     baseline = state.get("baseline", rewards_P1.mean().item())
     state["baseline"] = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * rewards_P1.mean().item()
     return rewards_P1 - baseline
 
 
 def raft_weights(rewards_PG: Tensor, state: dict[str, float]) -> Tensor:
-    """1 on the first of the best."""
+    """Return 1 for the first of the best completions, else 0."""
     return torch.nn.functional.one_hot(rewards_PG.argmax(dim=1), rewards_PG.shape[1]).float()
 
 
@@ -93,7 +93,7 @@ WEIGHTS: dict[str, Callable[[Tensor, dict[str, float]], Tensor]] = {
 
 
 def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
-    """One run of a method at a learning rate with a seed -> the mean reward of every step, held-out accuracy after."""
+    """Run a method with a learning rate and a seed -> the mean reward of every step, and held-out accuracy after."""
     method, learning_rate, seed = job
     k, tokenizer = METHODS[method], make_tokenizer()
     policy = LlamaForCausalLM.from_pretrained(setting.start, dtype=torch.float32)
@@ -114,16 +114,16 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
         return fmean(record["reward"] for record in records)
 
     def other_step(step: int) -> float:
-        places = step_prompts(len(prompts), seed=seed, step=step, prompts_per_step=per_step)
-        chosen = [prompts[place] for place in places]
-        keys = [(1, seed, step, slot) for slot in range(per_step)]
+        indices = step_prompts(len(prompts), seed=seed, step=step, prompts_per_step=per_step)
+        chosen = [prompts[index] for index in indices]
+        keys = [(1, seed, step, prompt_index) for prompt_index in range(per_step)]
         groups = sampler.sample([prompt.ids for prompt in chosen], keys, k)
         rewards_PG = score(chosen, groups, tokenizer)
         weights_N = WEIGHTS[method](rewards_PG, state).flatten()
-        rows = pack_completions(
+        packed = pack_completions(
             [p.ids for p in chosen], [[c.ids for c in group] for group in groups], torch.device("cpu")
         )
-        (-(sequence_sums(model(rows), rows.lengths) * weights_N).sum() / len(weights_N)).backward()
+        (-(sequence_sums(model(packed), packed.lengths) * weights_N).sum() / len(weights_N)).backward()
         update()
         return rewards_PG.mean().item()
 
@@ -147,14 +147,14 @@ def run(setting: Setting, job: tuple[str, float, int]) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean."""
+    """Return half of the width of the 95 % interval of the mean."""
     if len(values) < 2:
         return math.nan
     return STUDENT_T[len(values) - 2] * stdev(values) / math.sqrt(len(values))
 
 
 def plot(curves: dict[str, list[list[float]]], setting: Setting, path: Path) -> None:
-    """Mean over seeds of the reward, averaged over ten steps, with intervals."""
+    """Plot the mean reward over seeds, averaged over ten steps, with intervals."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for method, runs in curves.items():
         window = min(10, setting.steps)
@@ -173,19 +173,23 @@ def plot(curves: dict[str, list[list[float]]], setting: Setting, path: Path) -> 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "learning.json")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--completions", type=int, default=64, help="a step")
-    parser.add_argument("--goal", type=float, default=0.2, help="accuracy at which supervision ends")
+    parser.add_argument("--completions", type=int, default=64, help="completions per step")
+    parser.add_argument("--goal", type=float, default=0.2, help="accuracy that ends the supervision")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4], help="the grid")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4], help="grid of learning rates"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of concurrent runs, with one thread each"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Choose rates, run all methods, print what they reach, plot, write the report."""
+    """Choose rates, run all methods, print and plot the results, write the report."""
     arguments = parse_arguments()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    # A thread each, set before the workers import torch.
+    # One thread per worker, set before the workers import torch.
     os.environ["OMP_NUM_THREADS"] = "1"
     with TemporaryDirectory() as folder:
         model, course = make_start(make_tokenizer(), arguments.goal, arguments.seed)

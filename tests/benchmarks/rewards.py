@@ -1,10 +1,10 @@
-"""How fast completions are scored, and what a grader that hangs costs a run.
+"""Measure how fast completions are scored, and how much time a hanging reward costs a run.
 
     python tests/benchmarks/rewards.py [--help]
 
-math_answer: completions a second, time limits on, over answers as policies write them (numbers, boxes, prose, LaTeX).
-hang: seconds of steps of which 1 % of the completions hang their grader, against the same steps without; completions
-end one by one over --seconds, as in a rollout.
+math_answer: completions per second, with time limits, over numbers, boxes, prose and LaTeX, as policies write them.
+hang: seconds per step if the reward hangs on 1 % of the completions, and if it never hangs. Completions end one by one
+over --seconds, as in a rollout.
 """
 
 import argparse
@@ -30,13 +30,15 @@ def hanging(completion):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--completions", type=int, default=8_000, help="of the math_answer measurement (8000)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
-    parser.add_argument("--steps", type=int, default=2, help="of the hang measurement, with and without (2)")
-    parser.add_argument("--size", type=int, default=512, help="completions of a step (512)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="that sampling a step takes (30)")
-    parser.add_argument("--only", choices=["math_answer", "hang"], help="one of the two")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument(
+        "--completions", type=int, default=8_000, help="completions of the math_answer measurement (8000)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="number of worker processes (2)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each kind in the hang measurement (2)")
+    parser.add_argument("--size", type=int, default=512, help="completions per step (512)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of sampling per step (30)")
+    parser.add_argument("--only", choices=["math_answer", "hang"], help="run one of the two measurements")
+    parser.add_argument("--json", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     sys.path.insert(0, str(PROJECT))
     figures: dict[str, float] = {}
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
-    """Groups of 8 answers, half of them right, in five styles; no two groups share their numbers."""
+    """Score groups of 8 answers, half of them right, in five styles; no two groups have the same numbers."""
     from rekatrain.rewards.compose import build_reward_functions
     from rekatrain.rewards.grader import Grader, ScoringConfig
 
@@ -83,7 +85,7 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
 
 
 def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) -> dict[str, float]:
-    """Steps whose completions end at even intervals, with 1 % of them hanging at random places and with none."""
+    """Time steps whose completions end at even intervals: 1 % of them hang, at random positions, or none."""
     from rekatrain.rewards.compose import build_reward_functions
     from rekatrain.rewards.grader import Grader, ScoringConfig
 
@@ -98,12 +100,12 @@ def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) ->
             for _ in range(num_steps):
                 for name, steps in spent.items():
                     hanging = set(rng.sample(range(size), round(size / 100))) if name == "1 % hang" else set()
-                    texts = ["hang <sep>" if place in hanging else "fine <sep>" for place in range(size)]
+                    texts = ["hang <sep>" if index in hanging else "fine <sep>" for index in range(size)]
                     started = time.perf_counter()
                     jobs = {}
-                    for place, text in enumerate(texts):
-                        time.sleep(max(0.0, started + seconds * place / size - time.perf_counter()))
-                        jobs[place] = grader.submit(text, {"answer": "1"})
+                    for index, text in enumerate(texts):
+                        time.sleep(max(0.0, started + seconds * index / size - time.perf_counter()))
+                        jobs[index] = grader.submit(text, {"answer": "1"})
                     scored = grader.score(
                         prompts=["?"] * size,
                         completions=texts,
@@ -113,7 +115,7 @@ def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) ->
                     )
                     steps.append(time.perf_counter() - started)
                     assert sum(bool(errors) for errors in scored.errors) == len(hanging)
-    medians = {f"hang, seconds a step, {name}": median(steps) for name, steps in spent.items()}
+    medians = {f"hang, seconds per step, {name}": median(steps) for name, steps in spent.items()}
     none, some = medians.values()
     return {**medians, "hang, times as long": some / none}
 

@@ -4,18 +4,19 @@
     python tests/benchmarks/rloo_vs_trl.py --model runs/smollm2-135m --arms rekatrain trl-defaults trl-8 trl-16 trl-all
     python tests/benchmarks/rloo_vs_trl.py --model runs/quickstart/sft-export --wall-clock
 
-Each arm of each round is a process of its own, and arms take turns. All share the model, float32, all weights trained
-by torch's fused AdamW at one rate, the prompts in one order (the same ids), k, the caps, temperature 1, a gradient norm
-of 1, and a reward that varies in every group, so that no arm can leave a group out. TRL cannot stop at a string: the
-end of a completion is the tokenizer's eos in all arms (ours looks for `<sep>` as well, and pays for it). Draws differ
-between the arms, and natural lengths with them: `--lengths equal` gives all models an eos that they cannot draw.
+Each arm of each round is a separate process, and the arms alternate. All arms have the same model, float32, all
+weights trained by torch's fused AdamW at one learning rate, the same prompts in the same order (as ids), k, caps,
+temperature 1, a gradient norm of 1, and a reward that varies in every group, so that no arm can leave a group out. TRL
+cannot stop at a string, so a completion ends at the tokenizer's eos in all arms (ours also searches for `<sep>`, and
+pays for it). Draws differ between the arms, and so do natural lengths: `--lengths equal` gives all models an eos that
+they cannot draw.
 
-TRL at its best is the fastest of its arms in the run: its options on a CPU are rows a pass, checkpointing, and
-continuous batching (`trl-8-continuous`). Which arms there are: TRL_SETTINGS in arms.py.
+The best setting of TRL is the fastest of its arms in the run. Its options on a CPU are completions per pass,
+checkpointing, and continuous batching (`trl-8-continuous`). TRL_SETTINGS in arms.py lists the arms.
 
-Token slots are tokens that the model's layers are run on, counted by hooks, padding and recomputation included. Needed
-are each prompt once and each completion but its last token, for sampling and for each pass (training; with beta > 0 the
-reference). The first step of a process warms up and is left out of the medians; memory is the process's peak.
+Token slots are the tokens that the layers of the model run on, counted by hooks, with padding and recomputation. Needed
+slots are each prompt once and each completion without its last token, for sampling and for each pass (training; with
+beta > 0 the reference). The first step of a process warms up and is not in the medians. Memory is the process's peak.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from wall_clock import compare_rewards
 from work import Result, Work, run_arm
 
 
-def summarise(arm: str, results: Sequence[Result]) -> dict[str, Any]:
-    """Medians over the steps of all rounds, without each process's first."""
+def summarize(arm: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Return medians over the steps of all rounds, without the first step of each process."""
     steps = [step for result in results for step in result["steps"][1:]]
     slots = sum(sum(step["slots"].values()) for step in steps)
     phases = ("sample", "score", "reward", "train")
@@ -48,12 +49,12 @@ def summarise(arm: str, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def compare(arms: Sequence[str], work: Work, rounds: int, *, is_tuned: bool) -> dict[str, Any]:
-    """All arms on one kind of work, in turns, with a table."""
+    """Run all arms alternately on one kind of work, and print a table."""
     results: dict[str, list[Result]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm in arms:
             results[arm].append(run_arm(arm, work, is_tuned=is_tuned))
-    rows = {arm: summarise(arm, results[arm]) for arm in arms}
+    rows = {arm: summarize(arm, results[arm]) for arm in arms}
     title = (
         f"cap {work.max_completion_length}, beta {work.beta}, {'equal' if work.equal_lengths else 'natural'} lengths, "
         f"{work.prompts_per_step} prompts x {work.num_generations}, malloc {'tuned' if is_tuned else 'as it is'}"
@@ -80,7 +81,7 @@ def compare(arms: Sequence[str], work: Work, rounds: int, *, is_tuned: bool) -> 
         "title": title,
         "work": vars(work),
         "rows": list(rows.values()),
-        "share_at_cap": at_cap,
+        "clipped_ratio": at_cap,
         "ratios": ratios,
         "runs": results,
     }
@@ -91,18 +92,24 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     arms = ["rekatrain", *TRL_SETTINGS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=["rekatrain", "trl-defaults", "trl-8"])
-    parser.add_argument("--caps", nargs="+", type=int, default=[64], help="new tokens")
+    parser.add_argument("--caps", nargs="+", type=int, default=[64], help="largest number of new tokens")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.0])
     parser.add_argument("--lengths", nargs="+", choices=["natural", "equal"], default=["natural"])
     parser.add_argument("--malloc", nargs="+", choices=["tuned", "plain"], default=["tuned"])
     parser.add_argument("--prompts-per-step", type=int, default=4)
     parser.add_argument("--num-generations", type=int, default=8)
-    parser.add_argument("--micro-batch-tokens", type=int, default=Work.micro_batch_tokens, help="of rekatrain")
-    parser.add_argument("--steps", type=int, default=3, help="of each process; the first is left out")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=Work.micro_batch_tokens, help="tokens per micro-batch of rekatrain"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="steps of each process; the first is left out")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--wall-clock", action="store_true", help="reward against time on the recipe's task instead")
-    parser.add_argument("--recipe", default="recipes/smollm2/rloo.yaml", help="the task of --wall-clock")
-    parser.add_argument("--learning-rate", type=float, default=1e-6, help="of all arms; 1e-5 suits --wall-clock")
+    parser.add_argument(
+        "--wall-clock", action="store_true", help="measure reward against time on the task of a recipe instead"
+    )
+    parser.add_argument("--recipe", default="recipes/smollm2/rloo.yaml", help="recipe with the task of --wall-clock")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-6, help="learning rate of all arms; 1e-5 suits --wall-clock"
+    )
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error("--steps must be at least 2: the first is left out")

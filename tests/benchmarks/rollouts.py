@@ -3,10 +3,10 @@
     taskset -c 1 env VLLM_CPU_OMP_THREADS_BIND=1 rekatrain serve-rollouts RECIPE --port 8000
     taskset -c 0 python tests/benchmarks/rollouts.py RECIPE --url http://127.0.0.1:8000 [--rounds 2] [key=value ...]
 
-Each arm is a whole run of the recipe by `rekatrain train`, in a process of its own; rounds interleave the arms. Seconds
-are those of the steps, from sampling to the update, without loading. Trainer and server need cores of their own, as
-above: on the same ones sampling ahead cannot save time, for both are slower while the other runs. The arm that samples
-in process has the trainer's cores alone.
+Each arm is a whole run of the recipe by `rekatrain train` in a separate process; rounds interleave the arms. Seconds
+are those of the steps, from sampling to the update, without loading. Trainer and server need separate cores, as above:
+on shared cores sampling ahead cannot save time, because both are slower while the other runs. The arm that samples in
+process has only the trainer's cores.
 """
 
 import json
@@ -24,7 +24,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def arms(url: str) -> dict[str, list[str]]:
-    """Overrides of each arm; all of them weigh by the same importance ratio, 1 where nothing is stale."""
+    """Return the overrides of each arm; all use the importance ratio, which is 1 on policy up to rounding."""
     served = ["rloo.importance_sampling_correction=sequence_truncate", f"rloo.vllm_server_base_url={url}"]
     return {
         "in process": served[:1],
@@ -34,7 +34,7 @@ def arms(url: str) -> dict[str, list[str]]:
 
 
 def run_arm(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
-    """The steps of one run."""
+    """Run one arm and return its steps."""
     command = [sys.executable, "-m", "rekatrain", "train", recipe, f"output_dir={folder}", *overrides]
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
@@ -55,7 +55,7 @@ def main() -> None:
     """Print the table, write the report and the plot."""
     parser = make_parser(__doc__, "rollouts.json")
     parser.add_argument("recipe")
-    parser.add_argument("--url", required=True, help="the server's, started by rekatrain serve-rollouts")
+    parser.add_argument("--url", required=True, help="URL of a server that rekatrain serve-rollouts started")
     parser.add_argument("--rounds", type=int, default=1)
     arguments, overrides = parser.parse_known_args()
     results = {}
@@ -65,10 +65,10 @@ def main() -> None:
             seeded = [f"seed={arguments.seed + number}", *overrides, *settings]
             results[f"{arm}, seed {arguments.seed + number}"] = run_arm(arguments.recipe, seeded, folder)
     compared = compare_rewards(results, arguments.out)
-    for row in compared["rows"]:
+    for row in compared["table"]:
         mismatches = [step["mismatch_logprob"] for step in results[row["arm"]]["steps"]]
         row["mismatch_logprob"] = fmean(value for value in mismatches if value is not None)
-        print(f"{row['arm']}: sampler_mismatch {row['mismatch_logprob']:.2g}")
+        print(f"{row['arm']}: mismatch_logprob {row['mismatch_logprob']:.2g}")
     write_report(arguments.out, arguments, compared)
 
 

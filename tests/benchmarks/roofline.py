@@ -1,18 +1,18 @@
-"""The training pass on useful tokens against the machine's own rate for the model's matrix products.
+"""Compare the training pass, on useful tokens, with the machine's rate for the matrix products of the model.
 
     python tests/benchmarks/roofline.py --model runs/smollm2-135m --prompts gsm8k.jsonl
 
-The pass is the train phase of the loop's `take_step`: forward, loss and backward on groups that are given, so that no
-time goes to sampling; the optimizer is not part of it. FLOPs are those that the step needs, whatever the engine
-computes: for each token (a prompt once, a completion but its last token)
+The pass is the train phase of `take_step`: forward, loss and backward on fixed groups, so that no time goes to
+sampling. The optimizer is not part of it. FLOPs are those that the step needs, whatever the engine computes: for each
+token (a prompt once, a completion without its last token)
 
     6 * weights of the linear layers        2 forward, 2 for the gradient of the inputs, 2 for that of the weights
     6 * weights of the LM head              completion tokens only
     12 * heads * head size * keys seen      2 products forward, 4 backward, in each layer; no key that is masked
 
-The machine's rate is that of the same products alone: each linear layer's three on as many rows as the pass has tokens,
-and the head's, into memory that is there already. Passes and products take turns. Attention is charged at that rate
-too. The profile says where the time of a pass goes, as self time of torch's operators.
+The machine's rate is that of the same products alone: the three products of each linear layer on the tokens of the
+pass, and those of the head, into memory that is already allocated. Passes and products alternate. Attention is charged
+at that rate too. The profile shows where the time of a pass goes, as self time of torch's operators.
 """
 
 import time
@@ -65,7 +65,7 @@ GROUPS = {
 
 
 class GivenCompletions:
-    """A sampler whose groups are fixed."""
+    """A sampler with fixed groups."""
 
     def __init__(self, lengths: Sequence[int], vocabulary: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ class GivenCompletions:
     def sample(
         self, prompts: Sequence[list[int]], keys: object, num_generations: int, *_: object
     ) -> list[list[Completion]]:
-        """The same completions for every prompt."""
+        """Return equal completions for every prompt."""
         return [
             [Completion(ids=ids, logprobs=[0.0] * len(ids), finish_reason=FinishReason.LENGTH) for ids in self.ids]
             for _ in prompts
@@ -82,7 +82,7 @@ class GivenCompletions:
 
 
 def needed_flops(model: PreTrainedModel, prompts: Sequence[int], lengths: Sequence[int]) -> dict[str, float]:
-    """FLOPs of a forward and backward over groups; a completion's length is with its last token."""
+    """Return the FLOPs of a forward and backward over groups; lengths of completions include the last token."""
     config, decoder = model.config, model.get_decoder()
     run = [length - 1 for length in lengths]
     tokens = sum(prompts) + len(prompts) * sum(run)
@@ -96,17 +96,17 @@ def needed_flops(model: PreTrainedModel, prompts: Sequence[int], lengths: Sequen
     }
 
 
-def make_products(model: PreTrainedModel, tokens: int, head_rows: int) -> tuple[Callable[[], None], float]:
-    """The model's matrix products by themselves, and their FLOPs: each shape once for each layer that has it."""
+def make_products(model: PreTrainedModel, tokens: int, head_tokens: int) -> tuple[Callable[[], None], float]:
+    """Return a function that runs the matrix products of the model alone, and their FLOPs."""
     shapes = Counter(
         (tokens, *module.weight.shape) for module in model.get_decoder().modules() if isinstance(module, nn.Linear)
     )
-    # As many rows of logits as exist at a time: the head's weights are read anew for each such piece.
-    pieces = -(-head_rows // 2048)
-    shapes[(head_rows // pieces, *model.get_output_embeddings().weight.shape)] += pieces
+    # The logits of a chunk of tokens exist at one time: the weights of the head are read again for each chunk.
+    num_chunks = -(-head_tokens // 2048)
+    shapes[(head_tokens // num_chunks, *model.get_output_embeddings().weight.shape)] += num_chunks
     tensors = {
-        (rows, outs, ins): (torch.randn(rows, ins), torch.randn(outs, ins), torch.randn(rows, outs))
-        for rows, outs, ins in shapes
+        (tokens, outs, ins): (torch.randn(tokens, ins), torch.randn(outs, ins), torch.randn(tokens, outs))
+        for tokens, outs, ins in shapes
     }
     results = {shape: tuple(torch.empty_like(tensor) for tensor in given) for shape, given in tensors.items()}
 
@@ -119,7 +119,7 @@ def make_products(model: PreTrainedModel, tokens: int, head_rows: int) -> tuple[
                 torch.mm(outputs, weight, out=inputs_out)
                 torch.mm(outputs.t(), inputs, out=weight_out)
 
-    return run, sum(6.0 * rows * outs * ins * count for (rows, outs, ins), count in shapes.items())
+    return run, sum(6.0 * tokens * outs * ins * count for (tokens, outs, ins), count in shapes.items())
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -129,21 +129,21 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def where_time_goes(action: Callable[[], Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Shares of self time by kind of operator, and the operators that take most."""
+    """Return fractions of self time by kind of operator, and the operators with the most self time."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         action()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    shares: Counter[str] = Counter()
+    fractions: Counter[str] = Counter()
     for event in events:
         kinds = (kind for kind, names in GROUPS.items() if event.key.startswith(names))
         default = "elementwise and sums" if event.key.startswith("aten::") else "Python and autograd"
-        shares[next(kinds, default)] += event.self_cpu_time_total / total
+        fractions[next(kinds, default)] += event.self_cpu_time_total / total
     top = [
-        {"operator": event.key[:60], "calls": event.count, "share": event.self_cpu_time_total / total}
+        {"operator": event.key[:60], "calls": event.count, "fraction": event.self_cpu_time_total / total}
         for event in events[:12]
     ]
-    return dict(shares.most_common()), top
+    return dict(fractions.most_common()), top
 
 
 def main() -> None:
@@ -151,7 +151,9 @@ def main() -> None:
     parser = make_parser(__doc__, "roofline.json")
     add_model_arguments(parser)
     parser.add_argument("--num-prompts", type=int, default=2)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[64] * 8, help="of a prompt's completions")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[64] * 8, help="lengths of the completions of a prompt"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, default=RLOOConfig.micro_batch_tokens)
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
@@ -178,7 +180,7 @@ def main() -> None:
 
     def train_seconds() -> float:
         clock = Clock()
-        # Gradients that are there are added to, as in a step of several micro-batches.
+        # The gradients are added to existing ones, as in a step of several micro-batches.
         take_step(step, 0, clock)
         return clock.metrics(1)["time/train"]
 
@@ -194,7 +196,7 @@ def main() -> None:
         rates.append(product_flops / seconds(products) / 1e9)
         passes.append(train_seconds())
     machine_rate, pass_rate = median(rates), median(sum(flops.values()) / spent / 1e9 for spent in passes)
-    shares, operators = where_time_goes(train_seconds)
+    fractions, operators = where_time_goes(train_seconds)
 
     summary = {
         "useful tokens": tokens,
@@ -202,13 +204,13 @@ def main() -> None:
         "needed GFLOP": sum(flops.values()) / 1e9,
         "GFLOP/s": pass_rate,
         "machine GFLOP/s": machine_rate,
-        "share of machine": pass_rate / machine_rate,
+        "fraction of machine": pass_rate / machine_rate,
     }
     print_table([summary])
-    print_table([{"needed": name, "share": part / sum(flops.values())} for name, part in flops.items()])
-    print_table([{"time of a pass": name, "share": share} for name, share in shares.items()])
+    print_table([{"needed": name, "fraction": part / sum(flops.values())} for name, part in flops.items()])
+    print_table([{"time of a pass": name, "fraction": fraction} for name, fraction in fractions.items()])
     print_table(operators)
-    results = {"summary": summary, "flops": flops, "passes": passes, "rates": rates, "shares": shares}
+    results = {"summary": summary, "flops": flops, "passes": passes, "rates": rates, "fractions": fractions}
     write_report(arguments.out, arguments, {**results, "operators": operators})
 
 

@@ -1,15 +1,15 @@
-"""Tokens a second of the in-process sampler, transformers' generate and continuous batching, and a vLLM server.
+"""Tokens per second of the in-process sampler, transformers' generate and continuous batching, and a vLLM server.
 
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --prompts gsm8k.jsonl
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --vllm-url http://127.0.0.1:8103 --vllm-model policy
 
-Every engine samples groups of k completions at temperature 1 in float32, all of the same length: no engine can draw or
-heeds an eos. Engines take turns. The server must serve the same folder on the same cores, which are idle while it is
-not its turn; give it --max-num-seqs of at least the most rows.
+Every engine samples groups of k completions at temperature 1 in float32, all of the same length: no engine can draw an
+eos, or stops at one. Engines alternate. The server must serve the same folder on the same cores; it is idle while other
+engines run. Give it a --max-num-seqs of at least the largest batch size.
 
-For our sampler the rate of its matrix products is given too: FLOPs of all linear layers (2 * weights * tokens run, the
-LM head on sampled tokens) over the whole time, and over the time that a profile gives to matrix products, beside the
-rate of the same products alone at that number of rows, as torch has them and with weights packed as the sampler does.
+For our sampler the rate of its matrix products is printed too: FLOPs of all linear layers (2 * weights * tokens, the LM
+head on sampled tokens) over the whole time, and over the time that a profile gives to matrix products. Beside it is the
+rate of the same products alone at that batch size, with plain weights and with weights packed as in the sampler.
 """
 
 import argparse
@@ -39,26 +39,26 @@ from transformers import PreTrainedModel
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
-# bmm, attention's, is none of them.
+# bmm belongs to attention and does not count.
 PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear")
 Prompts = list[list[int]]
 Engine = Callable[[Prompts], int]  # -> number of tokens sampled
 
 
 def make_engines(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[str, Engine]:
-    """The engines to compare; each samples k completions for each prompt, to the cap."""
+    """Return the engines to compare; each samples k completions per prompt, to the cap."""
     k, cap = arguments.num_generations, arguments.length
     tokenizer = load_folder_tokenizer(arguments.model, never_ends=True)
     never_id = tokenizer.convert_tokens_to_ids(NEVER)
-    # generate puts its attention back, and ours its own: each finds the model as it leaves it.
+    # Both generate and our sampler set the attention that they need.
     kept = model.config._attn_implementation
     others = {"max_new_tokens": cap, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     others |= {"eos_token_id": never_id, "pad_token_id": 0}
 
     def rekatrain(prompts: Prompts) -> int:
         sampler = Sampler(model, tokenizer, max_completion_length=cap, temperature=1.0, batch_size=len(prompts) * k)
-        keys = [(arguments.seed, slot) for slot in range(len(prompts))]
-        return sum(len(row.ids) for group in sampler.sample(prompts, keys, k) for row in group)
+        keys = [(arguments.seed, prompt_index) for prompt_index in range(len(prompts))]
+        return sum(len(one.ids) for group in sampler.sample(prompts, keys, k) for one in group)
 
     def generate(prompts: Prompts) -> int:
         model.set_attn_implementation(kept)
@@ -100,16 +100,16 @@ def make_engines(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[
 
 
 def run_flops(model: PreTrainedModel, prompts: Prompts, k: int, cap: int) -> float:
-    """FLOPs of the linear layers: each prompt once, each completion but its last token, the head on sampled tokens."""
+    """Return FLOPs of the linear layers: prompts once, completions without last token, the head on sampled tokens."""
     linear = sum(m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
     tokens = sum(map(len, prompts)) + len(prompts) * k * (cap - 1)
     return 2.0 * linear * tokens + 2.0 * model.get_output_embeddings().weight.numel() * len(prompts) * k * cap
 
 
-def product_rate(model: PreTrainedModel, rows: int) -> float:
-    """GFLOP/s of one decoding step's matrix products by themselves: every linear layer on that many rows."""
+def product_rate(model: PreTrainedModel, batch_size: int) -> float:
+    """Return GFLOP/s of the matrix products of one decoding step alone: every linear layer at that batch size."""
     layers = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
-    inputs = {width: torch.randn(rows, width) for width in {layer.in_features for layer in layers}}
+    inputs = {width: torch.randn(batch_size, width) for width in {layer.in_features for layer in layers}}
     spent = []
     with torch.no_grad():
         for _ in range(4):
@@ -117,76 +117,78 @@ def product_rate(model: PreTrainedModel, rows: int) -> float:
             for layer in layers:
                 layer(inputs[layer.in_features])
             spent.append(time.perf_counter() - began)
-    return 2.0 * sum(layer.weight.numel() for layer in layers) * rows / min(spent) / 1e9
+    return 2.0 * sum(layer.weight.numel() for layer in layers) * batch_size / min(spent) / 1e9
 
 
 def decoding_profile(action: Callable[[], Any]) -> tuple[float, list[dict[str, Any]]]:
-    """The share of matrix products in the time of a sampling call, and the operators that take most."""
+    """Return the fraction of matrix products in the time of a sampling call, and the operators with the most time."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         action()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     products = sum(e.self_cpu_time_total for e in events if e.key.startswith(PRODUCTS))
     top = [
-        {"operator": event.key[:60], "calls": event.count, "share": event.self_cpu_time_total / total}
+        {"operator": event.key[:60], "calls": event.count, "fraction": event.self_cpu_time_total / total}
         for event in events[:12]
     ]
     return products / total, top
 
 
 def main() -> None:
-    """Print tokens a second by rows, and where our sampler's time goes; write the report."""
+    """Print tokens per second by batch size, and where the time of our sampler goes; write the report."""
     parser = make_parser(__doc__, "sampler.json")
     add_model_arguments(parser)
-    parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 32, 64], help="completions at a time")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[8, 16, 32, 64], help="numbers of completions at one time"
+    )
     parser.add_argument("--num-generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=32, help="new tokens of every completion")
+    parser.add_argument("--length", type=int, default=32, help="number of new tokens of every completion")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without", nargs="*", default=[], help="engines to leave out, such as 'continuous batching'")
-    parser.add_argument("--vllm-url", help="a server of the same folder, such as http://127.0.0.1:8103")
-    parser.add_argument("--vllm-model", default="policy", help="the name that it serves the folder under")
+    parser.add_argument("--vllm-url", help="URL of a server of the same folder, such as http://127.0.0.1:8103")
+    parser.add_argument("--vllm-model", default="policy", help="name under which the server serves the folder")
     arguments = parser.parse_args()
-    if any(rows % arguments.num_generations for rows in arguments.rows):
-        parser.error("--rows must be multiples of --num-generations")
+    if any(size % arguments.num_generations for size in arguments.batch_sizes):
+        parser.error("--batch-sizes must be multiples of --num-generations")
 
     model = load_model(arguments.model).eval()
     k, cap = arguments.num_generations, arguments.length
     tokenizer = load_folder_tokenizer(arguments.model)
-    prompts = [p.ids for p in load_prompts(tokenizer, arguments.prompts, max(arguments.rows) // k)]
+    prompts = [p.ids for p in load_prompts(tokenizer, arguments.prompts, max(arguments.batch_sizes) // k)]
     engines = make_engines(arguments, model)
     for engine in engines.values():
         engine(prompts[:1])
     table, rates, speeds = [], [], {}
-    for rows in arguments.rows:
-        chosen = prompts[: rows // k]
+    for batch_size in arguments.batch_sizes:
+        chosen = prompts[: batch_size // k]
         spent: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(arguments.rounds):
             for name, engine in engines.items():
                 began = time.perf_counter()
                 num_tokens = engine(chosen)
                 spent[name].append((time.perf_counter() - began) / num_tokens)
-                if num_tokens != rows * cap:
-                    raise RuntimeError(f"{name} sampled {num_tokens} tokens, not {rows} x {cap}")
-        table.append({"rows": rows, **{f"{name} tok/s": 1 / median(each) for name, each in spent.items()}})
-        speeds[rows] = spent
+                if num_tokens != batch_size * cap:
+                    raise RuntimeError(f"{name} sampled {num_tokens} tokens, not {batch_size} x {cap}")
+        table.append({"batch size": batch_size, **{f"{name} tok/s": 1 / median(each) for name, each in spent.items()}})
+        speeds[batch_size] = spent
         gflop = run_flops(model, chosen, k, cap) / 1e9
-        whole = median(spent["rekatrain"]) * rows * cap
-        share, operators = decoding_profile(lambda chosen=chosen: engines["rekatrain"](chosen))
-        with decoding_weights(model, rows):
-            packed_rate = product_rate(model, rows)
+        whole = median(spent["rekatrain"]) * batch_size * cap
+        fraction, operators = decoding_profile(lambda chosen=chosen: engines["rekatrain"](chosen))
+        with decoding_weights(model, batch_size):
+            packed_rate = product_rate(model, batch_size)
         rates.append(
             {
-                "rows": rows,
+                "batch size": batch_size,
                 "GFLOP/s over all": gflop / whole,
-                "share in products": share,
-                "GFLOP/s in products": gflop / (whole * share),
-                "plain alone": product_rate(model, rows),
+                "fraction in products": fraction,
+                "GFLOP/s in products": gflop / (whole * fraction),
+                "plain alone": product_rate(model, batch_size),
                 "packed alone": packed_rate,
             }
         )
-    print_table(table, f"tokens a second, prompt included; {k} completions a prompt of {cap} tokens each")
+    print_table(table, f"tokens per second, with prompts; {k} completions per prompt of {cap} tokens each")
     print_table(rates, "our sampler's matrix products")
-    print_table(operators, f"our sampler's time at {rows} rows")
+    print_table(operators, f"time of our sampler at batch size {batch_size}")
     results = {"tokens_per_second": table, "rates": rates, "operators": operators, "seconds_per_token": speeds}
     counts = Counter(len(prompt) for prompt in prompts)
     write_report(arguments.out, arguments, {**results, "prompt_lengths": sorted(counts.elements())})

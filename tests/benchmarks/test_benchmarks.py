@@ -1,27 +1,29 @@
-"""The benchmarks run, on tiny models, and count what they say that they count."""
+"""The benchmarks run on tiny models, and their counts are right."""
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from rekatrain.trainer.export.gguf_model import write_gguf
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.export.gguf_model import write_gguf
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from tests.conftest import tiny_llama
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parent
 QUESTIONS = ["What is 2+2?", "17 + 25 =", "Name a colour.", "Be brief."]
 
 
 @pytest.fixture(scope="module")
-def given(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A tiny model with the tokenizer's vocabulary, and prompts, as arguments."""
+def model_arguments(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that name a tiny model with the vocabulary of the tokenizer, and prompts."""
     folder = tmp_path_factory.mktemp("benchmarks")
     model = tiny_llama(tokenizer)
     model.resize_token_embeddings(len(tokenizer))
@@ -38,7 +40,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(name: str, arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """A benchmark's results, as its report has them."""
+    """Run a benchmark and return the results in its report."""
     module = load(name, monkeypatch)
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(out)])
     module.main()
@@ -47,12 +49,12 @@ def run(name: str, arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPa
     return report["results"]
 
 
-def test_both_engines_are_given_the_same_work(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rloo_vs_trl_gives_both_engines_the_same_work(
+    model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = ["--prompts-per-step", "2", "--num-generations", "2", "--caps", "6", "--steps", "2", "--lengths", "equal"]
     arms = ["--arms", "rekatrain", "trl-defaults", "--betas", "0.1"]
-    (case,) = run("rloo_vs_trl", [*given, *size, *arms], tmp_path / "out.json", monkeypatch)
+    (case,) = run("rloo_vs_trl", [*model_arguments, *size, *arms], tmp_path / "out.json", monkeypatch)
     (ours,), (trls,) = (case["runs"][arm] for arm in ("rekatrain", "trl-defaults"))
     for our_step, trl_step in zip(ours["steps"], trls["steps"], strict=True):
         assert our_step["prompt_tokens"] == trl_step["prompt_tokens"]
@@ -60,30 +62,32 @@ def test_both_engines_are_given_the_same_work(
         # Sampling, the reference and the training pass: each prompt, and each completion without its last token.
         needed = 3 * (sum(our_step["prompt_tokens"]) + 4 * 5)
         assert our_step["slots_needed"] == trl_step["slots_needed"] == needed == sum(our_step["slots"].values())
-        rows = 4 * max(trl_step["prompt_tokens"])
-        # Its prefill and five decoding steps, two scoring passes, and with checkpointing the training pass twice.
-        assert trl_step["slots"] == {"sample": rows + 4 * 5, "score": 2 * (rows + 24), "train": 2 * (rows + 24)}
+        padded = 4 * max(trl_step["prompt_tokens"])
+        # Prefill and five decoding steps, two scoring passes, and the training pass twice because of checkpointing.
+        assert trl_step["slots"] == {"sample": padded + 4 * 5, "score": 2 * (padded + 24), "train": 2 * (padded + 24)}
     assert case["ratios"]["trl-defaults"]["completions/s"] > 0
 
 
-def test_rewards_of_a_recipe_against_time(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rloo_vs_trl_compares_rewards_against_time(
+    model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = ["--prompts-per-step", "2", "--num-generations", "2", "--caps", "6", "--steps", "2"]
     arms = ["--arms", "rekatrain", "trl-8", "--wall-clock"]
-    results = run("rloo_vs_trl", [*given, *size, *arms], tmp_path / "out.json", monkeypatch)
-    assert [row["steps"] for row in results["rows"]] == [2, 2]
+    results = run("rloo_vs_trl", [*model_arguments, *size, *arms], tmp_path / "out.json", monkeypatch)
+    assert [line["steps"] for line in results["table"]] == [2, 2]
     ours, trls = (results["runs"][arm]["steps"] for arm in ("rekatrain", "trl-8"))
     assert [step["prompt_tokens"] for step in ours] == [step["prompt_tokens"] for step in trls]
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_needed_flops_are_those_of_one_unpadded_row(
+def test_needed_flops_equal_those_of_an_unpadded_pass(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama(tokenizer)
-    rows = pack_completions([[5, 6, 7]], [[[8, 9, 10, 11]]], torch.device("cpu"))
+    packed = pack_completions([[5, 6, 7]], [[[8, 9, 10, 11]]], torch.device("cpu"))
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
     with FlopCounterMode(display=False) as counter:
-        logprobs(rows).sum().backward()
+        logprobs(packed).sum().backward()
     products = sum(
         flops for name, flops in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
     )
@@ -95,48 +99,61 @@ def test_needed_flops_are_those_of_one_unpadded_row(
     ("name", "arguments"),
     [
         ("roofline", ["--num-prompts", "2", "--lengths", "4", "6", "--rounds", "1"]),
-        ("sampler", ["--rows", "4", "--num-generations", "2", "--length", "4", "--rounds", "1"]),
+        ("sampler", ["--batch-sizes", "4", "--num-generations", "2", "--length", "4", "--rounds", "1"]),
     ],
 )
-def test_it_runs(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]
+def test_benchmark_reports_results(
+    model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]
 ) -> None:
-    results = run(name, [*given, *arguments], tmp_path / "out.json", monkeypatch)
+    results = run(name, [*model_arguments, *arguments], tmp_path / "out.json", monkeypatch)
     if name == "roofline":
         assert results["summary"]["useful tokens"] > 2 * (3 + 5)
-        assert sum(results["shares"].values()) == pytest.approx(1)
+        assert sum(results["fractions"].values()) == pytest.approx(1)
     else:
         assert all(rate > 0 for rate in results["tokens_per_second"][0].values())
 
 
-def test_growth_plots_every_axis(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_plots_every_axis(model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_point = ["--prompts-per-step", "2", "--num-generations", "2", "--max-completion-length", "4"]
-    results = run("growth", [*given, *one_point], tmp_path / "out.json", monkeypatch)
-    assert [len(rows) for rows in results.values()] == [1, 1, 1]
-    assert all(rows[0]["slots/needed"] == 1 for rows in results.values())
+    results = run("growth", [*model_arguments, *one_point], tmp_path / "out.json", monkeypatch)
+    assert [len(points) for points in results.values()] == [1, 1, 1]
+    assert all(points[0]["slots/needed"] == 1 for points in results.values())
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_a_file_in_float32_says_what_transformers_says(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_engines_finds_a_float32_file_equal_to_transformers(
+    model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LlamaForCausalLM.from_pretrained(given[1])
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(given[1])
-    tokenizer.chat_template = "{{ messages }}"  # the file has to hold one
+    model = LlamaForCausalLM.from_pretrained(model_arguments[1])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_arguments[1])
+    tokenizer.chat_template = "{{ messages }}"  # a GGUF file needs one
     files = []
     for file_type in ("f32", "q8_0"):
         files.append(tmp_path / f"model-{file_type}.gguf")
         size = model.config.intermediate_size
         write_gguf(files[-1], model, tokenizer, file_type=file_type, name="tiny", intermediate_size=size)
-    size = ["--num-prompts", "3", "--length", "8", "--places", "24"]
-    results = run("engines", [*given, *size, "--gguf", *map(str, files)], tmp_path / "out.json", monkeypatch)
+    size = ["--num-prompts", "3", "--length", "8", "--positions", "24"]
+    results = run("engines", [*model_arguments, *size, "--gguf", *map(str, files)], tmp_path / "out.json", monkeypatch)
     exact, coarse = results["engines"]
-    assert exact["equal"] == 1.0 and exact["places"] >= 8 and exact["KL"] < 1e-9 < 1e-6 < coarse["KL"] < 0.1
+    assert exact["equal"] == 1.0 and exact["positions"] >= 8 and exact["KL"] < 1e-9 < 1e-6 < coarse["KL"] < 0.1
     assert all(each["engine"] == "model-q8_0.gguf" and each["gap"] > 0 for each in results["differences"])
 
 
-def test_every_method_learns_from_as_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_gives_every_method_as_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = ["--steps", "2", "--completions", "8", "--seeds", "2", "--goal", "0", "--workers", "1"]
     results = run("learning", [*size, "--learning-rates", "1e-4"], tmp_path / "out.json", monkeypatch)
     assert list(results["runs"]) == ["RLOO k=4", "RLOO k=2", "REINFORCE", "RAFT"]
     assert all(len(of_method) == 2 and len(of_method[0]["rewards"]) == 2 for of_method in results["runs"].values())
+
+
+@pytest.mark.launched
+def test_trace_of_one_step_stays_short() -> None:
+    """A reader follows one completion through few files, and seldom turns back."""
+    finished = subprocess.run([sys.executable, str(FOLDER / "trace.py")], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    *visits, counts = [line for line in finished.stdout.splitlines() if re.match(r" *\d+ |files ", line)]
+    assert visits[0].split() == ["0", "trainer/rloo/step.py", "take_step"]
+    num_files, num_functions, num_changes = map(int, re.findall(r"\d+", counts))
+    assert num_functions > num_files
+    assert num_files <= 16
+    assert num_changes <= 34

@@ -43,4 +43,4 @@ def compare_rewards(results: dict[str, dict[str, Any]], out: Path) -> dict[str, 
     figure.savefig(out.with_suffix(".png"), dpi=150)
     print_table(rows)
     print(f"plot: {out.with_suffix('.png')}")
-    return {"rows": rows, "runs": results}
+    return {"table": rows, "runs": results}

@@ -1,4 +1,4 @@
-"""What the arms of a comparison of RLOO engines have in common, how they are measured, and how one is started."""
+"""The work of each arm in a comparison of RLOO engines, its measurement, and its start in a separate process."""
 
 import json
 import os
@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from common import TUNED_MALLOC
-from rekatrain.trainer.rloo.config import RLOOConfig
 from transformers import PreTrainedModel
+
+from rekatrain.trainer.rloo.config import RLOOConfig
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What all arms do alike.
+    """The work that all arms do.
 
-    recipe:        prompts, rewards and k are this recipe's; None: `prompts`, and a reward that varies in every group
-    equal_lengths: every completion runs to the cap
+    recipe:        source of prompts, rewards and k; None: `prompts`, and a reward that varies in every group
+    equal_lengths: every completion has the length of the cap
     """
 
     model: str
@@ -45,7 +46,7 @@ class Work:
 
 @dataclass(kw_only=True)
 class Meter:
-    """Seconds and token slots by phase, and what was sampled, step by step."""
+    """Seconds and token slots by phase, and the sampled lengths, for each step."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     slots: Counter[str] = field(default_factory=Counter)
@@ -57,16 +58,16 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens within counts for `name`, and outside of all for `train`."""
+        """Count the time and slots inside this context for `name`; outside of all contexts they count for `train`."""
         outer, self._phase, began = self._phase, name, time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - began
         self._phase = outer
 
     def watch(self, model: PreTrainedModel) -> None:
-        """Count the slots of every call of the model, checkpointing's recomputations included.
+        """Count the slots of every call of the model, recomputation by checkpointing included.
 
-        Inside the first layer: hooks of a layer itself stay out of its recomputation.
+        The hook is inside the first layer, because recomputation does not call the hooks of the layer.
         """
         norm = model.get_decoder().layers[0].input_layernorm
         norm.register_forward_pre_hook(lambda _, args: self._count(args[0]))
@@ -78,13 +79,13 @@ class Meter:
         self._started = time.perf_counter()
 
     def end_step(self, num_generations: int, num_passes: int) -> None:
-        """Close a step; `num_passes` are those that every token needs besides sampling."""
+        """Close a step; `num_passes` is the number of passes that every token needs besides sampling."""
         now = time.perf_counter()
         total = now - self._started
         prompts = sum(prompt for prompt, _ in self.sampled[::num_generations])
         lengths = [length for _, length in self.sampled]
         needed = prompts + sum(lengths) - len(lengths)
-        # Of the training pass that cannot be said: a recipe's rewards may leave groups out.
+        # The training pass is not checked: groups with equal rewards are left out of it.
         if self.slots["sample"] < needed:
             raise RuntimeError(f"{self.slots['sample']} token slots were counted in sampling, {needed} are needed")
         seconds = {**self.seconds, "train": total - sum(self.seconds.values())}
@@ -106,12 +107,12 @@ class Meter:
 
 
 def by_ids(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:
-    """Varies within every group, so that no arm may skip one."""
+    """Return rewards that vary within every group, so that no arm can skip a group."""
     return [sum(ids) % 7 / 7 + number / 1000 for number, ids in enumerate(completion_ids)]
 
 
 def run_arm(arm: str, work: Work, *, is_tuned: bool = True) -> Result:
-    """One arm in a process of its own."""
+    """Run one arm in a separate process."""
     inherited = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
     environment = {**inherited, **(TUNED_MALLOC if is_tuned else {}), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     with TemporaryDirectory() as folder:
