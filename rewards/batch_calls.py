@@ -1,7 +1,8 @@
-"""Calls reward functions that score a whole batch, and reads what they return: their failures are errors, never values.
+"""Call the reward functions that score a whole batch, and read the values that they return.
 
-A plain function runs where TRL runs it, on the main thread, and cannot be interrupted there: one that hangs ends the
-process, with the stack that shows where. Coroutine functions run together, each under its time limit.
+A plain function runs on the main thread, as in TRL, and cannot be interrupted there: one that hangs ends the process
+and prints the stack of every thread. Coroutine functions run together, each under its time limit. A function that fails
+gives errors, never values.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from typing import Any
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction
-from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.errors import RewardError, describe_error
 from rekatrain.rewards.workers.process import Score, check_number
 
 STDERR = 2
@@ -24,9 +25,10 @@ STDERR = 2
 def call_batch_functions(
     functions: Sequence[RewardFunction], arguments: Mapping[str, Any], size: int
 ) -> dict[str, list[Score]]:
-    """A score for each of `size` completions by each function: first the plain ones, one by one, then all coroutines.
+    """Return for each function a score of each of `size` completions.
 
-    Each function has its timeout in seconds. Raises InputError for what the user can mend.
+    Plain functions are called first, one by one, then all coroutine functions at once. Each has its timeout in seconds.
+    Raises InputError if a function does, or if it does not return one value per completion.
     """
     scores = {function.name: _call(function, arguments, size) for function in functions if not _is_async(function)}
     waiting = [function for function in functions if _is_async(function)]
@@ -36,7 +38,7 @@ def call_batch_functions(
 
 
 def _is_async(function: RewardFunction) -> bool:
-    # Of an object, what counts is its method __call__.
+    # For an object, its method __call__ decides.
     called = function.function
     return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(getattr(called, "__call__", None))  # noqa: B004
 
@@ -64,8 +66,8 @@ async def _call_together(
             async with limit:
                 returned = await function.function(**arguments)
         except Exception as error:  # whatever a grader raises is its failure
-            late = RewardError(f"no result after {function.timeout:g} seconds")
-            return _failures(late if limit.expired() else error, size, time.perf_counter() - started)
+            timed_out = RewardError(f"no result after {function.timeout:g} seconds")
+            return _failures(timed_out if limit.expired() else error, size, time.perf_counter() - started)
         return _read(function.name, returned, size, time.perf_counter() - started)
 
     results = await asyncio.gather(*[call(function) for function in functions])
@@ -73,17 +75,17 @@ async def _call_together(
 
 
 def _failures(error: Exception, size: int, seconds: float) -> list[Score]:
-    """The failure of a whole batch; what the user can mend is raised instead."""
+    """Return the failure of a whole batch as one error per completion; raise an InputError instead."""
     if isinstance(error, InputError):
         raise error
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     text = "".join(traceback.format_exception(error))
-    return [Score(error=told, traceback=text, seconds=seconds / max(size, 1)) for _ in range(size)]
+    score = Score(error=describe_error(error), traceback=text, seconds=seconds / max(size, 1))
+    return [score] * size
 
 
 def _read(name: str, returned: Any, size: int, seconds: float) -> list[Score]:  # Any: whatever a function returns
-    """What a batch function returned; arrays and tensors of one dimension are lists too."""
-    expected = f"expected a list of {size}, one finite number or None a completion"
+    """Read the returned values; arrays and tensors of one dimension are lists too."""
+    expected = f"expected a list of {size}, one finite number or None per completion"
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
@@ -95,8 +97,8 @@ def _read(name: str, returned: Any, size: int, seconds: float) -> list[Score]:  
 def _read_value(value: Any, seconds: float) -> Score:
     try:
         if isinstance(value, Exception):
-            raise value
+            return Score(error=describe_error(value), seconds=seconds)
         number = check_number(value)
-    except Exception as error:  # an error in the place of a value, or no value
-        return Score(error=f"{type(error).__name__}: {error}", traceback=str(error), seconds=seconds)
+    except Exception as error:  # not a number, or one of no finite size
+        return Score(error=describe_error(error), seconds=seconds)
     return Score(value=number, seconds=seconds)

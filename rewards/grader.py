@@ -1,7 +1,7 @@
-"""Runs the rewards of a recipe on completions: scorers in workers as completions end, batch functions at the end.
+"""Run the rewards of a recipe: scorers in workers as completions end, batch functions after the last completion.
 
-A grader that fails is an error and not a bad answer: it is counted, its completion has no total, and a run in which too
-many fail stops with the first traceback.
+A reward that fails is an error and not a bad answer: it is counted, and its completion has no total. The first failure
+of each reward is logged with its traceback, and a run in which too many completions fail stops.
 """
 
 import logging
@@ -20,19 +20,19 @@ from rekatrain.rewards.workers.process import Score
 
 logger = logging.getLogger(__name__)
 
-# A reward's share of errors is that of its last so many completions, and means nothing before so many.
+# The fraction of errors is taken over a reward's last 512 completions, and from 16 completions on.
 ERROR_WINDOW, ERROR_MINIMUM = 512, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """What a recipe's `scoring:` section can say: how its rewards are run.
+    """The `scoring:` section of a recipe: how its rewards are run.
 
-    num_workers:     processes that score completions, for each training process; None: one for each of its cores
-    timeout:         seconds after which a worker is killed, for each completion and reward; a reward can have its own
-    batch_timeout:   seconds for a batch function; a plain one that takes longer ends the run
-    memory_limit_gb: address space of a worker
-    max_error_share: share of a reward's last 512 completions that may fail before the run stops
+    num_workers:     worker processes per training process; None: one per core, at most 16
+    timeout:         seconds per completion and scorer, after which the worker is killed; a reward can have its own
+    batch_timeout:   seconds per batch function; a plain function that takes longer ends the run
+    memory_limit_gb: address space of a worker, in GiB
+    max_error_share: fraction of a reward's last 512 completions that may fail before the run stops
     """
 
     num_workers: Annotated[int, Ge(1)] | None = None
@@ -44,11 +44,11 @@ class ScoringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a batch of completions earned.
+    """The rewards of a batch of completions.
 
-    by_name: for each reward, one value a completion, unweighted; None where it does not apply or has failed
-    total:   the weighted sum of each completion, nan where every reward with a weight is None or one has failed
-    errors:  for each completion, what went wrong: reward -> one line
+    by_name: for each reward, one value per completion, without its weight; None if it does not apply or has failed
+    total:   the weighted sum per completion; nan if every reward with a weight is None or one has failed
+    errors:  for each completion, the rewards that failed: name -> the error as one line
     """
 
     by_name: dict[str, list[float | None]]
@@ -58,7 +58,7 @@ class Scores:
 
 @dataclass(kw_only=True)
 class _History:
-    """What a reward has done so far: whether its last completions failed, and its seconds since the last report."""
+    """The record of one reward: which of its last completions failed, and its seconds since the last report."""
 
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=ERROR_WINDOW))
     first_traceback: str = ""
@@ -66,7 +66,7 @@ class _History:
 
 
 class Grader:
-    """Scores batches of completions by `functions`; has worker processes where one of them is a scorer."""
+    """Scores batches of completions by `functions`; has worker processes if one of them is a scorer."""
 
     def __init__(self, functions: Sequence[RewardFunction], config: ScoringConfig | None = None) -> None:
         self.functions = list(functions)
@@ -86,16 +86,16 @@ class Grader:
         )
 
     def warm_up(self) -> None:
-        """Set the batch functions up, and let the workers do their imports while something else goes on.
+        """Set up the batch functions, and start the imports of the workers without waiting for them.
 
-        A reward's model or server that cannot be had is then told at the start of a run, and not after its first step.
+        A reward model that cannot be loaded is then reported at the start of a run, not after its first rollouts.
         """
         if self._scorers:
             self._pool.warm_up()
         self._set_up()
 
     def submit(self, completion: str, columns: Mapping[str, Any]) -> list[Job]:
-        """Start scoring a completion that has ended, with the columns of its row; never waits."""
+        """Start scoring a finished completion, with the columns of its row; never waits."""
         return [
             self._pool.submit(number, completion, {name: columns[name] for name in scorer.columns}, scorer.timeout)
             for number, scorer in enumerate(self._scorers)
@@ -110,15 +110,16 @@ class Grader:
         columns: dict[str, list[Any]],
         submitted: Mapping[int, list[Job]] | None = None,
     ) -> Scores:
-        """Score each completion by each reward; all lists have one entry a completion, and columns are the rows'.
+        """Score each completion by each reward.
 
-        `submitted` are the jobs of completions that have been started already, by their place. Raises InputError for
-        what the user can mend, and RewardError where a reward has failed too often.
+        All lists, also those of `columns`, have one entry per completion. `submitted` maps the index of a completion
+        whose scoring has been started to its jobs. Raises InputError for a missing column or if a reward raises it, and
+        RewardError if a reward has failed too often.
         """
         check_columns(self.functions, columns)
         jobs = [
-            (submitted or {}).get(place) or self.submit(text, {name: columns[name][place] for name in columns})
-            for place, text in enumerate(completions)
+            (submitted or {}).get(index) or self.submit(text, {name: columns[name][index] for name in columns})
+            for index, text in enumerate(completions)
         ]
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         self._set_up()
@@ -130,25 +131,25 @@ class Grader:
 
         by_name = {function.name: [score.value for score in scores[function.name]] for function in self.functions}
         errors = [
-            {name: of_reward[place].error for name, of_reward in scores.items() if of_reward[place].error}
-            for place in range(len(completions))
+            {name: of_reward[index].error for name, of_reward in scores.items() if of_reward[index].error}
+            for index in range(len(completions))
         ]
         total = [
-            total_reward(self.functions, {name: values[place] for name, values in by_name.items()}, errors[place])
-            for place in range(len(completions))
+            total_reward(self.functions, {name: values[index] for name, values in by_name.items()}, errors[index])
+            for index in range(len(completions))
         ]
         return Scores(by_name=by_name, total=total, errors=errors)
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: seconds/NAME, of all completions together, and what batch classes tell of themselves."""
-        found = {}
+        """Return metrics since the last call: seconds/NAME over all completions, and the metrics of batch classes."""
+        metrics = {}
         for function in self.functions:
-            found[f"seconds/{function.name}"] = self._history[function.name].seconds
+            metrics[f"seconds/{function.name}"] = self._history[function.name].seconds
             self._history[function.name].seconds = 0.0
             if function.scorer is None and hasattr(function.function, "metrics"):
-                told = function.function.metrics()
-                found.update({f"{function.name}/{key}": float(value) for key, value in told.items()})
-        return found
+                own = function.function.metrics()
+                metrics.update({f"{function.name}/{key}": float(value) for key, value in own.items()})
+        return metrics
 
     def close(self) -> None:
         """End the workers."""
@@ -169,13 +170,13 @@ class Grader:
             self._is_set_up = True
 
     def _watch(self, name: str, scores: Sequence[Score]) -> None:
-        """Count what failed; RewardError where it is too much of the last completions, or has been all of them."""
+        """Count the failures; log the first; raise RewardError if too many of the last completions failed, or all."""
         history = self._history[name]
         history.seconds += sum(score.seconds for score in scores)
         failures = [score for score in scores if score.error]
-        if failures and not history.first_traceback:
-            history.first_traceback = failures[0].traceback or failures[0].error
-            logger.warning("reward %s failed on a completion: %s", name, failures[0].error)
+        is_first = bool(failures) and not history.first_traceback
+        if is_first:
+            history.first_traceback = (failures[0].traceback or failures[0].error).rstrip()
         history.failed.extend(bool(score.error) for score in scores)
         num_failed, num_scored = sum(history.failed), len(history.failed)
         is_too_much = num_scored >= ERROR_MINIMUM and num_failed > self.config.max_error_share * num_scored
@@ -183,18 +184,8 @@ class Grader:
             raise RewardError(
                 f"reward {name} failed on {num_failed} of its last {num_scored} completions "
                 f"(scoring.max_error_share is {self.config.max_error_share:g}); the first failure:\n"
-                f"{history.first_traceback.rstrip()}"
+                f"{history.first_traceback}"
             )
-
-
-def score_completions(
-    functions: Sequence[RewardFunction],
-    *,
-    prompts: list[str],
-    completions: list[str],
-    completion_ids: list[list[int]],
-    columns: dict[str, list[Any]],
-) -> Scores:
-    """Score one batch, with workers of its own; see `Grader.score`."""
-    with Grader(functions) as grader:
-        return grader.score(prompts=prompts, completions=completions, completion_ids=completion_ids, columns=columns)
+        if is_first:
+            shown = history.first_traceback
+            logger.warning("reward %s failed on a completion; the traceback of this first failure:\n%s", name, shown)

@@ -1,7 +1,7 @@
-"""How worker processes start: forked from a server of their own, without the main module of the training process.
+"""The start of worker processes: forked from a separate server, without the main module of the training process.
 
-multiprocessing lets a child import the parent's `__main__` again. A worker looks its rewards up by name and needs none
-of it, and importing it would start a second run where a script has no `if __name__ == "__main__":`, and fail in a
+multiprocessing has a child import the parent's `__main__` again. A worker looks its rewards up by name and needs
+none of it: importing it would start a second run if a script has no `if __name__ == "__main__":`, and would fail in a
 here-document. The server and its context are separate from multiprocessing's own, which the user's code may use.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, spawn, util
 from typing import Any
 
-# What the server is started with; read_environment and restore_environment hand the user's own values to the workers.
+# Variables that the server is started with; the workers get the user's own values back.
 CHANGED = ("PYTHONPATH", "PYTHONSAFEPATH")
 
 

@@ -1,7 +1,7 @@
-"""The pool: worker processes that score one completion at a time, each under a time and a memory limit.
+"""A pool of worker processes that score one completion at a time, each under a time and a memory limit.
 
 pebble's process pool kills a worker at the time limit and replaces it. Workers are forked from a server process that
-has no threads and no torch, only the modules that the recipe's rewards need; so a replacement costs milliseconds.
+has no threads and no torch, only the modules of the recipe's built-in rewards; so a replacement costs milliseconds.
 """
 
 import os
@@ -19,13 +19,13 @@ from rekatrain.rewards.registry import REWARDS, Spec
 from rekatrain.rewards.workers.context import WorkerContext, read_environment
 from rekatrain.rewards.workers.process import OUT_OF_MEMORY, Score, do_nothing, score_completion, start_worker
 
-# Beyond the time limit: a worker that takes this long to be killed and replaced is not coming back.
+# A worker that is not killed and replaced this long after its time limit never will be.
 GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a worker may use: seconds for a completion and a reward, bytes of address space."""
+    """The limits of a worker: seconds per completion and reward, bytes of address space."""
 
     timeout: float = 2.0
     memory: int = 4 << 30
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A completion with a reward, being scored."""
+    """A completion that is being scored by one reward; `scorer` is the index of the reward in the pool."""
 
     scorer: int
     text: str
@@ -57,14 +57,14 @@ class WorkerPool:
         self._schedule(do_nothing, (), None)
 
     def submit(self, scorer: int, text: str, columns: Mapping[str, Any], timeout: float | None = None) -> Job:
-        """Have a completion scored by the reward of that number; never waits."""
+        """Start scoring a completion by the reward with the index `scorer`; never waits."""
         timeout = timeout or self.limits.timeout
         self._num_open += 1
         future = self._schedule(score_completion, (scorer, text, columns), timeout)
         return Job(scorer=scorer, text=text, columns=columns, timeout=timeout, future=future)
 
     def result(self, job: Job, *, is_last_try: bool = False) -> Score:
-        """Wait for the score, not longer than the limits of all that is before it; InputError is the user's to mend."""
+        """Wait for the score, not longer than the time limits of all open jobs; raise an InputError of the scorer."""
         wait = GRACE_SECONDS + self._num_open * job.timeout / self.num_workers
         try:
             score = job.future.result(timeout=wait)
@@ -76,7 +76,7 @@ class WorkerPool:
             is_memory = error.exitcode == OUT_OF_MEMORY
             score = Score(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")
         except BrokenProcessPool as error:
-            # pebble gives a pool up where a worker dies at a moment that it cannot assign to a completion.
+            # pebble closes a pool if a worker dies at a moment that cannot be assigned to a completion.
             if is_last_try:
                 raise RewardError(f"the reward workers die before they score: {error}") from error
             return self.result(self.submit(job.scorer, job.text, job.columns, job.timeout), is_last_try=True)
@@ -113,7 +113,7 @@ class WorkerPool:
 
 
 class LiftedScorer:
-    """A scorer as a TRL reward function, for trainers that are not ours: each of its completions goes to a worker."""
+    """A scorer as a TRL reward function, for TRL's trainers: it sends each completion to a worker."""
 
     def __init__(self, spec: Spec, columns: Sequence[str], timeout: float | None) -> None:
         self.__name__ = spec.name  # TRL logs a reward by it
@@ -123,8 +123,8 @@ class LiftedScorer:
 
     def __call__(self, completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
         jobs = [
-            self._pool.submit(0, text, {name: columns[name][at] for name in self._columns}, self._timeout)
-            for at, text in enumerate(completions)
+            self._pool.submit(0, text, {name: columns[name][index] for name in self._columns}, self._timeout)
+            for index, text in enumerate(completions)
         ]
         scores = [self._pool.result(job) for job in jobs]
         for score in scores:
@@ -134,6 +134,6 @@ class LiftedScorer:
 
 
 def num_workers_here() -> int:
-    """Workers of one training process: the cores that it may use, shared with the other processes of its node."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(share, 1), 16)
+    """Return the number of workers of one training process: its part of the node's cores, at most 16."""
+    num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(num_cores, 1), 16)

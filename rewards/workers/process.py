@@ -1,7 +1,7 @@
-"""Inside a worker: its limits, the scorers that it makes, one completion scored at a time, and whatever that raises.
+"""The inside of a worker: it sets its limits, makes the scorers, and scores one completion at a time.
 
-A worker is forked from a server process that has no threads and no torch. It dies with the training process, whatever
-ends that and whatever the worker is doing.
+A worker is forked from a server process that has no threads and no torch. It dies with the training process, however
+that ends and whatever the worker is doing.
 """
 
 import fcntl
@@ -20,23 +20,23 @@ from typing import Any
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.errors import RewardError, describe_error
 from rekatrain.rewards.registry import Spec
 from rekatrain.rewards.workers.context import restore_environment
 
-# Over a pipe that workers share, a message of at most PIPE_BUF bytes arrives whole or not at all if one is killed.
+# If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
 MAX_TRACEBACK = 2_000
 OUT_OF_MEMORY = 77  # exit code of a worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What became of one completion and one reward.
+    """The result of one reward for one completion.
 
-    value:     the reward; None where it does not apply, or failed
-    error:     one line, where the grader failed; else empty
-    traceback: of that failure, where there is one
-    seconds:   that it took, in the worker
+    value:     the reward; None if it does not apply or has failed
+    error:     one line if the grader failed; else ""
+    traceback: of that failure, if there is one
+    seconds:   time in the grader
     """
 
     value: float | None = None
@@ -45,15 +45,16 @@ class Score:
     seconds: float = 0.0
 
 
-_scorers: list[Callable[..., Any] | str | Score] = []  # of this worker; an error instead where one cannot be made
+# The scorers of this worker. For one that cannot be made: the message of an InputError, or the Score of its failure.
+_scorers: list[Callable[..., Any] | str | Score] = []
 
 
 def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
-    """Set the limits and make the scorers. Its time does not count for any completion."""
+    """Set the limits and make the scorers. This time counts for no completion."""
     os.chdir(folder)
     os.environ.pop("PYTHONSAFEPATH", None)  # set for the forkserver alone: a grader may start scripts
     restore_environment(environment)
-    os.environ["OMP_NUM_THREADS"] = "1"  # each worker is one core's, and numpy's threads reserve memory by the core
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core, and numpy's threads reserve memory for each core
     _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -62,10 +63,10 @@ def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: M
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this worker when the training process ends, whose end of a pipe closes with it.
+    """Have the kernel kill this worker when the training process ends, which closes its end of a pipe.
 
-    A thread that waits for it would hear nothing during a call of C, and the server that forked this worker, which
-    PR_SET_PDEATHSIG would watch, lives as long as its workers.
+    A thread that waits for the pipe would not run during a call of C. PR_SET_PDEATHSIG would watch the server that
+    forked this worker, which lives as long as its workers.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -86,16 +87,16 @@ def _make(spec: Spec) -> Callable[..., Any] | str | Score:
         return scorer
     except InputError as error:
         return str(error)
-    except Exception as error:  # whatever a grader raises is its failure, to be told with each completion
+    except Exception as error:  # whatever a grader raises is its failure, reported with each completion
         return _failure(error, seconds=0.0)
 
 
 def do_nothing() -> None:
-    pass
+    """Return None: a first job, with which a pool starts its workers."""
 
 
 def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Score | str:
-    """The score, or the message of an InputError: a plain value, whatever the scorer does."""
+    """Return the score, or the message of an InputError: plain values, whatever the scorer does."""
     scorer = _scorers[number]
     if not callable(scorer):
         return scorer
@@ -105,26 +106,25 @@ def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Scor
     except InputError as error:
         return str(error)[:MAX_TRACEBACK]
     except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # how much it still holds nobody knows: a fresh worker goes on
+        os._exit(OUT_OF_MEMORY)  # how much memory is still held is unknown: a fresh worker goes on
     except BaseException as error:  # whatever a grader raises is its failure, sys.exit() too
         return _failure(error, time.perf_counter() - started)
     return Score(value=value, seconds=time.perf_counter() - started)
 
 
 def _failure(error: BaseException, seconds: float) -> Score:
-    lines = traceback.format_exception(error)
-    return Score(
-        error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        traceback="".join(lines)[-MAX_TRACEBACK:],
-        seconds=seconds,
-    )
+    text = "".join(traceback.format_exception(error))
+    return Score(error=describe_error(error), traceback=text[-MAX_TRACEBACK:], seconds=seconds)
 
 
 def check_number(value: Any) -> float | None:  # Any: whatever a user's function returns
-    """The value as a float, None as it is; RewardError for anything else. numpy's and torch's scalars are numbers."""
+    """Return a number as a float and None as it is; raise RewardError for any other value.
+
+    numpy's and torch's scalars are numbers.
+    """
     if value is None:
         return None
     number = value.item() if getattr(value, "ndim", None) == 0 else value
     if not isinstance(number, int | float) or not math.isfinite(number):
-        raise RewardError(f"returned the value {reprlib.repr(value)}; expected one finite number or None a completion")
+        raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
     return float(number)

@@ -1,6 +1,7 @@
 """Composition: a recipe's rewards become one total, errors are no bad answers, and a recipe's mistake is named."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions, check_columns
-from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.grader import Grader, ScoringConfig, score_completions
+from rekatrain.rewards.errors import RewardError, describe_error
+from rekatrain.rewards.grader import Grader, ScoringConfig
 
 PROJECT = Path(__file__).parents[2]
 
@@ -116,16 +117,15 @@ def my_rewards(tmp_path, monkeypatch):
 
 def score(functions, completions, **columns):
     size = len(completions)
-    return score_completions(
-        functions, prompts=["?"] * size, completions=completions, completion_ids=[[1]] * size, columns=columns
-    )
+    with Grader(functions) as grader:
+        return grader.score(prompts=["?"] * size, completions=completions, completion_ids=[[1]] * size, columns=columns)
 
 
 def reward(function, *, name="custom", weight=1.0):
     return RewardFunction(name=name, weight=weight, function=function, columns=())
 
 
-def test_lifting_a_scorer_equals_calling_it_one_by_one():
+def test_grader_equals_calling_a_scorer_one_by_one():
     completions, languages = ["short <sep>", "rather longer <sep>", "kurz <sep>"], ["en", "en", "de"]
     found = score(build_reward_functions({"my_rewards:brevity": {"limit": 6}}), completions, language=languages)
     import my_rewards
@@ -137,12 +137,12 @@ def test_lifting_a_scorer_equals_calling_it_one_by_one():
     assert found.by_name["my_rewards:brevity"] == one_by_one == [1.0, 0.0, None]
 
 
-def test_a_trl_function_plugs_in_unmodified():
+def test_grader_runs_a_trl_function_unmodified():
     functions = build_reward_functions({"my_rewards:trl_length": {"weight": 2, "scale": 0.5}})
     assert score(functions, ["ab", "abcd"], language=["en", "de"]).total == [2.0, 4.0]
 
 
-def test_the_total_is_the_weighted_sum_of_the_rewards_that_apply():
+def test_total_is_the_weighted_sum_of_the_rewards_that_apply():
     functions = [
         reward(lambda **_: [1.0, None, None, 0.0], name="a", weight=2.0),
         reward(lambda **_: [True, 1, None, None], name="b", weight=-0.5),
@@ -154,7 +154,7 @@ def test_the_total_is_the_weighted_sum_of_the_rewards_that_apply():
 
 
 @pytest.mark.parametrize("values", [(0.5, 1), numpy.array([0.5, 1.0]), [numpy.float32(0.5), numpy.bool_(True)]])
-def test_sequences_and_arrays_of_numbers_become_floats(values):
+def test_batch_values_of_any_sequence_become_floats(values):
     values_found = score([reward(lambda **_: values)], ["x", "y"]).total
     assert values_found == [0.5, 1.0] and all(type(value) is float for value in values_found)
 
@@ -169,12 +169,12 @@ def test_sequences_and_arrays_of_numbers_become_floats(values):
         ({"x": 1.0, "y": 2.0}, "returned dict"),
     ],
 )
-def test_what_is_no_list_with_a_value_for_each_completion_is_refused(returned, message):
+def test_batch_values_must_be_one_per_completion(returned, message):
     with pytest.raises(InputError, match=f"reward custom {message}"):
         score([reward(lambda **_: returned)], ["x", "y"])
 
 
-def test_a_broken_grader_is_an_error_that_names_it():
+def test_grader_error_names_the_reward_and_shows_its_traceback():
     def broken(**_):
         raise KeyError("solution")
 
@@ -211,12 +211,12 @@ def test_a_broken_grader_is_an_error_that_names_it():
         ({}, "at least one reward must have a weight other than 0"),
     ],
 )
-def test_a_mistake_in_the_recipe_is_named(specs, message):
+def test_build_reward_functions_names_a_mistake_in_the_recipe(specs, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         build_reward_functions(specs)
 
 
-def test_a_column_that_the_rows_lack_is_named():
+def test_check_columns_names_a_missing_column():
     functions = build_reward_functions({"reasoning_format": None, "math_answer": None})
     check_columns(functions, ["answer"])
     with pytest.raises(
@@ -227,12 +227,12 @@ def test_a_column_that_the_rows_lack_is_named():
         score(functions, ["x"])
 
 
-def test_rewards_work_without_importing_torch_or_transformers():
+def test_rewards_import_neither_torch_nor_transformers():
     code = "import sys, rekatrain.rewards; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
 
 
-def test_a_class_checks_its_options_when_the_recipe_is_read_and_is_set_up_where_it_scores():
+def test_reward_class_checks_options_early_and_is_set_up_late():
     functions = build_reward_functions({"my_rewards:Pattern": {"pattern": "^4", "value": 3, "weight": 2}})
     assert functions[0].columns == ("language",)
     assert score(functions, ["42 <sep>", "24 <sep>"], language=["en", "en"]).total == [6.0, 0.0]
@@ -244,7 +244,7 @@ def test_a_class_checks_its_options_when_the_recipe_is_read_and_is_set_up_where_
         build_reward_functions({"my_rewards:Starts": {"pattern": "4"}})
 
 
-def test_a_batch_class_is_set_up_once_and_tells_its_own_metrics():
+def test_batch_class_is_set_up_once_and_reports_metrics():
     with Grader(build_reward_functions({"my_rewards:Batch": None})) as grader:
         for _ in range(2):
             batch = {"prompts": ["?"], "completions": ["abc"], "completion_ids": [[1]], "columns": {}}
@@ -252,7 +252,7 @@ def test_a_batch_class_is_set_up_once_and_tells_its_own_metrics():
         assert grader.metrics()["my_rewards:Batch/calls"] == 2.0
 
 
-def test_coroutine_functions_run_at_the_same_time_and_under_a_time_limit():
+def test_coroutine_functions_run_together_under_a_time_limit():
     functions = build_reward_functions(
         {"my_rewards:first": None, "my_rewards:second": None, "my_rewards:endless": {"weight": 0, "timeout": 1}}
     )
@@ -263,29 +263,58 @@ def test_coroutine_functions_run_at_the_same_time_and_under_a_time_limit():
     assert [found[0].by_name[name] for name in names[:2]] == [[1.0, 1.0], [2.0, 2.0]]
 
 
-def test_a_plain_batch_function_that_hangs_ends_the_process_and_shows_where():
+def test_batch_function_that_hangs_ends_the_process_with_a_stack():
     code = """
 import time
 from rekatrain.rewards.compose import RewardFunction
-from rekatrain.rewards.grader import Grader, ScoringConfig, score_completions
+from rekatrain.rewards.grader import Grader
 def stuck_here(**_):
     time.sleep(60)
 functions = [RewardFunction(name="slow", weight=1.0, function=stuck_here, columns=(), timeout=0.5)]
-score_completions(functions, prompts=["?"], completions=["x"], completion_ids=[[1]], columns={})
+Grader(functions).score(prompts=["?"], completions=["x"], completion_ids=[[1]], columns={})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "Timeout" in done.stderr and "in stuck_here" in done.stderr
 
 
+def test_grader_logs_the_first_traceback_of_a_reward(caplog):
+    calls = []
+
+    def flaky(completions, **_):
+        calls.append(len(completions))
+        if len(calls) > 1:
+            raise KeyError("solution")
+        return [1.0] * len(completions)
+
+    batch = {"prompts": ["?"] * 4, "completions": ["x"] * 4, "completion_ids": [[1]] * 4, "columns": {}}
+    with Grader([reward(flaky)], ScoringConfig(max_error_share=1.0)) as grader:
+        scores = [grader.score(**batch) for _ in range(3)]
+    (record,) = caplog.records
+    first, *lines = record.getMessage().splitlines()
+    assert first == "reward custom failed on a completion; the traceback of this first failure:"
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "KeyError: 'solution'"
+    assert scores[0].errors == [{}] * 4
+    (error,) = {errors["custom"] for errors in scores[2].errors}
+    assert error.startswith("KeyError: 'solution' (test_compose.py, line ")
+
+
+def test_describe_error_is_one_line_with_its_place():
+    assert describe_error(RewardError("no answer\nfrom the server")) == "RewardError: no answer from the server"
+    try:
+        check_columns(None, None)
+    except TypeError as error:
+        assert re.fullmatch(r"TypeError: .* \(compose.py, line \d+\)", describe_error(error))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", numpy.ones(2), RewardError("no answer from the server")])
-def test_a_bad_value_is_an_error_of_its_completion_alone(bad):
+def test_batch_value_that_is_bad_is_an_error_of_its_completion(bad):
     found = score([reward(lambda **_: [1.0, bad, 0.5, 0.0, 0.0, 0.0])], list("uvwxyz"))
     assert found.by_name["custom"] == [1.0, None, 0.5, 0.0, 0.0, 0.0]
     assert math.isnan(found.total[1]) and found.total[0] == 1.0
     assert [list(errors) for errors in found.errors] == [[], ["custom"], [], [], [], []]
 
 
-def test_a_run_stops_where_too_large_a_share_fails_and_not_for_less():
+def test_grader_stops_above_max_error_share():
     failing = [1.0] * 15 + [math.nan] * 5
     batch = {"prompts": ["?"] * 20, "completions": ["x"] * 20, "completion_ids": [[1]] * 20, "columns": {}}
     with Grader([reward(lambda **_: failing)], ScoringConfig(max_error_share=0.25)) as grader:
@@ -298,7 +327,7 @@ def test_a_run_stops_where_too_large_a_share_fails_and_not_for_less():
         grader.score(**batch)
 
 
-def test_a_gate_must_hold_for_what_requires_it():
+def test_requires_gates_the_total():
     def gated(*gate_values, weight=0.0):
         gate = reward(lambda **_: list(gate_values), name="gate", weight=weight)
         right = RewardFunction(name="right", weight=2.0, function=lambda **_: [1.0] * 4, columns=(), requires=("gate",))
@@ -311,12 +340,12 @@ def test_a_gate_must_hold_for_what_requires_it():
 
 
 @pytest.mark.parametrize("required", ["reasoning_formt", "math_answer", ["reasoning_format", "other"]])
-def test_a_gate_that_is_no_other_reward_is_refused(required):
+def test_requires_rejects_what_is_no_other_reward(required):
     with pytest.raises(InputError, match="rewards.math_answer.requires is .* is no other reward of the recipe"):
         build_reward_functions({"reasoning_format": {"weight": 0}, "math_answer": {"requires": required}})
 
 
-def test_the_reward_that_stands_alone_disagrees_most():
+def test_disagreements_are_largest_for_a_lone_reward():
     from rekatrain.trainer.rloo.sample_command import disagreements
 
     values = {"a": [0.0, 0.0, 1.0, 1.0], "b": [0.0, 0.0, 10.0, 0.0], "same": [5.0] * 4, "none": [None] * 4}

@@ -126,11 +126,11 @@ MATH_ANSWERS = [
 
 
 @pytest.mark.parametrize(("text", "gold", "score"), MATH_ANSWERS)
-def test_a_math_answer_is_judged_by_its_value(text, gold, score):
+def test_math_answer_compares_values(text, gold, score):
     assert math_answer(parse_completion(f" {text} <sep>"), answer=gold) == score
 
 
-def test_an_answer_that_stands_only_in_the_reasoning_scores_nothing():
+def test_math_answer_ignores_the_reasoning():
     for text in (
         "<reasoning>\n42",
         r"<reasoning>\boxed{42}</reasoning> <sep>",
@@ -139,7 +139,7 @@ def test_an_answer_that_stands_only_in_the_reasoning_scores_nothing():
         assert math_answer(parse_completion(text), answer="42") == 0.0
 
 
-def test_a_gold_that_is_no_text_or_number_is_refused():
+def test_math_answer_rejects_a_gold_that_is_no_text_or_number():
     with pytest.raises(InputError, match=r"must be text or a number, not list: \[42\]"):
         math_answer(parse_completion("42"), answer=[42])
 
@@ -162,11 +162,11 @@ def test_a_gold_that_is_no_text_or_number_is_refused():
         ("", 0.0),
     ],
 )
-def test_the_format_is_one_closed_block_and_an_answer_that_ended(text, score):
+def test_reasoning_format_wants_one_closed_block_and_an_answer(text, score):
     assert reasoning_format(parse_completion(text)) == score
 
 
-def test_gsm8k_golds_earn_full_marks_and_the_next_number_none():
+def test_math_answer_gives_gsm8k_golds_full_marks():
     lines = gzip.decompress((REAL_DATA / "gsm8k_test.jsonl.gz").read_bytes()).splitlines()
     rows = [json.loads(line) for line in lines]
     golds = [row["answer"].rpartition("#### ")[2] for row in rows]
@@ -182,7 +182,7 @@ def test_gsm8k_golds_earn_full_marks_and_the_next_number_none():
 @pytest.mark.parametrize(
     "task", ["prime_factorization", "chain_sum", "countdown", "basic_arithmetic", "spell_backward"]
 )
-def test_reasoning_gym_golds_score_one_and_part_credit_scores_nothing(task):
+def test_reasoning_gym_gives_golds_full_marks_and_no_partial_ones(task):
     for entry in reasoning_gym.create_dataset(task, size=5, seed=3):
         gold = entry["answer"]
         for answer, score in [
@@ -196,7 +196,7 @@ def test_reasoning_gym_golds_score_one_and_part_credit_scores_nothing(task):
             assert found == score, answer
 
 
-def test_a_verifier_that_fails_on_its_own_gold_answer_raises():
+def test_reasoning_gym_raises_if_a_verifier_fails_on_its_gold():
     with pytest.raises(ValueError, match="invalid literal"):
         reasoning_gym_score(
             parse_completion("2 × x <sep>"),

@@ -30,7 +30,7 @@ def verdicts(source, tests=TESTS):
     return run_tests([source], tests, limits=LIMITS, isolation="namespaces")
 
 
-def test_a_program_reads_its_input_and_its_output_is_read():
+def test_run_program_passes_input_and_output():
     outcome = run("import sys\nfor line in sys.stdin: print(int(line) * 2)\nsys.exit(3)", b"1\n20\n")
     assert (outcome.ending, outcome.code, outcome.output) == ("exited", 3, b"2\n40\n")
 
@@ -67,13 +67,13 @@ def attempt(action):
         "[open(f'/tmp/{n}', 'wb').write(bytes(1 << 20)) for n in range(20)]",
     ],
 )
-def test_what_lies_outside_is_out_of_reach(action):
+def test_sandbox_hides_what_is_outside(action):
     outcome = run(attempt(action))
     # A write beyond the limit on files may also end the program by a signal.
     assert outcome.output.startswith(b"REFUSED") or (outcome.output == b"" and outcome.code != 0), outcome
 
 
-def test_a_server_on_this_machine_is_out_of_reach():
+def test_sandbox_cannot_reach_a_server_on_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         socket.create_connection(("127.0.0.1", port)).close()
@@ -81,7 +81,7 @@ def test_a_server_on_this_machine_is_out_of_reach():
     assert outcome.output == b"REFUSED OSError\n"
 
 
-def test_the_environment_and_open_files_do_not_come_along(monkeypatch):
+def test_sandbox_has_no_environment_and_no_open_files(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     with open(__file__) as file:
         os.set_inheritable(file.fileno(), True)
@@ -90,7 +90,7 @@ def test_the_environment_and_open_files_do_not_come_along(monkeypatch):
     assert outcome.output == b"['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED']\nREFUSED OSError\n"
 
 
-def test_its_folder_is_fresh_and_goes_with_it():
+def test_sandbox_folder_is_fresh_and_temporary():
     source = "import os\nprint(os.listdir('.'))\nopen('left', 'w').write('x')\nprint(open('left').read())"
     assert [run(source).output for _ in range(2)] == [b"[]\nx\n"] * 2
     assert not os.path.exists("/tmp/left")
@@ -108,7 +108,7 @@ def test_its_folder_is_fresh_and_goes_with_it():
         ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "time"),
     ],
 )  # fmt: skip
-def test_a_program_without_end_is_ended_and_leaves_nothing_behind(source, ending):
+def test_run_program_ends_an_endless_program_cleanly(source, ending):
     before, started = set(os.listdir("/proc")), time.monotonic()
     outcome = run(source, limits=Limits(seconds=1.0, output=10_000))
     assert outcome.ending == ending and time.monotonic() - started < 3.0
@@ -139,13 +139,13 @@ def _is_jail(pid):
         "9**9**9",
     ],
 )
-def test_a_program_that_lashes_out_hits_itself(source):
+def test_run_program_confines_hostile_programs(source):
     outcome = run(source, limits=Limits(seconds=2.0, output=10_000))
     assert outcome.ending in ("exited", "time")
     assert run("print('fine')").output == b"fine\n"
 
 
-def test_right_code_passes_and_wrong_code_fails_the_tests_that_it_fails():
+def test_run_tests_reports_each_test():
     assert verdicts(GOOD) == [True, True]
     assert verdicts("def double(x): return 4") == [True, False]
     assert verdicts("def double(x): return x +") == [False, False]
@@ -190,11 +190,11 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("trick", FORGERIES)
-def test_a_pass_cannot_be_forged(trick):
+def test_run_tests_cannot_be_tricked_into_a_pass(trick):
     assert verdicts(FORGERIES[trick]) == [False, False]
 
 
-def test_the_tests_names_are_their_own():
+def test_run_tests_keeps_the_names_of_the_tests():
     tests = {**TESTS, "asserts": ["assert math.isclose(half(3), 1.5)", "assert isinstance(half(2), float)"]}
     assert verdicts("def half(x): return x / 2", tests) == [True, True]
     forged = "class math:\n  isclose = lambda *a: True\ndef isinstance(*a): return True\ndef half(x): return None"
@@ -206,7 +206,7 @@ def test_the_tests_names_are_their_own():
     assert verdicts("def helper(x): return 0\ndef inc(x): return 0\ndef check(f): pass", tests) == [False]
 
 
-def test_values_cross_as_what_they_are():
+def test_run_tests_passes_values_of_all_plain_types():
     values = [
         "None", "True", "-(10 ** 50)", "0.1", "float('inf')", "1 + 2j", "b'\\xff'", "'\\ud800é'", "(1, [2, {3}])",
         "{(1, 2): frozenset('a')}", "range(1, 9, 2)", "int", "collections.deque([1])", "collections.Counter('aab')",
@@ -218,7 +218,7 @@ def test_values_cross_as_what_they_are():
     assert verdicts(source, tests) == [True] * len(values)
 
 
-def test_objects_of_the_solution_are_called_and_changed_by_the_tests():
+def test_run_tests_uses_objects_of_the_solution():
     source = (
         "class Node:\n  def __init__(self, v): self.v, self.next = v, None\n"
         "def total(n): return n.v + (total(n.next) if n.next else 0)"
@@ -227,7 +227,7 @@ def test_objects_of_the_solution_are_called_and_changed_by_the_tests():
     assert verdicts(source, tests) == [True]
 
 
-def test_sandboxes_run_side_by_side():
+def test_sandboxes_run_at_the_same_time():
     found = []
     threads = [threading.Thread(target=lambda: found.append(verdicts(GOOD))) for _ in range(8)]
     for thread in threads:
@@ -237,7 +237,7 @@ def test_sandboxes_run_side_by_side():
     assert found == [[True, True]] * 8
 
 
-def test_a_sandbox_that_cannot_be_made_is_an_error_and_no_bad_answer(monkeypatch):
+def test_sandbox_that_cannot_start_is_a_reward_error(monkeypatch):
     monkeypatch.setattr("rekatrain.rewards.code.sandbox._visible", lambda: ["/no/such/folder"])
     with pytest.raises(RewardError, match="the sandbox could not be made: No such file or directory: /no/such/folder"):
         run("print(1)")
@@ -245,7 +245,7 @@ def test_a_sandbox_that_cannot_be_made_is_an_error_and_no_bad_answer(monkeypatch
         verdicts(GOOD)
 
 
-def test_isolation_that_the_machine_cannot_give_is_refused(monkeypatch):
+def test_check_isolation_rejects_what_the_machine_cannot_provide(monkeypatch):
     from rekatrain.data.errors import InputError
 
     monkeypatch.setattr("rekatrain.rewards.code.sandbox._problem", lambda isolation: "Operation not permitted: unshare")

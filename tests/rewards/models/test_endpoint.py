@@ -30,7 +30,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_BACK_OFF", lambda state: 0.0)
 
 
-def test_answers_come_in_the_order_of_the_requests(serve) -> None:
+def test_post_all_keeps_the_order_of_the_requests(serve) -> None:
     def answer(path: str, body: dict) -> tuple[int, dict]:
         time.sleep(0.05 * (3 - body["n"]))
         return 200, {"n": body["n"]}
@@ -40,14 +40,14 @@ def test_answers_come_in_the_order_of_the_requests(serve) -> None:
     assert server.paths == ["/it"] * 3 and server.most_at_once > 1
 
 
-def test_no_more_requests_are_in_flight_than_allowed(serve) -> None:
+def test_post_all_bounds_the_requests_in_flight(serve) -> None:
     server = serve(lambda path, body: time.sleep(0.02) or (200, {}))
     post(make(server.url, concurrency=3), *[{}] * 20)
     assert server.most_at_once == 3
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_passing_failure_is_asked_again(serve, status: int) -> None:
+def test_post_all_retries_a_transient_failure(serve, status: int) -> None:
     def answer(path: str, body: dict) -> tuple[int, dict]:
         return (status, {"why": "busy"}) if len(server.bodies) < 3 else (200, {"ok": True})
 
@@ -57,7 +57,7 @@ def test_a_passing_failure_is_asked_again(serve, status: int) -> None:
     assert (client.num_requests, client.num_retries) == (3, 2)
 
 
-def test_a_server_that_stays_down_is_an_error_of_its_requests_alone(serve) -> None:
+def test_post_all_returns_an_error_for_a_failed_request_alone(serve) -> None:
     server = serve(lambda path, body: (500, {"why": "down"}) if body["n"] else (200, {"n": 0}))
     client = make(server.url)
     good, bad = post(client, {"n": 0}, {"n": 1})
@@ -66,19 +66,19 @@ def test_a_server_that_stays_down_is_an_error_of_its_requests_alone(serve) -> No
     assert client.num_requests == 1 + 4
 
 
-def test_nobody_listening_is_an_error_and_not_an_exception() -> None:
+def test_post_all_returns_an_error_if_nobody_listens() -> None:
     (error,) = post(make("http://127.0.0.1:9"), {})
     assert isinstance(error, RewardError) and "cannot be reached: ConnectError" in str(error)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_refusal_is_not_asked_again(serve, status: int) -> None:
+def test_post_all_does_not_retry_a_rejected_request(serve, status: int) -> None:
     server = serve(lambda path, body: (status, {"why": "no"}))
     (error,) = post(make(server.url), {})
     assert isinstance(error, RewardError) and len(server.bodies) == 1
 
 
-def test_the_server_says_how_long_to_wait(serve) -> None:
+def test_post_all_waits_as_retry_after_says(serve) -> None:
     def answer(path: str, body: dict) -> tuple:
         times.append(time.monotonic())
         return (429, {}, {"Retry-After": "0.3"}) if len(times) == 1 else (200, {})
@@ -88,7 +88,7 @@ def test_the_server_says_how_long_to_wait(serve) -> None:
     assert 0.3 <= times[1] - times[0] < 2
 
 
-def test_a_server_that_never_answers_is_left_in_time(serve) -> None:
+def test_post_all_stops_waiting_at_the_time_limit(serve) -> None:
     release = threading.Event()
     server = serve(lambda path, body: release.wait(10) and (200, {}) or (200, {}))
     started = time.monotonic()
@@ -99,7 +99,7 @@ def test_a_server_that_never_answers_is_left_in_time(serve) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not JSON", b"[1]", b'"text"', b""])
-def test_an_answer_that_is_no_object_is_an_error(serve, content: bytes) -> None:
+def test_post_all_returns_an_error_for_a_reply_without_an_object(serve, content: bytes) -> None:
     (error,) = post(make(serve(lambda path, body: (200, content)).url), {})
     assert isinstance(error, RewardError) and "no JSON object" in str(error)
 
@@ -107,7 +107,7 @@ def test_an_answer_that_is_no_object_is_an_error(serve, content: bytes) -> None:
 # Secrets
 
 
-def test_the_key_is_sent_and_neither_kept_nor_shown(serve, monkeypatch, caplog) -> None:
+def test_api_key_is_sent_but_neither_kept_nor_shown(serve, monkeypatch, caplog) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
 
     def answer(path: str, body: dict) -> tuple[int, dict]:  # a server that tells the key back
@@ -122,21 +122,21 @@ def test_the_key_is_sent_and_neither_kept_nor_shown(serve, monkeypatch, caplog) 
     assert KEY not in f"{error!r} {vars(client)} {caplog.text}"
 
 
-def test_a_key_that_is_not_there_is_told_before_anything_is_sent(monkeypatch) -> None:
+def test_api_key_that_is_not_set_is_reported_first(monkeypatch) -> None:
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(InputError, match="environment variable MY_KEY"):
         make("http://127.0.0.1:9", api_key_env="MY_KEY")
 
 
 @pytest.mark.parametrize("url", [f"http://user:{KEY}@host", f"http://host/v1?api-key={KEY}", f"http://host/#{KEY}"])
-def test_a_url_cannot_hold_a_secret(url: str) -> None:
+def test_url_with_a_secret_is_rejected(url: str) -> None:
     with pytest.raises(InputError, match="secrets come from the environment") as caught:
         make(url)
     assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", "", "http://[::1"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_url_that_is_none_is_rejected(url: str) -> None:
     with pytest.raises(InputError, match="URL"):
         make(url)
 

@@ -30,7 +30,7 @@ def numbered(make: object, values: list) -> dict:
     return {"object": "list", "data": items[::-1]}  # in no order: the index counts
 
 
-def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None:
+def test_classify_sends_rendered_answers_and_returns_raw_outputs(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [9.0, v]}, [0.5, -1.0, 2.0])))
     values = score(server.url, route="classify", model="rm", label=1, mean=0.5, std=0.5, use_activation=False)
     assert values == [0.0, -3.0, 3.0]
@@ -38,34 +38,34 @@ def test_classify_gets_the_rendered_answers_and_gives_raw_outputs(serve) -> None
     assert server.bodies == [{"model": "rm", "use_activation": False, "input": TEXTS}]
 
 
-def test_the_reasoning_is_judged_where_it_is_asked_for(serve) -> None:
+def test_remote_reward_model_sends_the_reasoning_if_requested(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [v]}, [0.5, -1.0, 2.0])))
     score(server.url, route="classify", reasoning=True)
     thoughtful = "human: Bye <sep> assistant: <reasoning>\nSecret.\n</reasoning>\n\nSee you <sep>"
     assert server.bodies[0]["input"] == [TEXTS[0], thoughtful, TEXTS[2]]
 
 
-def test_pooling_takes_the_last_token_of_a_model_that_scores_all(serve) -> None:
+def test_pooling_reads_the_last_token_of_a_token_classifier(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"data": v}, [[0.5], [[7.0], [1.5]], [2.0]])))
     assert score(server.url, route="pooling") == [0.5, 1.5, 2.0]
     assert "model" not in server.bodies[0]
 
 
-def test_score_gets_question_and_answer(serve) -> None:
+def test_score_route_sends_question_and_answer(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"score": v}, [0.1, 0.2, 0.3])))
     assert score(server.url, route="score") == [0.1, 0.2, 0.3]
     assert server.bodies[0]["text_1"] == ["Hi", "Bye", "Hm"]
     assert server.bodies[0]["text_2"] == ["Hello!", "See you", "< |im_end|>assistant: 10"]
 
 
-def test_the_servers_own_template_gets_messages_one_by_one(serve) -> None:
+def test_chat_template_sends_messages_one_request_each(serve) -> None:
     server = serve(lambda path, body: (200, numbered(lambda v: {"probs": [v]}, [len(body["messages"][1]["content"])])))
     assert score(server.url, route="classify", template="chat_template") == [6.0, 7.0, 24.0]
     first = min(server.bodies, key=lambda body: len(body["messages"][1]["content"]))
     assert first["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 
 
-def test_the_plain_contract(serve) -> None:
+def test_http_route_follows_the_json_contract(serve) -> None:
     server = serve(lambda path, body: (200, {"scores": [1, None, {"error": "no idea"}]}))
     first, second, third = score(f"{server.url}/judge", route="http")
     assert (first, second) == (1.0, None)
@@ -76,7 +76,7 @@ def test_the_plain_contract(serve) -> None:
     assert server.bodies[0]["messages"][1] == [{"role": "user", "content": "Bye"}]
 
 
-def test_batches_are_put_together_again_and_one_that_fails_fails_alone(serve) -> None:
+def test_batches_fail_alone_and_keep_their_order(serve) -> None:
     def answer(path: str, body: dict) -> tuple[int, dict]:
         return (400, {}) if "Bye" in body["prompts"][0] else (200, {"scores": [len(body["answers"][0])]})
 
@@ -84,7 +84,7 @@ def test_batches_are_put_together_again_and_one_that_fails_fails_alone(serve) ->
     assert (first, third) == (6.0, 23.0) and isinstance(second, RewardError)
 
 
-def test_one_row_that_a_server_refuses_costs_its_batch_nothing(serve) -> None:
+def test_a_rejected_answer_does_not_cost_its_batch(serve) -> None:
     def answer(path: str, body: dict) -> tuple[int, dict]:
         refused = any("Bye" in text for text in body["input"])
         return (400, {}) if refused else (200, numbered(lambda v: {"probs": [v]}, [len(t) for t in body["input"]]))
@@ -99,12 +99,12 @@ def test_one_row_that_a_server_refuses_costs_its_batch_nothing(serve) -> None:
     "answer",
     [{}, {"scores": [1, 2]}, {"scores": "123"}, {"scores": [True, "1", math.nan]}, {"scores": [[1], {}, math.inf]}],
 )
-def test_an_answer_that_is_no_score_is_an_error_and_never_a_zero(serve, answer: dict) -> None:
+def test_reply_without_a_score_is_an_error_and_never_0(serve, answer: dict) -> None:
     values = score(serve(lambda path, body: (200, answer)).url, route="http")
     assert len(values) == 3 and all(isinstance(value, RewardError) for value in values)
 
 
-def test_errors_are_counted_and_the_others_stand(serve) -> None:
+def test_grader_counts_remote_errors_and_keeps_the_other_scores(serve) -> None:
     server = serve(lambda path, body: (200, {"scores": [1.0, {"error": "no idea"}, 3.0]}))
     functions = build_reward_functions({"remote_reward_model": {"url": server.url, "route": "http", "weight": 2}})
     with Grader(functions) as grader:

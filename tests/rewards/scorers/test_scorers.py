@@ -44,11 +44,11 @@ def answered(text):
         ("Paris", [], None),
     ],
 )
-def test_exact_match(text, gold, score):
+def test_exact_match_scores(text, gold, score):
     assert exact_match(answered(text), answer=gold) == score
 
 
-def test_exact_match_minds_case_where_asked():
+def test_exact_match_respects_case_with_ignore_case_false():
     assert exact_match(answered("paris"), answer="Paris", ignore_case=False) == 0.0
 
 
@@ -73,11 +73,11 @@ def test_exact_match_minds_case_where_asked():
         ("5", None, None),
     ],
 )
-def test_numeric_close(text, gold, score):
+def test_numeric_close_scores(text, gold, score):
     assert numeric_close(answered(text), answer=gold) == score
 
 
-def test_the_tolerance_is_the_recipes():
+def test_numeric_close_uses_the_tolerances_of_the_recipe():
     assert numeric_close(answered("10.0"), answer=9.8, rel_tol=0.05) == 1.0
     assert numeric_close(answered("0.001"), answer=0, abs_tol=0.01) == 1.0
 
@@ -111,16 +111,16 @@ def test_the_tolerance_is_the_recipes():
         ("", 0.0),
     ],
 )
-def test_multiple_choice(text, score):
+def test_multiple_choice_scores(text, score):
     assert multiple_choice(answered(text), choice="B") == score
 
 
-def test_a_row_without_a_letter_has_no_choice_to_grade():
+def test_multiple_choice_is_none_without_a_letter_in_the_row():
     assert multiple_choice(answered("B"), choice=None) is None
     assert multiple_choice(answered("B"), choice="Paris") is None
 
 
-def test_regex_and_json_schema():
+def test_regex_and_json_schema_score_the_whole_answer_or_a_part():
     assert Regex(pattern=r"^\d+$")(answered("42")) == 1.0
     assert Regex(pattern=r"\d+", whole=True)(answered("42 or so")) == 0.0
     schema = {
@@ -145,7 +145,7 @@ def test_regex_and_json_schema():
     assert (strict(answered('So: \n```\n{"a": 1}\n```')), lenient(answered('So: \n```\n{"a": 1}\n```'))) == (0.0, 1.0)
 
 
-def test_length_is_counted_in_tokens():
+def test_length_counts_tokens():
     overlong, cosine = Length(max_length=100, buffer=20), Length(max_length=100, shape="cosine")
     ids = [[0] * length for length in (0, 80, 90, 100, 200)]
     texts = ["x"] * 5
@@ -155,7 +155,7 @@ def test_length_is_counted_in_tokens():
     )
 
 
-def test_repetition_grows_with_what_is_said_again():
+def test_repetition_falls_with_repeated_words():
     fresh = "one two three four five six seven eight nine ten"
     assert repetition(answered(fresh)) == 0.0
     assert repetition(answered("so it goes on " * 100)) < -0.95
@@ -163,7 +163,7 @@ def test_repetition_grows_with_what_is_said_again():
     assert repetition(answered("")) == 0.0
 
 
-def test_language_looks_at_thought_and_answer_and_past_mathematics():
+def test_language_reads_reasoning_and_answer_but_no_formulas():
     language = Language()
     language.setup()
     english = "Okay, so we need to find the sum of both numbers, which is easy."
@@ -197,7 +197,7 @@ def test_language_looks_at_thought_and_answer_and_past_mathematics():
         (lambda: is_followed("punctuation:no_comma", {"x": 1}, "x"), "cannot have the options"),
     ],
 )
-def test_a_wrong_option_is_told_when_the_recipe_is_read(make, message):
+def test_scorers_reject_a_wrong_option_when_they_are_made(make, message):
     with pytest.raises(InputError, match=message):
         make()
 
@@ -241,16 +241,16 @@ INSTRUCTIONS = [
 
 
 @pytest.mark.parametrize(("name", "options", "followed", "broken"), INSTRUCTIONS)
-def test_each_instruction_is_followed_by_one_text_and_broken_by_another(name, options, followed, broken):
+def test_is_followed_accepts_one_text_and_rejects_another(name, options, followed, broken):
     options_of_the_hub = {**options, "unused": None}  # its rows have every key, most of them null
     assert is_followed(name, options_of_the_hub, followed) and not is_followed(name, options_of_the_hub, broken)
 
 
-def test_all_25_kinds_are_there():
+def test_instructions_cover_all_25_kinds_of_ifeval():
     assert len(CHECKS) == 25 and {name for name, *_ in INSTRUCTIONS} == set(CHECKS)
 
 
-def test_instructions_are_judged_together_and_an_empty_answer_follows_none():
+def test_instruction_following_rejects_an_empty_answer():
     columns = {"instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, None]}
     strict, partial = InstructionFollowing(), InstructionFollowing(partial_credit=True)
     assert (strict(answered("<<T>>"), **columns), strict(answered("T"), **columns)) == (1.0, 0.0)
@@ -271,7 +271,7 @@ def test_instructions_are_judged_together_and_an_empty_answer_follows_none():
         ("What?! Really...", 2),
     ],
 )
-def test_sentences_are_counted_by_their_ends(text, count):
+def test_count_sentences_counts_end_marks(text, count):
     assert count_sentences(text) == count
 
 
@@ -286,13 +286,13 @@ def code_tests():
         pytest.skip(str(error))
 
 
-def test_code_is_taken_from_the_last_block_of_python():
+def test_extract_code_takes_the_last_python_block():
     assert extract_code("```python\na\n```\n```py\nb\n```\n```json\n{}\n```") == "b\n"
     assert extract_code("x = 1") == "x = 1"
     assert extract_code("```\nx = 1\n```") == "x = 1\n"
 
 
-def test_unit_tests_and_programs(code_tests):
+def test_code_tests_run_unit_tests_and_programs(code_tests):
     add, wrong = "```python\ndef add(a, b):\n    return a + b\n```", "```python\ndef add(a, b):\n    return 3\n```"
     asserts = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
     assert (code_tests(answered(add), tests=asserts), code_tests(answered(wrong), tests=asserts)) == (1.0, 0.0)
@@ -308,7 +308,7 @@ def test_unit_tests_and_programs(code_tests):
 @pytest.mark.parametrize(
     "tests", ["assert True", [1], {"asserts": []}, {"asserts": ["x"], "tset": ""}, [{"input": "1"}], {"setup": "x"}]
 )
-def test_tests_that_are_none_are_refused(code_tests, tests):
+def test_code_tests_reject_a_column_that_holds_no_tests(code_tests, tests):
     with pytest.raises(InputError, match="the column tests"):
         code_tests(answered("x = 1"), tests=tests)
 
@@ -320,7 +320,7 @@ def golds(path, **options):
     return [(row, render_completion(None, row.messages[-1]["content"])) for row in load_rows(str(path), **options).rows]
 
 
-def test_svamp_golds_earn_full_marks():
+def test_math_answer_gives_svamp_golds_full_marks():
     rows = golds(REAL_DATA / "svamp.jsonl.gz", format="svamp")
     assert len(rows) == 1_000
     for row, text in rows:
@@ -328,7 +328,7 @@ def test_svamp_golds_earn_full_marks():
 
 
 @pytest.mark.parametrize("name", ["mbpp", "humaneval"])
-def test_golds_of_code_earn_full_marks(code_tests, name):
+def test_code_tests_give_gold_code_full_marks(code_tests, name):
     # Each costs two processes: every tenth here.
     rows = golds(REAL_DATA / f"{name}.jsonl.gz", format=name)[::10]
     assert len(rows) >= 16
@@ -336,7 +336,7 @@ def test_golds_of_code_earn_full_marks(code_tests, name):
     assert not failed
 
 
-def test_a_body_alone_completes_a_humaneval_prompt(code_tests):
+def test_code_tests_accept_a_function_body_for_humaneval(code_tests):
     with gzip.open(REAL_DATA / "humaneval.jsonl.gz") as lines:
         records = [json.loads(line) for line in lines]
     rows = golds(REAL_DATA / "humaneval.jsonl.gz", format="humaneval")
@@ -345,7 +345,7 @@ def test_a_body_alone_completes_a_humaneval_prompt(code_tests):
         assert code_tests(parse_completion(render_completion(None, body)), **row.columns) == 1.0, row.where
 
 
-def test_ifeval_rows_are_judged_and_an_answer_made_to_follow_them_earns_full_marks():
+def test_instruction_following_grades_ifeval_rows():
     rows = load_rows(str(REAL_DATA / "ifeval.jsonl.gz"), format="prompt_answer").rows
     columns = [{key: row.columns[key] for key in ("instruction_id_list", "kwargs")} for row in rows]
     assert {name for given in columns for name in given["instruction_id_list"]} == set(CHECKS)

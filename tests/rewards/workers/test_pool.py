@@ -93,12 +93,12 @@ DANGERS = {
     "memory": "out of memory",
     "raise": "KeyError: 'solution'",
     "system exit": "SystemExit",
-    "nan": "RewardError: returned the value nan",
-    "text": "RewardError: returned the value '0.5'",
+    "nan": "RewardError: returned nan",
+    "text": "RewardError: returned '0.5'",
 }
 
 
-def test_a_grader_that_fails_fails_alone():
+def test_pool_failure_is_an_error_of_its_completion_alone():
     answers = [word for danger in DANGERS for word in ("fine", danger, "fine", "fine", "fine", "fine")]
     functions = build_reward_functions({"graders:dangerous": {"timeout": 0.5}, "graders:length": {"weight": 0.0}})
     with Grader(functions, ScoringConfig(num_workers=2)) as grader:
@@ -116,7 +116,7 @@ def test_a_grader_that_fails_fails_alone():
         assert grader.metrics()["seconds/graders:dangerous"] > 2 * 3 * 0.5
 
 
-def test_what_the_user_can_mend_stops_at_once_and_a_missing_module_of_the_workers_too(tmp_path):
+def test_pool_raises_an_input_error_of_a_scorer(tmp_path):
     from rekatrain.data.errors import InputError
 
     with (
@@ -126,7 +126,7 @@ def test_what_the_user_can_mend_stops_at_once_and_a_missing_module_of_the_worker
         grader.score(**batch(["x"]))
 
 
-def test_a_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
+def test_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
     import torch  # noqa: F401  # as in the training process
 
     path = str(tmp_path / "told")
@@ -137,7 +137,7 @@ def test_a_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
     assert str(os.getpid()) not in {line[0] for line in told}
 
 
-def test_completions_are_scored_while_others_are_still_written(tmp_path):
+def test_submit_scores_while_others_are_still_sampled(tmp_path):
     path = tmp_path / "told"
     with Grader(build_reward_functions({"graders:tell": None})) as grader:
         jobs = grader.submit("x <sep>", {"path": str(path)})
@@ -147,7 +147,7 @@ def test_completions_are_scored_while_others_are_still_written(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_submitted_or_not_the_scores_are_the_same():
+def test_submit_does_not_change_the_scores():
     functions = build_reward_functions({"graders:length": {"offset": 2}, "reasoning_format": {"weight": 0.5}})
     answers = [f"{'x' * n}" for n in range(1, 9)]
     with Grader(functions) as grader:
@@ -158,7 +158,7 @@ def test_submitted_or_not_the_scores_are_the_same():
     assert whole.by_name["graders:length"] == [float(n + 2) for n in range(1, 9)]
 
 
-def test_a_lifted_scorer_is_a_trl_function():
+def test_lifted_scorer_is_a_trl_function():
     (function,) = build_reward_functions({"graders:length": None})
     assert function.function(prompts=["?"] * 2, completions=["ab <sep>", "c <sep>"], other=[1, 2]) == [2.0, 1.0]
     (function,) = build_reward_functions({"graders:dangerous": {"timeout": 0.5}})
@@ -167,7 +167,7 @@ def test_a_lifted_scorer_is_a_trl_function():
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_the_training_process(tmp_path, ended_by):
+def test_worker_never_outlives_the_training_process(tmp_path, ended_by):
     code = """
 import signal
 from rekatrain.rewards.compose import build_reward_functions
@@ -203,7 +203,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.05)
 
 
-def test_hanging_graders_do_not_hold_up_the_others():
+def test_pool_hanging_grader_does_not_delay_the_others():
     """One hang in a hundred costs its time limit once, not for each completion behind it."""
     answers = ["fine"] * 99 + ["sleep"] + ["fine"] * 100
     functions = build_reward_functions({"graders:dangerous": {"timeout": 1.0}})
