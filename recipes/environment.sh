@@ -1,5 +1,5 @@
-# Sourced by recipes/quickstart.sh and tests/run.sh: makes .venv, installs the project with one extra ($1), activates it.
-# Tested versions come from tests/constraints.txt; a second call with nothing changed takes no time.
+# Sourced by recipes/quickstart.sh and tests/run.sh: make .venv, install the project with one extra ($1), activate it.
+# Versions are those of tests/constraints.txt. A second call installs nothing if nothing has changed.
 if [ ! -x .venv/bin/python ]; then
     python3 -m venv .venv
     .venv/bin/pip install --quiet --disable-pip-version-check --upgrade pip

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # From nothing to a served RLOO policy, on two CPU cores:  bash recipes/quickstart.sh
 #
-# Fetches a real model (SmolLM2-135M), measures it, trains it by SFT and RLOO to add two numbers in the Reka format,
-# exports it, measures again and lets the exported folder answer. Everything goes to runs/quickstart. Interrupted, it
-# goes on where it was when started again; to start over, delete that folder.
+# Fetch a real model (SmolLM2-135M), measure it, train it by SFT and RLOO to add two numbers in the Reka format, export
+# it, measure again, and print answers of the exported folder. All files are in runs/quickstart. If it was interrupted,
+# start it again to continue; delete that folder to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$(date +%s)
 source recipes/environment.sh quickstart
 
-# glibc gives every large block back to the kernel, which then clears it page by page for the next matrix product.
+# glibc returns every large block to the kernel, which clears it page by page for the next matrix product.
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000
 export HF_HUB_OFFLINE=1
 
 out=runs/quickstart
 say() { printf '\n== %s (minute %d)\n' "$1" $((($(date +%s) - started) / 60)); }
-measure() { # NAME MODEL: held-out accuracy, unless it is known already
+measure() { # NAME MODEL: measure held-out accuracy, unless the result is there
     [ -f "$out/$1.json" ] || rekatrain evaluate recipes/smollm2/rloo.yaml \
         model.pretrained_model_name_or_path="$2" --out "$out/$1.json"
 }
@@ -37,6 +37,6 @@ say "RLOO: the answers"
     rekatrain export "$out/rloo" "$out/rloo-export"
 }
 measure rloo "$out/rloo-export"
-say "what came of it"
+say "results"
 python recipes/smollm2/summary.py "$out"
-say "done"
+say "done: the run is in $out/rloo, the exported model in $out/rloo-export"

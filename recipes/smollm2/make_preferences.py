@@ -1,4 +1,4 @@
-"""Write 1,100 preferences for the polite of two answers, split by prompt, as JSONL.
+"""Write 1,100 preferences for the more polite of two answers, split by prompt, as JSONL.
 
     python recipes/smollm2/make_preferences.py runs/politeness
 
@@ -17,14 +17,16 @@ URL = (
     "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json"
 )
 SHA256 = "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e"
-SHARE_HELD_OUT = 0.2
+FRACTION_HELD_OUT = 0.2
 
 
 def main() -> None:
-    """Write train.jsonl and held_out.jsonl."""
+    """Download the pairs, and write train.jsonl and held_out.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the two files go")
-    parser.add_argument("--source", default=URL, help="a URL or file:// of the JSON file (default: its home)")
+    parser.add_argument("folder", type=Path, help="folder for the two files")
+    parser.add_argument(
+        "--source", default=URL, help="URL of the JSON file, such as file:///tmp/pairs.json (default: GitHub)"
+    )
     options = parser.parse_args()
     with urllib.request.urlopen(options.source) as response:
         text = response.read()
@@ -32,7 +34,7 @@ def main() -> None:
         parser.error(f"{options.source} is not the expected file: its sha256 is {hashlib.sha256(text).hexdigest()}")
     rows = [row for row in json.loads(text) if row["chosen"] != row["rejected"]]  # six pairs prefer neither
     prompts = sorted({(row["instruction"], row["input"]) for row in rows})
-    held_out = set(random.Random(0).sample(prompts, round(len(prompts) * SHARE_HELD_OUT)))
+    held_out = set(random.Random(0).sample(prompts, round(len(prompts) * FRACTION_HELD_OUT)))
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, is_held_out in (("train", False), ("held_out", True)):
         part = [row for row in rows if ((row["instruction"], row["input"]) in held_out) == is_held_out]

@@ -1,4 +1,4 @@
-"""Write the quickstart's SFT rows: worked sums, as messages JSONL.
+"""Write the SFT rows of the quickstart: worked sums, as JSONL of messages.
 
 python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
 """
@@ -11,15 +11,15 @@ from ruamel.yaml import YAML
 
 from rekatrain.data.sources import load_rows
 
-# The rows that RLOO trains on, so that what is held out from RLOO is held out from SFT too.
+# SFT takes rows of the same data set, so that the held-out rows of RLOO are held out from SFT too.
 RLOO_RECIPE = Path(__file__).parent / "rloo.yaml"
 NUM_ROWS = 512
 
 
 def main() -> None:
-    """Write the file."""
+    """Write worked sums that are not in the held-out rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="where the rows go")
+    parser.add_argument("file", type=Path, help="JSONL file to write")
     file = parser.parse_args().file
     recipe = YAML(typ="safe", pure=True).load(RLOO_RECIPE)
     held_out = {row.messages[0]["content"] for row in load_rows(**recipe["eval_dataset"]).rows}

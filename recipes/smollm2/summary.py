@@ -1,9 +1,9 @@
-"""Show what the quickstart came to: accuracies with their intervals, and three answers of the exported folder.
+"""Print the results of the quickstart: accuracies with intervals, and three answers of the exported folder.
 
     python recipes/smollm2/summary.py runs/quickstart
 
-The answers come from transformers' own `generate`, with nothing of this project in between: chat template, stop and
-tokenizer are those of the exported folder.
+The answers come from `generate` of transformers, without code of this project: chat template and tokenizer are those of
+the exported folder.
 """
 
 import json
@@ -31,7 +31,7 @@ def main() -> None:
         question = answer["prompt"].removeprefix("human: ").removesuffix(" <sep> assistant:")
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        # A turn ends with a text, which is no token: transformers needs the tokenizer to look for it.
+        # A turn ends with a text, not with a token: transformers needs the tokenizer to search for it.
         output = model.generate(
             **prompt, stop_strings=["<sep>"], tokenizer=tokenizer, max_new_tokens=64, do_sample=False
         )

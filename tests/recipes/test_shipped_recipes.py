@@ -1,17 +1,17 @@
-"""Every shipped recipe of CPU size trains for two steps, on a tiny model in the place of its own."""
+"""Every shipped recipe of CPU size trains for two steps, with a tiny model instead of its own."""
 
 import json
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.plan.machine import launched
+from rekatrain.trainer.plan.machine import current_launch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.run_folder import STATE_FILE
-from transformers import PreTrainedTokenizerFast
-
 from tests.conftest import tiny_llama
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "smollm2"
@@ -21,11 +21,11 @@ TRAINED = [path for path in RECIPES if path.stem != "sft-qlora"]
 
 @pytest.fixture(scope="module")
 def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows that the recipes name, as their own scripts write them or like those, and a model."""
+    """A folder with a model, and with rows where the recipes look for them, as their scripts write them."""
     folder = tmp_path_factory.mktemp("shipped")
     model = tiny_llama(tokenizer)
     model.resize_token_embeddings(len(tokenizer))
-    model.config.max_position_embeddings = 1024  # a tokenizer of 300 ids makes many of a row
+    model.config.max_position_embeddings = 1024  # a row is long in a tokenizer of 300 ids
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [
@@ -45,7 +45,7 @@ def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_the_small_recipes_are_those_of_the_large_model() -> None:
+def test_recipes_of_both_models_have_the_same_names() -> None:
     large = {path.stem for path in (FOLDER.parent / "reka-flash-3").glob("*.yaml")}
     same = {"sft": "sft-full", "rloo": "rloo-full"}
     assert {same.get(path.stem, path.stem) for path in RECIPES} == large
@@ -53,7 +53,7 @@ def test_the_small_recipes_are_those_of_the_large_model() -> None:
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
-def test_a_recipe_trains_for_two_steps(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_trains_for_two_steps(path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     stage = load_recipe(path).stage
     out = workspace / "out" / path.stem
@@ -71,6 +71,6 @@ def test_a_recipe_trains_for_two_steps(path: Path, workspace: Path, monkeypatch:
     assert state["global_step"] == 2
 
 
-def test_qlora_is_refused_without_a_gpu() -> None:
+def test_qlora_recipe_is_rejected_without_a_gpu() -> None:
     with pytest.raises(InputError, match="needs a GPU"):
-        make_plan(load_recipe(FOLDER / "sft-qlora.yaml"), launched())
+        make_plan(load_recipe(FOLDER / "sft-qlora.yaml"), current_launch())
