@@ -1,9 +1,9 @@
-"""The inside of the sandbox: confines this process, then runs the program it was given. Started by sandbox.py only.
+"""The inside of the sandbox: confine this process, then run a job in it. Started by sandbox.py only.
 
     python -I -S -B jail.py JOB_FD STATUS_FD [CHANNEL_FD ...]
 
-A first process makes the namespaces and waits; a second one, alone in them, gives up every right and runs the code.
-The files that it can see are the interpreter's, read only, and one small folder in memory, which goes when it ends.
+A first process makes the namespaces and waits; a second one, alone in them, gives up all rights and runs the code.
+It sees the interpreter's files, read only, and one small folder in memory, which is gone when it ends.
 """
 
 import ctypes
@@ -36,19 +36,19 @@ def main() -> None:
 
     del sys.path[0]
     try:
-        pid = shut_in(job)
+        pid = confine(job)
     except OSError as error:
         os.write(status_fd, f"{error.strerror}: {error.filename}".encode())
         os._exit(1)
     os.close(status_fd)
-    if pid:  # the first process: what it waits for dies with it
+    if pid:  # the first process; the second one dies with it
         _, status = os.waitpid(pid, 0)
         os._exit(os.waitstatus_to_exitcode(status) % 256)
     jail_jobs.run(job, channels)
 
 
-def shut_in(job: dict) -> int:
-    """Fork the process that is shut in; returns its id outside and 0 inside."""
+def confine(job: dict) -> int:
+    """Fork the confined process; return its id outside and 0 inside."""
     is_root = os.geteuid() == 0
     if job["isolation"] == "namespaces":
         if is_root:
@@ -66,7 +66,7 @@ def shut_in(job: dict) -> int:
     if pid:
         return pid
     if is_root:
-        # An id that nothing else has: the limit on processes counts by it, and it may signal nobody.
+        # A user id that nothing else has: the limit on processes counts by user, and only its own can be signaled.
         own = 1_000_000 + job["number"] % 1_000_000
         if job["isolation"] == "rlimits":
             os.chown(job["folder"], own, own)
@@ -89,10 +89,10 @@ def shut_in(job: dict) -> int:
 
 
 def make_root(visible: list[str], folder_bytes: int) -> None:
-    """Make a file tree in memory the whole of what can be seen: `visible`, read only, and /tmp."""
-    root = "/tmp"  # any folder that is always there; in this namespace only
+    """Replace the file tree by one in memory: `visible`, read only, and /tmp."""
+    root = "/tmp"  # any folder that always exists; changed in this namespace only
     mount(None, "/", None, MS_REC | MS_PRIVATE, None)
-    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in visible}  # some may lie below `root`
+    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in visible}  # some may be below `root`
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
     for path, source in sources.items():
         is_folder = os.path.isdir(f"/proc/self/fd/{source}")
@@ -116,13 +116,13 @@ def make_root(visible: list[str], folder_bytes: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up what a new user namespace grants in itself."""
+    """Give up the capabilities that a new user namespace grants."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
     call("capset", header, (ctypes.c_uint32 * 6)())
 
 
-def limit(what: int, value: int) -> None:
-    resource.setrlimit(what, (value, value))
+def limit(name: int, value: int) -> None:
+    resource.setrlimit(name, (value, value))
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None) -> None:

@@ -1,8 +1,8 @@
-"""What runs inside the sandbox: a program, a solution that is called from outside, or the tests that call it.
+"""The jobs inside the sandbox: a program, a solution that answers calls, or the tests that call it.
 
 A solution and its tests are in two sandboxes. The tests call the solution's functions over a pipe, by value, and
-compare what comes back in their own process: a solution can neither see nor change what it is compared with, an object
-that claims to equal everything arrives as an opaque handle that equals nothing, and nothing that it prints is read.
+compare the results in their own process. So a solution can neither see nor change the expected values, an object that
+claims to equal everything arrives as an opaque handle that equals nothing, and its printed output is not read.
 """
 
 import ast
@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-# What crosses the pipe by value. A subclass travels as its base: a Counter equals the dict, a namedtuple the tuple.
+# Types that cross the pipe by value. A subclass is sent as its base: a Counter equals the dict, a namedtuple the tuple.
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
 BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
-MAX_ITEMS = 100_000  # of an iterator, which is read to its end
+MAX_ITEMS = 100_000  # read from an iterator
 
 
 def run(job: dict[str, Any], channels: list[int]) -> None:
-    """Run the job of this sandbox; does not return."""
+    """Run the job of this sandbox; never return."""
     sys.setrecursionlimit(10_000 if job["kind"] == "program" else 3_000)
     if job["kind"] == "program":
         run_program(job["source"])
@@ -43,11 +43,11 @@ def run_program(source: str) -> None:
     exec(compile(source, "program.py", "exec"), main.__dict__)
 
 
-# The solution's side
+# The side of the solution
 
 
 def serve(sources: list[str], calls: TextIO, answers: TextIO) -> None:
-    """Define what the first of `sources` that is Python defines, then answer calls until the tests are done."""
+    """Run the first of `sources` that is valid Python, then answer calls until the tests are done."""
     names: dict[str, Any] = {"__name__": "solution"}
     for source in sources:
         try:
@@ -56,7 +56,7 @@ def serve(sources: list[str], calls: TextIO, answers: TextIO) -> None:
             continue
         exec(code, names)
         break
-    held: list[Any] = []  # objects that the tests have a handle of
+    held: list[Any] = []  # objects of which the tests have a handle
 
     def hold(value: Any) -> int:
         held.append(value)
@@ -82,9 +82,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def encode(value: Any, hold: Callable[[Any], int]) -> Any:
-    """JSON of a plain value; anything else is held, and its handle sent."""
+    """Return a plain value as JSON; hold any other value and return its handle."""
     if value is None or isinstance(value, bool | str):
-        return value  # json.dumps writes half a surrogate pair as an escape, which comes back as it was
+        return value  # json.dumps escapes half a surrogate pair, and json.loads restores it
     if isinstance(value, int):
         return {"int": hex(value)}
     if isinstance(value, float):
@@ -108,7 +108,7 @@ def encode(value: Any, hold: Callable[[Any], int]) -> Any:
 
 
 def decode(tree: Any, open_handle: Callable[[int], Any]) -> Any:
-    """The value of what `encode` gave; some exception for anything else."""
+    """Return the value that `encode` encoded; raise some exception for any other input."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -132,44 +132,44 @@ def decode(tree: Any, open_handle: Callable[[int], Any]) -> Any:
     return iter(items) if kind == "iterator" else SEQUENCES[kind](items)
 
 
-# The tests' side
+# The side of the tests
 
 
 class Handle:
-    """Something of the solution's that is no plain value: it can be called, has attributes, and equals itself only."""
+    """An object of the solution that is no plain value: it can be called, has attributes, and equals only itself."""
 
-    def __init__(self, number: int, ask: Callable[..., Any]) -> None:
-        self.__dict__.update(number=number, ask=ask)
+    def __init__(self, number: int, request: Callable[..., Any]) -> None:
+        self.__dict__.update(number=number, request=request)
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
-        return self.ask("call", self, positional, named)
+        return self.request("call", self, positional, named)
 
     def __getattr__(self, name: str) -> Any:
-        return self.ask("get", self, name)
+        return self.request("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.ask("set", self, name, value)
+        self.request("set", self, name, value)
 
 
 class Names(dict):
-    """The tests' names: their own first, then Python's, and the solution's last, but for those that it may replace."""
+    """The names of the tests: their own, then Python's, then the solution's, which may replace some of Python's."""
 
-    def __init__(self, ask: Callable[..., Any], replaced: set[str]) -> None:
+    def __init__(self, request: Callable[..., Any], replaced: set[str]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
-        self.ask = ask
+        self.request = request
         self.replaced = replaced
 
     def __missing__(self, name: str) -> Any:
         if hasattr(builtins, name) and name not in self.replaced:
             raise KeyError(name)  # Python looks there next
-        return self.ask("name", name)
+        return self.request("name", name)
 
 
 def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int) -> None:
-    """Run each of the tests' statements, and write 1 for one that passes and 0 for one that does not."""
+    """Run each statement of the tests, and write 1 for one that passes and 0 for one that does not."""
 
-    def ask(*request: Any) -> Any:
-        calls.write(json.dumps(encode(list(request), refuse)) + "\n")
+    def request(*call: Any) -> Any:
+        calls.write(json.dumps(encode(list(call), reject)) + "\n")
         calls.flush()
         line = answers.readline()
         if not line:
@@ -177,18 +177,18 @@ def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int
         tree = json.loads(line)
         if isinstance(tree, dict) and "error" in tree:
             raise getattr(builtins, str(tree["error"]), RuntimeError)("raised by the solution")
-        return decode(tree, lambda number: Handle(number, ask))
+        return decode(tree, lambda number: Handle(number, request))
 
     called = set().union(*map(called_in, job["asserts"]))
-    # Tests that call nothing but, say, `sum` are tests of the solution's own `sum`.
-    names = Names(ask, called if all(hasattr(builtins, name) for name in called) else set())
+    # Tests that call only `sum`, for instance, are tests of the solution's own `sum`.
+    names = Names(request, called if all(hasattr(builtins, name) for name in called) else set())
     if job["entry_point"]:
         exec(compile(job["prefix"], "prefix.py", "exec"), names)
     for source in (job["setup"], *job["asserts"]):
         for module in modules_of(source):
             names.setdefault(module, importlib.import_module(module))
     if job["entry_point"]:
-        names[job["entry_point"]] = ask("name", job["entry_point"])
+        names[job["entry_point"]] = request("name", job["entry_point"])
     exec(compile(job["setup"], "setup.py", "exec"), names)
     for source in job["asserts"]:
         try:
@@ -199,18 +199,19 @@ def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int
             os.write(verdicts, b"1")
 
 
-def refuse(value: Any) -> int:
+def reject(value: Any) -> int:
+    """Raise TypeError: the tests hold no objects for the solution."""
     raise TypeError(f"tests can pass plain values to the solution, not {type(value).__name__}")
 
 
 def called_in(source: str) -> set[str]:
-    """Names that are called as functions."""
+    """Return the names that are called as functions."""
     calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
     return {function.id for function in calls if isinstance(function, ast.Name)}
 
 
 def modules_of(source: str) -> set[str]:
-    """Standard modules that the tests use as in `math.isclose`, imported or not: they must not be the solution's."""
+    """Return standard modules used as in `math.isclose`, imported or not: the solution must not replace them."""
     return {
         node.value.id
         for node in ast.walk(ast.parse(source))

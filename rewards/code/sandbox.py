@@ -1,9 +1,9 @@
-"""The sandbox for generated code, seen from outside: starts it, feeds it, and ends it at a limit.
+"""The sandbox for generated code, from outside: start it, feed it, and end it at a limit.
 
 `isolation="namespaces"`: the code sees the interpreter's files, read only, and a fresh folder in memory; it has no
 network, sees no process but its own and cannot signal another. `isolation="rlimits"`: limits only, for machines whose
-kernel or container forbids namespaces; the code can read, and connect to, what its user can. rewards/README.md says
-what neither protects against.
+kernel or container forbids namespaces; the code can read the files and use the network of its user. rewards/README.md
+says against which attacks neither protects.
 """
 
 import itertools
@@ -33,13 +33,13 @@ _numbers = itertools.count(os.getpid() * 1_000)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one run may use; bytes and seconds.
+    """The limits of one run, in bytes and seconds.
 
-    seconds:   of the clock, and of the processor
-    memory:    address space of each of its processes
-    processes: that it may be at once, threads included, in each sandbox
-    output:    of standard output, beyond which it is ended
-    files:     in its folder, all together
+    seconds:   wall-clock time, and processor time
+    memory:    address space of each process
+    processes: processes and threads of a sandbox at the same time
+    output:    standard output; a program that writes more is ended
+    files:     all files in its folder together
     """
 
     seconds: float = 5.0
@@ -51,10 +51,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended, and its standard output up to there.
+    """The end of a run, and its standard output up to there.
 
-    ending: exited by itself, or was ended for its time or its output
-    code:   exit code of one that exited; negative or above 128 for a signal
+    ending: exited on its own, or ended at the limit of its time or its output
+    code:   exit code if it exited; negative or above 128 for a signal
     """
 
     ending: Literal["exited", "time", "output"]
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolation) -> Outcome:
-    """Run a Python program on the given input; RewardError where the sandbox could not be made."""
+    """Run a Python program on the input `stdin`; raise RewardError if the sandbox could not be made."""
     input_file = _memory_file("stdin", stdin)
     output_out, output_in = os.pipe()
     with (
@@ -77,10 +77,10 @@ def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolati
 
 
 def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation) -> list[bool]:
-    """Whether each of `tests["asserts"]` holds of the first of `solutions` that is Python, in a sandbox of its own.
+    """Return for each of `tests["asserts"]` whether the first of `solutions` that is valid Python passes it.
 
-    tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, where not empty: code
-    that the tests may use, and the one name that is then taken from the solution.
+    tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, if not empty: code that
+    the tests may use, and the only name that they then take from the solution. Each side has a separate sandbox.
     """
     calls_out, calls_in = os.pipe()
     answers_out, answers_in = os.pipe()
@@ -101,43 +101,43 @@ def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits,
 
 
 def check_isolation(isolation: Isolation) -> None:
-    """Raise InputError where this machine cannot give that isolation."""
+    """Raise InputError if this machine cannot provide that isolation."""
     problem = _problem(isolation)
     if problem:
         raise InputError(
             f"this machine cannot isolate generated code by {isolation}: {problem}; run as root or allow user "
-            "namespaces (in a container: --security-opt seccomp=unconfined), or accept isolation: rlimits, which "
+            "namespaces (in a container: --security-opt seccomp=unconfined), or set isolation: rlimits, which "
             "limits time and memory but leaves files and network open to the code"
         )
 
 
 @cache
 def _problem(isolation: Isolation) -> str:
-    """Why the sandbox cannot be made here; empty where it can."""
+    """Return why the sandbox cannot be made here; "" if it can."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, not {sys.platform}"
     try:
         outcome = run_program("print(6 * 7)", stdin=b"", limits=Limits(seconds=30), isolation=isolation)
     except RewardError as error:
         return str(error)
-    return "" if outcome.output == b"42\n" else f"a trial run gave {outcome}"
+    return "" if outcome.output == b"42\n" else f"a trial run returned {outcome}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sandbox:
-    """A running sandbox; `status` has why it could not be made, once it is known."""
+    """A running sandbox; `status` is a pipe that holds the reason if it could not be made."""
 
     process: subprocess.Popen[bytes]
     status: int
 
     def check_made(self) -> None:
-        """Raise RewardError where the sandbox could not be made, so that its code never ran."""
+        """Raise RewardError if the sandbox could not be made, so that its code never ran."""
         problem = os.read(self.status, 1_000) if select.select([self.status], [], [], 0)[0] else b""
         if problem:
             raise RewardError(f"the sandbox could not be made: {problem.decode()}")
 
     def exit_code(self) -> int:
-        """Of a sandbox that has closed its output and so is about to end."""
+        """Return the exit code of a sandbox that has closed its output and so is about to end."""
         code = self.process.wait()
         self.check_made()
         return code
@@ -152,10 +152,10 @@ def _start(
     channels: tuple[int, ...] = (),
     stdio: tuple[int, int] = (subprocess.DEVNULL, subprocess.DEVNULL),
 ) -> Iterator[_Sandbox]:
-    """A sandbox that runs `job`, owns `channels` and `stdio`, and is ended with all that is in it on the way out."""
+    """Yield a sandbox that runs `job` and owns `channels` and `stdio`; end it with all its processes on exit."""
     status_out, status_in = os.pipe()
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, os.fdopen(status_out, "rb", buffering=0):
-        own = {
+        settings = {
             "isolation": isolation,
             "folder": folder,
             "folder_bytes": limits.files,
@@ -166,45 +166,45 @@ def _start(
             "processes": limits.processes,
             "file_bytes": limits.files,
         }
-        job_file = _memory_file("job", json.dumps({**job, **own}).encode())
-        handed_over = (job_file, status_in, *channels)
+        job_file = _memory_file("job", json.dumps({**job, **settings}).encode())
+        inherited = (job_file, status_in, *channels)
         try:
             process = subprocess.Popen(
-                [os.path.realpath(sys.executable), "-I", "-S", "-B", str(JAIL), *map(str, handed_over)],
+                [os.path.realpath(sys.executable), "-I", "-S", "-B", str(JAIL), *map(str, inherited)],
                 stdin=stdio[0],
                 stdout=stdio[1],
                 stderr=subprocess.DEVNULL,
-                pass_fds=handed_over,
+                pass_fds=inherited,
                 env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
                 cwd="/",
                 start_new_session=True,
             )
         finally:
-            for descriptor in (*handed_over, *stdio):
+            for descriptor in (*inherited, *stdio):
                 if descriptor >= 0:  # DEVNULL is not
                     os.close(descriptor)
         with process:
             try:
                 yield _Sandbox(process=process, status=status_out)
             finally:
-                with suppress(ProcessLookupError):  # it has ended by itself
+                with suppress(ProcessLookupError):  # it has ended on its own
                     os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(descriptor: int, size: int, seconds: float) -> tuple[bytes, Literal["closed", "time", "output"]]:
-    """What arrives until the other end is closed, the time is over, or more than `size` bytes have come."""
+    """Read until the other end is closed, the time is over, or more than `size` bytes have arrived."""
     deadline = time.monotonic() + seconds
-    found = b""
+    data = b""
     while True:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            return found, "time"
+            return data, "time"
         part = os.read(descriptor, 1 << 16)
         if not part:
-            return found, "closed"
-        found += part
-        if len(found) > size:
-            return found[:size], "output"
+            return data, "closed"
+        data += part
+        if len(data) > size:
+            return data[:size], "output"
 
 
 def _memory_file(name: str, content: bytes) -> int:
@@ -217,6 +217,6 @@ def _memory_file(name: str, content: bytes) -> int:
 
 @cache
 def _visible() -> list[str]:
-    """What Python needs to see of this machine."""
-    wanted = ["/usr", sys.base_prefix, "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
-    return [path for path in dict.fromkeys(wanted) if os.path.exists(path) and not os.path.islink(path)]
+    """Return the paths of this machine that Python needs."""
+    paths = ["/usr", sys.base_prefix, "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path) and not os.path.islink(path)]
