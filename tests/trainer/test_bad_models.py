@@ -154,7 +154,7 @@ def test_reward_that_returns_too_few_values_is_reported(recipe_of, workspace, ca
         assert stopped.value.code == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
             "rekatrain: error: reward short_rewards:short returned 1 values; "
-            "expected a list of 2, one finite number or None a completion"
+            "expected a list of 2, one finite number or None per completion"
         )
 
 
