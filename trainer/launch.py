@@ -89,14 +89,14 @@ def check_engine(launch: Launch, accelerator: Accelerator) -> None:
     """Raise InputError unless `accelerator` runs the engine of the launch settings."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     is_distributed = accelerator.distributed_type != DistributedType.NO
-    found = Launch(
+    actual = Launch(
         engine="deepspeed" if plugin else "ddp" if is_distributed and accelerator.num_processes > 1 else "single",
         zero_stage=plugin.zero_stage if plugin and launch.zero_stage else None,
         num_processes=accelerator.num_processes,
     )
-    if found != launch:
+    if actual != launch:
         raise InputError(
-            f"the launch settings are {launch}, but accelerate runs {found}: see the launch files in "
+            f"the launch settings are {launch}, but accelerate runs {actual}: see the launch files in "
             f"{shipped_file('accelerate')}"
         )
 
