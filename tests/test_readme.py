@@ -1,5 +1,6 @@
 """The documentation keeps its promises: commands run or parse, Python runs, links, paths and keys exist."""
 
+import importlib.util
 import inspect
 import json
 import re
@@ -180,17 +181,22 @@ def test_other_command_names_existing_files_and_options(words: list[str], monkey
     return None
 
 
+@pytest.mark.slow
+@pytest.mark.launched
 def test_dry_run_of_the_readme_prints_the_recipe(workspace: Path) -> None:
     assert ["rekatrain", "train", "recipes/smollm2/rloo.yaml", "--dry-run"] in [words for _, words in commands()]
     printed = run_python(["-m", "rekatrain", "train", "recipes/smollm2/rloo.yaml", "--dry-run"], workspace)
     assert "num_generations: 8" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.launched
 def test_plan_of_the_readme_fits(workspace: Path) -> None:
     (command,) = [words for page, words in commands() if page == "README.md" and words[:2] == ["rekatrain", "plan"]]
     assert "GB" in run_python(["-m", *command], workspace)
 
 
+@pytest.mark.launched
 def test_recipes_command_writes_loadable_recipes(workspace: Path) -> None:
     run_python(["-m", "rekatrain", "recipes", "my-recipes"], workspace)
     assert (workspace / "my-recipes" / "one_file" / "rloo.py").exists()
@@ -201,6 +207,8 @@ def test_recipes_command_writes_loadable_recipes(workspace: Path) -> None:
 # ---- Python and YAML
 
 
+@pytest.mark.slow
+@pytest.mark.launched
 def test_python_of_the_readme_trains_evaluates_and_exports(workspace: Path) -> None:
     (source,) = [block for block in fences(README, "python") if "from rekatrain import" in block]
     run_python(["-"], workspace, source)
@@ -262,6 +270,20 @@ def test_options_table_names_real_keys() -> None:
     ours = {field.name for field in fields(RLOOConfig)}
     for cell, *_ in table(PROJECT / "trainer" / "rloo" / "README.md", "key"):
         assert set(KEY.findall(cell)) <= ours
+
+
+def test_phases_of_the_step_are_those_of_its_page() -> None:
+    folder = PROJECT / "trainer" / "rloo"
+    in_code = re.findall(r"(?:# |\. )(\d)\. [A-Z]", (folder / "step.py").read_text(encoding="utf-8"))
+    on_page = re.findall(r"^(\d)\. ", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert in_code == on_page == list("12345678")
+
+
+def test_changelog_names_existing_modules() -> None:
+    modules = re.findall(r"`(rekatrain\.[\w.]+)`", (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert len(modules) > 15
+    for module in modules:
+        assert importlib.util.find_spec(module), f"no {module}"
 
 
 # ---- Workflows
