@@ -158,8 +158,9 @@ def take_step(model, reference, tokenizer, optimizer, rows: list[dict[str, str]]
         with torch.no_grad():
             reference_logprobs_G = sequence_logprobs(reference, tokenizer, prompt, completions)
 
-        # 4. The KL goes into the reward, and so into the baseline. It is detached: as a part of the reward it says how
-        #    good a completion is. Its own gradient would be 0 on average and only add noise.
+        # 4. The KL goes into the reward, and so into the baseline. It is detached: as a part of the reward it only says
+        #    how good a completion is. As a separate loss, beta * KL_i would hold nothing back: its gradient is
+        #    beta * grad log pi(y_i|x), which is 0 on average.
         kl_G = logprobs_G.detach() - reference_logprobs_G
         advantages_G = leave_one_out_advantages(rewards_G - BETA * kl_G)
 
