@@ -86,7 +86,7 @@ def sample(model, tokenizer, prompt: list[int]) -> list[list[int]]:
         # Drawn from the whole softmax: top-k or top-p would draw from another policy than the one in the loss.
         inputs_GT = torch.multinomial(token_logprobs(logits_GV, tokenizer).exp(), num_samples=1)
         for index, token in enumerate(inputs_GT[:, 0].tolist()):
-            if is_open[index]:
+            if is_open[index]:  # a completion that has ended stays in the batch, and its further tokens are dropped
                 completions[index].append(token)  # the token that ends the turn too: ending is learned
                 is_open[index] = not is_end(completions[index], tokenizer)
         if not any(is_open):
@@ -105,7 +105,7 @@ def is_end(ids: list[int], tokenizer) -> bool:
 def token_logprobs(logits_V: Tensor, tokenizer) -> Tensor:
     """Return log-probabilities at TEMPERATURE, in float32, of the ids that the tokenizer has.
 
-    Used for drawing and for scoring, so that both mean the same distribution. A model may have more logits than the
+    Used for drawing and for scoring, so that both have the same distribution. A model may have more logits than the
     tokenizer has ids: the rest spells nothing and is never drawn.
     """
     return torch.log_softmax(logits_V[..., : len(tokenizer)].float() / TEMPERATURE, dim=-1)
@@ -151,7 +151,7 @@ def take_step(model, reference, tokenizer, optimizer, rows: list[dict[str, str]]
 
         # 2. Score the text of each.
         texts = [tokenizer.decode(ids, skip_special_tokens=True).removesuffix(STOP) for ids in completions]
-        rewards_G = torch.tensor([reward(text, row["answer"]) for text in texts], device=model.device)
+        rewards_G = torch.tensor([reward(text, str(row["answer"])) for text in texts], device=model.device)
 
         # 3. Log-probabilities of the policy, with gradient, and of the reference, without.
         logprobs_G = sequence_logprobs(model, tokenizer, prompt, completions)

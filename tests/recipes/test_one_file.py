@@ -105,7 +105,7 @@ def test_sample_stops_at_eos_and_at_the_stop_text(
 
 def test_script_trains_for_two_steps(model_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "answer": str(2 * n)}) + "\n" for n in range(8)))
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "answer": 2 * n}) + "\n" for n in range(8)))
     command = [sys.executable, str(SCRIPT), str(model_folder), "--prompts", str(prompts), "--steps", "2"]
     finished = subprocess.run(
         [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False, cwd=tmp_path
