@@ -1,12 +1,11 @@
-"""Build the reward functions of a recipe's `rewards:` section, and add their values up to one total per completion.
+"""Build the reward functions of a recipe's `rewards:` section.
 
 A reward is a scorer (one completion at a time, in worker processes) or a batch function in TRL's convention (called in
 this process). `rewards/README.md` describes both forms; `rewards/grader.py` runs them.
 """
 
 import logging
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any
@@ -68,39 +67,6 @@ def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> lis
             f"rewards: at least one reward must have a weight other than 0; the recipe has {weights or None}"
         )
     return functions
-
-
-def check_columns(functions: Sequence[RewardFunction], column_names: Collection[str]) -> None:
-    """Raise InputError if the rows lack a column that a reward needs."""
-    for function in functions:
-        for column in function.columns:
-            if column not in column_names:
-                known = ", ".join(sorted(column_names)) or "none"
-                raise InputError(
-                    f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
-                    "add it to the data or take the reward out of the recipe"
-                )
-
-
-def total_reward(
-    functions: Sequence[RewardFunction], values: Mapping[str, float | None], failed: Collection[str]
-) -> float:
-    """Return the weighted sum of one completion's rewards, or nan if the completion cannot be scored.
-
-    A completion cannot be scored if no reward with a weight applies, or if one with a weight, or one that it requires,
-    has failed. A reward counts 0 if one that it requires gives less than 1.0; a required one that does not apply is no
-    obstacle.
-    """
-    terms = []
-    for function in functions:
-        if function.weight and any(name in failed for name in (function.name, *function.requires)):
-            return math.nan
-        value = values[function.name]
-        if function.weight and value is not None:
-            gates = [values[name] for name in function.requires]
-            is_open = all(gate is None or gate >= 1.0 for gate in gates)
-            terms.append(function.weight * value if is_open else 0.0)
-    return math.fsum(terms) if terms else math.nan
 
 
 def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> RewardFunction:

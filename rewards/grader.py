@@ -5,18 +5,19 @@ of each reward is logged with its traceback, and a run in which too many complet
 """
 
 import logging
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from rekatrain.rewards.batch_calls import call_batch_functions
-from rekatrain.rewards.compose import RewardFunction, check_columns, total_reward
+from rekatrain.data.errors import InputError
+from rekatrain.rewards.calls import Score, call_batch_functions
+from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
-from rekatrain.rewards.workers.process import Score
 
 logger = logging.getLogger(__name__)
 
@@ -189,3 +190,36 @@ class Grader:
         if is_first:
             shown = history.first_traceback
             logger.warning("reward %s failed on a completion; the traceback of this first failure:\n%s", name, shown)
+
+
+def check_columns(functions: Sequence[RewardFunction], column_names: Collection[str]) -> None:
+    """Raise InputError if the rows lack a column that a reward needs."""
+    for function in functions:
+        for column in function.columns:
+            if column not in column_names:
+                known = ", ".join(sorted(column_names)) or "none"
+                raise InputError(
+                    f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
+                    "add it to the data or take the reward out of the recipe"
+                )
+
+
+def total_reward(
+    functions: Sequence[RewardFunction], values: Mapping[str, float | None], failed: Collection[str]
+) -> float:
+    """Return the weighted sum of one completion's rewards, or nan if the completion cannot be scored.
+
+    A completion cannot be scored if no reward with a weight applies, or if one with a weight, or one that it requires,
+    has failed. A reward counts 0 if one that it requires gives less than 1.0; a required one that does not apply is no
+    obstacle.
+    """
+    terms = []
+    for function in functions:
+        if function.weight and any(name in failed for name in (function.name, *function.requires)):
+            return math.nan
+        value = values[function.name]
+        if function.weight and value is not None:
+            gates = [values[name] for name in function.requires]
+            is_open = all(gate is None or gate >= 1.0 for gate in gates)
+            terms.append(function.weight * value if is_open else 0.0)
+    return math.fsum(terms) if terms else math.nan

@@ -16,8 +16,8 @@ import torch
 from annotated_types import Ge
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.compose import build_reward_functions, check_columns
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.compose import build_reward_functions
+from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
 from rekatrain.trainer.intervals import Accuracy, pass_rates, wilson_interval
 from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts

@@ -14,10 +14,11 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.calls import Score
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.registry import REWARDS, Spec
 from rekatrain.rewards.workers.context import WorkerContext, read_environment
-from rekatrain.rewards.workers.process import OUT_OF_MEMORY, Score, do_nothing, score_completion, start_worker
+from rekatrain.rewards.workers.process import OUT_OF_MEMORY, do_nothing, score_completion, start_worker
 
 # A worker that is not killed and replaced this long after its time limit never will be.
 GRACE_SECONDS = 60.0

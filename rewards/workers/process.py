@@ -5,44 +5,26 @@ that ends and whatever the worker is doing.
 """
 
 import fcntl
-import math
 import multiprocessing
 import os
-import reprlib
 import resource
 import select
 import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.errors import RewardError, describe_error
+from rekatrain.rewards.calls import Score, check_number
+from rekatrain.rewards.errors import describe_error
 from rekatrain.rewards.registry import Spec
 from rekatrain.rewards.workers.context import restore_environment
 
 # If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
 MAX_TRACEBACK = 2_000
 OUT_OF_MEMORY = 77  # exit code of a worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """The result of one reward for one completion.
-
-    value:     the reward; None if it does not apply or has failed
-    error:     one line if the grader failed; else ""
-    traceback: of that failure, if there is one
-    seconds:   time in the grader
-    """
-
-    value: float | None = None
-    error: str = ""
-    traceback: str = ""
-    seconds: float = 0.0
 
 
 # The scorers of this worker. For one that cannot be made: the message of an InputError, or the Score of its failure.
@@ -115,16 +97,3 @@ def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Scor
 def _failure(error: BaseException, seconds: float) -> Score:
     text = "".join(traceback.format_exception(error))
     return Score(error=describe_error(error), traceback=text[-MAX_TRACEBACK:], seconds=seconds)
-
-
-def check_number(value: Any) -> float | None:  # Any: whatever a user's function returns
-    """Return a number as a float and None as it is; raise RewardError for any other value.
-
-    numpy's and torch's scalars are numbers.
-    """
-    if value is None:
-        return None
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(number, int | float) or not math.isfinite(number):
-        raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
-    return float(number)

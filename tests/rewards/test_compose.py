@@ -11,9 +11,9 @@ import pytest
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.compose import RewardFunction, build_reward_functions, check_columns
+from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.errors import RewardError, describe_error
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
 
 PROJECT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ MY_REWARDS = '''
 import asyncio
 import re
 
-from rekatrain.data.errors import InputError
+from rekatrain.rewards import InputError
 
 limit = 3
 
@@ -127,14 +127,14 @@ def reward(function, *, name="custom", weight=1.0):
 
 def test_grader_equals_calling_a_scorer_one_by_one():
     completions, languages = ["short <sep>", "rather longer <sep>", "kurz <sep>"], ["en", "en", "de"]
-    found = score(build_reward_functions({"my_rewards:brevity": {"limit": 6}}), completions, language=languages)
+    scores = score(build_reward_functions({"my_rewards:brevity": {"limit": 6}}), completions, language=languages)
     import my_rewards
 
     one_by_one = [
         my_rewards.brevity(parse_completion(c), language=g, limit=6)
         for c, g in zip(completions, languages, strict=True)
     ]
-    assert found.by_name["my_rewards:brevity"] == one_by_one == [1.0, 0.0, None]
+    assert scores.by_name["my_rewards:brevity"] == one_by_one == [1.0, 0.0, None]
 
 
 def test_grader_runs_a_trl_function_unmodified():
@@ -148,9 +148,9 @@ def test_total_is_the_weighted_sum_of_the_rewards_that_apply():
         reward(lambda **_: [True, 1, None, None], name="b", weight=-0.5),
         reward(lambda **_: [100.0, 100.0, 100.0, 100.0], name="logged", weight=0.0),
     ]
-    found = score(functions, ["w", "x", "y", "z"])
-    assert found.total[:2] == [1.5, -0.5] and math.isnan(found.total[2]) and found.total[3] == 0.0
-    assert found.by_name["b"] == [1.0, 1.0, None, None] and found.by_name["logged"] == [100.0] * 4
+    scores = score(functions, ["w", "x", "y", "z"])
+    assert scores.total[:2] == [1.5, -0.5] and math.isnan(scores.total[2]) and scores.total[3] == 0.0
+    assert scores.by_name["b"] == [1.0, 1.0, None, None] and scores.by_name["logged"] == [100.0] * 4
 
 
 @pytest.mark.parametrize("values", [(0.5, 1), numpy.array([0.5, 1.0]), [numpy.float32(0.5), numpy.bool_(True)]])
@@ -257,10 +257,10 @@ def test_coroutine_functions_run_together_under_a_time_limit():
         {"my_rewards:first": None, "my_rewards:second": None, "my_rewards:endless": {"weight": 0, "timeout": 1}}
     )
     names = [function.name for function in functions]
-    found = [score(functions[:2], ["x", "y"])]
+    scores = [score(functions[:2], ["x", "y"])]
     with pytest.raises(RewardError, match="(?s)endless failed on 2 of its last 2 .*no result after 1 seconds"):
         score(functions, ["x", "y"])
-    assert [found[0].by_name[name] for name in names[:2]] == [[1.0, 1.0], [2.0, 2.0]]
+    assert [scores[0].by_name[name] for name in names[:2]] == [[1.0, 1.0], [2.0, 2.0]]
 
 
 def test_batch_function_that_hangs_ends_the_process_with_a_stack():
@@ -308,10 +308,10 @@ def test_describe_error_is_one_line_with_its_place():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", numpy.ones(2), RewardError("no answer from the server")])
 def test_batch_value_that_is_bad_is_an_error_of_its_completion(bad):
-    found = score([reward(lambda **_: [1.0, bad, 0.5, 0.0, 0.0, 0.0])], list("uvwxyz"))
-    assert found.by_name["custom"] == [1.0, None, 0.5, 0.0, 0.0, 0.0]
-    assert math.isnan(found.total[1]) and found.total[0] == 1.0
-    assert [list(errors) for errors in found.errors] == [[], ["custom"], [], [], [], []]
+    scores = score([reward(lambda **_: [1.0, bad, 0.5, 0.0, 0.0, 0.0])], list("uvwxyz"))
+    assert scores.by_name["custom"] == [1.0, None, 0.5, 0.0, 0.0, 0.0]
+    assert math.isnan(scores.total[1]) and scores.total[0] == 1.0
+    assert [list(errors) for errors in scores.errors] == [[], ["custom"], [], [], [], []]
 
 
 def test_grader_stops_above_max_error_share():
@@ -333,8 +333,8 @@ def test_requires_gates_the_total():
         right = RewardFunction(name="right", weight=2.0, function=lambda **_: [1.0] * 4, columns=(), requires=("gate",))
         return score([gate, right], list("wxyz"))
 
-    found = gated(1.0, 0.0, 0.5, None)
-    assert found.total == [2.0, 0.0, 0.0, 2.0] and found.by_name["right"] == [1.0] * 4
+    scores = gated(1.0, 0.0, 0.5, None)
+    assert scores.total == [2.0, 0.0, 0.0, 2.0] and scores.by_name["right"] == [1.0] * 4
     assert gated(1.0, 0.0, 0.5, None, weight=1.0).total == [3.0, 0.0, 0.5, 2.0]
     assert math.isnan(gated(1.0, math.nan, 1.0, 1.0).total[1])
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.compose import RewardFunction, build_reward_functions, check_columns
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.compose import RewardFunction, build_reward_functions
+from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe

@@ -1,4 +1,4 @@
-"""Call the reward functions that score a whole batch, and read the values that they return.
+"""Call the reward functions that score a whole batch, and read the values that reward functions return.
 
 A plain function runs on the main thread, as in TRL, and cannot be interrupted there: one that hangs ends the process
 and prints the stack of every thread. Coroutine functions run together, each under its time limit. A function that fails
@@ -8,22 +8,41 @@ gives errors, never values.
 import asyncio
 import faulthandler
 import inspect
+import math
 import reprlib
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError, describe_error
-from rekatrain.rewards.workers.process import Score, check_number
+
+if TYPE_CHECKING:  # compose.py imports the workers, which import this file
+    from rekatrain.rewards.compose import RewardFunction
 
 STDERR = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The result of one reward for one completion.
+
+    value:     the reward; None if it does not apply or has failed
+    error:     one line if the grader failed; else ""
+    traceback: of that failure, if there is one
+    seconds:   time in the grader
+    """
+
+    value: float | None = None
+    error: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+
+
 def call_batch_functions(
-    functions: Sequence[RewardFunction], arguments: Mapping[str, Any], size: int
+    functions: Sequence["RewardFunction"], arguments: Mapping[str, Any], size: int
 ) -> dict[str, list[Score]]:
     """Return for each function a score of each of `size` completions.
 
@@ -37,13 +56,13 @@ def call_batch_functions(
     return scores
 
 
-def _is_async(function: RewardFunction) -> bool:
+def _is_async(function: "RewardFunction") -> bool:
     # For an object, its method __call__ decides.
     called = function.function
     return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(getattr(called, "__call__", None))  # noqa: B004
 
 
-def _call(function: RewardFunction, arguments: Mapping[str, Any], size: int) -> list[Score]:
+def _call(function: "RewardFunction", arguments: Mapping[str, Any], size: int) -> list[Score]:
     assert function.timeout is not None
     started = time.perf_counter()
     faulthandler.dump_traceback_later(function.timeout, exit=True, file=STDERR)
@@ -57,9 +76,9 @@ def _call(function: RewardFunction, arguments: Mapping[str, Any], size: int) -> 
 
 
 async def _call_together(
-    functions: Sequence[RewardFunction], arguments: Mapping[str, Any], size: int
+    functions: Sequence["RewardFunction"], arguments: Mapping[str, Any], size: int
 ) -> dict[str, list[Score]]:
-    async def call(function: RewardFunction) -> list[Score]:
+    async def call(function: "RewardFunction") -> list[Score]:
         started = time.perf_counter()
         limit = asyncio.timeout(function.timeout)
         try:
@@ -102,3 +121,16 @@ def _read_value(value: Any, seconds: float) -> Score:
     except Exception as error:  # not a number, or one of no finite size
         return Score(error=describe_error(error), seconds=seconds)
     return Score(value=number, seconds=seconds)
+
+
+def check_number(value: Any) -> float | None:  # Any: whatever a user's function returns
+    """Return a number as a float and None as it is; raise RewardError for any other value.
+
+    numpy's and torch's scalars are numbers.
+    """
+    if value is None:
+        return None
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
+    return float(number)
