@@ -1,19 +1,22 @@
-"""Several runs of the program in one launch, whose start costs more than they do: `python launched.py CASES`.
+"""Make several runs of the program in one launch: `python launched.py CASES`. The start costs more than the runs.
 
-CASES is a JSON list of cases: "environment", what a launch file would set, and one of
-  "arguments": of the command line; with "set_aside", a checkpoint that is moved away afterwards, so that the next case
-               can resume from the one before it
-  "load":      a recipe whose policy is loaded only, to write into "report" what share of its weights each process holds
+CASES is a JSON file with a list of cases. Each has "environment", variables that a launch file would set, and one of
+  "arguments": the command line; with "set_aside" a checkpoint, which is moved away afterwards, so that the next case
+               resumes from the one before it
+  "load":      a recipe whose policy is loaded only; "report" is the file for the fraction of its weights that each
+               process holds
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def run(case: dict) -> None:
-    # Here and not above: reward workers import this file, and need none of it.
+def run(case: dict[str, Any]) -> None:
+    """Run one case in this process of the launch."""
+    # Imported here because reward workers import this file and need none of it.
     import torch
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,9 +27,9 @@ def run(case: dict) -> None:
     from rekatrain.trainer.recipe.load import load_recipe
     from rekatrain.trainer.trl_run import make_config
 
-    # Stage rloo ends the process group with its run; gloo makes no second one.
+    # Stage rloo destroys the process group at the end of its run; gloo cannot make a second one.
     torch.distributed.destroy_process_group = lambda *_: None
-    unset_hf_deepspeed_config()  # a process of its own would start without
+    unset_hf_deepspeed_config()  # a separate process would start without it
     AcceleratorState._reset_state()
     os.environ.update(case["environment"])
     if "load" in case:
@@ -34,8 +37,8 @@ def run(case: dict) -> None:
         config = make_config("sft", recipe.sft, recipe, SFTConfig)
         parameters = list(load_policy(recipe).parameters())
         held = sum(max(parameter.numel(), parameter.ds_tensor.numel()) for parameter in parameters)
-        share = held / sum(parameter.ds_numel for parameter in parameters)
-        Path(f"{case['report']}-{config.process_index}.json").write_text(json.dumps(share))
+        fraction = held / sum(parameter.ds_numel for parameter in parameters)
+        Path(f"{case['report']}-{config.process_index}.json").write_text(json.dumps(fraction))
         return
     main(case["arguments"])
     if "set_aside" in case:

@@ -1,17 +1,18 @@
-"""Recipes of a few steps on a tiny model, and what their runs left behind: shared by the tests of whole runs."""
+"""Recipes of a few steps on a tiny model, and readers of their run folders, for the tests of whole runs."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 PROJECT = Path(__file__).parents[2]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-# Whatever a step's state could be missing from: several updates, norms of earlier ones, replaced prompts.
+# Options with state that a checkpoint could lack: several updates, norms of earlier updates, replaced prompts.
 OPTIONS = {
     "beta": 0.05,
     "num_iterations": 2,
@@ -26,16 +27,16 @@ OPTIONS = {
     "grad_norm_window": 3,
     "lr_scheduler_type": "cosine",
 }
-# A reward that a random model varies in, so that every step moves the weights.
+# A reward that varies between completions of a random model, so that every step changes the weights.
 REWARD = '''
 def letters(completions, **kwargs):
-    """Share of letters; the empty group members and the answers decide nothing."""
+    """Return the fraction of letters in each completion."""
     return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
 '''
 
 
 def write_data(folder: Path) -> None:
-    """Rows, held-out rows, pairs for a reward model, and a user's reward."""
+    """Write rows, held-out rows, pairs for a reward model, and a user's reward."""
     for name, numbers in (("sums", range(1, 7)), ("held_out", range(50, 56)), ("sft", range(1, 13))):
         rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "reasoning": f"Twice {n}."} for n in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +46,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_recipe(folder: Path, name: str, model: Path, **sections: object) -> Path:
-    """A small recipe of any stage in `folder`, with a run folder of the same name."""
+    """Write a small recipe of any stage to `folder`; its run folder has the same name."""
     tree = {
         "output_dir": str(folder / name),
         "seed": 3,
@@ -57,7 +58,10 @@ def write_recipe(folder: Path, name: str, model: Path, **sections: object) -> Pa
     return path
 
 
-def rloo_recipe(folder: Path, name: str, model: Path, *, rloo: dict | None = None, **sections: object) -> Path:
+def rloo_recipe(
+    folder: Path, name: str, model: Path, *, rloo: dict[str, Any] | None = None, **sections: object
+) -> Path:
+    """Write a recipe of three RLOO steps with a checkpoint after each; `rloo` overrides keys of its section."""
     settings = {"max_steps": 3, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 12}
     settings |= {"beta": 0.1, "learning_rate": 1e-3, "save_steps": 1} | (rloo or {})
     return write_recipe(
@@ -75,16 +79,17 @@ def rloo_recipe(folder: Path, name: str, model: Path, *, rloo: dict | None = Non
 
 
 def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
-    """A process of its own, in the working folder."""
+    """Start a separate python process in the working folder."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE)
 
 
 def weights(run: Path, step: int | str) -> dict[str, torch.Tensor]:
-    """Of a checkpoint: of a step, or in a folder of that name in the run's."""
+    """Load the weights of a step's checkpoint, or of the folder of that name in the run folder."""
     (file,) = (run / (f"checkpoints/checkpoint-{step}" if isinstance(step, int) else step)).glob("*model.safetensors")
     return load_file(file)
 
 
-def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Read a file of JSON lines in the run folder."""
     return [json.loads(line) for line in (run / name).read_text().splitlines()]

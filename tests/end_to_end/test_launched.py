@@ -1,6 +1,7 @@
-"""Real launches with the shipped launch files: any sharding takes one process's steps, a dead process ends a run.
+"""Tests of real launches with the shipped launch files: any sharding takes the steps of one process.
 
-Starting processes costs more than the runs do: all runs in so many processes share one launch (launched.py).
+The start of processes costs more than the runs, so all runs on two processes share one launch (launched.py), and so do
+all runs on four.
 """
 
 import json
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,10 +32,12 @@ from tests.end_to_end.small_runs import (
     write_recipe,
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.launched]
+
 LAUNCHED = Path(__file__).with_name("launched.py")
-# Four prompts in micro-batches of a few tokens: more of them on one process than on another, groups split among them.
+# Four prompts in micro-batches of a few tokens: processes have different numbers of them, and groups are split.
 FULL = {"prompts_per_step": 4, "micro_batch_tokens": 60}
-RLOO_KINDS: dict[str, dict] = {
+RLOO_KINDS: dict[str, dict[str, Any]] = {
     "full": {"rloo": FULL},
     "adapter": {"rloo": {**OPTIONS, "prompts_per_step": 4}, "lora": LORA},
     "without-kl": {"rloo": {**FULL, "beta": 0.0, "loss_type": "token_mean"}},
@@ -44,12 +48,12 @@ TRL_KINDS = {"full": None, "lora": LORA}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run in several processes.
+    """A run on several processes.
 
-    stage, kind: what is trained, which one process trains too
+    stage, kind: stage and variant of the recipe, which one process runs too
     zero:        stage of ZeRO, 0 for data parallelism
-    resumes:     whether it is set aside, and taken up again from the checkpoint before its last
-    offloads:    whether the optimizer and the parameters are on the host, as zero3-offload.yaml has them
+    resumes:     True where the last checkpoint is set aside and the run resumes from the one before it
+    offloads:    True where the optimizer and the parameters are on the host, as in zero3-offload.yaml
     """
 
     stage: str
@@ -60,11 +64,12 @@ class Run:
 
     @property
     def alone(self) -> str:
+        """Name of the same run on one process."""
         return f"{self.stage}-{self.kind}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a launch file of this engine sets."""
+        """Variables that a launch file of this engine sets."""
         devices = {f"OFFLOAD_{part}_DEVICE": "cpu" if self.offloads else "none" for part in ("OPTIMIZER", "PARAM")}
         settings = {"ZERO_STAGE": str(self.zero), "ZERO3_INIT": str(self.zero == 3).lower(), **devices}
         return {
@@ -73,15 +78,17 @@ class Run:
         }
 
     def name(self, num_processes: int) -> str:
+        """Name of the run folder."""
         return f"{self.alone}-{self.zero}{'-offload' * self.offloads}-of-{num_processes}"
 
 
 def rloo_runs(*zeros: int) -> list[Run]:
+    """Runs of RLOO at each of these stages of ZeRO."""
     runs = [Run(stage="rloo", kind=kind, zero=zero, resumes=True) for zero in zeros for kind in ("full", "adapter")]
     return [*runs, Run(stage="rloo", kind="without-kl", zero=3)]
 
 
-# RLOO's data parallelism comes first: a process that has run under DeepSpeed stays, to Accelerate, one that does.
+# RLOO with data parallelism comes first: once a process has run under DeepSpeed, Accelerate always uses it.
 RUNS = {
     2: [
         Run(stage="rloo", kind="default", zero=0),
@@ -98,37 +105,39 @@ RUNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What a launch left behind: its runs, in the folder, and what it told."""
+    """A finished launch: the folder with its runs, and the lines of its standard error."""
 
     folder: Path
     num_processes: int
-    told: list[str]
+    lines: list[str]
 
     def runs(self, *stages: str) -> list[tuple[Run, Path, Path]]:
-        """Of some stages: each run, the folder of one process's, and its own."""
-        found = [run for run in RUNS[self.num_processes] if run.stage in stages]
-        return [(run, self.folder / run.alone, self.folder / run.name(self.num_processes)) for run in found]
+        """Runs of some stages -> each run, the run folder of one process, and the run folder of several."""
+        runs = [run for run in RUNS[self.num_processes] if run.stage in stages]
+        return [(run, self.folder / run.alone, self.folder / run.name(self.num_processes)) for run in runs]
 
 
 def recipe(folder: Path, name: str, model: Path, *, stage: str, kind: str, num_processes: int = 1) -> str:
-    """The same steps, however many processes share them: four of four rows, or three of RLOO."""
+    """Write a recipe with equal steps for any number of processes: four of four rows, or three of RLOO."""
     if stage == "rloo":
         return str(rloo_recipe(folder, name, model, **RLOO_KINDS[kind]))
     settings = {"max_steps": 4, "per_device_train_batch_size": 4 // num_processes, "learning_rate": 1e-3}
-    settings |= {"save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.5}  # the norm is near 4: every step is clipped
+    # The norm is near 4, so every step is clipped.
+    settings |= {"save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.5}
     dataset = {"path": str(folder / f"{stage}.jsonl"), "format": "prompt_answer" if stage == "sft" else "preference"}
     sections = {"stage": stage, "lora": TRL_KINDS[kind], "dataset": dataset, stage: settings}
     return str(write_recipe(folder, name, model, **sections))
 
 
 def launch(folder: Path, file: str, *command: str, num_processes: int = 2) -> subprocess.Popen[bytes]:
+    """Start `accelerate launch` with a shipped launch file."""
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
     return start(folder, *launcher, "--config_file", str(PROJECT / "recipes" / "accelerate" / file), *command)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working folder of this file, with rows, pairs and a user's reward."""
+    """Working folder of this file, with rows, pairs and a user's reward."""
     folder = tmp_path_factory.mktemp("launched")
     write_data(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, model_folder: Path) -> Path:
-    """The folder with what one process makes of every kind of run; RLOO goes on for a fourth step."""
+    """Working folder with every kind of run on one process; RLOO is then resumed for a fourth step."""
     for stage, kinds in (("rloo", RLOO_KINDS), ("sft", TRL_KINDS), ("reward", TRL_KINDS)):
         for kind in kinds:
             path = recipe(folder, f"{stage}-{kind}", model_folder, stage=stage, kind=kind)
@@ -151,7 +160,7 @@ def alone(folder: Path, model_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(alone: Path, model_folder: Path, request: pytest.FixtureRequest) -> Launch:
-    """All runs in so many processes."""
+    """All runs on the number of processes that is the parameter."""
     folder, num_processes = alone, request.param
     cases: list[dict] = []
     for run in RUNS[num_processes]:
@@ -175,15 +184,15 @@ def launched(alone: Path, model_folder: Path, request: pytest.FixtureRequest) ->
         process.kill()
         raise
     assert process.returncode == 0, stderr.decode()[-8000:]
-    return Launch(folder=folder, num_processes=num_processes, told=stderr.decode().splitlines())
+    return Launch(folder=folder, num_processes=num_processes, lines=stderr.decode().splitlines())
 
 
 in_two_and_four = pytest.mark.parametrize("launched", RUNS, indirect=True)
 
 
 @in_two_and_four
-def test_every_run_has_the_engine_that_it_was_launched_on(launched: Launch) -> None:
-    told = iter([line for line in launched.told if line.startswith("engine: ")])
+def test_launch_logs_the_engine_of_each_run(launched: Launch) -> None:
+    logged = iter([line for line in launched.lines if line.startswith("engine: ")])
     for run in RUNS[launched.num_processes]:
         engine = f"DeepSpeed ZeRO-{run.zero}" if run.zero else "data parallel"
         if run.offloads:
@@ -191,16 +200,16 @@ def test_every_run_has_the_engine_that_it_was_launched_on(launched: Launch) -> N
         has = "weights float32, arithmetic the weights'; attention "
         has += "rekatrain_groups" if run.stage == "rloo" else "sdpa"
         for _ in range(1 + run.resumes):
-            assert next(told) == f"engine: {engine}; world size {launched.num_processes}, cpu; {has}"
-    assert list(told) == []
+            assert next(logged) == f"engine: {engine}; world size {launched.num_processes}, cpu; {has}"
+    assert list(logged) == []
 
 
 @in_two_and_four
-def test_rloo_takes_the_steps_of_one_process_and_resumes(launched: Launch) -> None:
+def test_rloo_on_many_processes_equals_one_and_resumes(launched: Launch) -> None:
     for run, one, many in launched.runs("rloo"):
-        by_place = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
+        by_index = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
         ours, theirs = (
-            sorted((record for record in records(path, "rollouts.jsonl") if record["step"] <= 3), key=by_place)
+            sorted((record for record in records(path, "rollouts.jsonl") if record["step"] <= 3), key=by_index)
             for path in (one, many)
         )
         assert theirs[-1]["step"] == 3
@@ -211,13 +220,13 @@ def test_rloo_takes_the_steps_of_one_process_and_resumes(launched: Launch) -> No
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)
         assert_close(weights(one, 3), weights(many, 3), atol=1e-5)
         if run.resumes:
-            # Bit for bit; four processes' gradients are summed in the order in which they happen to lie in buckets.
+            # Bit for bit on two; the order in which the gradients of four processes are summed varies with the buckets.
             atol = 0.0 if launched.num_processes == 2 else 1e-6
             assert_close(weights(many, "set-aside"), weights(many, 3), atol=atol)
 
 
 @in_two_and_four
-def test_sft_and_reward_models_take_the_steps_of_one_process_and_resume(launched: Launch) -> None:
+def test_trl_stages_on_many_processes_equal_one_and_resume(launched: Launch) -> None:
     for run, one, many in launched.runs("sft", "reward"):
         assert_close(weights(one, 4), weights(many, 4), atol=1e-5)
         assert [record["step"] for record in records(many)] == [1, 2, 3, 4]
@@ -225,19 +234,20 @@ def test_sft_and_reward_models_take_the_steps_of_one_process_and_resume(launched
             assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-5)
             assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
         before, after = weights(one, 2), weights(one, 4)
-        assert max((after[name] - before[name]).abs().max() for name in after) > 1e-4  # it was no idle step
+        assert max((after[name] - before[name]).abs().max() for name in after) > 1e-4  # the steps changed the weights
         if run.resumes:
             assert_close(weights(many, "set-aside"), weights(many, 4), atol=0.0)
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float) -> None:
+    """Compare weights by name."""
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=atol) for name in one)
 
 
 @in_two_and_four
-def test_one_process_takes_up_the_weights_of_several(launched: Launch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The optimizer not, unless it is told to begin anew."""
+def test_resume_on_one_process_loads_the_weights_of_many(launched: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    # The optimizer cannot be resumed: the recipe must restart it.
     for run, one, many in launched.runs("rloo"):
         if run.zero == 3 and run.resumes:
             again = ["train", f"{many}.yaml", "--resume", "rloo.max_steps=4"]
@@ -246,7 +256,7 @@ def test_one_process_takes_up_the_weights_of_several(launched: Launch, capsys: p
                 main(again)
             assert f"in {launched.num_processes} shards of ZeRO-3" in capsys.readouterr().err
             main([*again, "rloo.restart_optimizer=true"])
-            # Its rollouts are those of the run's own next step: it samples from the same weights.
+            # It samples from the same weights, so its rollouts are those of the run on one process.
             fourth = [
                 {tuple(record["completion_ids"]) for record in records(path, "rollouts.jsonl") if record["step"] == 4}
                 for path in (one, many)
@@ -255,22 +265,22 @@ def test_one_process_takes_up_the_weights_of_several(launched: Launch, capsys: p
 
 
 @in_two_and_four
-def test_sharded_weights_are_sharded_as_they_are_loaded(launched: Launch) -> None:
-    share = 1 / launched.num_processes
-    for rank in range(launched.num_processes):  # a little more: what does not divide is padded
+def test_load_policy_shards_the_weights_while_it_loads(launched: Launch) -> None:
+    fraction = 1 / launched.num_processes
+    for rank in range(launched.num_processes):  # a little more, because shards are padded to equal sizes
         held = json.loads((launched.folder / f"held-of-{launched.num_processes}-{rank}.json").read_text())
-        assert share <= held < 1.1 * share
+        assert fraction <= held < 1.1 * fraction
 
 
 @in_two_and_four
-def test_an_adapter_of_sharded_weights_is_exported(launched: Launch, model_folder: Path) -> None:
+def test_export_takes_an_adapter_of_sharded_weights(launched: Launch, model_folder: Path) -> None:
     name = {2: "sft-lora-3-of-2/checkpoints/checkpoint-4", 4: "rloo-adapter-3-of-4/checkpoints/checkpoint-3"}
     out = launched.folder / f"exported-of-{launched.num_processes}"
     main(["export", str(launched.folder / name[launched.num_processes]), str(out)])
     assert weights(out, ".").keys() == load_file(model_folder / "model.safetensors").keys()
 
 
-def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
+def test_process_failure_ends_the_run_with_one_line(folder: Path, model_folder: Path) -> None:
     path = recipe(folder, "endless", model_folder, stage="sft", kind="lora", num_processes=2)
     endless = ["sft.max_steps=1000000", "sft.save_steps=1000000"]
     process = launch(folder, "ddp.yaml", "-m", "rekatrain", "train", path, *endless)
@@ -286,6 +296,7 @@ def test_a_process_that_dies_ends_the_run_with_one_line(folder: Path, model_fold
     assert [line for line in stderr.splitlines() if line.startswith("engine: ")] == [
         "engine: data parallel; world size 2, cpu; weights float32, arithmetic the weights'; attention sdpa"
     ]
-    ours = [line for line in stderr.splitlines() if "rekatrain" in line]
-    assert len(ours) == 1 and "another process of it died" in ours[0] and "--resume" in ours[0]
+    # The launcher's own report has the title "rekatrain FAILED".
+    ours = [line for line in stderr.splitlines() if "rekatrain" in line and line != "rekatrain FAILED"]
+    assert len(ours) == 1 and "another process died" in ours[0] and "--resume" in ours[0]
     assert "Error: [" not in stderr and "[rank0]: Traceback" not in stderr

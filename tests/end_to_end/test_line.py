@@ -1,4 +1,4 @@
-"""The main job through the real command line: SFT, export, RLOO, export, and the exported folder asked a question."""
+"""Tests of the main job through the real command line: SFT, export, RLOO, export, an answer, and resumed runs."""
 
 import json
 import operator
@@ -7,7 +7,9 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tests.end_to_end.small_runs import LORA, OPTIONS, records, rloo_recipe, sta
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with rows and a user's reward in it."""
+    """Working folder with rows and a user's reward."""
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -29,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_sft_rloo_export_and_the_exported_model_answers(
+def test_sft_rloo_and_export_give_a_model_that_answers(
     folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft = write_recipe(
@@ -49,7 +51,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     rloo = rloo_recipe(folder, "rloo", folder / "sft-export", lora=LORA)
     main(["train", str(rloo), "--dry-run"])
     shown = capsys.readouterr().out
-    assert "[[ ...what the policy samples is trained]]" in shown and "math_answer 1.0" in shown
+    assert "[[ ...a completion, sampled by the policy]]" in shown and "math_answer 1.0" in shown
     main(["sample", str(rloo), "--num-prompts", "1", "rloo.truncated_completions=penalize"])
     shown = capsys.readouterr().out
     assert shown.count("advantage") == shown.count("truncation_penalty") == 4
@@ -62,8 +64,8 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     assert max(record["mismatch_logprob"] for record in metrics) < 1e-3
     rollouts = records(folder / "rloo", "rollouts.jsonl")
     assert len(rollouts) == 3 * 2 * 4
-    for slot in (0, 1):
-        group = [record["advantage"] for record in rollouts if record["step"] == 1 and record["prompt_index"] == slot]
+    for index in (0, 1):
+        group = [record["advantage"] for record in rollouts if record["step"] == 1 and record["prompt_index"] == index]
         assert sum(group) == pytest.approx(0, abs=1e-5) and any(group)
     assert load_recipe(folder / "rloo" / "recipe.yaml") == load_recipe(rloo)
     assert dump_recipe(load_recipe(rloo)) == (folder / "rloo" / "recipe.yaml").read_text()
@@ -73,7 +75,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     assert len(list(export.glob("*.safetensors"))) > 1
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in export.rglob("*") if path.is_file())
 
-    # As a user of the folder: nothing of this project in between.
+    # As a user of the folder, without this project.
     tokenizer = AutoTokenizer.from_pretrained(export)
     served = AutoModelForCausalLM.from_pretrained(export)
     messages = [{"role": "human", "content": "3 + 3 ="}]
@@ -83,7 +85,7 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert answer.startswith(" <reasoning>\n") and answer.rstrip().endswith(STOP)
 
-    # The run folder (base and adapter) and the export (merged) are one model.
+    # The run folder (base and adapter) and the export (merged) give equal answers.
     results = []
     for model in (folder / "rloo", export):
         out = folder / "result.json"
@@ -94,11 +96,13 @@ def test_sft_rloo_export_and_the_exported_model_answers(
     assert 0 <= results[0]["low"] <= results[0]["accuracy"] <= results[0]["high"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.launched
 @pytest.mark.parametrize(
     ("lora", "options"), [(None, {}), (LORA, {}), (LORA, OPTIONS)], ids=["full", "lora", "options"]
 )
-def test_a_killed_rloo_run_goes_on_bit_for_bit(
-    folder: Path, model_folder: Path, lora: dict | None, options: dict
+def test_resume_after_a_kill_is_bitwise_equal(
+    folder: Path, model_folder: Path, lora: dict[str, Any] | None, options: dict[str, Any]
 ) -> None:
     rloo = {"max_steps": 4, **options}
     whole = rloo_recipe(folder, "whole", model_folder, lora=lora, rloo=rloo)
@@ -119,12 +123,12 @@ def test_a_killed_rloo_run_goes_on_bit_for_bit(
     ours, theirs = records(folder / "whole", "metrics.jsonl"), records(folder / "killed", "metrics.jsonl")
     assert [record["step"] for record in theirs] == [1, 2, 3, 4]
     assert [record["grad_norm_limit"] for record in theirs] == [record["grad_norm_limit"] for record in ours]
-    assert all(record["kl"] != 0 for record in theirs[1:])  # every step moved the weights
-    if options:  # norms from before the kill are in the limits after it
+    assert all(record["kl"] != 0 for record in theirs[1:])  # every step changed the weights
+    if options:  # the limits after the kill include norms from before it
         assert all(record["grad_norm_limit"] < 1e3 for record in theirs[2:])
 
 
-def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path) -> None:
+def test_resume_of_a_stopped_sft_run_is_bitwise_equal(folder: Path, model_folder: Path) -> None:
     def recipe(name: str) -> str:
         settings = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
         settings |= {"lr_scheduler_type": "constant", "logging_steps": 1}
@@ -142,7 +146,9 @@ def test_a_stopped_sft_run_goes_on_bit_for_bit(folder: Path, model_folder: Path)
     ]
 
 
-def test_two_processes_of_torchrun_take_the_steps_of_one(folder: Path, model_folder: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.launched
+def test_torchrun_with_two_processes_equals_one(folder: Path, model_folder: Path) -> None:
     one = rloo_recipe(folder, "one", model_folder, lora=LORA, rloo=OPTIONS)
     two = rloo_recipe(folder, "two", model_folder, lora=LORA, rloo=OPTIONS)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rekatrain"]
@@ -151,17 +157,18 @@ def test_two_processes_of_torchrun_take_the_steps_of_one(folder: Path, model_fol
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr.decode()
     ours, theirs = records(folder / "one", "rollouts.jsonl"), records(folder / "two", "rollouts.jsonl")
-    by_place = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
-    for mine, other in zip(sorted(ours, key=by_place), sorted(theirs, key=by_place), strict=True):
+    by_index = operator.itemgetter("step", "prompt_index")  # the sort is stable: a group keeps its order
+    for mine, other in zip(sorted(ours, key=by_index), sorted(theirs, key=by_index), strict=True):
         assert mine["completion_ids"] == other["completion_ids"]
         assert mine["advantage"] == pytest.approx(other["advantage"], abs=1e-5)
     expected, found = weights(folder / "one", 3), weights(folder / "two", 3)
     assert all(torch.allclose(expected[name], found[name], atol=1e-5) for name in expected)
 
 
-def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until the condition holds; fail when the process ends or the time is over."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        assert time.monotonic() < deadline, "the run did not get there in time"
+        assert time.monotonic() < deadline, f"the condition does not hold after {seconds} s"
         time.sleep(0.02)

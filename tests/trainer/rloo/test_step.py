@@ -1,4 +1,4 @@
-"""One step of RLOO: its gradient is the one that its records say, whatever the batching."""
+"""Tests of trainer/rloo/step.py: the gradient of a step follows from its records, whatever the micro-batches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -105,7 +105,8 @@ def test_take_step_has_a_kl_of_zero_before_the_first_update(
 
 @pytest.fixture
 def bf16_accelerator() -> Iterator[Accelerator]:
-    AcceleratorState._reset_state(True)  # Accelerate allows one precision a process
+    """Accelerator with bfloat16 autocast."""
+    AcceleratorState._reset_state(True)  # Accelerate allows one precision per process
     yield Accelerator(cpu=True, mixed_precision="bf16")
     AcceleratorState._reset_state(True)
 
@@ -130,7 +131,7 @@ def test_take_step_works_in_bfloat16_arithmetic(
     run = Run.in_process(bf16_accelerator, model, replace(setup, seed=5), sampler, lambda: None, reference)
     records = take_step(run, 0, Clock())
     assert [record["kl"] for record in records] == [0.0] * 20
-    # The arithmetic was bfloat16: whatever the sampler's, a sum of rounded logits differs.
+    # Training was in bfloat16: its rounded log-probabilities differ from those of the sampler in any arithmetic.
     assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in records) < 0.5
     gradient = gradient_of(trained)
     assert {value.dtype for value in gradient.values()} == {torch.float32}
@@ -195,14 +196,14 @@ def test_take_step_without_scores_has_a_gradient_of_zero(
     assert all(torch.count_nonzero(value) == 0 for value in gradient.values())
 
 
-def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """PackedCompletions of each forward of the policy from now on."""
+def count_scored_completions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which each later forward pass, of policy or reference, adds its number of completions."""
     counts: list[int] = []
     forward = CompletionLogprobs.forward
 
-    def counting(self: CompletionLogprobs, rows: PackedCompletions) -> Tensor:
-        counts.append(len(rows.lengths))
-        return forward(self, rows)
+    def counting(self: CompletionLogprobs, packed: PackedCompletions) -> Tensor:
+        counts.append(len(packed.lengths))
+        return forward(self, packed)
 
     monkeypatch.setattr(CompletionLogprobs, "forward", counting)
     return counts
@@ -215,25 +216,25 @@ def test_take_step_skips_idle_groups_without_effect(
     monkeypatch: pytest.MonkeyPatch,
     reward: Callable[..., list[float | None]],
 ) -> None:
-    counts = count_scored_rows(monkeypatch)
+    counts = count_scored_completions(monkeypatch)
     setup = make_setup(tokenizer, reward)
     records, gradient = run_step(policy, setup)
     monkeypatch.setattr(Group, "is_idle", False)
     all_records, expected = run_step(policy, setup)
-    # The first group is always run, so that every process takes part in the backward pass.
-    idle_slots = {
+    # The first group always stays, so that every process takes part in the backward pass.
+    idle_indices = {
         prompt_index
         for prompt_index in range(1, 5)
         if len({r["reward"] for r in records if r["prompt_index"] == prompt_index}) == 1
     }
-    assert len(idle_slots) >= 2
-    assert counts == [(5 - len(idle_slots)) * 4, 5 * 4]
+    assert len(idle_indices) >= 2
+    assert counts == [(5 - len(idle_indices)) * 4, 5 * 4]
     assert gradient.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, rtol=0, atol=1e-5)
 
     for record, other in zip(by_completion(records), by_completion(all_records), strict=True):
-        is_idle = record["prompt_index"] in idle_slots
+        is_idle = record["prompt_index"] in idle_indices
         assert (record["logprob"] is None) == is_idle
         assert other["advantage"] == pytest.approx(record["advantage"], abs=1e-6)
         unlike = {"logprob": None, "advantage": None, "mismatch_kl": None, "clip_ratio": None}
@@ -247,13 +248,13 @@ def test_take_step_scores_split_groups_in_an_earlier_pass(
     setups = [make_setup(tokenizer, beta=beta, micro_batch_tokens=budget) for budget in (10**6, 20)]
     reference = reference_of(policy, setups[0]) if beta else None
     perturb(policy)
-    counts = count_scored_rows(monkeypatch)
+    counts = count_scored_completions(monkeypatch)
     single_records, single = run_step(policy, setups[0], reference)
-    # Each completion once, with the reference where there is one.
+    # One pass over each completion, and one of the reference where there is one.
     assert sum(counts) == (40 if beta else 20)
     counts.clear()
     records, gradient = run_step(policy, setups[1], reference)
-    # Groups that no micro-batch holds whole have their KL from a forward before the training one.
+    # The KL of groups that no micro-batch holds whole needs one more pass before the training pass.
     assert sum(counts) == (60 if beta else 20)
     for record, other in zip(by_completion(records), by_completion(single_records), strict=True):
         assert record["completion_ids"] == other["completion_ids"]
@@ -267,7 +268,7 @@ def test_take_step_with_a_kl_penalty_skips_no_group(
     setup = make_setup(tokenizer, for_some_prompts, beta=0.3)
     reference = reference_of(policy, setup)
     perturb(policy)
-    counts = count_scored_rows(monkeypatch)
+    counts = count_scored_completions(monkeypatch)
     records, gradient = run_step(policy, setup, reference)
     assert counts == [20, 20]  # the reference and the policy
     assert all(record["advantage"] != 0 for record in records)
@@ -279,7 +280,7 @@ def test_take_step_samples_anew_for_each_step_and_seed(
 ) -> None:
     setup = make_setup(tokenizer)
 
-    def sampled(seed: int, step: int) -> list[tuple]:
+    def sampled(seed: int, step: int) -> list[tuple[str | int, ...]]:
         records, _ = run_updates(policy, setup, seed=seed, step=step)
         assert {record["step"] for record in records} == {step + 1}
         return [(record["prompt"], *record["completion_ids"]) for record in records]

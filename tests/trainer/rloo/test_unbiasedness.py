@@ -1,8 +1,11 @@
-"""RLOO gives the gradient of the expected reward; policies small enough are enumerated, in float64."""
+"""Tests of trainer/rloo/loss.py: RLOO gives the gradient of the expected reward.
+
+The policies are small enough to enumerate everything that they can draw, in float64.
+"""
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -33,7 +36,6 @@ from tests.helpers.rloo import centered, distance, doubles, gradient, loss_on_po
 BETA = 0.1
 GROUP_SIZES = [2, 3, 4]
 
-
 REWARDS = doubles([1, 0, 0.5, 2, -1])
 REFERENCE_LOGPROBS = torch.log_softmax(doubles([0.1, 0.1, -0.3, 0.4, 0]), dim=0)
 
@@ -47,12 +49,12 @@ def theta() -> Tensor:
 def expected_gradient(
     theta: Tensor, rewards: Tensor, group_size: int, advantages: Callable[[Tensor], Tensor] = leave_one_out_advantages
 ) -> Tensor:
-    """Mean ascent direction of a step on one group, over all 5^k groups that can be drawn."""
+    """Compute the mean ascent direction of a step on one group, over all 5^k groups that can be drawn."""
     logprobs = torch.log_softmax(theta, dim=0)
     draws_PG = torch.cartesian_prod(*[torch.arange(len(theta))] * group_size)
-    chances_P1 = logprobs.detach()[draws_PG].sum(dim=1, keepdim=True).exp()
-    # The loss is linear in the advantages, so a draw's chance can be put there.
-    weighted_PG = advantages(rewards[draws_PG]) * chances_P1
+    probabilities_P1 = logprobs.detach()[draws_PG].sum(dim=1, keepdim=True).exp()
+    # The loss is linear in the advantages, so they can be multiplied by the probability of a draw.
+    weighted_PG = advantages(rewards[draws_PG]) * probabilities_P1
     return -gradient(loss_on_policy(logprobs[draws_PG].flatten(), weighted_PG.flatten(), None, group_size), theta)
 
 
@@ -80,7 +82,7 @@ def test_division_by_the_deviation_turns_the_gradient(theta: Tensor, group_size:
 
 
 def regularized_gradient(theta: Tensor) -> Tensor:
-    """Gradient of E[r] - beta * KL, by differentiating the sum over the five actions."""
+    """Differentiate E[r] - beta * KL as the sum over the five actions."""
     logprobs = torch.log_softmax(theta, dim=0)
     return gradient((logprobs.exp() * (REWARDS - BETA * (logprobs - REFERENCE_LOGPROBS))).sum(), theta)
 
@@ -91,7 +93,7 @@ def test_kl_penalized_rewards_give_the_gradient_of_the_kl(theta: Tensor, group_s
     stated = doubles([0.075987, -0.100282, -0.080938, 0.255769, -0.150536])
     torch.testing.assert_close(exact, stated, rtol=0, atol=5e-7)
 
-    log_ratios = torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS  # with gradient: the reward must detach it
+    log_ratios = torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS  # it has a gradient, which the reward must detach
     rewards = kl_penalized_rewards(REWARDS, log_ratios, BETA)
     assert not rewards.requires_grad
     assert (expected_gradient(theta, rewards, group_size) - exact).abs().max() <= 1e-15
@@ -106,13 +108,14 @@ def test_kl_penalized_rewards_with_k2_or_k3_are_biased(
     theta: Tensor, estimate: Callable[[Tensor], Tensor], error: float
 ) -> None:
     kl = estimate(torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS)
-    found = expected_gradient(theta, kl_penalized_rewards(REWARDS, kl, BETA), 4)
-    assert (found - regularized_gradient(theta)).abs().max().item() == pytest.approx(error, abs=5e-5)
+    actual = expected_gradient(theta, kl_penalized_rewards(REWARDS, kl, BETA), 4)
+    assert (actual - regularized_gradient(theta)).abs().max().item() == pytest.approx(error, abs=5e-5)
 
 
 # A policy of two steps over the tokens a, b and stop. A completion that does not stop at once has two tokens, and its
-# second token depends on its first. The published errors of the means (0.081, 0.064) are of a toy that is not
-# specified; on this one they are larger, and the sum's error is the same: none.
+# second token depends on its first. The published errors of the means (0.081, 0.064) are for a toy policy that is not
+# specified; for this one they are larger. The sum has no error in both.
+# For each completion: its reward, and the index of each of its tokens among the nine log-probabilities of the policy.
 TWO_STEPS = {
     "stop": (0.2, [2]),
     "aa": (1.0, [0, 3]),
@@ -125,7 +128,7 @@ TWO_STEPS = {
 
 
 def two_step_gradients() -> dict[str, Tensor]:
-    """Expected gradients on groups of two by the type of the loss, and the exact one."""
+    """Return the expected gradient on groups of two for each type of the loss, and the exact one."""
     logits = doubles([[0.3, -0.2, 0.1], [0.6, -0.4, 0.0], [-0.5, 0.2, 0.4]]).requires_grad_()
     token_logprobs = torch.log_softmax(logits, dim=1).flatten()
     rewards_Y = doubles([reward for reward, _ in TWO_STEPS.values()])
@@ -146,39 +149,40 @@ def two_step_gradients() -> dict[str, Tensor]:
                 epsilon=torch.inf,
             )
             weights_N = sequence_weights(lengths_N, loss_type, num_completions=2, num_tokens=int(lengths_N.sum()))
-            chance = logprobs_Y[list(pair)].sum().exp().detach()
-            losses.append(-chance * (surrogates_N * weights_N).sum())
+            probability = logprobs_Y[list(pair)].sum().exp().detach()
+            losses.append(-probability * (surrogates_N * weights_N).sum())
         gradients[loss_type] = -gradient(torch.stack(losses).sum(), logits)
     return gradients
 
 
 def test_sequence_weights_are_exact_for_sequence_sum_only() -> None:
     gradients = two_step_gradients()
-    errors = {name: (found - gradients["exact"]).abs().max().item() for name, found in gradients.items()}
+    errors = {name: (actual - gradients["exact"]).abs().max().item() for name, actual in gradients.items()}
     assert errors["sequence_sum"] <= 1e-12
     assert errors["sequence_mean"] > 1e-2
     assert errors["token_mean"] > 1e-2
 
 
 def log_ratios_to_reference(theta: Tensor) -> Tensor:
+    """Return log pi - log ref of each action -> [5]."""
     return torch.log_softmax(theta, dim=0) - REFERENCE_LOGPROBS
 
 
 def test_k2_loss_alone_has_the_gradient_of_the_kl(theta: Tensor) -> None:
-    chances = theta.softmax(dim=0).detach()
+    probabilities = theta.softmax(dim=0).detach()
     logprobs = torch.log_softmax(theta, dim=0)
     exact = gradient(BETA * (logprobs.exp() * (logprobs - REFERENCE_LOGPROBS)).sum(), theta)
     assert exact.norm() > 0.01
     log_ratios = log_ratios_to_reference(theta)
-    # Drawn actions are constants: the expectation is over the draws, and their log-ratios carry the gradient.
-    k2 = gradient((chances * k2_loss(log_ratios, BETA)).sum(), theta)
+    # The probabilities of the draws are constants; only the log-ratios have a gradient.
+    k2 = gradient((probabilities * k2_loss(log_ratios, BETA)).sum(), theta)
     assert (k2 - exact).abs().max() <= 1e-16
     for estimate in (log_ratios, torch.expm1(-log_ratios) + log_ratios):
-        assert (gradient(BETA * (chances * estimate).sum(), theta) - exact).abs().max() > 1e-3
+        assert (gradient(BETA * (probabilities * estimate).sum(), theta) - exact).abs().max() > 1e-3
 
 
-# The same through a tiny Llama and the functions of a step. Two tokens and a stop make seven completions, of one token
-# or two; all pairs of them are enumerated.
+# A tiny Llama and the functions of a step. Two tokens and a stop make seven completions of one or two tokens; all pairs
+# of them are enumerated.
 
 PROMPT = [4, 5, 6]
 COMPLETIONS = [[0], *([first, second] for first in (1, 2) for second in (0, 1, 2))]
@@ -186,7 +190,7 @@ LLAMA_REWARDS = [0.2, 1.0, -1.0, 0.5, 2.0, 0.0, -0.5]
 
 
 def completion_logprobs(policy: LlamaForCausalLM) -> Tensor:
-    """log pi(y|x) of each completion, by plain forwards -> [7]."""
+    """Compute log pi(y|x) of each completion by plain forward passes -> [7]."""
     sums = []
     for ids in COMPLETIONS:
         logits = policy(torch.tensor([PROMPT + ids]), use_cache=False).logits[0, len(PROMPT) - 1 : -1, :3]
@@ -194,7 +198,8 @@ def completion_logprobs(policy: LlamaForCausalLM) -> Tensor:
     return torch.stack(sums)
 
 
-def pair_group(pair: tuple[int, int]) -> Group:
+def pair_group(pair: Sequence[int]) -> Group:
+    """Make a group of two completions, given by their indices."""
     completions = [
         Completion(ids=COMPLETIONS[y], logprobs=[0.0] * len(COMPLETIONS[y]), finish_reason=FinishReason.STOP)
         for y in pair
@@ -212,10 +217,10 @@ def pair_group(pair: tuple[int, int]) -> Group:
 
 
 def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config: RLOOConfig) -> dict[str, Tensor]:
-    """Mean ascent direction of a step on one group, over all pairs that can be drawn."""
+    """Compute the mean ascent direction of a step on one group, over all pairs that can be drawn."""
     scored, frozen = (CompletionLogprobs(each, temperature=1.0, num_tokens=3) for each in (policy, reference))
-    chances = completion_logprobs(policy).detach().exp()
-    assert chances.sum().item() == pytest.approx(1, abs=1e-12)
+    probabilities = completion_logprobs(policy).detach().exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
     policy.zero_grad()
     for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
         [batch] = make_microbatches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
@@ -223,9 +228,9 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
         batch.old_logprobs = logprobs_T.detach()
         batch.reference_logprobs = frozen(batch.packed).detach()
         set_advantages([batch], config)
-        totals = LossDenominators(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
-        loss, _ = policy_loss(batch, logprobs_T, config, totals)
-        (chances[list(pair)].prod() * loss).backward()
+        denominators = LossDenominators(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
+        loss, _ = policy_loss(batch, logprobs_T, config, denominators)
+        (probabilities[list(pair)].prod() * loss).backward()
     return {name: -parameter.grad for name, parameter in policy.named_parameters()}
 
 
@@ -247,13 +252,13 @@ def test_policy_loss_of_a_llama_has_the_exact_mean_gradient(
     policy, reference = model.double(), copy.deepcopy(model).double()
     perturb(reference, scale=0.1)
     config = RLOOConfig(**{"max_steps": 1, "num_generations": 2, "beta": 0.3, **options})
-    found = expected_step(policy, reference, config)
+    actual = expected_step(policy, reference, config)
 
     policy.zero_grad()
     logprobs_Y = completion_logprobs(policy)
     kl_Y = logprobs_Y - completion_logprobs(reference).detach()
     (logprobs_Y.exp() * (doubles(LLAMA_REWARDS) - config.beta * kl_Y)).sum().backward()
     exact = {name: parameter.grad for name, parameter in policy.named_parameters()}
-    error = distance(found, exact)
-    # Log-probabilities are normalized in float32, also of a float64 model.
+    error = distance(actual, exact)
+    # The log-probabilities of a float64 model are normalized in float32 too.
     assert error < 1e-5 if is_exact else error > 0.05

@@ -1,4 +1,4 @@
-"""Several updates of one batch: ratios to the policy that sampled, their clip, and weights for another arithmetic."""
+"""Tests of trainer/rloo/step.py with several updates per batch, clipped ratios, and importance weights."""
 
 import itertools
 
@@ -33,14 +33,14 @@ EPSILON = 0.05
 
 @pytest.fixture
 def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Log-ratios of each loss that is computed from now on."""
+    """Log-ratios of each loss that is computed after this fixture."""
     seen: list[Tensor] = []
 
-    def watched(log_ratios_T: Tensor, *arguments: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    def recorded(log_ratios_T: Tensor, *arguments: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         seen.append(log_ratios_T.detach())
         return clipped_surrogates(log_ratios_T, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rekatrain.trainer.rloo.loss.clipped_surrogates", watched)
+    monkeypatch.setattr("rekatrain.trainer.rloo.loss.clipped_surrogates", recorded)
     return seen
 
 
@@ -78,10 +78,11 @@ def test_take_step_at_learning_rate_zero_has_ratios_of_one(
 
 
 def clipped_by_hand(log_ratio: Tensor, advantage: float) -> tuple[Tensor, bool]:
+    """Return the surrogate of one ratio, and True where the clip decides it."""
     ratio = log_ratio.exp()
-    held = ratio.clamp(1 - EPSILON, 1 + EPSILON)
-    is_held = bool(ratio * advantage > held * advantage)
-    return (held if is_held else ratio) * advantage, is_held
+    clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+    is_clipped = bool(ratio * advantage > clipped * advantage)
+    return (clipped if is_clipped else ratio) * advantage, is_clipped
 
 
 @pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
@@ -115,19 +116,19 @@ def test_take_step_updates_by_the_clipped_objective(
     old = {id(record): token_logprobs(policies[0], setup, record).detach() for record in records}
 
     for updated, gradient in zip(policies, gradients, strict=False):
-        shares = []
+        clip_ratios: list[float] = []
 
-        def term(record: RolloutRecord, logprobs_T: Tensor, shares: list[float] = shares) -> Tensor:
+        def term(record: RolloutRecord, logprobs_T: Tensor, clip_ratios: list[float] = clip_ratios) -> Tensor:
             log_ratios_T = logprobs_T - old[id(record)]
             ratios = log_ratios_T if level == "token" else log_ratios_T.sum()[None]
             terms = [clipped_by_hand(ratio, record["advantage"]) for ratio in ratios]
-            shares.append(sum(is_held for _, is_held in terms) / len(terms))
+            clip_ratios.append(sum(is_clipped for _, is_clipped in terms) / len(terms))
             return -sum(surrogate for surrogate, _ in terms) / num_scorable
 
         expected = gradient_of_terms(updated, setup, records, term)
         assert_gradients_close(gradient, expected)
-    # The last update's.
-    assert [record["clip_ratio"] for record in records] == pytest.approx(shares)
+    # The records have the ratios of the last update.
+    assert [record["clip_ratio"] for record in records] == pytest.approx(clip_ratios)
     assert 0.1 < step_metrics(records)["clip_ratio"] < 0.9
 
 
@@ -144,7 +145,7 @@ def test_take_step_makes_one_unclipped_update_by_default(
 
 
 def mismatch(policy: Policy, setup: RunSetup, sampler: RecordingSampler, record: RolloutRecord) -> Tensor:
-    """log pi - log sampler of each token, [T]."""
+    """Return log pi - log sampler of each token -> [T]."""
     recorded = torch.tensor(sampler.completion(setup, record).logprobs, dtype=torch.float64)
     return token_logprobs(exact_copy(policy), setup, record).detach() - recorded
 
