@@ -303,7 +303,7 @@ def test_describe_error_is_one_line_with_its_place():
     try:
         check_columns(None, None)
     except TypeError as error:
-        assert re.fullmatch(r"TypeError: .* \(compose.py, line \d+\)", describe_error(error))
+        assert re.fullmatch(r"TypeError: .* \(grader.py, line \d+\)", describe_error(error))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", numpy.ones(2), RewardError("no answer from the server")])

@@ -170,8 +170,7 @@ from typing import Annotated
 
 from annotated_types import Gt
 
-from rekatrain.data.chat import ParsedCompletion
-from rekatrain.data.errors import InputError
+from rekatrain.rewards import InputError, ParsedCompletion
 
 
 def brevity(

@@ -192,8 +192,8 @@ def test_reasoning_gym_gives_golds_full_marks_and_no_partial_ones(task):
             ("", 0.0),
         ]:
             completion = parse_completion(render_completion("Hm.", answer))
-            found = reasoning_gym_score(completion, reasoning_gym_task=task, reasoning_gym_entry=entry)
-            assert found == score, answer
+            value = reasoning_gym_score(completion, reasoning_gym_task=task, reasoning_gym_entry=entry)
+            assert value == score, answer
 
 
 def test_reasoning_gym_raises_if_a_verifier_fails_on_its_gold():

@@ -112,7 +112,7 @@ def test_run_program_ends_an_endless_program_cleanly(source, ending):
     before, started = set(os.listdir("/proc")), time.monotonic()
     outcome = run(source, limits=Limits(seconds=1.0, output=10_000))
     assert outcome.ending == ending and time.monotonic() - started < 3.0
-    deadline = time.monotonic() + 5  # one in a session of its own ends with its parent, a moment later
+    deadline = time.monotonic() + 5  # one in a separate session ends with its parent, a moment later
     while left := {pid for pid in set(os.listdir("/proc")) - before if pid.isdigit() and _is_jail(pid)}:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
@@ -167,7 +167,7 @@ FORGERIES = {
     "writes to every open file": (
         "import os\nfor n in range(3, 64):\n  try: os.write(n, b'11')\n  except OSError: pass\ndef double(x): return 0"
     ),
-    "answers before it is asked": (
+    "answers before it is called": (
         "import os\nfor n in range(3, 64):\n  try: os.write(n, b'null\\n' * 9)\n  except OSError: pass\n"
         "def double(x): return 0"
     ),
@@ -228,13 +228,13 @@ def test_run_tests_uses_objects_of_the_solution():
 
 
 def test_sandboxes_run_at_the_same_time():
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(verdicts(GOOD))) for _ in range(8)]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(verdicts(GOOD))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [[True, True]] * 8
+    assert results == [[True, True]] * 8
 
 
 def test_sandbox_that_cannot_start_is_a_reward_error(monkeypatch):

@@ -1,4 +1,4 @@
-"""What is sent and read: vLLM's three routes and the plain contract. The real vLLM: test_reward_model_vllm.py."""
+"""Requests and replies of vLLM's routes and of the plain contract; tests/vllm/test_reward_model.py has a real vLLM."""
 
 import asyncio
 import math
@@ -86,8 +86,8 @@ def test_batches_fail_alone_and_keep_their_order(serve) -> None:
 
 def test_a_rejected_answer_does_not_cost_its_batch(serve) -> None:
     def answer(path: str, body: dict) -> tuple[int, dict]:
-        refused = any("Bye" in text for text in body["input"])
-        return (400, {}) if refused else (200, numbered(lambda v: {"probs": [v]}, [len(t) for t in body["input"]]))
+        is_rejected = any("Bye" in text for text in body["input"])
+        return (400, {}) if is_rejected else (200, numbered(lambda v: {"probs": [v]}, [len(t) for t in body["input"]]))
 
     server = serve(answer)
     first, second, third = score(server.url, route="classify", batch_size=2)

@@ -348,22 +348,22 @@ def test_code_tests_accept_a_function_body_for_humaneval(code_tests):
 def test_instruction_following_grades_ifeval_rows():
     rows = load_rows(str(REAL_DATA / "ifeval.jsonl.gz"), format="prompt_answer").rows
     columns = [{key: row.columns[key] for key in ("instruction_id_list", "kwargs")} for row in rows]
-    assert {name for given in columns for name in given["instruction_id_list"]} == set(CHECKS)
+    assert {name for row in columns for name in row["instruction_id_list"]} == set(CHECKS)
     scorer = InstructionFollowing()
     followed = 0
-    for given in columns:
-        text = follow(given)
+    for row in columns:
+        text = follow(row)
         if text is not None:
             followed += 1
-            assert scorer(answered(text), **given) == 1.0, (given, text)
+            assert scorer(answered(text), **row) == 1.0, (row, text)
     assert followed >= 180
-    assert sum(scorer(answered("Sure, I can help."), **given) == 1.0 for given in columns) < 120
+    assert sum(scorer(answered("Sure, I can help."), **row) == 1.0 for row in columns) < 120
 
 
-def follow(given):
+def follow(row):
     """An answer made for the instructions, where all of them are of simple kinds."""
     text = "it rains on the house and the sea is calm"
-    for name, options in zip(given["instruction_id_list"], given["kwargs"], strict=True):
+    for name, options in zip(row["instruction_id_list"], row["kwargs"], strict=True):
         kind = name.partition(":")[2]
         if kind == "existence":
             text += " " + " ".join(options["keywords"])
@@ -385,5 +385,5 @@ def follow(given):
             )
         elif kind not in ("no_comma", "forbidden_words", "english_lowercase"):
             return None
-    is_lower = "change_case:english_lowercase" in given["instruction_id_list"]
+    is_lower = "change_case:english_lowercase" in row["instruction_id_list"]
     return None if is_lower and not text.islower() else text

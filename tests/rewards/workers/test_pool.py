@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rekatrain.rewards import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.grader import Grader, ScoringConfig
@@ -53,11 +54,11 @@ def dangerous(completion):
     return 1.0
 
 
-def mend_me(completion):
+def wrong_column(completion):
     raise InputError("the column answer must be a number")
 
 
-def tell(completion, *, path):
+def record(completion, *, path):
     with open(path, "a") as file:
         file.write(f"{os.getpid()} {'torch' in sys.modules} {threading.current_thread() is threading.main_thread()}\\n")
     if completion.answer == "sleep":
@@ -117,10 +118,9 @@ def test_pool_failure_is_an_error_of_its_completion_alone():
 
 
 def test_pool_raises_an_input_error_of_a_scorer(tmp_path):
-    from rekatrain.data.errors import InputError
 
     with (
-        Grader(build_reward_functions({"graders:mend_me": None})) as grader,
+        Grader(build_reward_functions({"graders:wrong_column": None})) as grader,
         pytest.raises(InputError, match="the column answer must be a number"),
     ):
         grader.score(**batch(["x"]))
@@ -129,21 +129,21 @@ def test_pool_raises_an_input_error_of_a_scorer(tmp_path):
 def test_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
     import torch  # noqa: F401  # as in the training process
 
-    path = str(tmp_path / "told")
-    with Grader(build_reward_functions({"graders:tell": None})) as grader:
+    path = str(tmp_path / "record")
+    with Grader(build_reward_functions({"graders:record": None})) as grader:
         grader.score(**batch(["x"] * 4, path=[path] * 4))
-    told = [line.split() for line in Path(path).read_text().splitlines()]
-    assert len(told) == 4 and all(line[1:] == ["False", "True"] for line in told)
-    assert str(os.getpid()) not in {line[0] for line in told}
+    record = [line.split() for line in Path(path).read_text().splitlines()]
+    assert len(record) == 4 and all(line[1:] == ["False", "True"] for line in record)
+    assert str(os.getpid()) not in {line[0] for line in record}
 
 
 def test_submit_scores_while_others_are_still_sampled(tmp_path):
-    path = tmp_path / "told"
-    with Grader(build_reward_functions({"graders:tell": None})) as grader:
+    path = tmp_path / "record"
+    with Grader(build_reward_functions({"graders:record": None})) as grader:
         jobs = grader.submit("x <sep>", {"path": str(path)})
         wait_for(path.exists)  # without anyone asking for the score
-        given = batch(["x", "y"], path=[str(path)] * 2)
-        grader.score(**given, submitted={0: jobs})
+        whole_batch = batch(["x", "y"], path=[str(path)] * 2)
+        grader.score(**whole_batch, submitted={0: jobs})
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -151,10 +151,10 @@ def test_submit_does_not_change_the_scores():
     functions = build_reward_functions({"graders:length": {"offset": 2}, "reasoning_format": {"weight": 0.5}})
     answers = [f"{'x' * n}" for n in range(1, 9)]
     with Grader(functions) as grader:
-        given = batch(answers)
-        whole = grader.score(**given)
-        jobs = {place: grader.submit(given["completions"][place], {}) for place in (1, 6, 3)}
-        assert grader.score(**given, submitted=jobs) == whole
+        whole_batch = batch(answers)
+        whole = grader.score(**whole_batch)
+        jobs = {index: grader.submit(whole_batch["completions"][index], {}) for index in (1, 6, 3)}
+        assert grader.score(**whole_batch, submitted=jobs) == whole
     assert whole.by_name["graders:length"] == [float(n + 2) for n in range(1, 9)]
 
 
@@ -173,16 +173,16 @@ import signal
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import Grader, ScoringConfig
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
-grader = Grader(build_reward_functions({"graders:tell": {"timeout": 600}}), ScoringConfig(num_workers=2))
+grader = Grader(build_reward_functions({"graders:record": {"timeout": 600}}), ScoringConfig(num_workers=2))
 for answer in ("sleep", "power"):
-    jobs = grader.submit(answer + " <sep>", {"path": "told"})
+    jobs = grader.submit(answer + " <sep>", {"path": "record"})
 grader._pool.result(jobs[0])
 """
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
-    told = tmp_path / "told"
-    wait_for(lambda: told.exists() and len(told.read_text().splitlines()) == 2)
-    workers = [line.split()[0] for line in told.read_text().splitlines()]
+    record = tmp_path / "record"
+    wait_for(lambda: record.exists() and len(record.read_text().splitlines()) == 2)
+    workers = [line.split()[0] for line in record.read_text().splitlines()]
     assert all(is_running(pid) for pid in workers)
     process.send_signal(ended_by)
     process.wait(timeout=20)
