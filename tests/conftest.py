@@ -28,6 +28,15 @@ CORPUS = [
 ]
 
 
+# The tests of whole runs are the longest: with several workers they start first, so that no worker ends with one.
+LONGEST_FIRST = ("vllm", "end_to_end", "package", "benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders of `LONGEST_FIRST` first; the order is otherwise that of collection."""
+    items.sort(key=lambda item: not set(LONGEST_FIRST) & set(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, like Reka's."""
