@@ -16,6 +16,7 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scorers.text import overlong_penalty
 from rekatrain.rewards.workers.pool import Job
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -221,9 +222,7 @@ def apply_length_penalties(group: Group, config: RLOOConfig) -> Group:
     if config.overlong_buffer is not None:
         penalties["overlong_penalty"] = [
             config.overlong_penalty
-            * overlong_penalty(
-                length, max_completion_length=config.max_completion_length, buffer=config.overlong_buffer
-            )
+            * overlong_penalty(length, max_length=config.max_completion_length, buffer=config.overlong_buffer)
             for length in lengths
         ]
     if config.truncated_completions == "penalize":
@@ -241,15 +240,6 @@ def apply_length_penalties(group: Group, config: RLOOConfig) -> Group:
             for reward, is_cut in zip(rewards, is_truncated, strict=True)
         ],
     )
-
-
-def overlong_penalty(length: int, *, max_completion_length: int, buffer: int) -> float:
-    """0 up to `buffer` tokens before the cap, then a line down to -1 at the cap (DAPO, arXiv 2503.14476, eq. 13).
-
-    >>> overlong_penalty(90, max_completion_length=100, buffer=20)
-    -0.5
-    """
-    return -max(0.0, (length - (max_completion_length - buffer)) / buffer)
 
 
 def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.rewards.scorers.text import overlong_penalty
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord, step_metrics
-from rekatrain.trainer.rloo.rollouts import overlong_penalty, roll_out, step_prompts
+from rekatrain.trainer.rloo.rollouts import roll_out, step_prompts
 from rekatrain.trainer.rloo.setup import RunSetup
 from tests.helpers.rloo import (
     assert_gradients_close,
@@ -182,7 +183,7 @@ def test_step_prompts_have_a_new_order_per_pass_and_seed() -> None:
     ("length", "penalty"), [(1, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0)]
 )
 def test_overlong_penalty_worked_out_by_hand(length: int, penalty: float) -> None:
-    assert overlong_penalty(length, max_completion_length=100, buffer=20) == pytest.approx(penalty)
+    assert overlong_penalty(length, max_length=100, buffer=20) == pytest.approx(penalty)
 
 
 # Independence of batch sizes
