@@ -23,7 +23,7 @@ from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from rekatrain.trainer.rloo.sampler.vllm import pool
+from rekatrain.trainer.rloo.sampler.vllm import server_pool
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader
 from rekatrain.trainer.run_folder import read_records
 from tests.helpers.rloo import open_reasoning
@@ -47,7 +47,7 @@ def run(
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pool, "_BACK_OFF", lambda state: 0.02)
+    monkeypatch.setattr(server_pool, "_BACK_OFF", lambda state: 0.02)
     sys.modules.pop("my_rewards", None)
 
     def start(

@@ -123,7 +123,7 @@ def pack(groups: Sequence[tuple[int, Sequence[int]]], max_tokens: int, cost: Pas
 
     groups: for each, the length of its prompt and of its completions
 
-    A group that is too large is split. A single completion that is too large is a micro-batch of its own.
+    A group that is too large is split. A single completion that is too large is a micro-batch alone.
 
     >>> cost = PassCost(token=1.0, pair=0.0, join=0.0)
     >>> [[(part.group, list(part.members)) for part in batch] for batch in pack([(2, [3, 3]), (1, [9, 4])], 9, cost)]

@@ -101,7 +101,7 @@ def score_before_training(run: Run, batches: list[MicroBatch], some_token: int) 
 
     Without a KL in the reward, advantages follow from the rewards alone. With it they also need the log-probabilities
     of every completion of their group. A micro-batch that holds its groups whole gets those from its own training pass;
-    one with a part of a group needs a pass of its own first. Returns the batches, filled up so that all processes make
+    one with a part of a group needs a separate pass first. Returns the batches, filled up so that all processes make
     the same passes (`equal_passes`).
     """
     kl_in_reward = run.reference is not None and run.setup.config.kl_placement == "reward"

@@ -33,7 +33,7 @@ from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
 from rekatrain.trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, step_metrics
 from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
-from rekatrain.trainer.rloo.sampler.vllm.rollouts import ServerRollouts
+from rekatrain.trainer.rloo.sampler.vllm.server_rollouts import ServerRollouts
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
 from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder, checkpoint_step

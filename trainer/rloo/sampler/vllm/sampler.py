@@ -20,8 +20,8 @@ from rekatrain.rewards.models.endpoint import Json
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
-from rekatrain.trainer.rloo.sampler.vllm.pool import ServerPool
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader, request_filters
+from rekatrain.trainer.rloo.sampler.vllm.server_pool import ServerPool
 
 FORBIDDEN = -100.0  # the lowest logit bias that vLLM accepts
 
