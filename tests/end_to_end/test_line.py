@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_sft_rloo_and_export_give_a_model_that_answers(
     folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,9 +117,9 @@ def test_resume_after_a_kill_is_bitwise_equal(
     main(["train", str(killed), "--resume"])
 
     for step in (2, 4):
-        expected, found = weights(folder / "whole", step), weights(folder / "killed", step)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        expected, actual = weights(folder / "whole", step), weights(folder / "killed", step)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert records(folder / "whole", "rollouts.jsonl") == records(folder / "killed", "rollouts.jsonl")
     ours, theirs = records(folder / "whole", "metrics.jsonl"), records(folder / "killed", "metrics.jsonl")
     assert [record["step"] for record in theirs] == [1, 2, 3, 4]
@@ -139,8 +140,8 @@ def test_resume_of_a_stopped_sft_run_is_bitwise_equal(folder: Path, model_folder
     main(["train", recipe("stopped"), "sft.max_steps=2"])
     main(["train", recipe("stopped"), "--resume"])
     main(["train", recipe("stopped"), "--resume"])  # finished: takes no further step
-    expected, found = weights(folder / "whole", 4), weights(folder / "stopped", 4)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = weights(folder / "whole", 4), weights(folder / "stopped", 4)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert [r["loss"] for r in records(folder / "whole", "metrics.jsonl")] == [
         r["loss"] for r in records(folder / "stopped", "metrics.jsonl")
     ]
@@ -161,8 +162,8 @@ def test_torchrun_with_two_processes_equals_one(folder: Path, model_folder: Path
     for mine, other in zip(sorted(ours, key=by_index), sorted(theirs, key=by_index), strict=True):
         assert mine["completion_ids"] == other["completion_ids"]
         assert mine["advantage"] == pytest.approx(other["advantage"], abs=1e-5)
-    expected, found = weights(folder / "one", 3), weights(folder / "two", 3)
-    assert all(torch.allclose(expected[name], found[name], atol=1e-5) for name in expected)
+    expected, actual = weights(folder / "one", 3), weights(folder / "two", 3)
+    assert all(torch.allclose(expected[name], actual[name], atol=1e-5) for name in expected)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:

@@ -17,7 +17,7 @@ from rekatrain.trainer.rloo.loss import (
     sequence_weights,
     truncated_importance_weights,
 )
-from tests.helpers.rloo import centered, doubles, gradient, loss_on_policy
+from tests.helpers.loss import centered, doubles, gradient, loss_on_policy
 
 NAN = math.nan
 
@@ -196,9 +196,8 @@ def test_sequence_weights_worked_out_by_hand() -> None:
         return sequence_weights(lengths, loss_type, num_completions=10, num_tokens=40).tolist()
 
     assert weights("sequence_sum") == pytest.approx([0.1, 0.1, 0.1])
-    assert weights("sequence_mean") == pytest.approx(
-        [0.1, 0.025, 0.1]
-    )  # without a trained token the sum is empty, whatever its weight
+    # Without a trained token the sum is empty, whatever its weight.
+    assert weights("sequence_mean") == pytest.approx([0.1, 0.025, 0.1])
     assert weights("token_mean") == pytest.approx([0.025] * 3)
 
 

@@ -31,7 +31,8 @@ from rekatrain.trainer.rloo.loss import (
 from rekatrain.trainer.rloo.microbatch import make_microbatches
 from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from tests.helpers.rloo import centered, distance, doubles, gradient, loss_on_policy, perturb
+from tests.helpers.loss import centered, doubles, gradient, loss_on_policy
+from tests.helpers.rloo import distance, perturb
 
 BETA = 0.1
 GROUP_SIZES = [2, 3, 4]
