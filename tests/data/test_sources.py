@@ -174,7 +174,7 @@ def test_load_rows_rejects_folders_and_other_file_types(monkeypatch: pytest.Monk
         ("a.json", b"[{]", "not valid JSON"),
         ("a.json", b"\xff", "not UTF-8"),
         ("a.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"messages": 1}\n' * 99)[:-9], "cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"messages": 1}\n' * 99, mtime=0)[:-9], "cannot be read: Compressed file ended"),
         ("a.parquet", b"plain", "cannot be read: "),
     ],
 )
