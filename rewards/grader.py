@@ -142,14 +142,14 @@ class Grader:
         return Scores(by_name=by_name, total=total, errors=errors)
 
     def metrics(self) -> dict[str, float]:
-        """Return metrics since the last call: seconds/NAME over all completions, and the metrics of batch classes."""
+        """Return metrics since the last call: seconds of each reward over all completions, and batch classes' own."""
         metrics = {}
         for function in self.functions:
-            metrics[f"seconds/{function.name}"] = self._history[function.name].seconds
+            metrics[f"rewards/{function.name}/seconds"] = self._history[function.name].seconds
             self._history[function.name].seconds = 0.0
             if function.scorer is None and hasattr(function.function, "metrics"):
                 own = function.function.metrics()
-                metrics.update({f"{function.name}/{key}": float(value) for key, value in own.items()})
+                metrics.update({f"rewards/{function.name}/{key}": float(value) for key, value in own.items()})
         return metrics
 
     def close(self) -> None:

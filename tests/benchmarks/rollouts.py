@@ -39,7 +39,7 @@ def run_arm(recipe: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("reward", "mismatch_logprob", "mismatch_kl", "staleness", "groups_sampled_again")
+    kept = ("reward", "mismatch_logprob", "mismatch_kl", "staleness", "rollout_retries")
     return {
         "steps": [
             {

@@ -249,7 +249,7 @@ def test_batch_class_is_set_up_once_and_reports_metrics():
         for _ in range(2):
             batch = {"prompts": ["?"], "completions": ["abc"], "completion_ids": [[1]], "columns": {}}
             assert grader.score(**batch).total == [6.0]
-        assert grader.metrics()["my_rewards:Batch/calls"] == 2.0
+        assert grader.metrics()["rewards/my_rewards:Batch/calls"] == 2.0
 
 
 def test_coroutine_functions_run_together_under_a_time_limit():

@@ -110,7 +110,7 @@ def test_grader_counts_remote_errors_and_keeps_the_other_scores(serve) -> None:
     with Grader(functions) as grader:
         columns: dict = {}
         scores = grader.score(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[]] * 3, columns=columns)
-        assert grader.metrics()["remote_reward_model/num_requests"] == 1
+        assert grader.metrics()["rewards/remote_reward_model/num_requests"] == 1
     assert scores.total[0] == 2.0 and math.isnan(scores.total[1]) and scores.total[2] == 6.0
     assert [bool(error) for error in scores.errors] == [False, True, False]
 

@@ -114,7 +114,7 @@ def test_pool_failure_is_an_error_of_its_completion_alone():
                 assert values[danger] is None and message in errors[danger]["graders:dangerous"], danger
             assert [math.isnan(total) for total in scores.total] == [answer != "fine" for answer in answers]
             assert scores.by_name["graders:length"] == [float(len(answer)) for answer in answers]
-        assert grader.metrics()["seconds/graders:dangerous"] > 2 * 3 * 0.5
+        assert grader.metrics()["rewards/graders:dangerous/seconds"] > 2 * 3 * 0.5
 
 
 def test_pool_raises_an_input_error_of_a_scorer(tmp_path):

@@ -86,7 +86,7 @@ class ServerRollouts:
 
     def metrics(self) -> dict[str, float]:
         """Return the staleness of the last batch in updates, and the number of groups that were requested again."""
-        return {"staleness": self._staleness, "groups_sampled_again": self._num_retries}
+        return {"staleness": self._staleness, "rollout_retries": self._num_retries}
 
     def state_dict(self) -> Json:
         """Return the queued batch of all processes, once it is sampled; Accelerate saves it in a checkpoint."""
