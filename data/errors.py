@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Raised for an invalid recipe, file, row or folder. Its message is one line that names the problem and the fix."""
+
+
+class TrainingStopped(RuntimeError):
+    """A guard ended a run; the message says why, where the evidence is, and how to go on."""

@@ -8,7 +8,6 @@ gives errors, never values.
 import asyncio
 import faulthandler
 import inspect
-import math
 import reprlib
 import time
 import traceback
@@ -23,6 +22,7 @@ if TYPE_CHECKING:  # compose.py imports the workers, which import this file
     from rekatrain.rewards.compose import RewardFunction
 
 STDERR = 2
+MAX_REWARD = 3.4028234663852886e38  # the largest float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +126,11 @@ def _read_value(value: Any, seconds: float) -> Score:
 def check_number(value: Any) -> float | None:  # Any: whatever a user's function returns
     """Return a number as a float and None as it is; raise RewardError for any other value.
 
-    numpy's and torch's scalars are numbers.
+    numpy's and torch's scalars are numbers. A number must also be finite in float32, in which advantages are computed.
     """
     if value is None:
         return None
     number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(number, int | float) or not math.isfinite(number):
+    if not isinstance(number, int | float) or not abs(number) <= MAX_REWARD:
         raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
     return float(number)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.calls import Score, call_batch_functions
+from rekatrain.rewards.calls import MAX_REWARD, Score, call_batch_functions
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
@@ -34,6 +34,7 @@ class ScoringConfig:
     batch_timeout:   seconds per batch function; a plain function that takes longer ends the run
     memory_limit_gb: address space of a worker, in GiB
     max_error_share: fraction of a reward's last 512 completions that may fail before the run stops
+    environment:     names of variables that the workers get beside the allowed ones, such as the key of a user's scorer
     """
 
     num_workers: Annotated[int, Ge(1)] | None = None
@@ -41,6 +42,7 @@ class ScoringConfig:
     batch_timeout: Annotated[float, Gt(0)] = 600.0
     memory_limit_gb: Annotated[float, Gt(0)] = 4.0
     max_error_share: Annotated[float, Ge(0), Le(1)] = 0.2
+    environment: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class Grader:
             [function.scorer for function in self._scorers if function.scorer is not None],
             num_workers=self.config.num_workers or num_workers_here(),
             limits=Limits(timeout=self.config.timeout, memory=int(self.config.memory_limit_gb * (1 << 30))),
+            environment=self.config.environment,
         )
 
     def warm_up(self) -> None:
@@ -222,4 +225,9 @@ def total_reward(
             gates = [values[name] for name in function.requires]
             is_open = all(gate is None or gate >= 1.0 for gate in gates)
             terms.append(function.weight * value if is_open else 0.0)
-    return math.fsum(terms) if terms else math.nan
+    total = math.fsum(terms) if terms else math.nan
+    if abs(total) > MAX_REWARD:
+        raise RewardError(
+            f"the weighted rewards {terms} of a completion add up to {total:g}, which float32 cannot hold"
+        )
+    return total

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rekatrain.data.errors import InputError
+from rekatrain.data.errors import InputError, TrainingStopped
 from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"rekatrain: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RewardError as error:  # its text includes the grader's traceback, which is the one that matters
+    except (RewardError, TrainingStopped) as error:  # with the traceback of a grader, which is the one that matters
         print(f"rekatrain: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

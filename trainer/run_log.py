@@ -1,6 +1,7 @@
 """Logging of a run: metrics.jsonl, the progress line, and Weights & Biases if the recipe has a `wandb:` section."""
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -60,6 +61,9 @@ class RunLog:
 
     def step(self, step: int, metrics: Metrics, *, headline: list[str]) -> None:
         """Record a step; `headline` names the metrics of the progress line, the most telling first."""
+        metrics = {
+            name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()
+        }
         self._run.append(METRICS_FILE, [{"step": step, **metrics, "time": time.time()}])
         seconds_per_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
         eta = f"eta {_duration(seconds_per_step * (self._max_steps - step))}"

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.guards import NonFiniteCallback, NonFiniteGuard
 from rekatrain.trainer.launch import (
     Launch,
     adapt_to_device,
@@ -49,6 +50,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "ddp_find_unused_parameters": False,
+        "logging_nan_inf_filter": False,  # transformers would log a loss of nan as an earlier one
     }
     section = defaults | dict(section)
     if section.get("save_strategy") == "no":
@@ -118,6 +120,7 @@ def run_trainer(
     """Train from the checkpoint, or from the start, with the run's log; checkpoints get `tokenizer`."""
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run)))
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     trainer.remove_callback(PrinterCallback)

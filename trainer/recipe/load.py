@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -41,6 +42,10 @@ class Recipe:
     scoring:      keywords of `rewards.grader.ScoringConfig`
     evaluate:     keywords of `trainer.evaluate.EvaluateConfig`
     wandb:        keywords of `wandb.init`; without it nothing is tracked outside the run folder
+
+    on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run
+                         folder and end the run; skip: go on without the update
+    max_nonfinite_skips: number of skipped updates after which the run stops anyway
     """
 
     stage: Literal["sft", "reward", "rloo"]
@@ -58,6 +63,8 @@ class Recipe:
     scoring: Section = field(default_factory=dict)
     evaluate: Section = field(default_factory=dict)
     wandb: Section | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite_skips: Annotated[int, Ge(0)] = 10
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
 
@@ -21,9 +22,10 @@ class RLOOConfig:
     temperature:                        divides the logits, in sampling and in the loss alike
     beta:                               weight of the KL to the reference; 0 loads no reference
     learning_rate:                      AdamW's peak rate; about ten times higher for LoRA than for full fine-tuning
-    lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`
+    lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`, but the rate of the first update is above 0
     weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
     max_grad_norm:                      the gradient is scaled down to this norm
+    max_unscorable_steps:               stop after so many steps in a row in which no completion has a reward
     micro_batch_tokens:                 tokens in one forward and backward pass; a larger group is split, a larger
                                         completion is run alone
     per_device_generation_batch_size:   completions that one process samples at the same time
@@ -67,16 +69,17 @@ class RLOOConfig:
     prompts_per_step: Annotated[int, Ge(1)] = 8
     num_generations: Annotated[int, Ge(2)] = 8
     max_completion_length: Annotated[int, Ge(1)] = 512
-    temperature: Annotated[float, Gt(0)] = 1.0
-    beta: Annotated[float, Ge(0)] = 0.05
-    learning_rate: Annotated[float, Ge(0)] = 1e-6
+    temperature: Annotated[FiniteFloat, Gt(0)] = 1.0
+    beta: Annotated[FiniteFloat, Ge(0)] = 0.05
+    learning_rate: Annotated[FiniteFloat, Ge(0)] = 1e-6
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: Annotated[int, Ge(0)] = 0
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    adam_beta1: Annotated[float, Ge(0)] = 0.9
-    adam_beta2: Annotated[float, Ge(0)] = 0.999
-    adam_epsilon: Annotated[float, Gt(0)] = 1e-8
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    weight_decay: Annotated[FiniteFloat, Ge(0)] = 0.0
+    adam_beta1: Annotated[FiniteFloat, Ge(0)] = 0.9
+    adam_beta2: Annotated[FiniteFloat, Ge(0)] = 0.999
+    adam_epsilon: Annotated[FiniteFloat, Gt(0)] = 1e-8
+    max_grad_norm: Annotated[FiniteFloat, Gt(0)] = 1.0
+    max_unscorable_steps: Annotated[int, Ge(1)] = 10
     micro_batch_tokens: Annotated[int, Ge(1)] = 8192
     per_device_generation_batch_size: Annotated[int, Ge(1)] = 64
     gradient_checkpointing: bool = False
@@ -87,24 +90,24 @@ class RLOOConfig:
 
     num_iterations: Annotated[int, Ge(1)] = 1
     importance_sampling_level: Literal["sequence", "token"] = "sequence"
-    epsilon: Annotated[float, Gt(0), Lt(1)] = 0.2
+    epsilon: Annotated[FiniteFloat, Gt(0), Lt(1)] = 0.2
     importance_sampling_correction: Literal["token_truncate", "sequence_truncate"] | None = None
-    importance_sampling_cap: Annotated[float, Gt(0)] = 2.0
+    importance_sampling_cap: Annotated[FiniteFloat, Gt(0)] = 2.0
     loss_type: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
     kl_placement: Literal["reward", "loss"] = "reward"
     truncated_completions: Literal["keep", "penalize", "drop_from_loss", "drop_from_group"] = "keep"
-    truncation_penalty: Annotated[float, Gt(0)] = 1.0
+    truncation_penalty: Annotated[FiniteFloat, Gt(0)] = 1.0
     overlong_buffer: Annotated[int, Ge(1)] | None = None
-    overlong_penalty: Annotated[float, Gt(0)] = 1.0
+    overlong_penalty: Annotated[FiniteFloat, Gt(0)] = 1.0
     dynamic_sampling_rounds: Annotated[int, Ge(0)] = 0
-    grad_norm_quantile: Annotated[float, Gt(0), Le(1)] | None = None
+    grad_norm_quantile: Annotated[FiniteFloat, Gt(0), Le(1)] | None = None
     grad_norm_window: Annotated[int, Ge(1)] = 100
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    top_p: Annotated[FiniteFloat, Gt(0), Le(1)] = 1.0
     top_k: Annotated[int, Ge(1)] | None = None
     reasoning_budget: Annotated[int, Ge(1)] | None = None
     vllm_server_base_url: str | list[str] | None = None
-    vllm_server_timeout: Annotated[float, Gt(0)] = 600.0
-    vllm_request_timeout: Annotated[float, Gt(0)] = 1800.0
+    vllm_server_timeout: Annotated[FiniteFloat, Gt(0)] = 600.0
+    vllm_request_timeout: Annotated[FiniteFloat, Gt(0)] = 1800.0
     vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
     max_staleness: Literal[0, 1] = 0
 

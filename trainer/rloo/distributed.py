@@ -98,6 +98,7 @@ class GradientClipper:
         self._quantile = config.grad_norm_quantile
         self._norms: deque[float] = deque(maxlen=config.grad_norm_window)
         self._last_norm, self._last_limit = 0.0, config.max_grad_norm
+        self.num_nonfinite = 0
 
     @property
     def limit(self) -> float:
@@ -111,10 +112,17 @@ class GradientClipper:
         self._last_norm, self._last_limit = norm, self.limit
         if 0 < norm < math.inf:
             self._norms.append(norm)
+        if not math.isfinite(norm):
+            self.num_nonfinite += 1
 
     def metrics(self) -> dict[str, float]:
-        """Norm of the last update's gradient before clipping, and the norm that it was clipped to."""
-        return {"grad_norm": self._last_norm, "grad_norm_limit": self._last_limit}
+        """Norm of the last update's gradient before clipping, and the norm that it was clipped to.
+
+        Both are those since the last call: a step without an update has the norm 0.
+        """
+        metrics = {"grad_norm": self._last_norm, "grad_norm_limit": self._last_limit}
+        self._last_norm = 0.0
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """State that the next update depends on; Accelerate saves it."""
@@ -128,14 +136,20 @@ class GradientClipper:
 def update_weights(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, clipper: GradientClipper
 ) -> None:
-    """Clip the gradient's norm over all processes, take an optimizer step and clear the gradient."""
+    """Clip the gradient's norm over all processes, take an optimizer step and clear the gradient.
+
+    A gradient whose norm is not finite moves no weight; `clipper.num_nonfinite` counts it. All processes have the same
+    norm, and so do the same.
+    """
     if not _is_deepspeed(accelerator):
         norm = float(accelerator.clip_grad_norm_(model.parameters(), clipper.limit))
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad()
     else:
         engine: Any = model  # DeepSpeed's engine
         engine.optimizer.clip_grad = clipper.limit  # it clips within its step, where the shards' norms are combined
+        engine.optimizer.check_grad_overflow = True  # it then drops an update whose norm is not finite
         engine.step()
         norm = float(engine.get_global_grad_norm())
     clipper.remember(norm)

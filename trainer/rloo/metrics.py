@@ -28,7 +28,7 @@ def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
     }
     columns = {name: [None] * len(batch.members) if N is None else N.tolist() for name, N in values.items()}
     return [
-        _record(step, group, index, **{name: column[number] for name, column in columns.items()})
+        _record(step, group, index, **{name: _finite(column[number]) for name, column in columns.items()})
         for number, (group, index) in enumerate(batch.members)
     ]
 
@@ -40,6 +40,11 @@ def idle_records(step: int, groups: Sequence[Group]) -> list[RolloutRecord]:
         for group in groups
         for index in range(len(group.completions))
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for nan and infinity, which JSON has no numbers for."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def _record(step: int, group: Group, index: int, **trained: float | None) -> RolloutRecord:

@@ -1,7 +1,7 @@
-"""One step of RLOO, from prompts to updated weights. Read `take_step` from top to bottom.
+"""One step of RLOO, from prompts to updated weights. Read `take_step` from top to bottom; loss.py has the objective.
 
-The numbers of its phases are those of README.md beside this file. The objective is in loss.py. Each process samples and
-trains its part of the step's prompts; the denominators of the loss count the whole step.
+Phases are numbered as in README.md beside this file. Each process samples and trains its part of a step's prompts;
+the denominators of the loss count the whole step.
 """
 
 from collections.abc import Callable
@@ -47,10 +47,8 @@ class Run:
         reference: Reference | None = None,
     ) -> "Run":
         """A run whose training processes sample, each its own prompts."""
-        rollouts = InProcessRollouts(accelerator, model, sampler, setup, setup.prompt_indices(accelerator))
-        return cls(
-            accelerator=accelerator, model=model, reference=reference, setup=setup, rollouts=rollouts, update=update
-        )
+        own = InProcessRollouts(accelerator, model, sampler, setup, setup.prompt_indices(accelerator))
+        return cls(accelerator=accelerator, model=model, reference=reference, setup=setup, rollouts=own, update=update)
 
 
 def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
@@ -61,6 +59,9 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
     # begins as soon as a completion has ended, and dynamic sampling chooses again by the scores.
     groups, replaced = run.rollouts(step, clock.lap)
     denominators = count_denominators(accelerator, groups)
+    if not denominators.num_completions or (run.reference is None and not denominators.num_groups):
+        # The gradient is 0: without an update, as AdamW's momentum would move the weights.
+        return idle_records(step + 1, [*replaced, *groups])
 
     # 4. Pack the groups into micro-batches. Without a KL, a group of equal rewards has advantages of 0 and moves no
     # weight: it is left out. One group always stays, so that every process takes part in the backward pass.

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
 from transformers import get_scheduler
 
+from rekatrain.trainer.guards import NonFiniteGuard, UnscorableGuard, check_finite_weights
 from rekatrain.trainer.launch import announce
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
 from rekatrain.trainer.recipe.load import Recipe
@@ -91,6 +92,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         folder.start(recipe, first_step)
         log = RunLog(folder, recipe, first_step=first_step, max_steps=config.max_steps)
 
+    guard = NonFiniteGuard(recipe, folder)
+    check_scorable = UnscorableGuard(config.max_unscorable_steps)
     for step in range(first_step, config.max_steps):
         clock = Clock()
         local_records = take_step(run, step, clock)
@@ -98,6 +101,9 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         scheduler.step()
 
         records: list[RolloutRecord] = gather_object(local_records)
+        if clipper.num_nonfinite > guard.num_skipped:
+            guard.handle(step + 1, records, is_main_process=accelerator.is_main_process)
+        check_scorable(step + 1, records)
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
             own = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
@@ -105,6 +111,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
             folder.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**step_metrics(records), **own, **setup.grader.metrics()}, headline=HEADLINE)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+            check_finite_weights(prepared, step + 1)
             checkpointer.save(step + 1, config.save_total_limit)
     if log is not None:
         log.close()
@@ -146,7 +153,14 @@ def make_optimizer(model: torch.nn.Module, config: RLOOConfig) -> tuple[AdamW, t
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # transformers' warm-up begins with a rate of 0, which would waste the first rollouts: begin one step later.
+    is_warming_up = config.warmup_steps > 0
     scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps + is_warming_up,
+        num_training_steps=config.max_steps + is_warming_up,
     )
+    if is_warming_up:
+        scheduler.step()
     return optimizer, scheduler

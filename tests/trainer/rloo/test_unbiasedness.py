@@ -229,7 +229,8 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
         batch.old_logprobs = logprobs_T.detach()
         batch.reference_logprobs = frozen(batch.packed).detach()
         set_advantages([batch], config)
-        denominators = LossDenominators(num_completions=2, num_tokens=sum(len(COMPLETIONS[y]) for y in pair))
+        num_tokens = sum(len(COMPLETIONS[y]) for y in pair)
+        denominators = LossDenominators(num_completions=2, num_tokens=num_tokens, num_groups=1)
         loss, _ = policy_loss(batch, logprobs_T, config, denominators)
         (probabilities[list(pair)].prod() * loss).backward()
     return {name: -parameter.grad for name, parameter in policy.named_parameters()}

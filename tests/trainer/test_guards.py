@@ -1,0 +1,185 @@
+"""Numbers that go wrong: nothing that is not finite is trained on or saved, and no run ends as if all were well."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rekatrain.trainer.cli import main
+from tests.end_to_end.small_runs import records, rloo_recipe, weights, write_data, write_recipe
+from tests.helpers.rloo import by_ids, make_setup, run_updates
+
+# The reward of step 2 overflows float32 in the gradient, though it is a finite float32 itself.
+OVERFLOWING = """
+calls = 0
+
+
+def score(completions, **kwargs):
+    global calls
+    calls += 1
+    scale = 3e38 if calls == 2 else 1.0
+    return [scale * (sum(map(ord, text)) % 7 / 7) for text in completions]
+
+
+def letters_of(completions, **kwargs):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def huge(completions, **kwargs):
+    return [1e300] * len(completions)
+
+
+def nothing(completions, **kwargs):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with rows and the rewards above, in which the test runs."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def make_recipe(workspace: Path, model_folder: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Write an RLOO recipe that is judged by one function of the rewards above, in a module of this test."""
+    module = f"bad_numbers_{abs(hash(request.node.name))}"
+    (workspace / f"{module}.py").write_text(OVERFLOWING)
+
+    def make(function: str, rloo: dict[str, Any] | None = None, **sections: object) -> Path:
+        settings = {"beta": 0.0, "max_steps": 4, **(rloo or {})}
+        path = rloo_recipe(workspace, "run", model_folder, rloo=settings, **sections)
+        recipe = json.loads(path.read_text())
+        recipe["rewards"] = {f"{module}:{function}": {"weight": 1.0}}
+        path.write_text(json.dumps(recipe))
+        return path
+
+    return make
+
+
+def stopped(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a recipe that must end with status 1, and return its one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path)])
+    assert caught.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rekatrain: error: ")]
+    (line,) = lines
+    return line.removeprefix("rekatrain: error: ")
+
+
+def is_finite(folder: Path) -> bool:
+    files = list(folder.glob("*model*.safetensors"))
+    assert files
+    return all(bool(tensor.isfinite().all()) for file in files for tensor in load_file(file).values())
+
+
+def test_rloo_stops_before_an_update_that_is_not_finite(
+    workspace: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = stopped(make_recipe("score"), capsys)
+    assert line.startswith("step 2: the gradient is not finite, and on_nonfinite is stop.")
+    batch = records(workspace / "run", "nonfinite.jsonl")
+    assert len(batch) == 8 and all(record["step"] == 2 and record["completion_ids"] for record in batch)
+    assert [folder.name for folder in (workspace / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert is_finite(workspace / "run" / "checkpoints" / "checkpoint-1")
+
+
+def test_rloo_skips_an_update_that_is_not_finite_if_told(workspace: Path, make_recipe: Callable[..., Path]) -> None:
+    main(["train", str(make_recipe("score", on_nonfinite="skip"))])
+    run = workspace / "run"
+    before, after = (weights(run, step) for step in (1, 2))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], value) for name, value in weights(run, 3).items())
+    metrics = records(run)
+    assert [step["step"] for step in metrics] == [1, 2, 3, 4] and metrics[1]["grad_norm"] is None
+    assert all(value is None or math.isfinite(value) for step in metrics for value in step.values())
+
+
+def test_rloo_stops_at_more_skips_than_allowed(
+    make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = stopped(make_recipe("score", on_nonfinite="skip", max_nonfinite_skips=0), capsys)
+    assert "1 updates are more than max_nonfinite_skips (0)" in line
+
+
+def test_reward_that_float32_cannot_hold_is_an_error_and_no_value(
+    workspace: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "failed on 8 of its last 8 completions" in stopped(make_recipe("huge"), capsys)
+    assert not (workspace / "run" / "checkpoints" / "checkpoint-1").exists()
+
+
+def test_rloo_stops_if_nothing_can_be_scored(
+    make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = stopped(make_recipe("nothing", rloo={"max_unscorable_steps": 2}), capsys)
+    assert line.startswith("step 2: no completion of the last 2 steps (rloo.max_unscorable_steps) has a reward")
+
+
+def test_take_step_without_a_signal_makes_no_update(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def constant(completion_ids: list[list[int]], **_: object) -> list[float | None]:
+        return [0.5] * len(completion_ids)
+
+    setup = make_setup(tokenizer, constant)
+    step_records, gradients = run_updates(policy, setup)
+    assert gradients == [] and len(step_records) == 20
+    assert {record["advantage"] for record in step_records} == {0.0}
+    assert len(run_updates(policy, make_setup(tokenizer, by_ids))[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "message"),
+    [(1e12, "the gradient is not finite, and on_nonfinite is stop."), (1e38, "weights are not finite, the first is")],
+)
+def test_sft_saves_nothing_that_is_not_finite(
+    workspace: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], learning_rate: float, message: str
+) -> None:
+    path = write_recipe(
+        workspace,
+        "sft",
+        model_folder,
+        stage="sft",
+        dataset={"path": str(workspace / "sft.jsonl"), "format": "prompt_answer"},
+        sft={
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": learning_rate,
+            "save_steps": 1,
+            "bf16": False,
+        },
+    )
+    assert message in stopped(path, capsys)
+    assert all(is_finite(folder) for folder in (workspace / "sft" / "checkpoints").glob("checkpoint-*"))
+    if "gradient" in message:
+        assert records(workspace / "sft", "nonfinite.jsonl")[0]["num_parameters"] > 0
+
+
+@pytest.mark.parametrize("key", ["temperature", "learning_rate", "beta", "max_grad_norm"])
+def test_rloo_rejects_a_setting_that_is_not_finite(
+    make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    path = make_recipe("score")
+    for value in (".inf", ".nan"):
+        with pytest.raises(SystemExit) as caught:
+            main(["train", str(path), f"rloo.{key}={value}"])
+        assert caught.value.code == 2
+        assert f"rloo.{key} is " in capsys.readouterr().err
+
+
+def test_rloo_learning_rate_of_the_first_update_is_above_zero(
+    workspace: Path, make_recipe: Callable[..., Path]
+) -> None:
+    main(["train", str(make_recipe("letters_of", rloo={"warmup_steps": 2, "learning_rate": 3e-3}))])
+    rates = [step["learning_rate"] for step in records(workspace / "run")]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
