@@ -26,7 +26,7 @@ REWARDS: dict[str, str] = {
     "multiple_choice": "rekatrain.rewards.scorers.answers:multiple_choice",
     "regex": "rekatrain.rewards.scorers.answers:Regex",
     "json_schema": "rekatrain.rewards.scorers.answers:JsonSchema",
-    "reasoning_gym": "rekatrain.rewards.scorers.answers:reasoning_gym",
+    "reasoning_gym": "rekatrain.rewards.code.verifiers:ReasoningGym",
     "code_tests": "rekatrain.rewards.code.code_tests:CodeTests",
     "reward_model": "rekatrain.rewards.models.local:RewardModel",
     "remote_reward_model": "rekatrain.rewards.models.remote:RemoteRewardModel",

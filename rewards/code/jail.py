@@ -8,6 +8,7 @@ It sees the interpreter's files, read only, and one small folder in memory, whic
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import resource
@@ -32,8 +33,8 @@ def main() -> None:
     with os.fdopen(job_fd) as file:
         job = json.load(file)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import jail_jobs  # while its file can still be seen
-
+    # While its file can still be seen.
+    jobs = importlib.import_module("jail_verifier" if job["kind"] == "verifier" else "jail_jobs")
     del sys.path[0]
     try:
         pid = confine(job)
@@ -44,7 +45,7 @@ def main() -> None:
     if pid:  # the first process; the second one dies with it
         _, status = os.waitpid(pid, 0)
         os._exit(os.waitstatus_to_exitcode(status) % 256)
-    jail_jobs.run(job, channels)
+    jobs.run(job, channels)
 
 
 def confine(job: dict) -> int:
@@ -61,14 +62,14 @@ def confine(job: dict) -> int:
             write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
         make_root(job["visible"], job["folder_bytes"])
     else:
-        os.chdir(job["folder"])
+        os.chdir(job["folder"] or "/")
     pid = os.fork()
     if pid:
         return pid
     if is_root:
         # A user id that nothing else has: the limit on processes counts by user, and only its own can be signaled.
         own = 1_000_000 + job["number"] % 1_000_000
-        if job["isolation"] == "rlimits":
+        if job["folder"]:
             os.chown(job["folder"], own, own)
         os.setgroups([])
         os.setresgid(own, own, own)
@@ -79,9 +80,10 @@ def confine(job: dict) -> int:
         drop_capabilities()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    limit(resource.RLIMIT_CPU, job["cpu_seconds"])
+    if job["kind"] != "verifier":  # it forks a child for each answer, and gives each these limits
+        limit(resource.RLIMIT_CPU, job["cpu_seconds"])
+        limit(resource.RLIMIT_NPROC, job["processes"] + (not is_root))  # where the waiting process has the same user
     limit(resource.RLIMIT_AS, job["memory"])
-    limit(resource.RLIMIT_NPROC, job["processes"] + (not is_root))  # where the waiting process has the same user
     limit(resource.RLIMIT_FSIZE, job["file_bytes"])
     limit(resource.RLIMIT_NOFILE, 64)
     limit(resource.RLIMIT_CORE, 0)
@@ -94,6 +96,8 @@ def make_root(visible: list[str], folder_bytes: int) -> None:
     mount(None, "/", None, MS_REC | MS_PRIVATE, None)
     sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in visible}  # some may be below `root`
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
+    os.makedirs(f"{root}/tmp")  # first: a path of `visible` may be below /tmp
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={folder_bytes},nr_inodes=1024")
     for path, source in sources.items():
         is_folder = os.path.isdir(f"/proc/self/fd/{source}")
         os.makedirs(root + (path if is_folder else os.path.dirname(path)), exist_ok=True)
@@ -106,8 +110,6 @@ def make_root(visible: list[str], folder_bytes: int) -> None:
     for link in ("bin", "lib", "lib64"):
         if os.path.islink(f"/{link}"):
             os.symlink(os.readlink(f"/{link}"), f"{root}/{link}")
-    os.makedirs(f"{root}/tmp")
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={folder_bytes},nr_inodes=1024")
     os.chdir(root)
     mount(None, root, None, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
     call("pivot_root", b".", b".")
@@ -122,6 +124,8 @@ def drop_capabilities() -> None:
 
 
 def limit(name: int, value: int) -> None:
+    _, hard = resource.getrlimit(name)  # such as the memory limit of a reward worker, which cannot be raised
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(name, (value, value))
 
 

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,7 +68,9 @@ def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolati
     output_out, output_in = os.pipe()
     with (
         os.fdopen(output_out, "rb", buffering=0),
-        _start({"kind": "program", "source": source}, limits, isolation, stdio=(input_file, output_in)) as sandbox,
+        start_sandbox(
+            {"kind": "program", "source": source}, limits, isolation, stdio=(input_file, output_in)
+        ) as sandbox,
     ):
         output, ending = _read(output_out, limits.output, limits.seconds)
         if ending != "closed":
@@ -89,8 +91,10 @@ def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits,
     solution_job = {"kind": "solution", "sources": solutions}
     with (
         os.fdopen(verdicts_out, "rb", buffering=0),
-        _start(solution_job, limits, isolation, channels=(calls_out, answers_in)) as solution,
-        _start({"kind": "tests", **tests}, limits, isolation, channels=(answers_out, calls_in, verdicts_in)) as tester,
+        start_sandbox(solution_job, limits, isolation, channels=(calls_out, answers_in)) as solution,
+        start_sandbox(
+            {"kind": "tests", **tests}, limits, isolation, channels=(answers_out, calls_in, verdicts_in)
+        ) as tester,
     ):
         verdicts, _ = _read(verdicts_out, num_tests, limits.seconds)
         if len(verdicts) < num_tests:
@@ -124,7 +128,7 @@ def _problem(isolation: Isolation) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sandbox:
+class Sandbox:
     """A running sandbox; `status` is a pipe that holds the reason if it could not be made."""
 
     process: subprocess.Popen[bytes]
@@ -144,22 +148,26 @@ class _Sandbox:
 
 
 @contextmanager
-def _start(
+def start_sandbox(
     job: dict[str, Any],
     limits: Limits,
     isolation: Isolation,
     *,
     channels: tuple[int, ...] = (),
     stdio: tuple[int, int] = (subprocess.DEVNULL, subprocess.DEVNULL),
-) -> Iterator[_Sandbox]:
-    """Yield a sandbox that runs `job` and owns `channels` and `stdio`; end it with all its processes on exit."""
+    visible: Sequence[str] = (),
+) -> Iterator[Sandbox]:
+    """Yield a sandbox that runs `job` and owns `channels` and `stdio`; end it with all its processes on exit.
+
+    visible: absolute paths that the sandbox can read beside the interpreter's
+    """
     status_out, status_in = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, os.fdopen(status_out, "rb", buffering=0):
+    with _make_folder(job, isolation) as folder, os.fdopen(status_out, "rb", buffering=0):
         settings = {
             "isolation": isolation,
             "folder": folder,
             "folder_bytes": limits.files,
-            "visible": _visible(),
+            "visible": [*_visible(), *visible],
             "number": next(_numbers),
             "cpu_seconds": int(limits.seconds) + 1,
             "memory": limits.memory,
@@ -185,10 +193,21 @@ def _start(
                     os.close(descriptor)
         with process:
             try:
-                yield _Sandbox(process=process, status=status_out)
+                yield Sandbox(process=process, status=status_out)
             finally:
                 with suppress(ProcessLookupError):  # it has ended on its own
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+def _make_folder(job: Mapping[str, Any], isolation: Isolation) -> AbstractContextManager[str]:
+    """Return a context with a fresh folder on disk for a job that needs one, else with "".
+
+    In namespaces the folder is in memory. A verifier writes nothing, and would leave its folder behind when its worker
+    is killed.
+    """
+    if isolation == "namespaces" or job["kind"] == "verifier":
+        return nullcontext("")
+    return tempfile.TemporaryDirectory(prefix="sandbox-")
 
 
 def _read(descriptor: int, size: int, seconds: float) -> tuple[bytes, Literal["closed", "time", "output"]]:

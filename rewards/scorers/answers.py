@@ -6,8 +6,7 @@ All judge the answer after the reasoning. Text that makes no sense scores 0.0; a
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,32 +138,6 @@ class JsonSchema:
         except (ValueError, RecursionError):
             return 0.0
         return float(self._validator.is_valid(value))
-
-
-def reasoning_gym(
-    completion: ParsedCompletion, *, reasoning_gym_task: str, reasoning_gym_entry: Mapping[str, Any]
-) -> float:
-    """Return 1.0 if the task's own verifier gives the answer full marks, else 0.0.
-
-    A verifier's partial credit is for answers that are not right. Raises ValueError for an unknown task, and whatever
-    the verifier raises on the gold answer of the entry.
-    """
-    score = _load_verifier(reasoning_gym_task)
-    try:
-        return float(score(completion.answer, reasoning_gym_entry) == 1.0)
-    except Exception:
-        # Verifiers raise whatever their parsing raises (prime_factorization: ValueError from int("two")). A verifier
-        # that can judge the gold answer works, so the text is at fault; one that cannot raises again, here.
-        score(reasoning_gym_entry["answer"], reasoning_gym_entry)
-        return 0.0
-
-
-@cache
-def _load_verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
-    # Imported late: it takes over a second, and only rows of this kind need it.
-    from reasoning_gym import get_score_answer_fn
-
-    return get_score_answer_fn(task)
 
 
 def _normalize(text: str, ignore_case: bool) -> str:

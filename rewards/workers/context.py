@@ -8,29 +8,50 @@ here-document. The server and its context are separate from multiprocessing's ow
 import io
 import os
 import sys
-from collections.abc import Mapping
+import types
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, spawn, util
 from typing import Any
 
+from rekatrain.rewards.workers.environment import allowed_names
+
 # Variables that the server is started with; the workers get the user's own values back.
 CHANGED = ("PYTHONPATH", "PYTHONSAFEPATH")
+# The standard library starts its server with the whole environment, which stays readable in /proc. So the new process
+# first replaces itself, with some variables only: their names are arguments, because arguments can be read by others.
+EXECUTE = (
+    "import os, sys; path, names = sys.argv[1], sys.argv[2].split(','); "
+    "environment = {name: os.environ[name] for name in names if name in os.environ}; "
+    "os.execve(path, sys.argv[4:], {**environment, 'PYTHONPATH': sys.argv[3], 'PYTHONSAFEPATH': '1'})"
+)
+
+
+class _Utilities:
+    """multiprocessing.util for the start of the server, which then has the environment of the workers."""
+
+    def __getattr__(self, name: str) -> Any:  # whatever the module has
+        return getattr(util, name)
+
+    @staticmethod
+    def spawnv_passfds(path: str, arguments: list[str], descriptors: list[int]) -> int:
+        """Start the server and return its id. It imports from where this process does.
+
+        Its interpreter would search the current folder first, which may hold a `rekatrain.py` or `random.py` of the
+        user's.
+        """
+        names = ",".join(allowed_names([*os.environ]))
+        python_path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        first = [path, "-I", "-S", "-c", EXECUTE, path, names, python_path, *arguments]
+        return util.spawnv_passfds(path, first, descriptors)  # type: ignore[arg-type]  # typeshed has bytes only
 
 
 class WorkerServer(forkserver.ForkServer):
-    """A fork server that imports from where this process does.
+    """A fork server that has the environment of the workers, and changes none in this process."""
 
-    Its interpreter would search the current folder first, which may hold a `rekatrain.py` or `random.py` of the user's.
-    """
-
-    def ensure_running(self) -> None:
-        """Start the server unless it runs."""
-        before = read_environment()
-        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        os.environ.update(dict(zip(CHANGED, (path, "1"), strict=True)))
-        try:
-            super().ensure_running()
-        finally:
-            restore_environment(before)
+    # The method of the standard library, with another function to start a process. os.environ is not changed for the
+    # moment of the start: other threads read it.
+    ensure_running = types.FunctionType(
+        forkserver.ForkServer.ensure_running.__code__, {**vars(forkserver), "util": _Utilities()}
+    )
 
 
 SERVER = WorkerServer()
@@ -39,15 +60,6 @@ SERVER = WorkerServer()
 def read_environment() -> dict[str, str | None]:
     """Return the values of CHANGED; None for a variable that is not set."""
     return {name: os.environ.get(name) for name in CHANGED}
-
-
-def restore_environment(values: Mapping[str, str | None]) -> None:
-    """Set the variables to the values that `read_environment` returned."""
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 class WorkerPopen(popen_forkserver.Popen):

@@ -18,6 +18,7 @@ from rekatrain.rewards.calls import Score
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.registry import REWARDS, Spec
 from rekatrain.rewards.workers.context import WorkerContext, read_environment
+from rekatrain.rewards.workers.environment import read_passed
 from rekatrain.rewards.workers.process import OUT_OF_MEMORY, do_nothing, score_completion, start_worker
 
 # A worker that is not killed and replaced this long after its time limit never will be.
@@ -44,10 +45,16 @@ class Job:
 
 
 class WorkerPool:
-    """Scores completions by any of `specs`. Starts with the first completion, or with `warm_up`."""
+    """Scores completions by any of `specs`. Starts with the first completion, or with `warm_up`.
 
-    def __init__(self, specs: Sequence[Spec], *, num_workers: int, limits: Limits) -> None:
+    environment: names of variables that the workers have beside the allowed ones (environment.py)
+    """
+
+    def __init__(
+        self, specs: Sequence[Spec], *, num_workers: int, limits: Limits, environment: Sequence[str] = ()
+    ) -> None:
         self.specs = list(specs)
+        self.environment = read_passed(environment)
         self.num_workers = num_workers
         self.limits = limits
         self._pool: ProcessPool | None = None
@@ -108,7 +115,7 @@ class WorkerPool:
         return ProcessPool(
             max_workers=self.num_workers,
             initializer=start_worker,
-            initargs=(self.specs, self.limits.memory, os.getcwd(), read_environment()),
+            initargs=(self.specs, self.limits.memory, os.getcwd(), {**read_environment(), **self.environment}),
             context=context,
         )
 

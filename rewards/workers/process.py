@@ -20,7 +20,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.rewards.calls import Score, check_number
 from rekatrain.rewards.errors import describe_error
 from rekatrain.rewards.registry import Spec
-from rekatrain.rewards.workers.context import restore_environment
+from rekatrain.rewards.workers.environment import set_environment
 
 # If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
 MAX_TRACEBACK = 2_000
@@ -34,8 +34,7 @@ _scorers: list[Callable[..., Any] | str | Score] = []
 def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
     """Set the limits and make the scorers. This time counts for no completion."""
     os.chdir(folder)
-    os.environ.pop("PYTHONSAFEPATH", None)  # set for the forkserver alone: a grader may start scripts
-    restore_environment(environment)
+    set_environment(environment)
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core, and numpy's threads reserve memory for each core
     _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs

@@ -8,7 +8,8 @@ import reasoning_gym
 
 from rekatrain.data.chat import parse_completion, render_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.scorers.answers import reasoning_gym as reasoning_gym_score
+from rekatrain.rewards.code.verifiers import ReasoningGym
+from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.scorers.math_answer import math_answer
 from rekatrain.rewards.scorers.text import reasoning_format
 from tests.conftest import REAL_DATA
@@ -179,10 +180,17 @@ def test_math_answer_gives_gsm8k_golds_full_marks():
         assert math_answer(wrong, answer=gold) == 0.0, gold
 
 
+@pytest.fixture(scope="module")
+def verifiers():
+    reward = ReasoningGym()
+    yield reward
+    reward.close()
+
+
 @pytest.mark.parametrize(
     "task", ["prime_factorization", "chain_sum", "countdown", "basic_arithmetic", "spell_backward"]
 )
-def test_reasoning_gym_gives_golds_full_marks_and_no_partial_ones(task):
+def test_reasoning_gym_gives_golds_full_marks_and_no_partial_ones(task, verifiers):
     for entry in reasoning_gym.create_dataset(task, size=5, seed=3):
         gold = entry["answer"]
         for answer, score in [
@@ -192,13 +200,13 @@ def test_reasoning_gym_gives_golds_full_marks_and_no_partial_ones(task):
             ("", 0.0),
         ]:
             completion = parse_completion(render_completion("Hm.", answer))
-            value = reasoning_gym_score(completion, reasoning_gym_task=task, reasoning_gym_entry=entry)
+            value = verifiers(completion, reasoning_gym_task=task, reasoning_gym_entry=entry)
             assert value == score, answer
 
 
-def test_reasoning_gym_raises_if_a_verifier_fails_on_its_gold():
-    with pytest.raises(ValueError, match="invalid literal"):
-        reasoning_gym_score(
+def test_reasoning_gym_raises_if_a_verifier_fails_on_its_gold(verifiers):
+    with pytest.raises(RewardError, match="ValueError: invalid literal"):
+        verifiers(
             parse_completion("2 × x <sep>"),
             reasoning_gym_task="prime_factorization",
             reasoning_gym_entry={"answer": "two", "metadata": {}},
