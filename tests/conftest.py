@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,12 @@ LONGEST_FIRST = ("vllm", "end_to_end", "package", "benchmarks")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the folders of `LONGEST_FIRST` first; the order is otherwise that of collection."""
     items.sort(key=lambda item: not set(LONGEST_FIRST) & set(item.path.parts))
+
+
+@pytest.fixture(autouse=True)
+def restore_sys_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test its own sys.path: the program adds the current folder, where rewards of the user's are found."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="session")
