@@ -10,8 +10,9 @@ optimizer: another number of processes, or another stage, can load the weights b
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,26 @@ from rekatrain.trainer.run_folder import STATE_FILE, RunFolder
 
 logger = logging.getLogger(__name__)
 
+# The states of our own objects, which Accelerate would pickle: a pickle runs code when it is read.
+RUN_STATE_FILE = "run_state.json"
+PICKLES = "custom_checkpoint_*.pkl"
+
+
+class Stateful(Protocol):
+    """An object with a state of JSON values. `state_dict` is called on all processes, and must be the same on them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+
 
 class Checkpointer:
-    """Saves and restores the state of an `Accelerator`, with the weights in a form that other programs load."""
+    """Saves and restores the state of an `Accelerator`, with the weights in a form that other programs load.
+
+    states: further objects whose states are part of a checkpoint, by a name for each
+    """
 
     def __init__(
         self,
@@ -37,8 +55,10 @@ class Checkpointer:
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
+        states: Mapping[str, Stateful],
     ) -> None:
         self._accelerator, self._policy, self._tokenizer, self._run = accelerator, policy, tokenizer, run
+        self._states = dict(states)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -48,8 +68,10 @@ class Checkpointer:
         partial = final.with_suffix(".partial")
         # With an adapter, the weights of the base are not written.
         self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))
+        states = {name: stateful.state_dict() for name, stateful in self._states.items()}
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
+            (partial / RUN_STATE_FILE).write_text(json.dumps(states), encoding="utf-8")
             self._tokenizer.save_pretrained(partial)
             state = {"global_step": step, **_layout(self._accelerator)}
             (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -60,8 +82,12 @@ class Checkpointer:
         self._accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> None:
-        """Load a checkpoint into everything that the accelerator prepared."""
+        """Load a checkpoint into everything that the accelerator prepared, and into the further objects."""
+        states = read_states(checkpoint)
         self._accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if self._is_sharded else {}))
+        for name, state in states.items():
+            if name in self._states:
+                self._states[name].load_state_dict(state)
 
     @property
     def _is_sharded(self) -> bool:
@@ -81,13 +107,36 @@ class Checkpointer:
         load_weights(self._accelerator, self._policy, Path(folder))
 
 
+def read_states(checkpoint: Path) -> dict[str, Any]:
+    """Return the states of a checkpoint's further objects; InputError if they are missing, damaged or in a pickle."""
+    pickles = sorted(path.name for path in checkpoint.glob(PICKLES))
+    if pickles:
+        raise InputError(
+            f"{str(checkpoint)!r} holds {pickles[0]}, a pickle, which can run code and is not read: an earlier version "
+            "wrote it; resume it with that version, or start a new run from its weights"
+        )
+    try:
+        states = json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{str(checkpoint / RUN_STATE_FILE)!r} cannot be read ({error}): delete this checkpoint to resume from the "
+            "one before it"
+        ) from error
+    assert isinstance(states, dict)
+    return states
+
+
 def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimizer: bool) -> bool:
-    """Return True if this launch can load a checkpoint's optimizer; InputError if not and it is not restarted."""
+    """Return True if this launch can load a checkpoint's optimizer; InputError if not and it is not restarted.
+
+    Also raises InputError if a checkpoint whose optimizer is loaded holds no readable states.
+    """
     stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     there, here = (
         {key: layout.get(key, 0) for key in ("zero_stage", "num_shards")} for layout in (stored, _layout(accelerator))
     )
     if there == here:
+        read_states(checkpoint)
         return True
     if not restarts_optimizer:
         raise InputError(

@@ -125,7 +125,7 @@ class GradientClipper:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """State that the next update depends on; Accelerate saves it."""
+        """State that the next update depends on; a checkpoint holds it."""
         return {"norms": list(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from rekatrain.trainer.guards import NonFiniteGuard, UnscorableGuard, check_fini
 from rekatrain.trainer.launch import announce
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.rloo.checkpoint import Checkpointer, check_layout, load_weights
+from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layout, load_weights
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import (
     GradientClipper,
@@ -71,16 +71,17 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     packing = model.pass_cost.describe(usual_prompt, config.num_generations, config.max_completion_length)
     logger.info("training: %s", packing)
     clipper = GradientClipper(config)
-    accelerator.register_for_checkpointing(clipper)
     update = partial(update_weights, accelerator, prepared, optimizer, clipper)
     run = Run.in_process(accelerator, prepared, setup, setup.make_sampler(policy), update, reference)
     servers = None
+    states: dict[str, Stateful] = {"gradient_clipper": clipper}
     if config.vllm_server_urls:
         servers = ServerRollouts(accelerator, policy, setup, folder.path)
         run = replace(run, rollouts=servers)
+        states["server_rollouts"] = servers
 
     # Restore the checkpoint.
-    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder)
+    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and keeps_optimizer:
         checkpointer.restore(checkpoint)

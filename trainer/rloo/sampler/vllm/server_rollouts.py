@@ -17,6 +17,7 @@ is part of a checkpoint, so a resumed run trains that batch. The servers load pu
 when no request is in flight (weights.py).
 """
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,8 +49,6 @@ class ServerRollouts:
         self._queue: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
         self._transfer: WeightTransfer | None = None
-        if setup.config.max_staleness:
-            accelerator.register_for_checkpointing(self)
 
     def __call__(self, step: int, lap: Lap) -> Rolled:
         """Return this process's groups of `step`, as `roll_out` does, from the weights of `step` or `step - 1` updates.
@@ -89,7 +88,7 @@ class ServerRollouts:
         return {"staleness": self._staleness, "rollout_retries": self._num_retries}
 
     def state_dict(self) -> Json:
-        """Return the queued batch of all processes, once it is sampled; Accelerate saves it in a checkpoint."""
+        """Return the queued batch of all processes, once it is sampled; a checkpoint holds it."""
         indices = {id(prompt): index for index, prompt in enumerate(self._setup.prompts)}
         mine = [
             {"step": step, "is_replaced": is_replaced, **_to_json(group, indices)}
@@ -129,7 +128,7 @@ def _to_json(group: Group, indices: dict[int, int]) -> Json:
             for completion in group.completions
         ],
         "texts": group.texts,
-        "rewards": group.rewards,
+        "rewards": [None if math.isnan(reward) else reward for reward in group.rewards],  # JSON has no nan
         "rewards_by_name": {name: list(values) for name, values in group.rewards_by_name.items()},
         "reward_errors": [dict(errors) for errors in group.reward_errors],
         "is_in_loss": group.is_in_loss,
@@ -143,7 +142,10 @@ def _from_json(stored: Json, setup: RunSetup) -> Group:
         )
         for fields in stored["completions"]
     ]
-    kept = ("prompt_index", "texts", "rewards", "rewards_by_name", "reward_errors", "is_in_loss")
+    kept = ("prompt_index", "texts", "rewards_by_name", "reward_errors", "is_in_loss")
     return Group(
-        prompt=setup.prompts[stored["prompt"]], completions=completions, **{name: stored[name] for name in kept}
+        prompt=setup.prompts[stored["prompt"]],
+        completions=completions,
+        rewards=[math.nan if reward is None else reward for reward in stored["rewards"]],
+        **{name: stored[name] for name in kept},
     )
