@@ -4,23 +4,42 @@ recipe.yaml      the resolved recipe
 metrics.jsonl    one line per step
 rollouts.jsonl   one line per completion (stage rloo)
 checkpoints/checkpoint-N/   weights as transformers or PEFT load them, and the whole state that step N + 1 depends on
+                            (checkpoints.py)
 """
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.checkpoints import (
+    MANIFEST_FILE,
+    PARTIAL_SUFFIX,
+    STATE_FILE,
+    find_fault,
+    numbered_checkpoints,
+    publish,
+    rotate,
+    seal,
+    sync_file,
+    write_whole,
+)
 from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
-# The last file of a checkpoint to be written, by us and by transformers' Trainer: a folder without it is incomplete.
-STATE_FILE = "trainer_state.json"
+# Suffixes of the files of a checkpoint from which weights and tokenizer are loaded.
+WEIGHTS_FILES = (".safetensors", ".json", ".jinja")
 # Keys that may change when a run is continued: its length, its records, its servers; never the result of a step.
 MAY_CHANGE = re.compile(
     r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+|max_unscorable_steps)"
@@ -29,22 +48,26 @@ MAY_CHANGE = re.compile(
 
 
 class RunFolder:
-    """Paths and appended records of one run."""
+    """Paths, checkpoints and appended records of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        # Checkpoints are written in here and moved to `checkpoints` when they are complete.
+        self.partial = self.checkpoints / PARTIAL_SUFFIX
 
-    def check(self, recipe: Recipe, *, resume: bool) -> Path | None:
-        """Return the checkpoint to continue from, or None for a fresh start; write nothing.
-
-        Raises InputError if the folder is in use, or holds a run of another recipe.
-        """
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
+        """Raise InputError if the folder is in use, holds a run of another recipe, or is not ours; write nothing."""
         stored_file = self.path / RECIPE_FILE
+        if self.checkpoints.is_symlink():
+            raise InputError(
+                f"{str(self.checkpoints)!r} is a link; checkpoints are deleted only in the run folder itself: replace "
+                "the link by its folder, or make output_dir the link"
+            )
         if not stored_file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self._holds_other_files():
                 raise InputError(f"output_dir {str(self.path)!r} is not a run folder and not empty; choose another")
-            return None
+            return
         if not resume:
             raise InputError(
                 f"output_dir {str(self.path)!r} already holds a run; continue it with --resume or choose another folder"
@@ -55,16 +78,23 @@ class RunFolder:
                 f"--resume: the recipe differs from {str(stored_file)!r} in {', '.join(changed)}; "
                 "set it back, or choose another output_dir"
             )
-        return newest_checkpoint(self.path)
+
+    def choose_checkpoint(self, *, resume: bool) -> Path | None:
+        """Return the newest checkpoint that verifies, or None for a fresh start; log each one that is skipped.
+
+        The main process verifies; every process must call this, after the processes are connected.
+        """
+        return on_main_process(self._choose_checkpoint) if resume else None
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write the recipe, and delete the records of the steps after `step`, which the run will repeat."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        (self.path / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-        for partial in [*self.checkpoints.glob("*.partial"), *self._incomplete()]:
-            shutil.rmtree(partial)
-        for name in (METRICS_FILE, ROLLOUTS_FILE):
-            _keep_records(self.path / name, step)
+        write_whole(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
+        if self.partial.is_dir() and not self.partial.is_symlink():
+            shutil.rmtree(self.partial)
+        # Each step of RLOO has records; the other stages log every few steps, and no rollouts.
+        _keep_records(self.path / METRICS_FILE, step, every_step=recipe.stage == "rloo")
+        _keep_records(self.path / ROLLOUTS_FILE, step, every_step=recipe.stage == "rloo")
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records to one of the run's JSON-lines files."""
@@ -75,47 +105,131 @@ class RunFolder:
         """Return the path of the checkpoint after `step` steps."""
         return self.checkpoints / f"checkpoint-{step}"
 
-    def rotate(self, save_total_limit: int | None) -> None:
-        """Delete the oldest checkpoints beyond the limit."""
-        complete = complete_checkpoints(self.path)
-        for path in complete[: -save_total_limit if save_total_limit else 0]:
-            shutil.rmtree(path)
+    def partial_checkpoint(self, step: int) -> Path:
+        """Return the path at which the checkpoint after `step` steps is written."""
+        return self.partial / f"checkpoint-{step}"
 
-    def _incomplete(self) -> list[Path]:
-        complete = set(complete_checkpoints(self.path))
-        return [path for path in self.checkpoints.glob("checkpoint-*") if path not in complete]
+    def publish(
+        self, step: int, *, stage: str, launch: Mapping[str, Any], save_total_limit: int | None, best: int | None = None
+    ) -> None:
+        """Complete the checkpoint in `partial_checkpoint(step)`, then delete the oldest ones beyond the limit.
 
+        launch: the launch that a resumed run must have; it is kept in the manifest
+        best:   the step of a checkpoint that is kept anyway
+        """
+        partial = self.partial_checkpoint(step)
+        for name in (METRICS_FILE, ROLLOUTS_FILE):
+            if (self.path / name).exists():
+                sync_file(self.path / name)
+        seal(partial, step=step, stage=stage, launch=launch)
+        publish(partial, self.checkpoint(step))
+        rotate(self.checkpoints, save_total_limit, newest=step, best=best)
+        with suppress(OSError):
+            self.partial.rmdir()
 
-def complete_checkpoints(run: str | Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    folders = (path.parent for path in (Path(run) / "checkpoints").glob(f"checkpoint-*/{STATE_FILE}"))
-    numbered = [path for path in folders if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(numbered, key=checkpoint_step)
+    def _choose_checkpoint(self) -> Path | None:
+        faults = {}
+        for path in reversed(numbered_checkpoints(self.checkpoints)):
+            fault = find_fault(path)
+            if fault is None:
+                return path
+            logger.warning("skipped %s: %s", path, fault)
+            faults[path.name] = fault
+        if not faults:
+            return None
+        is_old = any(fault == f"it has no {MANIFEST_FILE}" for fault in faults.values())
+        raise InputError(
+            f"--resume: no checkpoint of {str(self.path)!r} is complete and undamaged: "
+            + "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+            + (f" (checkpoints of versions before 0.2.0 have no {MANIFEST_FILE})" if is_old else "")
+            + ". Export one that still loads, rekatrain export RUN/checkpoints/checkpoint-N OUT, and start a new run "
+            "from it; or move them away to start at step 0"
+        )
+
+    def _holds_other_files(self) -> bool:
+        """Return True if the folder holds more than a run that was killed before it wrote its recipe leaves behind."""
+        if not self.path.is_dir():
+            return self.path.exists() or self.path.is_symlink()
+        ours = {self.path / f".{RECIPE_FILE}{PARTIAL_SUFFIX}", self.checkpoints, self.partial}
+        found = {*self.path.iterdir(), *(self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())}
+        return not found <= ours
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None if it has none yet."""
-    return next(reversed(complete_checkpoints(run)), None)
+    """Return the newest checkpoint of a run whose weights verify, or None if it has none yet; log skipped ones.
+
+    Runs of versions before 0.2.0 have no manifests: the newest complete one is returned, with a warning.
+    """
+    paths = numbered_checkpoints(Path(run) / "checkpoints")
+    for path in reversed(paths):
+        fault = find_fault(path, is_needed=lambda name: name.endswith(WEIGHTS_FILES))
+        if fault is None:
+            return path
+        logger.warning("skipped %s: %s", path, fault)
+    unverified = next((path for path in reversed(paths) if _is_older_version(path)), None)
+    if unverified:
+        logger.warning("%s was saved without a %s: its files cannot be verified", unverified, MANIFEST_FILE)
+    return unverified
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """Return the number of steps taken before the checkpoint."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _is_older_version(checkpoint: Path) -> bool:
+    return (checkpoint / STATE_FILE).exists() and not (checkpoint / MANIFEST_FILE).exists()
+
+
+def on_main_process(function: Callable[[], Result]) -> Result:
+    """Call `function` on the main process alone; return its result, or raise its InputError, on every process."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    result: Result = outcome[0]
+    return result
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file, without a last line that is incomplete."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # Every complete record ends in a newline; text after the last one was being written when the run was killed.
-    return [json.loads(line) for line in lines[:-1]]
+    """Return the records of a JSON-lines file, without lines that are damaged or incomplete."""
+    return [record for _, record in _parse_lines(path) if record is not None]
 
 
-def _keep_records(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [record for record in read_records(path) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(path)
+def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Return the lines of a JSON-lines file with their records; None for a line that is no JSON object with a step."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [(line, _parse_line(line)) for line in lines if line]
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def _keep_records(path: Path, step: int, *, every_step: bool) -> None:
+    """Drop a file's damaged lines and its records of the steps after `step`, and log a loss that no step repeats.
+
+    every_step: the file has records of each step
+    """
+    lines = _parse_lines(path)
+    damaged = [number for number, (_, record) in enumerate(lines, start=1) if record is None]
+    if damaged:
+        logger.warning("%s: dropped damaged lines: %s", path, _first(damaged))
+    kept = [(line, record["step"]) for line, record in lines if record is not None and record["step"] <= step]
+    missing = sorted(set(range(1, step + 1)) - {number for _, number in kept})
+    if every_step and missing:
+        logger.warning("%s: the records of some steps are lost: %s", path, _first(missing))
+    if path.exists():
+        write_whole(path, b"".join(line + b"\n" for line, _ in kept))
+
+
+def _first(numbers: list[int]) -> str:
+    """Return the first numbers as text, and how many there are."""
+    return ", ".join(map(str, numbers[:5])) + (f", ... ({len(numbers)} in all)" if len(numbers) > 5 else "")

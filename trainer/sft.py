@@ -94,9 +94,9 @@ def _turns_note(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> str:
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage; with `resume`, go on from the newest checkpoint if there is one."""
     run = RunFolder(recipe.output_dir)
-    checkpoint = run.check(recipe, resume=resume)
+    run.check(recipe, resume=resume)
     task = prepare(recipe)
-    check_start(recipe, task.config, checkpoint)
+    checkpoint = check_start(run, recipe, task.config, resume=resume)
     if checkpoint and is_finished(checkpoint, task.config):
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest
 from rekatrain.trainer.guards import NonFiniteCallback, NonFiniteGuard
 from rekatrain.trainer.launch import (
     Launch,
@@ -32,12 +33,10 @@ from rekatrain.trainer.launch import (
 )
 from rekatrain.trainer.models import check_trainable
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run_folder import STATE_FILE, RunFolder, checkpoint_step
+from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.run_log import RunLog
 
 Config = TypeVar("Config", bound=TrainingArguments)
-
-LAUNCH_FILE = "launch.json"
 
 
 def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_class: Callable[..., Config]) -> Config:
@@ -52,12 +51,14 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
         "ddp_find_unused_parameters": False,
         "logging_nan_inf_filter": False,  # transformers would log a loss of nan as an earlier one
     }
-    section = defaults | dict(section)
+    # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
+    # written the whole of the new one.
+    section = defaults | dict(section) | {"save_total_limit": None}
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
     try:
         config = config_class(
-            output_dir=str(RunFolder(recipe.output_dir).checkpoints),
+            output_dir=str(RunFolder(recipe.output_dir).partial),
             seed=recipe.seed,
             report_to="none",
             disable_tqdm=True,
@@ -86,20 +87,29 @@ def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlug
             )
 
 
-def check_start(recipe: Recipe, config: TrainingArguments, checkpoint: Path | None) -> None:
-    """Raise InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint."""
+def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, resume: bool) -> Path | None:
+    """Return the checkpoint to continue from, or None for a fresh start.
+
+    Raises InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint.
+    """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
+    checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is None:
-        return
-    if not (checkpoint / LAUNCH_FILE).exists():
-        raise InputError(f"{str(checkpoint)!r} was cut off while it was saved; delete it to go on from the one before")
-    saved = Launch(**json.loads((checkpoint / LAUNCH_FILE).read_text(encoding="utf-8")))
+        return None
+    manifest = read_manifest(checkpoint)
+    saved = Launch(**manifest["launch"])
     if saved != read_launch():
         raise InputError(
             f"{str(checkpoint)!r} was saved by {saved}, and this is {read_launch()}: the rows of a step and the "
             "optimizer's state are split over the processes. Use the earlier launch, or start a new run from the "
             "weights: rekatrain export RUN OUT"
         )
+    if not any("optim" in name for name in manifest["files"]):
+        raise InputError(
+            f"{str(checkpoint)!r} was saved without its optimizer ({recipe.stage}.save_only_model), so it cannot be "
+            "resumed; start a new run from its weights: rekatrain export RUN OUT"
+        )
+    return checkpoint
 
 
 def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
@@ -121,7 +131,7 @@ def run_trainer(
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run)))
-    trainer.add_callback(_CompleteCheckpoint(tokenizer, run))
+    trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -146,17 +156,30 @@ class _AnnounceEngine(TrainerCallback):
 
 
 class _CompleteCheckpoint(TrainerCallback):
-    """Adds the launch settings to a checkpoint, and replaces TRL's tokenizer, which has a pad token, by ours."""
+    """Replaces TRL's tokenizer, which has a pad token, by ours, and publishes the checkpoint in the run folder."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
-        self._tokenizer, self._run = tokenizer, run
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder, recipe: Recipe) -> None:
+        self._tokenizer, self._run, self._stage = tokenizer, run, recipe.stage
+        self._save_total_limit: int | None = getattr(recipe, recipe.stage).get("save_total_limit")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its part, and the trainer does not wait for them
+        partial, best = self._run.partial_checkpoint(state.global_step), None
+        if state.best_model_checkpoint is not None:
+            best = checkpoint_step(Path(state.best_model_checkpoint))
+            state.best_model_checkpoint = str(self._run.checkpoint(best))  # where it is from now on
         if state.is_world_process_zero:
-            checkpoint = self._run.checkpoint(state.global_step)
-            self._tokenizer.save_pretrained(checkpoint)
-            (checkpoint / LAUNCH_FILE).write_text(json.dumps(asdict(read_launch())), encoding="utf-8")
+            if best is not None:
+                state.save_to_json(str(partial / STATE_FILE))
+            self._tokenizer.save_pretrained(partial)
+            self._run.publish(
+                state.global_step,
+                stage=self._stage,
+                launch=asdict(read_launch()),
+                save_total_limit=self._save_total_limit,
+                best=best,
+            )
+        PartialState().wait_for_everyone()  # none looks for the checkpoint before it is there
 
 
 class _Log(TrainerCallback):

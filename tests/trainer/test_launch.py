@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from trl.trainer.sft_config import SFTConfig
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.checkpoints import read_manifest, seal
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.launch import Launch, check_engine, prepare_deepspeed, read_launch
 from rekatrain.trainer.models import check_trainable
@@ -164,11 +165,11 @@ def test_resume_rejects_another_launch_and_cut_off_saves(
     }
     Path("recipe.yaml").write_text(json.dumps(recipe))
     main(["train", "recipe.yaml"])
-    (saved,) = Path("run").glob("checkpoints/*/launch.json")
-    assert Launch(**json.loads(saved.read_text())) == LAUNCHES["single"]
-    saved.write_text(json.dumps(asdict(LAUNCHES["zero3"])))
-    for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "was cut off while it was"):
+    (checkpoint,) = Path("run").glob("checkpoints/checkpoint-1")
+    assert Launch(**read_manifest(checkpoint)["launch"]) == LAUNCHES["single"]
+    seal(checkpoint, step=1, stage="sft", launch=asdict(LAUNCHES["zero3"]))
+    for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "it has no manifest.json"):
         with pytest.raises(SystemExit):
             main(["train", "recipe.yaml", "--resume", "sft.max_steps=2"])
         assert message in capsys.readouterr().err
-        saved.unlink(missing_ok=True)
+        (checkpoint / "manifest.json").unlink(missing_ok=True)

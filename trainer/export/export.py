@@ -5,10 +5,9 @@
     --as gguf      one file per type: for llama.cpp
 
 Every form also holds a model card (README.md) and serving/ with start scripts and plugins. The folder is written as
-OUT.partial, loaded and compared by a fresh process, and only then renamed to OUT.
+.OUT.rekatrain-partial, loaded and compared by a fresh process, and only then renamed to OUT.
 """
 
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
 from rekatrain.trainer.export.probe import probe_logprobs, verify_logprobs
-from rekatrain.trainer.export.publish import publish
+from rekatrain.trainer.export.publish import publish, written_aside
 from rekatrain.trainer.model_source import Source, find_source
 from rekatrain.trainer.models import load_model
 from rekatrain.trainer.recipe.load import load_recipe
@@ -77,10 +76,9 @@ def export(
     _check(source, form, dtype, quantize)
     tokenizer = load_tokenizer(source.folder)
     tokenizer.chat_template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _write(partial, form, source, tokenizer, stored_dtype, quantize, max_shard_size)
-    publish(partial, out, form, recipe, recipe_file.parent, source)
+    with written_aside(out) as partial:
+        _write(partial, form, source, tokenizer, stored_dtype, quantize, max_shard_size)
+        publish(partial, out, form, recipe, recipe_file.parent, source)
 
 
 def _write(

@@ -15,6 +15,7 @@ from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
 from rekatrain.trainer.export.probe import verify_logprobs
+from rekatrain.trainer.export.publish import final_name
 from rekatrain.trainer.model_source import Source
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,6 @@ def write_gguf_files(
             logger.info("%s: intermediate size %d padded with zeros to %d", file_type, size, padded_size(size))
             size = padded_size(size)
         file = folder / f"model-{file_type}.gguf"
-        name = folder.name.removesuffix(".partial")
+        name = final_name(folder)
         write_gguf(file, model, tokenizer, file_type=file_type, name=name, intermediate_size=size)
         verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")

@@ -1,14 +1,37 @@
-"""The last step of every export: add the model card and serving/ to verified weights, and rename the folder."""
+"""The first and the last step of every export: a folder beside OUT, and its card, serving/ and name at the end."""
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rekatrain.trainer.checkpoints import PARTIAL_SUFFIX
 from rekatrain.trainer.export.card import write_card
 from rekatrain.trainer.export.serving import write_serving
 from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """Give the folder in which an export to `out` is written; delete it at the end, unless `publish` renamed it.
+
+    Its name is one that nobody else uses: a folder OUT.partial is the user's.
+    """
+    partial = out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def final_name(partial: Path) -> str:
+    """Return the name that the folder of `written_aside` will have."""
+    return partial.name.removeprefix(".").removesuffix(PARTIAL_SUFFIX)
 
 
 def publish(

@@ -5,7 +5,6 @@ model card and serving/. A fresh process scores a few answers with it before it 
 """
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rekatrain.data.tokenizer import is_encoder, load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import RewardModelCard, classify, context_of
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.probe import verify_in_fresh_process
-from rekatrain.trainer.export.publish import publish
+from rekatrain.trainer.export.publish import publish, written_aside
 from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
@@ -59,19 +58,19 @@ def export_reward_model(
     description = describe_evaluation(evaluation, measured_on)
     print(f"{source.folder}: {description}")
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size=max_shard_size)
-    save_tokenizer(tokenizer, partial)
-    RewardModelCard(
+    card = RewardModelCard(
         template="reka",
         reasoning=bool(recipe.chat.get("reasoning", False)),
         mean=evaluation.mean,
         std=evaluation.std,
         measured_on=f"both answers of {len(pairs)} {measured_on}",
-    ).save(partial)
-    _verify(partial, model, tokenizer, stored_dtype)
-    publish(partial, out, "reward", recipe, run, source, evaluation=description)
+    )
+    with written_aside(out) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        save_tokenizer(tokenizer, partial)
+        card.save(partial)
+        _verify(partial, model, tokenizer, stored_dtype)
+        publish(partial, out, "reward", recipe, run, source, evaluation=description)
 
 
 def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -60,9 +60,9 @@ def prepare(recipe: Recipe) -> RewardTask:
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Train, from the newest checkpoint if `resume` finds one, and evaluate on the held-out pairs at the end."""
     run = RunFolder(recipe.output_dir)
-    checkpoint = run.check(recipe, resume=resume)
+    run.check(recipe, resume=resume)
     task = prepare(recipe)
-    check_start(recipe, task.config, checkpoint)
+    checkpoint = check_start(run, recipe, task.config, resume=resume)
     if checkpoint and is_finished(checkpoint, task.config):
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return

@@ -1,7 +1,7 @@
 """Checkpoints of the RLOO stage: weights as transformers or PEFT load them, optimizer, schedule and every RNG.
 
 Prompts and draws are functions of (seed, step), so the number of finished steps is the whole state of the data. The
-folder is written under another name and then renamed: it appears whole or not at all.
+folder is written aside and then moved (../checkpoints.py): it appears whole or not at all.
 
 Without ZeRO, each process holds the whole state and a run can resume on any number of processes. ZeRO shards the
 optimizer: another number of processes, or another stage, can load the weights but needs a fresh optimizer.
@@ -9,8 +9,8 @@ optimizer: another number of processes, or another stage, can load the weights b
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.checkpoints import STATE_FILE
+from rekatrain.trainer.launch import read_launch
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
-from rekatrain.trainer.run_folder import STATE_FILE, RunFolder
+from rekatrain.trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,7 @@ class Checkpointer:
 
     def save(self, step: int, save_total_limit: int | None) -> None:
         """Write the checkpoint after `step` steps, then delete the oldest ones beyond the limit."""
-        final = self._run.checkpoint(step)
-        partial = final.with_suffix(".partial")
+        partial = self._run.partial_checkpoint(step)
         # With an adapter, the weights of the base are not written.
         self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))
         states = {name: stateful.state_dict() for name, stateful in self._states.items()}
@@ -75,10 +76,7 @@ class Checkpointer:
             self._tokenizer.save_pretrained(partial)
             state = {"global_step": step, **_layout(self._accelerator)}
             (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-            if final.exists():  # a run continued at its last step saves that step again
-                shutil.rmtree(final)
-            partial.rename(final)
-            self._run.rotate(save_total_limit)
+            self._run.publish(step, stage="rloo", launch=asdict(read_launch()), save_total_limit=save_total_limit)
         self._accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> None:

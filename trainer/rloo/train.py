@@ -16,6 +16,7 @@ from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
 from transformers import get_scheduler
 
+from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.guards import NonFiniteGuard, UnscorableGuard, check_finite_weights
 from rekatrain.trainer.launch import announce
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
@@ -37,7 +38,7 @@ from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.server_rollouts import ServerRollouts
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
-from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder, checkpoint_step
+from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from rekatrain.trainer.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage to `max_steps`, from the newest checkpoint where `resume` is set and there is one."""
     # Check everything that can be wrong before a weight is loaded.
     folder = RunFolder(recipe.output_dir)
-    checkpoint = folder.check(recipe, resume=resume)
+    folder.check(recipe, resume=resume)
     setup = prepare(recipe)
     config = setup.config
     accelerator = make_accelerator(bf16=config.bf16)
+    checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
     setup.grader.warm_up()  # loads the weights of reward models
 

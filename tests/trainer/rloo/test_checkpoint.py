@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rekatrain.trainer.checkpoints import seal
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.checkpoint import RUN_STATE_FILE
 from tests.end_to_end.small_runs import rloo_recipe, write_data
@@ -34,6 +35,11 @@ class Attack:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (str(self.path),)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Write a manifest that fits the files, as somebody who changes a checkpoint on purpose would."""
+    seal(checkpoint, step=1, stage="rloo", launch={})
 
 
 def rejection(capsys: pytest.CaptureFixture[str], recipe: str) -> str:
@@ -71,8 +77,9 @@ def test_checkpoint_with_a_pickle_is_rejected_and_runs_no_code(
     with contextlib.suppress(RuntimeError):  # torch reads one object, and finds that it is no number
         torch.load(control, weights_only=False)
     assert (tmp_path / "controlled").exists()  # the file does run code when it is read
-    if not keeps_state:  # a checkpoint of an earlier version
+    if not keeps_state:
         (checkpoint / RUN_STATE_FILE).unlink()
+        reseal(checkpoint)
     line = rejection(capsys, recipe)
     assert "checkpoint-1' holds custom_checkpoint_0.pkl, a pickle, which can run code and is not read" in line
     assert not (tmp_path / "attacked").exists()
@@ -86,4 +93,5 @@ def test_checkpoint_without_readable_states_is_rejected(
     (checkpoint / RUN_STATE_FILE).unlink()
     if text is not None:
         (checkpoint / RUN_STATE_FILE).write_text(text)
+    reseal(checkpoint)
     assert "run_state.json' cannot be read" in rejection(capsys, recipe)

@@ -1,0 +1,217 @@
+"""Checkpoints of all stages: folders that are written aside, verified and deleted by their manifest.
+
+    checkpoints/checkpoint-N/manifest.json   step, stage, launch, and the size and SHA-256 of every other file
+    checkpoints/.rekatrain-partial/          checkpoints that are being written; a start of the run deletes it
+
+A folder without a manifest is not a checkpoint. Only files that a manifest lists are ever deleted.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+# The last file that a stage writes; before version 0.2.0 it was the mark of a complete checkpoint.
+STATE_FILE = "trainer_state.json"
+# Ends the names of files and folders that are being written. Nobody else uses it, so what bears it may be deleted.
+PARTIAL_SUFFIX = ".rekatrain-partial"
+# Hashing releases the GIL: a thread hashes about 1 to 2 GB/s.
+HASH_THREADS = 8
+# torch and safetensors report a failed write by errors of other classes.
+WRITE_FAILURE = re.compile(r"unexpected pos|PytorchStreamWriter|I/O error|os error \d+")
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of steps taken before the checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N that lie in `folder`, by step; links are left out."""
+    paths = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted((path for path in paths if path.is_dir() and not path.is_symlink()), key=checkpoint_step)
+
+
+def seal(folder: Path, *, step: int, stage: str, launch: Mapping[str, Any]) -> None:
+    """Sync every file of a checkpoint to disk, then write and sync its manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        entries = threads.map(_sync_and_describe, paths)
+        files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+    body = {"step": step, "stage": stage, "launch": dict(launch), "files": files}
+    text = json.dumps({**body, "sha256": _digest(body)}, indent=1)
+    write_whole(folder / MANIFEST_FILE, (text + "\n").encode())
+    for path in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync_folder(path)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest; raise ValueError, with the reason, if there is none or it is damaged."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST_FILE}") from None
+    except (ValueError, RecursionError, OSError):
+        raise ValueError(f"its {MANIFEST_FILE} is damaged") from None
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError(f"its {MANIFEST_FILE} is damaged")
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest["files"]):
+        raise ValueError(f"its {MANIFEST_FILE} names files outside the folder")
+    return manifest
+
+
+def find_fault(
+    checkpoint: Path, *, hashes: bool = True, is_needed: Callable[[str], bool] = lambda _: True
+) -> str | None:
+    """Return the first difference between a checkpoint and its manifest as text, or None if there is none.
+
+    hashes:    compare contents too, not only sizes
+    is_needed: the names of the files to verify; all by default
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if manifest["step"] != checkpoint_step(checkpoint):
+        return f"its {MANIFEST_FILE} is of step {manifest['step']}"
+    files = {name: entry for name, entry in manifest["files"].items() if is_needed(name)}
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes; the manifest says {entry['size']:,}"
+    if hashes:
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            actual = threads.map(_hash_or_error, (checkpoint / name for name in files))
+            for (name, entry), digest in zip(files.items(), actual, strict=True):
+                if digest != entry["sha256"]:
+                    return f"{name} is damaged: its SHA-256 is not that of the manifest"
+    return None
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a sealed folder its name; a folder that has the name already is deleted, or moved if it is not ours."""
+    if os.path.lexists(final):
+        delete(final)
+    if os.path.lexists(final):
+        aside = next(
+            path for n in range(1, 10**6) if not os.path.lexists(path := final.with_name(f"{final.name}.moved-{n}"))
+        )
+        final.rename(aside)
+        logger.warning("%s was not written by this run: renamed to %s", final, aside.name)
+    partial.rename(final)
+    _sync_folder(final.parent)
+
+
+def rotate(folder: Path, limit: int | None, *, newest: int, best: int | None = None) -> None:
+    """Delete the checkpoints before the last `limit` whole ones up to step `newest`; None or 0 means no limit.
+
+    Call it after the checkpoint of step `newest` is published. It is kept, and the one of step `best` too.
+    """
+    if not limit or limit < 0:
+        return
+    ours = [path for path in numbered_checkpoints(folder) if _has_manifest(path) and checkpoint_step(path) <= newest]
+    kept = [path for path in ours if find_fault(path, hashes=False) is None][-limit:]
+    for path in ours[: ours.index(kept[0]) if kept else 0]:
+        if checkpoint_step(path) != best:
+            delete(path)
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete the files that a checkpoint's manifest lists, and the folder if nothing else is in it.
+
+    A folder without a manifest, and a link, stays as it is.
+    """
+    if checkpoint.is_symlink() or not _has_manifest(checkpoint):
+        return
+    # The manifest goes last: after a kill, the next deletion still knows the files.
+    for name in [*read_manifest(checkpoint)["files"], MANIFEST_FILE]:
+        (checkpoint / name).unlink(missing_ok=True)
+    folders = [path for path in checkpoint.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for path in [*sorted(folders, reverse=True), checkpoint]:
+        with suppress(OSError):
+            path.rmdir()
+    if checkpoint.exists():
+        logger.warning("%s: the checkpoint is deleted; files that the run did not write stay", checkpoint)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, and sync it to disk."""
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def write_failures(folder: Path) -> Iterator[None]:
+    """Raise OSError for the errors of other classes by which torch and safetensors report a failed write."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        if not WRITE_FAILURE.search(text):
+            raise
+        free = shutil.disk_usage(folder).free
+        code = errno.ENOSPC if free < 2**26 else errno.EIO
+        raise OSError(code, f"{os.strerror(code)} ({text}); {free / 2**20:,.0f} MB free", str(folder)) from error
+
+
+def _has_manifest(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Write a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_and_describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _hash_or_error(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # an unreadable file is a damaged one
+        return str(error)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
