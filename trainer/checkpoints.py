@@ -29,7 +29,7 @@ PARTIAL_SUFFIX = ".rekatrain-partial"
 # Hashing releases the GIL: a thread hashes about 1 to 2 GB/s.
 HASH_THREADS = 8
 # torch and safetensors report a failed write by errors of other classes.
-WRITE_FAILURE = re.compile(r"unexpected pos|PytorchStreamWriter|I/O error|os error \d+")
+WRITE_FAILURE = re.compile(r"unexpected pos|iostream error|PytorchStreamWriter|I/O error|os error \d+")
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -150,11 +150,16 @@ def delete(checkpoint: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, and sync it to disk."""
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     _sync_folder(path.parent)
 
 
@@ -169,7 +174,7 @@ def write_failures(folder: Path) -> Iterator[None]:
         text = str(error).splitlines()[0] if str(error) else ""
         if not WRITE_FAILURE.search(text):
             raise
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
         code = errno.ENOSPC if free < 2**26 else errno.EIO
         raise OSError(code, f"{os.strerror(code)} ({text}); {free / 2**20:,.0f} MB free", str(folder)) from error
 

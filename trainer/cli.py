@@ -5,6 +5,7 @@ is a function of api.py or of the module that it imports when it runs.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,20 @@ from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
 from rekatrain.trainer.terminal import set_up_terminal
+
+# A disk that is full, over its quota, read-only or failing is no bug of ours.
+WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except (RewardError, TrainingStopped) as error:  # with the traceback of a grader, which is the one that matters
         print(f"rekatrain: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        hint = "; then go on with --resume" if options.command == "train" else ""
+        print(f"rekatrain: error: {error}: free space, or make the folder writable{hint}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         is_training = options.command == "train" and not options.dry_run

@@ -38,6 +38,8 @@ Result = TypeVar("Result")
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+# Bytes that a start writes to find out that the disk is full or the folder read-only.
+PROBE_BYTES = 2**20
 # Suffixes of the files of a checkpoint from which weights and tokenizer are loaded.
 WEIGHTS_FILES = (".safetensors", ".json", ".jinja")
 # Keys that may change when a run is continued: its length, its records, its servers; never the result of a step.
@@ -85,6 +87,13 @@ class RunFolder:
         The main process verifies; every process must call this, after the processes are connected.
         """
         return on_main_process(self._choose_checkpoint) if resume else None
+
+    def open(self) -> None:
+        """Raise InputError if the run cannot write to its folder.
+
+        Every process must call this, before weights are loaded; the main process tries.
+        """
+        on_main_process(self._open)
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write the recipe, and delete the records of the steps after `step`, which the run will repeat."""
@@ -145,6 +154,19 @@ class RunFolder:
             + ". Export one that still loads, rekatrain export RUN/checkpoints/checkpoint-N OUT, and start a new run "
             "from it; or move them away to start at step 0"
         )
+
+    def _open(self) -> None:
+        probe = self.path / f".probe{PARTIAL_SUFFIX}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                write_whole(probe, bytes(PROBE_BYTES))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"output_dir {str(self.path)!r} cannot be written: {error.strerror}; free space, or choose another"
+            ) from error
 
     def _holds_other_files(self) -> bool:
         """Return True if the folder holds more than a run that was killed before it wrote its recipe leaves behind."""

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest
+from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest, write_failures
 from rekatrain.trainer.guards import NonFiniteCallback, NonFiniteGuard
 from rekatrain.trainer.launch import (
     Launch,
@@ -94,8 +94,14 @@ def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, re
     """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
-    if checkpoint is None:
-        return None
+    if checkpoint is not None:
+        _check_resumable(checkpoint, recipe)
+    run.open()
+    return checkpoint
+
+
+def _check_resumable(checkpoint: Path, recipe: Recipe) -> None:
+    """Raise InputError if this launch, or any, cannot go on from the checkpoint."""
     manifest = read_manifest(checkpoint)
     saved = Launch(**manifest["launch"])
     if saved != read_launch():
@@ -109,7 +115,6 @@ def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, re
             f"{str(checkpoint)!r} was saved without its optimizer ({recipe.stage}.save_only_model), so it cannot be "
             "resumed; start a new run from its weights: rekatrain export RUN OUT"
         )
-    return checkpoint
 
 
 def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
@@ -139,7 +144,8 @@ def run_trainer(
         first_step = checkpoint_step(checkpoint) if checkpoint else 0
         run.start(recipe, first_step)
         trainer.add_callback(_Log(run, recipe, first_step, headline))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with write_failures(run.path):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 class _AnnounceEngine(TrainerCallback):

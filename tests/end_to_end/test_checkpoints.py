@@ -1,12 +1,15 @@
 """Runs that were killed while they saved, or whose newest checkpoint is damaged, resume and end with the same bits."""
 
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rekatrain.trainer import run_folder
 from rekatrain.trainer.cli import main
@@ -94,6 +97,79 @@ def test_export_leaves_the_partial_folder_of_the_user(folder: Path, model_folder
     main(["export", "run", "out", "--as", form])
     assert set(folder.iterdir()) == before - {folder / ".out.rekatrain-partial"} | {folder / "out"}
     assert (folder / "out.partial" / "notes.txt").read_text() == "the user's"
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Have every write beyond a size fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def last_error(command: list[str], capsys: pytest.CaptureFixture[str], status: int) -> str:
+    """Run a command that fails, and return its error, which is one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == status and lines[-1].startswith("rekatrain: error: "), lines
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_disk_is_one_line_and_the_next_resume_works(
+    folder: Path,
+    model_folder: Path,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["train", recipe(stage, folder, "whole", model_folder)])
+    files = list((folder / "whole" / "checkpoints" / "checkpoint-1").iterdir())
+    path = recipe(stage, folder, "full", model_folder, save_total_limit=1)
+    for size in {path.stat().st_size for path in files if path.stat().st_size > 4096}:
+        shutil.rmtree(folder / "full", ignore_errors=True)
+        with monkeypatch.context() as patch, largest_file(resource.RLIM_INFINITY):
+
+            def fill_disk(*_: object, limit: int = size - 1, **__: object) -> None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+            patch.setattr(run_folder, "rotate", fill_disk)  # after the first checkpoint
+            assert "free space" in last_error(["train", path], capsys, 1)
+        assert (folder / "full" / "checkpoints" / "checkpoint-1").exists()
+        main(["train", path, "--resume"])
+        assert_equal_runs(stage, folder / "whole", folder / "full")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_disk_is_noticed_before_weights_are_loaded(
+    folder: Path, model_folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
+    path = recipe(stage, folder, "run", model_folder)
+    with largest_file(8192):
+        message = last_error(["train", path], capsys, 2)
+    assert "output_dir" in message and "cannot be written: File too large" in message
+    (folder / "file").write_text("")
+    message = last_error(["train", path, f"output_dir={folder / 'file' / 'run'}"], capsys, 2)
+    assert "cannot be written: Not a directory" in message
+
+
+@pytest.mark.slow
+def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(
+    folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", recipe("sft", folder, "run", model_folder, max_steps=1)])
+    before = set(folder.iterdir())
+    with largest_file(8192):
+        assert "free space" in last_error(["export", "run", "out"], capsys, 1)
+    assert set(folder.iterdir()) == before
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rekatrain.trainer.checkpoints import PARTIAL_SUFFIX
+from rekatrain.trainer.checkpoints import PARTIAL_SUFFIX, write_failures
 from rekatrain.trainer.export.card import write_card
 from rekatrain.trainer.export.serving import write_serving
 from rekatrain.trainer.model_source import Source
@@ -24,7 +24,8 @@ def written_aside(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        yield partial
+        with write_failures(out.absolute().parent):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

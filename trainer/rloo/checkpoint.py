@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE
+from rekatrain.trainer.checkpoints import STATE_FILE, write_failures
 from rekatrain.trainer.launch import read_launch
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
@@ -65,7 +65,14 @@ class Checkpointer:
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self, step: int, save_total_limit: int | None) -> None:
-        """Write the checkpoint after `step` steps, then delete the oldest ones beyond the limit."""
+        """Write the checkpoint after `step` steps, then delete the oldest ones beyond the limit.
+
+        Raises OSError if the disk is full or the folder cannot be written.
+        """
+        with write_failures(self._run.path):
+            self._save(step, save_total_limit)
+
+    def _save(self, step: int, save_total_limit: int | None) -> None:
         partial = self._run.partial_checkpoint(step)
         # With an adapter, the weights of the base are not written.
         self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))

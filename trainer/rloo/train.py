@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
     accelerator = make_accelerator(bf16=config.bf16)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
+    folder.open()
     setup.grader.warm_up()  # loads the weights of reward models
 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
