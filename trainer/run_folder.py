@@ -5,6 +5,7 @@ metrics.jsonl    one line per step
 rollouts.jsonl   one line per completion (stage rloo)
 checkpoints/checkpoint-N/   weights as transformers or PEFT load them, and the whole state that step N + 1 depends on
                             (checkpoints.py)
+run.lock         locked by the main process of the run that writes to the folder
 """
 
 import json
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.checkpoints import (
@@ -38,6 +41,9 @@ Result = TypeVar("Result")
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+LOCK_FILE = "run.lock"
+# Children of a run that was killed may hold its lock for a moment.
+LOCK_SECONDS = 5.0
 # Bytes that a start writes to find out that the disk is full or the folder read-only.
 PROBE_BYTES = 2**20
 # Suffixes of the files of a checkpoint from which weights and tokenizer are loaded.
@@ -50,13 +56,20 @@ MAY_CHANGE = re.compile(
 
 
 class RunFolder:
-    """Paths, checkpoints and appended records of one run."""
+    """Paths, checkpoints and appended records of one run; as a context manager, it unlocks the folder at the end."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         # Checkpoints are written in here and moved to `checkpoints` when they are complete.
         self.partial = self.checkpoints / PARTIAL_SUFFIX
+        self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS, thread_local=False)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Raise InputError if the folder is in use, holds a run of another recipe, or is not ours; write nothing."""
@@ -88,12 +101,15 @@ class RunFolder:
         """
         return on_main_process(self._choose_checkpoint) if resume else None
 
-    def open(self) -> None:
-        """Raise InputError if the run cannot write to its folder.
+    def open(self, recipe: Recipe, checkpoint: Path | None, *, resume: bool) -> None:
+        """Lock the folder; raise InputError if another run has it, or if it cannot be written.
 
-        Every process must call this, before weights are loaded; the main process tries.
+        Every process must call this, before weights are loaded and after all else is checked, because it writes. The
+        main process does the work.
+
+        checkpoint: the one to continue from, which another run may have deleted meanwhile
         """
-        on_main_process(self._open)
+        on_main_process(lambda: self._open(recipe, checkpoint, resume=resume))
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write the recipe, and delete the records of the steps after `step`, which the run will repeat."""
@@ -155,26 +171,37 @@ class RunFolder:
             "from it; or move them away to start at step 0"
         )
 
-    def _open(self) -> None:
-        probe = self.path / f".probe{PARTIAL_SUFFIX}"
+    def _open(self, recipe: Recipe, checkpoint: Path | None, *, resume: bool) -> None:
+        probe = self.path / f"probe{PARTIAL_SUFFIX}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             try:
                 write_whole(probe, bytes(PROBE_BYTES))
             finally:
                 probe.unlink(missing_ok=True)
+        except Timeout:
+            raise InputError(
+                f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
+                "for its end, or choose another folder"
+            ) from None
         except OSError as error:
             raise InputError(
                 f"output_dir {str(self.path)!r} cannot be written: {error.strerror}; free space, or choose another"
             ) from error
+        # Another run may have worked here between the first check and the lock.
+        self.check(recipe, resume=resume)
+        fault = find_fault(checkpoint, hashes=False) if checkpoint else None
+        if fault:
+            raise InputError(f"{str(checkpoint)!r} has changed since this run started: {fault}; start it again")
 
     def _holds_other_files(self) -> bool:
         """Return True if the folder holds more than a run that was killed before it wrote its recipe leaves behind."""
         if not self.path.is_dir():
             return self.path.exists() or self.path.is_symlink()
-        ours = {self.path / f".{RECIPE_FILE}{PARTIAL_SUFFIX}", self.checkpoints, self.partial}
         found = {*self.path.iterdir(), *(self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())}
-        return not found <= ours
+        others = found - {self.path / LOCK_FILE, self.checkpoints}
+        return not all(path.name.endswith(PARTIAL_SUFFIX) for path in others)
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:

@@ -93,7 +93,11 @@ def _turns_note(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> str:
 
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage; with `resume`, go on from the newest checkpoint if there is one."""
-    run = RunFolder(recipe.output_dir)
+    with RunFolder(recipe.output_dir) as run:
+        _train(recipe, run, resume=resume)
+
+
+def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
     checkpoint = check_start(run, recipe, task.config, resume=resume)

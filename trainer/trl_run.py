@@ -96,7 +96,7 @@ def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, re
     checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         _check_resumable(checkpoint, recipe)
-    run.open()
+    run.open(recipe, checkpoint, resume=resume)
     return checkpoint
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from rekatrain.trainer import run_folder
@@ -170,6 +171,27 @@ def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(
     with largest_file(8192):
         assert "free space" in last_error(["export", "run", "out"], capsys, 1)
     assert set(folder.iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_lock_keeps_a_second_run_out(
+    folder: Path, model_folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
+    path = recipe(stage, folder, "run", model_folder, max_steps=1)
+    main(["train", path])  # unlocks the folder at its end
+    before = {file: file.stat().st_mtime_ns for file in (folder / "run").rglob("*")}
+    with FileLock(folder / "run" / "run.lock", timeout=0), monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
+        message = last_error(["train", path, "--resume"], capsys, 2)
+    assert "is in use: another run has locked" in message
+    assert {file: file.stat().st_mtime_ns for file in (folder / "run").rglob("*")} == before
+    with monkeypatch.context() as patch:
+        kill_at("seal", 1, patch)
+        with pytest.raises(SystemExit):
+            main(["train", path, "--resume", f"{stage}.max_steps=2"])
+    main(["train", path, "--resume", f"{stage}.max_steps=2"])
 
 
 @pytest.mark.slow

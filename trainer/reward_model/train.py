@@ -59,7 +59,11 @@ def prepare(recipe: Recipe) -> RewardTask:
 
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Train, from the newest checkpoint if `resume` finds one, and evaluate on the held-out pairs at the end."""
-    run = RunFolder(recipe.output_dir)
+    with RunFolder(recipe.output_dir) as run:
+        _train(recipe, run, resume=resume)
+
+
+def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
     checkpoint = check_start(run, recipe, task.config, resume=resume)

@@ -46,15 +46,19 @@ logger = logging.getLogger(__name__)
 
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage to `max_steps`, from the newest checkpoint where `resume` is set and there is one."""
+    with RunFolder(recipe.output_dir) as folder:
+        _train(recipe, folder, resume=resume)
+
+
+def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     # Check everything that can be wrong before a weight is loaded.
-    folder = RunFolder(recipe.output_dir)
     folder.check(recipe, resume=resume)
     setup = prepare(recipe)
     config = setup.config
     accelerator = make_accelerator(bf16=config.bf16)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
-    folder.open()
+    folder.open(recipe, checkpoint, resume=resume)
     setup.grader.warm_up()  # loads the weights of reward models
 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
