@@ -4,6 +4,12 @@ Sections whose callable needs no torch are checked first, so that their errors c
 imported only if the recipe has its section.
 """
 
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
@@ -24,12 +30,21 @@ TRL_RESERVED = (
     "deepspeed",  # the launch file decides how a run is sharded
     "fsdp",
 )
+# A run uploads nothing, and its keys would need a secret.
+HUB_KEY = re.compile(r"hub_\w+|push_to_hub\w*")
+# A recipe is printed, logged and copied to the run folder. `api_key_env`, `eos_token` and the like are no secrets.
+SECRET_KEY = re.compile(
+    r"\w*(password|passwd|passphrase|secret|secret_key|credentials?|api_?key|access_?key|private_?key)"
+    r"|(\w*_)?(hf|hub|auth|access|api|bearer|refresh|session)_?token|authorization",
+    re.IGNORECASE,
+)
 # data/reward_model_input.py decides how text becomes ids.
 REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")
 
 
 def check_sections(recipe: Recipe) -> None:
-    """Raise InputError for a key, a type or a reward that a section's callable does not know."""
+    """Raise InputError for a key, a type or a reward that a section's callable does not know, and for a secret."""
+    check_secrets(asdict(recipe))
     check_keywords("dataset", recipe.dataset, load_rows)
     if recipe.eval_dataset is not None:
         check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
@@ -41,6 +56,34 @@ def check_sections(recipe: Recipe) -> None:
     _check_wandb(recipe)
     _check_model(recipe)
     _check_trl(recipe)
+
+
+def check_secrets(tree: Mapping[str, Any]) -> None:
+    """Raise InputError for a key anywhere in a recipe whose name says that its value is a secret.
+
+    Also raises it for the keys by which TRL uploads models. The message does not show the value.
+    """
+    for stage in ("sft", "reward"):
+        for key in tree.get(stage) or {}:
+            if HUB_KEY.fullmatch(str(key)):
+                raise InputError(
+                    f"{stage}.{key}: a run uploads nothing: remove it from the recipe; `hf upload` uploads an export"
+                )
+    _check_secrets("", tree)
+
+
+def _check_secrets(prefix: str, tree: object) -> None:
+    if isinstance(tree, list):
+        for number, item in enumerate(tree):
+            _check_secrets(f"{prefix}{number}.", item)
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if SECRET_KEY.fullmatch(str(key)):
+                raise InputError(
+                    f"{prefix}{key} would be written to the run folder: remove it from the recipe; secrets are read "
+                    "from the environment (HF_TOKEN, WANDB_API_KEY, `api_key_env` of a reward, `scoring.environment`)"
+                )
+            _check_secrets(f"{prefix}{key}.", value)
 
 
 def _check_wandb(recipe: Recipe) -> None:
