@@ -2,7 +2,8 @@
 
     python -I -S -B jail.py JOB_FD STATUS_FD [CHANNEL_FD ...]
 
-A first process makes the namespaces and waits; a second one, alone in them, gives up all rights and runs the code.
+A first process makes the namespaces and waits; a second one in them waits, too, and ends all others there when it ends;
+a third one gives up all rights and runs the code.
 It sees the interpreter's files, read only, and one small folder in memory, which is gone when it ends.
 """
 
@@ -66,6 +67,10 @@ def confine(job: dict) -> int:
     pid = os.fork()
     if pid:
         return pid
+    # The server of the verifiers is itself such an init process: it runs no code, only its children do.
+    has_guard = job["isolation"] == "namespaces" and job["kind"] != "verifier"
+    if has_guard:
+        guard()
     if is_root:
         # A user id that nothing else has: the limit on processes counts by user, and only its own can be signaled.
         own = 1_000_000 + job["number"] % 1_000_000
@@ -82,12 +87,26 @@ def confine(job: dict) -> int:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if job["kind"] != "verifier":  # it forks a child for each answer, and gives each these limits
         limit(resource.RLIMIT_CPU, job["cpu_seconds"])
-        limit(resource.RLIMIT_NPROC, job["processes"] + (not is_root))  # where the waiting process has the same user
+        num_own = 0 if is_root else 1 + has_guard  # the waiting processes have the same user
+        limit(resource.RLIMIT_NPROC, job["processes"] + num_own)
     limit(resource.RLIMIT_AS, job["memory"])
     limit(resource.RLIMIT_FSIZE, job["file_bytes"])
     limit(resource.RLIMIT_NOFILE, 64)
     limit(resource.RLIMIT_CORE, 0)
     return 0
+
+
+def guard() -> None:
+    """Fork; wait in the first process, which is the init process of the namespace, and return in the second.
+
+    With its init process the kernel ends all processes of a namespace. Code cannot signal it. Code that were the init
+    process itself could leave the session and outlive its limit.
+    """
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.waitstatus_to_exitcode(status) % 256)
 
 
 def make_root(visible: list[str], folder_bytes: int) -> None:

@@ -12,6 +12,8 @@ from rekatrain.rewards.errors import RewardError
 
 pytestmark = pytest.mark.skipif(bool(_problem("namespaces")), reason=_problem("namespaces"))
 
+# A program that leaves its session and is not signaled when its parent ends.
+ESCAPE = "import ctypes, os\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nos.setsid()"
 LIMITS = Limits(seconds=3.0, memory=512 << 20, output=10_000)
 TESTS = {
     "asserts": ["assert double(2) == 4", "assert sorted(double([1])) == [1, 1]"],
@@ -102,6 +104,8 @@ def test_sandbox_folder_is_fresh_and_temporary():
         ("while True: pass", "time"),
         ("import time; time.sleep(60)", "time"),
         ("import os\nos.setsid()\nwhile True: pass", "time"),
+        (f"{ESCAPE}\nwhile True: pass", "time"),
+        (f"{ESCAPE}\nos.close(1)\nwhile True: pass", "time"),
         ("import signal\nfor s in range(1, 9): signal.signal(s, signal.SIG_IGN)\nwhile True: pass", "time"),
         ("while True: print('x' * 1000)", "output"),
         ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "time"),

@@ -17,6 +17,7 @@ from rekatrain.rewards.code.sandbox import _problem
 from rekatrain.rewards.code.verifiers import ReasoningGym
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.scorers.math_answer import math_answer
 
 pytestmark = pytest.mark.skipif(bool(_problem("namespaces")), reason=_problem("namespaces"))
 
@@ -230,3 +231,15 @@ def test_reasoning_gym_works_with_rlimits() -> None:
         assert score(made, "n_queens", "__import__('os').fork()") == 0.0
     finally:
         made.close()
+
+
+@pytest.mark.parametrize(
+    "frame", ["{}", r"\boxed{{{}}}", "The answer is {}", "1+{}", "${}$", r"\text{{{}}}", "1*({})", "1/{}"]
+)
+def test_math_answer_evaluates_no_text(tmp_path: Path, frame: str) -> None:
+    """math_answer needs no sandbox: its parsers give none of the answer's names to Python."""
+    path = tmp_path / "attacked"
+    for code in (f"open('{path}','w')", f"__import__('os').mkdir('{path}')", f"exec(\"open('{path}','w')\")"):
+        for gold in ("42", r"\frac{1}{2}", "x+1", r"\text{east}", "[1, 2)"):
+            math_answer(parse_completion(f"{frame.format(code)} <sep>"), answer=gold)
+    assert not path.exists()
