@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -35,6 +36,7 @@ from rekatrain.trainer.models import check_trainable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.run_log import RunLog
+from rekatrain.trainer.safe_load import tensors_only
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -144,7 +146,8 @@ def run_trainer(
         first_step = checkpoint_step(checkpoint) if checkpoint else 0
         run.start(recipe, first_step)
         trainer.add_callback(_Log(run, recipe, first_step, headline))
-    with write_failures(run.path):
+    is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
+    with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 

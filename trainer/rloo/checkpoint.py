@@ -27,6 +27,7 @@ from rekatrain.trainer.launch import read_launch
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
 from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.safe_load import tensors_only
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,11 @@ class Checkpointer:
     def restore(self, checkpoint: Path) -> None:
         """Load a checkpoint into everything that the accelerator prepared, and into the further objects."""
         states = read_states(checkpoint)
-        self._accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if self._is_sharded else {}))
+        if self._is_sharded:
+            with tensors_only():
+                self._accelerator.load_state(str(checkpoint), load_module_strict=False)
+        else:
+            self._accelerator.load_state(str(checkpoint))
         for name, state in states.items():
             if name in self._states:
                 self._states[name].load_state_dict(state)
