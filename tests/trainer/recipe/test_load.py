@@ -97,8 +97,8 @@ MISTAKES = {
     "unknown section": (SHORTEST + "lorra: {}\n", "unknown key lorra: did you mean lora?"),
     "far from any": (
         SHORTEST + "zzz: 1\n",
-        "unknown key zzz: known keys: chat, dataset, eval_dataset, evaluate, lora, model, output_dir, reward, rewards, "
-        "rloo, scoring, seed, sft, stage, wandb",
+        "unknown key zzz: known keys: chat, dataset, eval_dataset, evaluate, lora, max_nonfinite_skips, model, "
+        "on_nonfinite, output_dir, reward, rewards, rloo, scoring, seed, sft, stage, wandb",
     ),
     "missing key": (SHORTEST.replace("output_dir: run\n", ""), "output_dir is missing: add it to the recipe"),
     "wrong stage": (SHORTEST.replace("rloo", "dpo"), "stage is 'dpo'; it should be 'sft', 'reward' or 'rloo'"),
