@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run_folder import METRICS_FILE, ROLLOUTS_FILE, RunFolder, read_records
+from rekatrain.trainer.records import read_records
+from rekatrain.trainer.run_folder import METRICS_FILE, ROLLOUTS_FILE, RunFolder
 
 LINES = [json.dumps({"step": step, "text": "\u2028 é"}, ensure_ascii=False).encode() for step in range(1, 7)]
 

@@ -10,7 +10,8 @@ from accelerate import PartialState
 from accelerate.tracking import WandBTracker
 
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run_folder import METRICS_FILE, RunFolder, read_records
+from rekatrain.trainer.records import read_records
+from rekatrain.trainer.run_folder import METRICS_FILE, RunFolder
 from rekatrain.trainer.run_log import RunLog, progress_text
 
 RLOO = ["reward", "kl", "completions/mean_length", "completions/clipped_ratio", "tokens_per_second"]

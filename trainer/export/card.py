@@ -9,7 +9,8 @@ from rekatrain.data.locations import names_path
 from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
-from rekatrain.trainer.run_folder import METRICS_FILE, read_records
+from rekatrain.trainer.records import read_records
+from rekatrain.trainer.run_folder import METRICS_FILE
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The metrics of one step are noise: the card shows means over the last recorded steps before the checkpoint.
