@@ -64,12 +64,19 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         # Checkpoints are written in here and moved to `checkpoints` when they are complete.
         self.partial = self.checkpoints / PARTIAL_SUFFIX
+        self._is_new = False
         self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS, thread_local=False)
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._lock.is_locked and not (self.path / RECIPE_FILE).exists():
+            # The run ended before it started, for example because the model has no weights: it leaves nothing.
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            for folder in (self.partial, self.checkpoints, *([self.path] if self._is_new else [])):
+                with suppress(OSError):
+                    folder.rmdir()
         self._lock.release()
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
@@ -175,6 +182,7 @@ class RunFolder:
     def _open(self, recipe: Recipe, checkpoint: Path | None, *, resume: bool) -> None:
         probe = self.path / f"probe{PARTIAL_SUFFIX}"
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             try:
