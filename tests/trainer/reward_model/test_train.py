@@ -171,7 +171,7 @@ def test_reward_model_from_training_to_rloo(
     main(["train", str(folder / "rloo.json")])
     steps = [json.loads(line) for line in (folder / "rloo" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(math.isfinite(step["rewards/reward_model/mean"]) for step in steps)
-    assert steps[0]["reward_model/num_cut"] == 0
+    assert steps[0]["rewards/reward_model/num_cut"] == 0
 
 
 def assert_export_describes_its_serving(export: Path, scale: dict) -> None:
