@@ -93,8 +93,12 @@ def test_rloo_stops_before_an_update_that_is_not_finite(
     assert is_finite(workspace / "run" / "checkpoints" / "checkpoint-1")
 
 
-def test_rloo_skips_an_update_that_is_not_finite_if_told(workspace: Path, make_recipe: Callable[..., Path]) -> None:
-    main(["train", str(make_recipe("score", on_nonfinite="skip"))])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_rloo_skips_updates_that_are_not_finite(
+    workspace: Path, make_recipe: Callable[..., Path], num_iterations: int
+) -> None:
+    rloo = {"num_iterations": num_iterations}
+    main(["train", str(make_recipe("score", rloo=rloo, on_nonfinite="skip", max_nonfinite_skips=1))])
     run = workspace / "run"
     before, after = (weights(run, step) for step in (1, 2))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -138,8 +138,7 @@ def update_weights(
 ) -> None:
     """Clip the gradient's norm over all processes, take an optimizer step and clear the gradient.
 
-    A gradient whose norm is not finite moves no weight; `clipper.num_nonfinite` counts it. All processes have the same
-    norm, and so do the same.
+    A gradient whose norm is not finite moves no weight; `clipper.num_nonfinite` counts it, on every process alike.
     """
     if not _is_deepspeed(accelerator):
         norm = float(accelerator.clip_grad_norm_(model.parameters(), clipper.limit))

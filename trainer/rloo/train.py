@@ -109,7 +109,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         scheduler.step()
 
         records: list[RolloutRecord] = gather_object(local_records)
-        if clipper.num_nonfinite > guard.num_skipped:
+        if clipper.num_nonfinite:
+            clipper.num_nonfinite = 0
             guard.handle(step + 1, records, is_main_process=accelerator.is_main_process)
         check_scorable(step + 1, records)
         if log is not None:
