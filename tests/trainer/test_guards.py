@@ -27,10 +27,6 @@ def score(completions, **kwargs):
     return [scale * (sum(map(ord, text)) % 7 / 7) for text in completions]
 
 
-def letters_of(completions, **kwargs):
-    return [sum(map(ord, text)) % 7 / 7 for text in completions]
-
-
 def huge(completions, **kwargs):
     return [1e300] * len(completions)
 
@@ -179,11 +175,3 @@ def test_rloo_rejects_a_setting_that_is_not_finite(
             main(["train", str(path), f"rloo.{key}={value}"])
         assert caught.value.code == 2
         assert f"rloo.{key} is " in capsys.readouterr().err
-
-
-def test_rloo_learning_rate_of_the_first_update_is_above_zero(
-    workspace: Path, make_recipe: Callable[..., Path]
-) -> None:
-    main(["train", str(make_recipe("letters_of", rloo={"warmup_steps": 2, "learning_rate": 3e-3}))])
-    rates = [step["learning_rate"] for step in records(workspace / "run")]
-    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])

@@ -162,14 +162,7 @@ def make_optimizer(model: torch.nn.Module, config: RLOOConfig) -> tuple[AdamW, t
         weight_decay=config.weight_decay,
         fused=True,
     )
-    # transformers' warm-up begins with a rate of 0, which would waste the first rollouts: begin one step later.
-    is_warming_up = config.warmup_steps > 0
     scheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps + is_warming_up,
-        num_training_steps=config.max_steps + is_warming_up,
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    if is_warming_up:
-        scheduler.step()
     return optimizer, scheduler
