@@ -39,6 +39,6 @@ def loss_on_policy(
         old_logprobs=logprobs_T.detach(),
         advantages=advantages_N,
     )
-    denominators = LossDenominators(num_completions=num_completions, num_tokens=0, num_groups=1)
+    denominators = LossDenominators(num_completions=num_completions, num_tokens=0)
     loss, _ = policy_loss(batch, logprobs_T, RLOOConfig(max_steps=1), denominators)
     return loss

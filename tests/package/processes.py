@@ -35,7 +35,8 @@ def write_recipes(folder: Path, model: Path, *, rows: str = "rows.jsonl") -> Non
 
 def environment(package: Path | None = None) -> dict[str, str]:
     """Return the environment of a user's process that imports rekatrain from `package`, by default this checkout."""
-    hidden = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONWARNINGS", "TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    hidden = ["PYTHONPATH", "PYTHONSAFEPATH", "PYTHONWARNINGS", "TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"]
+    hidden += ["COLUMNS", "LINES"]  # pytest-xdist sets them, and they hide the size of a terminal
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return kept | {"PYTHONPATH": str(package or ROOT / ".package"), "OMP_NUM_THREADS": "1"}
 

@@ -30,14 +30,10 @@ LossType = Literal["sequence_sum", "sequence_mean", "token_mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class LossDenominators:
-    """Completions and tokens in the loss of a whole step, counted over all processes and micro-batches.
-
-    num_groups: groups whose rewards differ; without a KL only those have advantages other than 0
-    """
+    """Completions and tokens in the loss of a whole step, counted over all processes and micro-batches."""
 
     num_completions: int
     num_tokens: int
-    num_groups: int
 
 
 @dataclass(kw_only=True, eq=False)

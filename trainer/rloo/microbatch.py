@@ -92,17 +92,16 @@ def _filler(token: int, device: torch.device) -> MicroBatch:
 
 
 def count_denominators(accelerator: Accelerator, groups: Sequence[Group]) -> LossDenominators:
-    """Count the completions, trained tokens and groups with different rewards of a step, over all processes."""
+    """Count the completions and the trained tokens in the loss of a step, over all processes."""
     lengths = [
         len(completion.ids) - len(completion.forced)
         for group in groups
         for completion, is_in_loss in zip(group.completions, group.is_in_loss, strict=True)
         if is_in_loss
     ]
-    num_groups = sum(not group.is_idle for group in groups)
-    counts = torch.tensor([len(lengths), sum(lengths), num_groups], device=accelerator.device)
-    num_completions, num_tokens, num_groups = accelerator.reduce(counts, "sum").tolist()
-    return LossDenominators(num_completions=num_completions, num_tokens=num_tokens, num_groups=num_groups)
+    counts = torch.tensor([len(lengths), sum(lengths)], device=accelerator.device)
+    num_completions, num_tokens = accelerator.reduce(counts, "sum").tolist()
+    return LossDenominators(num_completions=num_completions, num_tokens=num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

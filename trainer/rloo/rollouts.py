@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -240,6 +241,12 @@ def apply_length_penalties(group: Group, config: RLOOConfig) -> Group:
             for reward, is_cut in zip(rewards, is_truncated, strict=True)
         ],
     )
+
+
+def count_informative(accelerator: Accelerator, groups: Sequence[Group]) -> int:
+    """Count the groups that have advantages other than 0 without a KL, over all processes."""
+    count = torch.tensor([sum(not group.is_idle for group in groups)], device=accelerator.device)
+    return int(accelerator.reduce(count, "sum").item())
 
 
 def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from rekatrain.trainer.rloo.logprobs import Reference
 from rekatrain.trainer.rloo.loss import policy_loss, set_advantages
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord, batch_records, idle_records
 from rekatrain.trainer.rloo.microbatch import MicroBatch, count_denominators, equal_passes, make_microbatches
-from rekatrain.trainer.rloo.rollouts import GroupSampler, InProcessRollouts, RolloutSource
+from rekatrain.trainer.rloo.rollouts import GroupSampler, InProcessRollouts, RolloutSource, count_informative
 from rekatrain.trainer.rloo.setup import RunSetup
 
 
@@ -59,7 +59,7 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
     # begins as soon as a completion has ended, and dynamic sampling chooses again by the scores.
     groups, replaced = run.rollouts(step, clock.lap)
     denominators = count_denominators(accelerator, groups)
-    if not denominators.num_completions or (run.reference is None and not denominators.num_groups):
+    if not denominators.num_completions or (run.reference is None and not count_informative(accelerator, groups)):
         # The gradient is 0: without an update, as AdamW's momentum would move the weights.
         return idle_records(step + 1, [*replaced, *groups])
 
@@ -77,9 +77,8 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with accumulating(accelerator, run.model, is_last=is_last):
-                # 6. Loss and gradient. The first pass over a batch gives log-probabilities twice over: detached they
-                # are those of the policy that sampled, for the KL and so for the advantages; with gradient they make
-                # the loss.
+                # 6. Loss and gradient. The first pass over a batch serves twice: its detached log-probabilities are those
+                # of the policy that sampled, for the KL and the advantages; with gradient they make the loss.
                 logprobs_T = run.model(batch.packed)
                 if batch.old_logprobs is None:
                     batch.old_logprobs = logprobs_T.detach()

@@ -230,7 +230,7 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
         batch.reference_logprobs = frozen(batch.packed).detach()
         set_advantages([batch], config)
         num_tokens = sum(len(COMPLETIONS[y]) for y in pair)
-        denominators = LossDenominators(num_completions=2, num_tokens=num_tokens, num_groups=1)
+        denominators = LossDenominators(num_completions=2, num_tokens=num_tokens)
         loss, _ = policy_loss(batch, logprobs_T, config, denominators)
         (probabilities[list(pair)].prod() * loss).backward()
     return {name: -parameter.grad for name, parameter in policy.named_parameters()}
