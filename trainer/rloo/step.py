@@ -77,8 +77,8 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with accumulating(accelerator, run.model, is_last=is_last):
-                # 6. Loss and gradient. The first pass over a batch serves twice: its detached log-probabilities are those
-                # of the policy that sampled, for the KL and the advantages; with gradient they make the loss.
+                # 6. Loss and gradient. The first pass over a batch serves twice: its detached log-probabilities are the
+                # sampling policy's, for the KL and the advantages; with gradient they make the loss.
                 logprobs_T = run.model(batch.packed)
                 if batch.old_logprobs is None:
                     batch.old_logprobs = logprobs_T.detach()
