@@ -7,8 +7,8 @@ from pathlib import Path
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 
-# They set up a checkout, and are of no use outside one.
-CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "__pycache__")
+# They belong to a checkout: its set-up, and a picture of its README.
+CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "quickstart.png", "__pycache__")
 
 
 def shipped_file(name: str) -> str:
