@@ -103,7 +103,7 @@ class Endpoint:
         except httpx2.TransportError as error:
             raise _TransientError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:
-            message = f"{url} answered {response.status_code}: {_shorten(response.text)}"
+            message = f"{url} answered {response.status_code}: {shorten(response.text)}"
             if response.status_code not in TRANSIENT_STATUS:
                 raise RejectedError(message)
             raise _TransientError(message, wait=_seconds(response.headers.get("retry-after")))
@@ -112,7 +112,7 @@ class Endpoint:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise RewardError(f"{url} answered no JSON object: {_shorten(response.text)}")
+            raise RewardError(f"{url} answered no JSON object: {shorten(response.text)}")
         return answer
 
 
@@ -150,6 +150,7 @@ def _mask(text: str, key: str | None) -> str:
     return text.replace(key, MASK) if key else text
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return a server's text as one line of at most `limit` characters and an ellipsis."""
     line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."
+    return line if len(line) <= limit else f"{line[:limit]}..."

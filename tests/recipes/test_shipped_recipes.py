@@ -1,4 +1,4 @@
-"""Every shipped recipe of CPU size trains for two steps, with a tiny model instead of its own."""
+"""Every shipped recipe of CPU size trains for two steps, with a tiny model in place of the real one."""
 
 import json
 from pathlib import Path

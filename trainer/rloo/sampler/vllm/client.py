@@ -6,7 +6,7 @@ from types import TracebackType
 import httpx2
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.models.endpoint import TRANSIENT_STATUS, Json
+from rekatrain.rewards.models.endpoint import TRANSIENT_STATUS, Json, shorten
 
 SHOWN_CHARACTERS = 300
 # Seconds for requests that a server answers at once, even when it is busy.
@@ -65,7 +65,7 @@ class ServerClient:
         except httpx2.TransportError as error:
             raise ServerDown(f"{name} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:
-            message = f"{name} answered {path} with {response.status_code}: {_shorten(response.text)}"
+            message = f"{name} answered {path} with {response.status_code}: {shorten(response.text, SHOWN_CHARACTERS)}"
             # vLLM also answers 500 where its engine is fine and rejects one request: "Call to ... method failed".
             is_final = response.status_code == 500 and "method failed" in response.text
             if response.status_code in TRANSIENT_STATUS and not is_final:
@@ -87,8 +87,3 @@ def check_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.path not in ("", "/"):
         raise InputError(f"rloo.vllm_server_base_url {url!r} must read http://HOST:PORT, without /v1 or a password")
     return url.rstrip("/")
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."

@@ -99,7 +99,7 @@ class ServerRollouts:
         return {"groups": gather_object(mine)}
 
     def load_state_dict(self, state: Json) -> None:
-        """Restore the queued batch of a checkpoint; each process keeps the groups of its own prompts."""
+        """Restore the queued batch of a checkpoint; each process keeps the groups of the prompts that it samples."""
         config = self._setup.config
         per_process = config.prompts_per_process(self._accelerator.num_processes)
         rolled: dict[int, Rolled] = {}
