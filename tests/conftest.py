@@ -39,9 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def restore_sys_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test its own sys.path: the program adds the current folder, where rewards of the user's are found."""
+def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give each test its own sys.path, and forget modules of a test's folder (my_rewards.py): the next has another."""
+
+    def forget() -> None:
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
+
+    folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
     monkeypatch.setattr(sys, "path", [*sys.path])
+    forget()  # imported by a fixture of a module
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

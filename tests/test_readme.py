@@ -225,7 +225,6 @@ def test_reward_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "my_rewards.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     (rewards,) = [tree["rewards"] for tree in yaml_blocks() if "rewards" in tree]
     assert [reward.name for reward in build_reward_functions(rewards)] == ["math_answer", "my_rewards:brevity"]
     scope: dict[str, Any] = {}

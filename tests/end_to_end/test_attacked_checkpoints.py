@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,6 @@ def test_resume_runs_no_code_of_a_sharded_checkpoint(
 ) -> None:
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    sys.modules.pop("my_rewards", None)
     if stage == "rloo":
         recipe = rloo_recipe(tmp_path, "run", model_folder, rloo={"max_steps": 1})
     else:

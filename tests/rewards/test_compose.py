@@ -110,9 +110,6 @@ def my_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    yield
-    sys.modules.pop("my_rewards", None)
 
 
 def score(functions, completions, **columns):

@@ -1,7 +1,6 @@
 """Options of rewards: a wrong one is one line and exit code 2, through the real command line; the right ones pass."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,9 +253,6 @@ def workspace(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
-    yield
-    for module in ("mine", "late"):
-        sys.modules.pop(module, None)
 
 
 def write_recipe(rewards: Mapping[str, object], *, stage: str = "rloo") -> str:

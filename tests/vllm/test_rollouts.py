@@ -48,7 +48,6 @@ def run(
     (tmp_path / "my_rewards.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(server_pool, "_BACK_OFF", lambda state: 0.02)
-    sys.modules.pop("my_rewards", None)
 
     def start(
         name: str,

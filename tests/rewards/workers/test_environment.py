@@ -55,7 +55,6 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     SERVER._stop()  # type: ignore[attr-defined]  # one that an earlier test started has an earlier environment
     yield tmp_path
     SERVER._stop()  # type: ignore[attr-defined]
-    sys.modules.pop("printers", None)
 
 
 def printed(folder: Path, **scoring: list[str]) -> dict:

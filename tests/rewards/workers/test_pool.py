@@ -74,9 +74,6 @@ def graders(tmp_path, monkeypatch):
     (tmp_path / "graders.py").write_text(GRADERS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "graders", raising=False)
-    yield
-    sys.modules.pop("graders", None)
 
 
 def batch(answers, **columns):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A recipe, and the checkpoint after its first step."""
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    sys.modules.pop("my_rewards", None)
     recipe = str(rloo_recipe(tmp_path, "run", model_folder, rloo={"max_steps": 1, "grad_norm_quantile": 0.5}))
     main(["train", recipe])
     return recipe, tmp_path / "run" / "checkpoints" / "checkpoint-1"
