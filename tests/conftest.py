@@ -54,9 +54,8 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     forget()
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, like Reka's."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 300 ids, with `<|endoftext|>` as eos and no pad token, like Reka's."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -66,6 +65,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer."""
+    return tiny_tokenizer()
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaConfig:
