@@ -172,23 +172,29 @@ class TokenLogprobs(torch.autograd.Function):
         """Return [T], float32. `logits_TV` belongs to this function from here on; it is empty where T is 0."""
         chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0].float() / temperature
         lowest_T = None if cutoffs_T is None else chosen_T + cutoffs_T
-        normalizers_T = torch.empty_like(chosen_T)
+        # The normalizer is highest_T + log_sums_T. Added up in float32 they have an error of 1e-6, as has a float32 sum
+        # over the vocabulary: as much as 1 - p of a sure token.
+        highest_T, log_sums_T = torch.empty_like(chosen_T), torch.empty_like(chosen_T)
         for chunk in _slices(len(logits_TV), num_at_once):
             scaled = logits_TV[chunk, :num_tokens].float()
             if temperature != 1:
                 scaled = scaled / temperature
             if lowest_T is not None:
                 scaled = scaled.masked_fill(scaled < lowest_T[chunk, None], -torch.inf)
-            normalizers_T[chunk] = scaled.logsumexp(dim=1)
-        ctx.save_for_backward(logits_TV, targets_T, normalizers_T, lowest_T)
+            highest_T[chunk] = scaled.amax(dim=1)
+            log_sums_T[chunk] = (scaled - highest_T[chunk, None]).exp_().sum(dim=1, dtype=torch.float64).log_().float()
+        logprobs_T = chosen_T - highest_T - log_sums_T
+        ctx.save_for_backward(logits_TV, targets_T, highest_T, log_sums_T, lowest_T, logprobs_T)
         ctx.temperature, ctx.num_tokens, ctx.num_at_once = temperature, num_tokens, num_at_once
-        return chosen_T - normalizers_T
+        return logprobs_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the logits, in their storage."""
-        logits_TV, targets_T, normalizers_T, lowest_T = ctx.saved_tensors
-        scaled_T1 = (gradients[0] / ctx.temperature)[:, None]
+        logits_TV, targets_T, highest_T, log_sums_T, lowest_T, logprobs_T = ctx.saved_tensors
+        scaled_T = gradients[0] / ctx.temperature
+        factors_T1 = (-scaled_T * (-log_sums_T).exp())[:, None]
+        at_targets_T1 = (-scaled_T * logprobs_T.expm1())[:, None]  # 1 - p, without its rounding error near p = 1
         for chunk in _slices(len(logits_TV), ctx.num_at_once):
             logits = logits_TV[chunk, : ctx.num_tokens]
             scaled = logits.float()  # in float32 the logits themselves
@@ -196,11 +202,11 @@ class TokenLogprobs(torch.autograd.Function):
                 scaled.div_(ctx.temperature)
             if lowest_T is not None:
                 scaled.masked_fill_(scaled < lowest_T[chunk, None], -torch.inf)
-            scaled.sub_(normalizers_T[chunk, None]).exp_().mul_(-scaled_T1[chunk])
+            scaled.sub_(highest_T[chunk, None]).exp_().mul_(factors_T1[chunk])  # -p * gradient / temperature
+            scaled.scatter_(1, targets_T[chunk, None], at_targets_T1[chunk])
             if scaled.dtype != logits.dtype:
                 logits.copy_(scaled)
         logits_TV[:, ctx.num_tokens :] = 0
-        logits_TV.scatter_add_(1, targets_T[:, None], scaled_T1.to(logits_TV.dtype))
         return logits_TV, None, None, None, None, None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference, pack_completions
+from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, TokenLogprobs, make_reference, pack_completions
 
 CPU = torch.device("cpu")
 # The logits of a float64 model are normalized in float32 too.
@@ -256,6 +256,37 @@ def test_completion_logprobs_depend_on_prompt_and_completion(
     assert not torch.allclose(second_of_first_group(), before)
     groups[0][1][0] += 1
     assert not torch.allclose(second_of_first_group()[1:], before[1:])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_gradient_of_sure_tokens_in_bfloat16(temperature: float) -> None:
+    # A vocabulary of Reka's size, padded; p of the targets from 0.001 to 0.9999. Expected: float64 of the same logits.
+    num_tokens, num_logits = 100_277, 100_352
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.tensor([0.001, 0.5, 0.9, 0.99, 0.995, 0.999, 0.9999], dtype=torch.float64)
+    targets_T = torch.randint(num_tokens, (len(probabilities),), generator=generator)
+    logits_TV = torch.randn(len(targets_T), num_logits, generator=generator).double()
+    others_T = (logits_TV[:, :num_tokens] / temperature).logsumexp(dim=1)
+    logits_TV[range(len(targets_T)), targets_T] = temperature * (others_T + probabilities.logit())
+    logits_TV = logits_TV.bfloat16().requires_grad_()
+    weights_T = torch.linspace(-1, 2, len(targets_T))
+
+    # `apply` owns the logits that it gets: it writes the gradient over a copy.
+    logprobs_T = TokenLogprobs.apply(logits_TV.clone(), targets_T, None, temperature, num_tokens, 3)
+    (logprobs_T * weights_T).sum().backward()
+    exact_TV = logits_TV.detach().double().requires_grad_()
+    expected_T = torch.log_softmax(exact_TV[:, :num_tokens] / temperature, dim=1).gather(1, targets_T[:, None])[:, 0]
+    (expected_T * weights_T).sum().backward()
+    actual, expected = logits_TV.grad.double(), exact_TV.grad
+    at_target, expected_at_target = (grad.gather(1, targets_T[:, None])[:, 0] for grad in (actual, expected))
+
+    assert expected_T.exp().max() > 0.9998
+    torch.testing.assert_close(logprobs_T.double(), expected_T, rtol=1e-3, atol=0)
+    rounding = 2.0**-8  # of bfloat16
+    torch.testing.assert_close(at_target, expected_at_target, rtol=rounding, atol=0)
+    assert ((actual - expected).norm(dim=1) <= rounding * expected.norm(dim=1)).all()
+    assert (actual.sum(dim=1).abs() <= rounding * expected_at_target.abs()).all()
+    assert actual[:, num_tokens:].abs().max() == 0
 
 
 def test_pack_completions_drops_the_last_tokens() -> None:
