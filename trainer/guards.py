@@ -1,20 +1,22 @@
 """Guards against numbers that go wrong: an update that is not finite is not applied, and bad weights are not saved.
 
-The checks themselves are where the numbers are: gradients in rloo/distributed.py and, for TRL's stages, in the callback
-below; rewards in rewards/grader.py. All processes see the same norms and records, so they decide alike.
+The checks themselves are where the numbers are: gradients in rloo/distributed.py and, for TRL's stages, in
+trl_guards.py; rewards in rewards/grader.py. All processes see the same norms and records, so they decide alike.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
+from pydantic import FiniteFloat
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rekatrain.data.errors import TrainingStopped
+from rekatrain.data.errors import InputError, TrainingStopped
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
 
@@ -48,6 +50,61 @@ class NonFiniteGuard:
         raise TrainingStopped(
             f"step {step}: the gradient is not finite, and {reason}. The update was not applied; its batch is in "
             f"{str(self._path)!r}. Read it, {advice}, and go on from the newest checkpoint with --resume"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """Values of a step's metrics at which the run stops, before a checkpoint of that step is written.
+
+    kl_above:        `kl`, nats per completion (stage rloo)
+    entropy_below:   `entropy`, nats per token (stages rloo and sft)
+    entropy_above:   the other side; the entropy of a policy that falls apart rises to ln(vocabulary)
+    grad_norm_above: `grad_norm`, the gradient's norm before it is clipped
+    loss_above:      `loss` (stages sft and reward)
+    """
+
+    kl_above: Annotated[FiniteFloat, Ge(0)] | None = None
+    entropy_below: Annotated[FiniteFloat, Ge(0)] | None = None
+    entropy_above: Annotated[FiniteFloat, Gt(0)] | None = None
+    grad_norm_above: Annotated[FiniteFloat, Gt(0)] | None = None
+    loss_above: Annotated[FiniteFloat, Gt(0)] | None = None
+
+
+STOP_KEYS = {
+    "rloo": {"kl_above", "entropy_below", "entropy_above", "grad_norm_above"},
+    "sft": {"loss_above", "entropy_below", "entropy_above", "grad_norm_above"},
+    "reward": {"loss_above", "grad_norm_above"},
+}
+
+
+class StopGuard:
+    """Carries out `stop_if`: ends the run at a metric beyond its bound."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._bounds = {key: bound for key, bound in recipe.stop_if.items() if bound is not None}
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raise TrainingStopped if a metric of the step is beyond its bound; a metric that is None has none."""
+        for key, bound in self._bounds.items():
+            name, _, side = key.rpartition("_")
+            value = metrics.get(name)
+            if value is not None and (value > bound if side == "above" else value < bound):
+                raise TrainingStopped(
+                    f"step {step}: {name} is {value:g}, {side} stop_if.{key} ({bound:g}). No checkpoint of this step "
+                    "is written; read the run's metrics, change what led here or the bound, and go on from the newest "
+                    "checkpoint with --resume"
+                )
+
+
+def check_stop_if(recipe: Recipe) -> None:
+    """Raise InputError for a bound on a metric that the recipe's run does not have."""
+    for key in recipe.stop_if.keys() - STOP_KEYS[recipe.stage]:
+        known = ", ".join(sorted(STOP_KEYS[recipe.stage]))
+        raise InputError(f"stop_if.{key}: stage {recipe.stage} has no such metric; it has {known}")
+    if "kl_above" in recipe.stop_if and recipe.rloo.get("beta") == 0:
+        raise InputError(
+            "stop_if.kl_above needs a reference policy, and rloo.beta is 0: remove it, or set beta above 0"
         )
 
 
@@ -91,39 +148,3 @@ def spell_nonfinite(value: Any) -> Any:  # a JSON value, and nan or inf anywhere
     if isinstance(value, list | tuple):
         return [spell_nonfinite(item) for item in value]
     return value
-
-
-class NonFiniteCallback(TrainerCallback):
-    """The guard for transformers' Trainer (stages sft and reward), without and with DeepSpeed."""
-
-    def __init__(self, guard: NonFiniteGuard) -> None:
-        self._guard = guard
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
-    ) -> None:
-        """Check the gradients before the optimizer reads them; a skipped update leaves none to read."""
-        bad = _nonfinite_gradients(event["model"].named_parameters())
-        if bad:
-            self._handle(state, bad)
-            event["optimizer"].zero_grad(set_to_none=True)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Check DeepSpeed, which drops a bad update itself, and the weights before they are saved."""
-        engine = getattr(event["optimizer"], "optimizer", None)
-        if getattr(engine, "overflow", False):
-            self._handle(state, ["sharded by DeepSpeed"], step=state.global_step)
-        if control.should_save:
-            check_finite_weights(event["model"], state.global_step)
-
-    def _handle(self, state: TrainerState, names: list[str], step: int | None = None) -> None:
-        evidence = [{"num_parameters": len(names), "first_parameters": names[:10], "epoch": state.epoch}]
-        step = state.global_step + 1 if step is None else step
-        self._guard.handle(step, evidence, is_main_process=state.is_world_process_zero)
-
-
-def _nonfinite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    named = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
-    if not named or bool(torch.isfinite(torch.nn.utils.get_total_norm([gradient for _, gradient in named]))):
-        return []
-    return [name for name, gradient in named if not bool(torch.isfinite(gradient).all())] or ["the norm overflows"]

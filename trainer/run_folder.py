@@ -52,7 +52,7 @@ WEIGHTS_FILES = (".safetensors", ".json", ".jinja")
 # Keys that may change when a run is continued: its length, its records, its servers; never the result of a step.
 MAY_CHANGE = re.compile(
     r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+|max_unscorable_steps)"
-    r"|wandb.*|evaluate.*|on_nonfinite|max_nonfinite_skips"
+    r"|wandb.*|evaluate.*|on_nonfinite|max_nonfinite_skips|stop_if.*"
 )
 
 

@@ -25,6 +25,7 @@ from rekatrain.data.sources import load_rows
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.trl_guards import GuardedTrainer
 from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ def _turns_note(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> str:
     return f"; each assistant turn of the {len(rows)} conversations is a row" if len(encoded) > len(rows) else ""
 
 
+class _GuardedSFTTrainer(GuardedTrainer, SFTTrainer):
+    """TRL's trainer with our guards and schedules."""
+
+
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage; with `resume`, go on from the newest checkpoint if there is one."""
     with RunFolder(recipe.output_dir) as run:
@@ -105,7 +110,7 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return
     set_seed(recipe.seed)
-    trainer = SFTTrainer(
+    trainer = _GuardedSFTTrainer(
         model=load_policy(recipe),
         args=task.config,
         train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),

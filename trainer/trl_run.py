@@ -13,7 +13,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -23,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest, write_failures
-from rekatrain.trainer.guards import NonFiniteCallback, NonFiniteGuard
+from rekatrain.trainer.guards import NonFiniteGuard, StopGuard
 from rekatrain.trainer.launch import (
     Launch,
     adapt_to_device,
@@ -37,6 +36,7 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.run_log import RunLog
 from rekatrain.trainer.safe_load import tensors_only
+from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -126,7 +126,7 @@ def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
 
 
 def run_trainer(
-    trainer: Trainer,
+    trainer: GuardedTrainer,
     run: RunFolder,
     recipe: Recipe,
     *,
@@ -137,7 +137,7 @@ def run_trainer(
     """Train from the checkpoint, or from the start, with the run's log; checkpoints get `tokenizer`."""
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
-    trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run)))
+    trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     trainer.remove_callback(PrinterCallback)
@@ -146,6 +146,7 @@ def run_trainer(
         first_step = checkpoint_step(checkpoint) if checkpoint else 0
         run.start(recipe, first_step)
         trainer.add_callback(_Log(run, recipe, first_step, headline))
+    trainer.add_callback(StopCallback(StopGuard(recipe)))  # after the log, which then shows the metrics
     is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
     with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -27,6 +27,10 @@ def score(completions, **kwargs):
     return [scale * (sum(map(ord, text)) % 7 / 7) for text in completions]
 
 
+def word_sums(completions, **kwargs):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
 def huge(completions, **kwargs):
     return [1e300] * len(completions)
 
@@ -162,7 +166,12 @@ def test_sft_saves_nothing_that_is_not_finite(
     assert message in stopped(path, capsys)
     assert all(is_finite(folder) for folder in (workspace / "sft" / "checkpoints").glob("checkpoint-*"))
     if "gradient" in message:
-        assert records(workspace / "sft", "nonfinite.jsonl")[0]["num_parameters"] > 0
+        about, *batch = records(workspace / "sft", "nonfinite.jsonl")
+        assert about["num_parameters"] > 0 and len(batch) == 2  # the sequences of the update
+        texts = [f"human: {row['prompt']} <sep> assistant:" for row in records(workspace, "sft.jsonl")]
+        for record in batch:
+            assert record["process"] == record["micro_batch"] == 0 and record["num_trained"] > 0
+            assert any(record["text"].startswith(text) for text in texts) and record["input_ids"]
 
 
 @pytest.mark.parametrize("key", ["temperature", "learning_rate", "beta", "max_grad_norm"])
@@ -175,3 +184,78 @@ def test_rloo_rejects_a_setting_that_is_not_finite(
             main(["train", str(path), f"rloo.{key}={value}"])
         assert caught.value.code == 2
         assert f"rloo.{key} is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bound", "says"),
+    [
+        ({"grad_norm_above": 1e-9}, "grad_norm is "),
+        ({"entropy_below": 1e3}, "below stop_if.entropy_below (1000)"),
+        ({"entropy_above": 1e-3, "grad_norm_above": None}, "above stop_if.entropy_above (0.001)"),
+        ({"kl_above": 0.0}, "above stop_if.kl_above (0)"),
+    ],
+)
+def test_rloo_stops_at_a_metric_beyond_its_bound(
+    workspace: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], bound: dict, says: str
+) -> None:
+    rloo = {"beta": 0.1, "learning_rate": 0.01, "save_steps": 1}
+    line = stopped(make_recipe("word_sums", rloo=rloo, stop_if=bound), capsys)
+    step = 2 if "kl_above" in bound else 1  # the policy of step 1 is the reference
+    assert line.startswith(f"step {step}: ") and says in line
+    assert [record["step"] for record in records(workspace / "run")][-1] == step  # the step is logged
+    assert not (workspace / "run" / "checkpoints" / f"checkpoint-{step}").exists()
+
+
+def test_rloo_within_its_bounds_goes_on(workspace: Path, make_recipe: Callable[..., Path]) -> None:
+    bounds = {"kl_above": 1e3, "entropy_below": 0.0, "entropy_above": 20.0, "grad_norm_above": 1e6}
+    main(["train", str(make_recipe("word_sums", rloo={"beta": 0.1}, stop_if=bounds))])
+    assert len(records(workspace / "run")) == 4
+
+
+def sft_recipe(workspace: Path, model_folder: Path, sft: dict[str, Any], **sections: object) -> Path:
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 1, "bf16": False}
+    dataset = {"path": str(workspace / "sft.jsonl"), "format": "prompt_answer"}
+    return write_recipe(
+        workspace, "sft", model_folder, stage="sft", dataset=dataset, sft={**settings, **sft}, **sections
+    )
+
+
+@pytest.mark.parametrize(("key", "bound"), [("loss_above", 1e-3), ("entropy_below", 1e3), ("grad_norm_above", 1e-9)])
+def test_sft_stops_at_a_metric_beyond_its_bound(
+    workspace: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], key: str, bound: float
+) -> None:
+    line = stopped(sft_recipe(workspace, model_folder, {}, stop_if={key: bound}), capsys)
+    assert line.startswith("step 1: ") and f"stop_if.{key}" in line
+    assert not list((workspace / "sft" / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("stop_if", "says"),
+    [
+        ({"loss_above": 1.0}, "stop_if.loss_above: stage rloo has no such metric"),
+        ({"kl_below": 1.0}, "stop_if.kl_below"),
+        ({"kl_above": -1.0}, "stop_if.kl_above is -1"),
+        ({"grad_norm_above": "nan"}, "stop_if.grad_norm_above"),
+        ({"kl_above": 1.0}, "stop_if.kl_above needs a reference policy, and rloo.beta is 0"),
+    ],
+)
+def test_stop_if_rejects_a_bound_that_cannot_be_checked(
+    make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], stop_if: dict, says: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(make_recipe("word_sums", stop_if=stop_if))])
+    assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_sft_has_a_learning_rate_from_the_first_update(workspace: Path, model_folder: Path) -> None:
+    sft = {"learning_rate": 0.3, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    main(["train", str(sft_recipe(workspace, model_folder, sft))])
+    rates = [record["learning_rate"] for record in records(workspace / "sft")]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.15])
+
+
+def test_rloo_has_a_learning_rate_from_the_first_update(workspace: Path, make_recipe: Callable[..., Path]) -> None:
+    rloo = {"learning_rate": 0.3, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    main(["train", str(make_recipe("word_sums", rloo=rloo))])
+    rates = [record["learning_rate"] for record in records(workspace / "run")]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.15])

@@ -46,6 +46,7 @@ class Recipe:
     on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run
                          folder and end the run; skip: go on without the update
     max_nonfinite_skips: number of skipped updates after which the run stops anyway
+    stop_if:             keywords of `trainer.guards.StopConfig`: bounds of metrics beyond which the run stops
     """
 
     stage: Literal["sft", "reward", "rloo"]
@@ -65,6 +66,7 @@ class Recipe:
     wandb: Section | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: Annotated[int, Ge(0)] = 10
+    stop_if: Section = field(default_factory=dict)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -99,6 +99,11 @@ def _check_model(recipe: Recipe) -> None:
     from rekatrain.trainer.models import load_model
 
     check_keywords("model", recipe.model, load_model)
+    if recipe.stop_if:
+        from rekatrain.trainer.guards import StopConfig, check_stop_if
+
+        check_keywords("stop_if", recipe.stop_if, StopConfig)
+        check_stop_if(recipe)
     if recipe.lora is not None:
         check_keywords("lora", recipe.lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
     if recipe.evaluate:

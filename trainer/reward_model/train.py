@@ -25,6 +25,7 @@ from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_e
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
 from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.trl_guards import GuardedTrainer
 from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ def prepare(recipe: Recipe) -> RewardTask:
     return RewardTask(config=config, tokenizer=tokenizer, pairs=pairs, held_out=held_out)
 
 
+class _GuardedRewardTrainer(GuardedTrainer, RewardTrainer):
+    """TRL's trainer with our guards and schedules."""
+
+
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Train, from the newest checkpoint if `resume` finds one, and evaluate on the held-out pairs at the end."""
     with RunFolder(recipe.output_dir) as run:
@@ -71,7 +76,7 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
         return
     set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process
-    trainer = RewardTrainer(
+    trainer = _GuardedRewardTrainer(
         model=load_reward_model(task.tokenizer, **recipe.model, lora=recipe.lora),
         args=task.config,
         train_dataset=_dataset(task.pairs),

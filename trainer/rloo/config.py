@@ -22,7 +22,8 @@ class RLOOConfig:
     temperature:                        divides the logits, in sampling and in the loss alike
     beta:                               weight of the KL to the reference; 0 loads no reference
     learning_rate:                      AdamW's peak rate; about ten times higher for LoRA than for full fine-tuning
-    lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`
+    lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`, but the first update has a rate above 0:
+                                        update s of a warm-up, from 0, has (s + 1) / (warmup_steps + 1) of the peak
     weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
     max_grad_norm:                      the gradient is scaled down to this norm
     max_unscorable_steps:               stop after so many steps in a row in which no completion has a reward

@@ -14,10 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
-from transformers import get_scheduler
 
 from rekatrain.trainer.checkpoints import checkpoint_step
-from rekatrain.trainer.guards import NonFiniteGuard, UnscorableGuard, check_finite_weights
+from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
 from rekatrain.trainer.launch import announce
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
 from rekatrain.trainer.recipe.load import Recipe
@@ -40,6 +39,7 @@ from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
 from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from rekatrain.trainer.run_log import RunLog
+from rekatrain.trainer.schedule import follow_new_length, make_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and keeps_optimizer:
         checkpointer.restore(checkpoint)
+        follow_new_length(scheduler, config.max_steps)
     else:
         for _ in range(first_step):
             scheduler.step()
@@ -101,7 +102,7 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         log = RunLog(folder, recipe, first_step=first_step, max_steps=config.max_steps)
 
     guard = NonFiniteGuard(recipe, folder)
-    check_scorable = UnscorableGuard(config.max_unscorable_steps)
+    check_scorable, check_bounds = UnscorableGuard(config.max_unscorable_steps), StopGuard(recipe)
     for step in range(first_step, config.max_steps):
         clock = Clock()
         local_records = take_step(run, step, clock)
@@ -113,12 +114,14 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
             clipper.num_nonfinite = 0
             guard.handle(step + 1, records, is_main_process=accelerator.is_main_process)
         check_scorable(step + 1, records)
+        metrics = {**step_metrics(records), **clipper.metrics()}
         if log is not None:
             num_tokens = sum(len(record["completion_ids"]) for record in records)
-            own = {**clipper.metrics(), "learning_rate": learning_rate, **clock.metrics(num_tokens)}
+            own = {"learning_rate": learning_rate, **clock.metrics(num_tokens)}
             own |= servers.metrics() if servers else {}
             folder.append(ROLLOUTS_FILE, records)
-            log.step(step + 1, {**step_metrics(records), **own, **setup.grader.metrics()}, headline=HEADLINE)
+            log.step(step + 1, {**metrics, **own, **setup.grader.metrics()}, headline=HEADLINE)
+        check_bounds(step + 1, metrics)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
             check_finite_weights(prepared, step + 1)
             checkpointer.save(step + 1, config.save_total_limit)
@@ -162,7 +165,7 @@ def make_optimizer(model: torch.nn.Module, config: RLOOConfig) -> tuple[AdamW, t
         weight_decay=config.weight_decay,
         fused=True,
     )
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+    scheduler = make_schedule(
+        config.lr_scheduler_type, optimizer, warmup_steps=config.warmup_steps, max_steps=config.max_steps
     )
     return optimizer, scheduler
