@@ -35,7 +35,9 @@ from rekatrain.trainer.models import check_trainable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.run_log import RunLog
+from rekatrain.trainer.running_metrics import RunningMetrics
 from rekatrain.trainer.safe_load import tensors_only
+from rekatrain.trainer.schedule import follow_new_length
 from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -138,14 +140,19 @@ def run_trainer(
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
+    running = RunningMetrics(trainer, run, checkpoint)
+    trainer.add_callback(running)  # its file is there when the checkpoint is completed
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
+    if checkpoint is not None:
+        trainer.add_callback(_FollowSchedule())
+        trainer.args.eval_on_start = False  # the run has started before
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if PartialState().is_main_process:
         first_step = checkpoint_step(checkpoint) if checkpoint else 0
         run.start(recipe, first_step)
-        trainer.add_callback(_Log(run, recipe, first_step, headline))
+        trainer.add_callback(_Log(run, recipe, first_step, headline, running))
     trainer.add_callback(StopCallback(StopGuard(recipe)))  # after the log, which then shows the metrics
     is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
     with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
@@ -163,6 +170,15 @@ class _AnnounceEngine(TrainerCallback):
     ) -> None:
         check_engine(read_launch(), self._accelerator)
         announce(self._accelerator, event["model"])
+
+
+class _FollowSchedule(TrainerCallback):
+    """Has a resumed run follow the schedule of its own length from its first step on."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        follow_new_length(event["lr_scheduler"], state.max_steps)
 
 
 class _CompleteCheckpoint(TrainerCallback):
@@ -195,12 +211,15 @@ class _CompleteCheckpoint(TrainerCallback):
 class _Log(TrainerCallback):
     """Passes the trainer's metrics to the run's log."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, first_step: int, headline: list[str]) -> None:
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, first_step: int, headline: list[str], running: RunningMetrics
+    ) -> None:
         self._run, self._recipe, self._first_step, self._headline = run, recipe, first_step, headline
+        self._running = running
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log = RunLog(self._run, self._recipe, first_step=self._first_step, max_steps=state.max_steps)
-        self._last, self._num_tokens = time.monotonic(), 0.0
+        self._last, self._num_tokens = time.monotonic(), float(self._running.num_tokens)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         logs = event["logs"]
