@@ -19,6 +19,8 @@ from rekatrain.data.errors import InputError
 
 # Below it the nearest word is another word: `log_completions` is not `truncated_completions` (0.67).
 SIMILARITY = 0.75
+# Characters of a key that a message shows as it is.
+MAX_KEY = 80
 # Keys of TRL, verl and OpenRLHF -> ours.
 OTHER_NAMES = {
     "kl_coef": "beta",
@@ -78,7 +80,8 @@ def check_keys(prefix: str, section: Mapping[str, Any], known: Collection[str], 
         if key not in known:
             nearest = _nearest(str(key), known)
             hint = f"did you mean {prefix}{nearest}?" if nearest else f"known keys: {', '.join(sorted(known))}"
-            raise InputError(f"unknown key {prefix}{key}: {hint}")
+            named = key if str(key).isprintable() and len(str(key)) <= MAX_KEY else shorten(key)
+            raise InputError(f"unknown key {prefix}{named}: {hint}")
     for key in required:
         if key not in section:
             raise InputError(f"{prefix}{key} is missing: add it to the recipe")
@@ -102,7 +105,16 @@ def check_type(name: str, value: object, hint: Any) -> None:  # Any: typing has 
     except ValidationError as error:
         if not _is_valid_json(adapter, value):
             where, wrong = _locate(name, value, error)
-            raise InputError(f"{where} is {wrong!r}; it should {_reason(error)}") from None
+            raise InputError(f"{where} is {shorten(wrong)}; it should {_reason(error)}") from None
+
+
+def shorten(value: object, limit: int = 200) -> str:
+    """Return `repr(value)` on one line, cut in the middle where it is longer than `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

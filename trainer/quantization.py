@@ -11,10 +11,10 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.options import check_keywords
 from rekatrain.trainer.launch import read_launch
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.shipped import shipped_file
+from rekatrain.trainer.recipe.upstream import check_quantization_section
 
 NAME = "model.quantization_config"
 
@@ -29,7 +29,7 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
     section = recipe.model.get("quantization_config")
     if section is None:
         return
-    check_keywords(NAME, section, BitsAndBytesConfig, reserved=("kwargs",))
+    check_quantization_section(section)
     if not section.get("load_in_4bit") and not section.get("load_in_8bit"):
         raise InputError(f"{NAME} quantizes nothing: set load_in_4bit: true (QLoRA), or remove it")
     if recipe.lora is None:

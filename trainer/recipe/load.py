@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.data.options import check_keywords
+from rekatrain.data.options import check_keywords, shorten
+from rekatrain.trainer.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 
 Section = dict[str, Any]
 
@@ -74,15 +74,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises InputError for a file that cannot be read, invalid YAML, an unknown section and a section of the wrong type.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        is_shipped = (RECIPES.parent / path).is_file()
-        hint = "; to write the shipped recipes there: rekatrain recipes recipes" if is_shipped else ""
-        raise InputError(f"no recipe at {str(path)!r}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {str(path)!r} cannot be read: {error}") from error
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(_read(path), str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
     return build_recipe(tree, overrides)
@@ -112,18 +104,31 @@ def differing_keys(recipe: Recipe, other: Recipe) -> list[str]:
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
 
 
-def _parse_yaml(text: str, where: str) -> Any:  # whatever the YAML holds
+def _read(path: str | Path) -> str:
+    """Return the text of a recipe file; InputError for one that does not exist, is too long or is not UTF-8."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        with Path(path).open("rb") as file:
+            content = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most four bytes per character
+        if len(content) > 4 * MAX_CHARACTERS:
+            raise InputError(f"the recipe {str(path)!r} has more than {MAX_CHARACTERS:,} characters")
+        return content.decode("utf-8")
+    except FileNotFoundError:
+        is_shipped = (RECIPES.parent / path).is_file()
+        hint = "; to write the shipped recipes there: rekatrain recipes recipes" if is_shipped else ""
+        raise InputError(f"no recipe at {str(path)!r}{hint}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe {str(path)!r} cannot be read: it is not UTF-8 ({error.reason})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the recipe {str(path)!r} cannot be read: {error}") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise InputError(f"{override!r} is not an override; write dotted.key=value")
     *sections, last = dotted.split(".")
+    if not equals or not all((*sections, last)) or len(sections) > MAX_DEPTH:
+        raise InputError(f"{shorten(override)} is not an override; write dotted.key=value")
     node = tree
     for depth, key in enumerate(sections):
         if node.get(key) is None:
@@ -131,7 +136,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node[key]
         if not isinstance(node, dict):
             raise InputError(f"{override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    node[last] = _parse_yaml(text, f"the override {override!r}")
+    node[last] = parse_yaml(text, f"the override {shorten(override)}")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

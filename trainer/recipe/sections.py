@@ -4,47 +4,30 @@ Sections whose callable needs no torch are checked first, so that their errors c
 imported only if the recipe has its section.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.options import check_keywords
+from rekatrain.data.options import check_keywords, check_type
+from rekatrain.data.ranges import CountOrZero, Seed
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.upstream import check_lora, check_quantization_section, check_reward, check_sft
+from rekatrain.trainer.recipe.values import check_secrets, check_values
 from rekatrain.trainer.rloo.config import RLOOConfig
-
-# Keywords that the program itself passes: the run folder, its seed, the form of the rows.
-TRL_RESERVED = (
-    "output_dir",
-    "seed",
-    "data_seed",
-    "report_to",
-    "use_cpu",
-    "disable_tqdm",
-    "dataset_kwargs",
-    "model_init_kwargs",
-    "deepspeed",  # the launch file decides how a run is sharded
-    "fsdp",
-)
-# A run uploads nothing, and its keys would need a secret.
-HUB_KEY = re.compile(r"hub_\w+|push_to_hub\w*")
-# A recipe is printed, logged and copied to the run folder. `api_key_env`, `eos_token` and the like are no secrets.
-SECRET_KEY = re.compile(
-    r"\w*(password|passwd|passphrase|secret|secret_key|credentials?|api_?key|access_?key|private_?key)"
-    r"|(\w*_)?(hf|hub|auth|access|api|bearer|refresh|session)_?token|authorization",
-    re.IGNORECASE,
-)
-# data/reward_model_input.py decides how text becomes ids.
-REWARD_RESERVED = ("chat_template_path", "eos_token", "pad_token")
 
 
 def check_sections(recipe: Recipe) -> None:
-    """Raise InputError for a key, a type or a reward that a section's callable does not know, and for a secret."""
-    check_secrets(asdict(recipe))
+    """Raise InputError for a key, a value or a reward that a section's callable does not have, and for a secret."""
+    tree = asdict(recipe)
+    check_secrets(tree)
+    check_values(tree)
+    _check_run(recipe)
+    check_sft(recipe.sft)
+    check_reward(recipe.reward)
+    if recipe.lora is not None:
+        check_lora(recipe.lora)
     check_keywords("dataset", recipe.dataset, load_rows)
     if recipe.eval_dataset is not None:
         check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
@@ -55,35 +38,16 @@ def check_sections(recipe: Recipe) -> None:
         build_reward_functions(recipe.rewards)
     _check_wandb(recipe)
     _check_model(recipe)
-    _check_trl(recipe)
+    _check_chat(recipe)
 
 
-def check_secrets(tree: Mapping[str, Any]) -> None:
-    """Raise InputError for a key anywhere in a recipe whose name says that its value is a secret.
-
-    Also raises it for the keys by which TRL uploads models. The message does not show the value.
-    """
-    for stage in ("sft", "reward"):
-        for key in tree.get(stage) or {}:
-            if HUB_KEY.fullmatch(str(key)):
-                raise InputError(
-                    f"{stage}.{key}: a run uploads nothing: remove it from the recipe; `hf upload` uploads an export"
-                )
-    _check_secrets("", tree)
-
-
-def _check_secrets(prefix: str, tree: object) -> None:
-    if isinstance(tree, list):
-        for number, item in enumerate(tree):
-            _check_secrets(f"{prefix}{number}.", item)
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            if SECRET_KEY.fullmatch(str(key)):
-                raise InputError(
-                    f"{prefix}{key} would be written to the run folder: remove it from the recipe; secrets are read "
-                    "from the environment (HF_TOKEN, WANDB_API_KEY, `api_key_env` of a reward, `scoring.environment`)"
-                )
-            _check_secrets(f"{prefix}{key}.", value)
+def _check_run(recipe: Recipe) -> None:
+    check_type("seed", recipe.seed, Seed)
+    check_type("max_nonfinite_skips", recipe.max_nonfinite_skips, CountOrZero)
+    if not recipe.output_dir.strip():
+        raise InputError("output_dir is empty: name a new folder for the run")
+    if recipe.output_dir.startswith("~"):
+        raise InputError(f"output_dir is {recipe.output_dir!r}: ~ would be the name of a folder; write the whole path")
 
 
 def _check_wandb(recipe: Recipe) -> None:
@@ -94,8 +58,6 @@ def _check_wandb(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe) -> None:
-    from peft import LoraConfig
-
     from rekatrain.trainer.models import load_model
 
     check_keywords("model", recipe.model, load_model)
@@ -104,26 +66,21 @@ def _check_model(recipe: Recipe) -> None:
 
         check_keywords("stop_if", recipe.stop_if, StopConfig)
         check_stop_if(recipe)
-    if recipe.lora is not None:
-        check_keywords("lora", recipe.lora, LoraConfig, reserved=("task_type", "peft_type", "inference_mode"))
+    if recipe.model.get("quantization_config") is not None:
+        check_quantization_section(recipe.model["quantization_config"])
+    for key in ("pretrained_model_name_or_path", "revision"):
+        if recipe.model.get(key) == "":
+            raise InputError(f"model.{key} is empty: write a folder or the id of a model, or remove it")
     if recipe.evaluate:
         from rekatrain.trainer.evaluate import EvaluateConfig
 
         check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
 
 
-def _check_trl(recipe: Recipe) -> None:
+def _check_chat(recipe: Recipe) -> None:
     if recipe.chat:
         from rekatrain.trainer.reward_model.pairs import encode_pairs
         from rekatrain.trainer.sft import encode_conversations
 
         encode_rows = encode_pairs if recipe.stage == "reward" else encode_conversations
         check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
-    if recipe.sft:
-        from trl.trainer.sft_config import SFTConfig
-
-        check_keywords("sft", recipe.sft, SFTConfig, reserved=TRL_RESERVED)
-    if recipe.reward:
-        from trl.trainer.reward_config import RewardConfig
-
-        check_keywords("reward", recipe.reward, RewardConfig, reserved=(*TRL_RESERVED, *REWARD_RESERVED))

@@ -11,7 +11,8 @@ from trl.trainer.sft_config import SFTConfig
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import build_recipe
-from rekatrain.trainer.recipe.sections import check_secrets, check_sections
+from rekatrain.trainer.recipe.sections import check_sections
+from rekatrain.trainer.recipe.values import check_secrets
 
 SECRET = "hf_hunter2hunter2"
 RECIPE = {
