@@ -136,15 +136,34 @@ def delete(checkpoint: Path) -> None:
     """
     if checkpoint.is_symlink() or not _has_manifest(checkpoint):
         return
+    files = [*read_manifest(checkpoint)["files"], MANIFEST_FILE]
+    if _list_files(checkpoint) <= {*files}:
+        # It loses its name in one operation: a kill leaves no half of a checkpoint.
+        aside = checkpoint.parent / PARTIAL_SUFFIX / f"{checkpoint.name}.deleted"
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        checkpoint.rename(aside)
+        shutil.rmtree(aside)
+        return
     # The manifest goes last: after a kill, the next deletion still knows the files.
-    for name in [*read_manifest(checkpoint)["files"], MANIFEST_FILE]:
+    for name in files:
         (checkpoint / name).unlink(missing_ok=True)
-    folders = [path for path in checkpoint.rglob("*") if path.is_dir() and not path.is_symlink()]
-    for path in [*sorted(folders, reverse=True), checkpoint]:
+    for path in sorted(
+        (path for path in checkpoint.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True
+    ):
         with suppress(OSError):
             path.rmdir()
-    if checkpoint.exists():
-        logger.warning("%s: the checkpoint is deleted; files that the run did not write stay", checkpoint)
+    logger.warning("%s: the checkpoint is deleted; files that the run did not write stay", checkpoint)
+
+
+def _list_files(folder: Path) -> set[str]:
+    """Return the names, relative to a folder, of all files and links in it, and of folders without any."""
+    names: set[str] = set()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            names.add(path.relative_to(folder).as_posix())
+    return names
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from rekatrain.trainer.checkpoints import (
     MANIFEST_FILE,
     PARTIAL_SUFFIX,
     STATE_FILE,
+    checkpoint_step,
     find_fault,
     numbered_checkpoints,
     publish,
@@ -120,11 +121,16 @@ class RunFolder:
         on_main_process(lambda: self._open(recipe, checkpoint, resume=resume))
 
     def start(self, recipe: Recipe, step: int) -> None:
-        """Write the recipe, and delete the records of the steps after `step`, which the run will repeat."""
+        """Write the recipe, and delete the records of the steps after `step`, which the run will repeat.
+
+        Also deletes checkpoints that a killed run has left half written, or has not yet deleted.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
         if self.partial.is_dir() and not self.partial.is_symlink():
             shutil.rmtree(self.partial)
+        # A kill may have interrupted the last rotation.
+        rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best_step(self.checkpoint(step)))
         # Each step of RLOO has records; the other stages log every few steps, and no rollouts.
         keep_records(self.path / METRICS_FILE, step, every_step=recipe.stage == "rloo")
         keep_records(self.path / ROLLOUTS_FILE, step, every_step=recipe.stage == "rloo")
@@ -228,6 +234,19 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     if unverified:
         logger.warning("%s was saved without a %s: its files cannot be verified", unverified, MANIFEST_FILE)
     return unverified
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """Return the step of the best checkpoint so far, if the checkpoint names one."""
+    if not (checkpoint / STATE_FILE).exists():
+        return None
+    best = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    return checkpoint_step(Path(best)) if best else None
+
+
+def _save_total_limit(recipe: Recipe) -> int | None:
+    limit: int | None = getattr(recipe, recipe.stage).get("save_total_limit")
+    return limit
 
 
 def _is_older_version(checkpoint: Path) -> bool:

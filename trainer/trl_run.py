@@ -1,6 +1,7 @@
 """The common part of the stages on TRL's trainers: arguments, log, and the files added to a checkpoint."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from rekatrain.trainer.running_metrics import RunningMetrics
 from rekatrain.trainer.safe_load import tensors_only
 from rekatrain.trainer.schedule import follow_new_length
 from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -121,10 +124,18 @@ def _check_resumable(checkpoint: Path, recipe: Recipe) -> None:
         )
 
 
-def is_finished(checkpoint: Path, config: TrainingArguments) -> bool:
-    """Return True if the run has taken its last step: transformers' Trainer, resumed there, would take one more."""
+def is_finished(run: RunFolder, recipe: Recipe, checkpoint: Path, config: TrainingArguments) -> bool:
+    """Return True if the run has taken its last step: transformers' Trainer, resumed there, would take one more.
+
+    A finished run gets what a kill after its last step has cut off.
+    """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return state["global_step"] >= (config.max_steps if config.max_steps > 0 else state["max_steps"])
+    if state["global_step"] < (config.max_steps if config.max_steps > 0 else state["max_steps"]):
+        return False
+    if PartialState().is_main_process:
+        run.start(recipe, checkpoint_step(checkpoint))
+    logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
+    return True
 
 
 def run_trainer(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,33 @@ def test_delete_keeps_files_that_the_manifest_does_not_list(checkpoints: Path) -
     (path / "notes.txt").write_text("the user's")
     delete(path)
     assert names(path) == ["notes.txt"]
+
+
+def test_delete_leaves_no_half_of_a_checkpoint(
+    checkpoints: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(checkpoints, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: pytest.fail("deletes a file of a checkpoint with a name"))
+        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            delete(path)
+    assert names(checkpoints) == []
+    run.start(_recipe(run), 0)
+    assert list(checkpoints.iterdir()) == []
+
+
+def test_start_completes_the_last_rotation(checkpoints: Path, run: RunFolder) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write_checkpoint(checkpoints, step)
+    (checkpoints / "checkpoint-1" / "notes.txt").write_text("the user's")
+    state = checkpoints / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps({"best_model_checkpoint": "elsewhere/checkpoint-2"}))
+    seal(state.parent, step=4, stage="rloo", launch={})
+    recipe = Recipe(stage="sft", output_dir=str(run.path), model={}, dataset={}, sft={"save_total_limit": 1})
+    run.start(recipe, 4)
+    assert names(checkpoints) == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert names(checkpoints / "checkpoint-1") == ["notes.txt"]
 
 
 def test_publish_moves_a_folder_of_the_user_aside(checkpoints: Path) -> None:

@@ -72,8 +72,7 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
     checkpoint = check_start(run, recipe, task.config, resume=resume)
-    if checkpoint and is_finished(checkpoint, task.config):
-        logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
+    if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process
     trainer = _GuardedRewardTrainer(

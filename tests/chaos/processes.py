@@ -1,0 +1,134 @@
+"""Runs in processes of their own: forked from a warm server, by the command, or by the launcher on two processes.
+
+A forked run starts in milliseconds instead of seconds: the server has imported what a run imports (warm.py), has no
+threads, and has computed nothing.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from kill_points import KillPoint, install, kill_tree
+from runs import PROJECT
+
+HERE = Path(__file__).parent
+POINT = "REKATRAIN_CHAOS_POINT"
+# An account without rights, which the root user becomes where a file is to be unreadable.
+NOBODY = 65534
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["warm", "runs"])
+# The server does not get the path of this process.
+os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{PROJECT}"
+# Every start would otherwise plan its memory for a second.
+COMMAND = ["train", "recipe.yaml", "--skip-memory-check"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A started run: its process id, its exit status or None while it runs, and the file of its output."""
+
+    pid: int
+    poll: Callable[[], int | None]
+    log: Path
+
+    def wait(self, seconds: float = 600.0) -> int:
+        """Return the exit status, which is -9 after a SIGKILL; kill the run and raise TimeoutError after some time."""
+        deadline = time.monotonic() + seconds
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                kill_tree(self.pid)
+                raise TimeoutError(f"no end after {seconds:.0f} s; see {self.log}")
+            time.sleep(0.01)
+        return status
+
+    def output(self) -> str:
+        """Return all that the run has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def fork_run(
+    folder: Path, *arguments: str, point: KillPoint | None = None, unprivileged: bool = False, file_limit: int = 0
+) -> Process:
+    """Start `rekatrain train recipe.yaml ARGUMENTS` in a fork of the warm server.
+
+    unprivileged: as a user who cannot read every file
+    file_limit:   largest size of a file in bytes; 0 for none
+    """
+    log = _next_log(folder)
+    process = SERVER.Process(target=_run, args=(folder, arguments, log, point, unprivileged, file_limit))
+    process.start()
+    assert process.pid is not None
+    return Process(pid=process.pid, poll=lambda: process.exitcode, log=log)
+
+
+def _next_log(folder: Path) -> Path:
+    return folder / f"log-{len(list(folder.glob('log-*'))) + 1}"
+
+
+def _run(
+    folder: Path, arguments: Sequence[str], log: Path, point: KillPoint | None, unprivileged: bool, file_limit: int
+) -> None:
+    os.setsid()
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.path.append(str(folder))  # as `python -m rekatrain` does
+    if unprivileged and os.geteuid() == 0:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if point:
+        install(point)
+    from rekatrain.trainer.cli import main
+
+    main([*COMMAND, *arguments])
+
+
+def start_command(folder: Path, *arguments: str, point: KillPoint | None = None, processes: int = 1) -> Process:
+    """Start the command as a user does: on its own, or under ZeRO-3 by `accelerate launch`."""
+    log = _next_log(folder)
+    launch_file = PROJECT / "recipes" / "accelerate" / "zero3.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--config_file", launch_file]
+    program = [HERE / "entry.py"] if point else ["-m", "rekatrain"]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program, *COMMAND, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / ".package"), "PYTHONWARNINGS": "ignore"}
+    if point:
+        environment[POINT] = json.dumps(asdict(point))
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    return Process(pid=process.pid, poll=process.poll, log=log)
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Return the processes that work in a folder: a run, its launcher and its reward workers."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def orphans(folder: Path, seconds: float = 5.0) -> list[str]:
+    """Return the command lines of the processes that still work in a folder after some seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := processes_in(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    names = []
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            names.append(" ".join(process.cmdline()))
+    return names
