@@ -1,6 +1,6 @@
 """Checkpoints of all stages: folders that are written aside, verified and deleted by their manifest.
 
-    checkpoints/checkpoint-N/manifest.json   step, stage, launch, and the size and SHA-256 of every other file
+    checkpoints/checkpoint-N/manifest.json   step, stage, launch; size and SHA-256 of the other files and of the records
     checkpoints/.rekatrain-partial/          checkpoints that are being written; a start of the run deletes it
 
 A folder without a manifest is not a checkpoint. Only files that a manifest lists are ever deleted.
@@ -43,13 +43,19 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in paths if path.is_dir() and not path.is_symlink()), key=checkpoint_step)
 
 
-def seal(folder: Path, *, step: int, stage: str, launch: Mapping[str, Any]) -> None:
-    """Sync every file of a checkpoint to disk, then write and sync its manifest."""
+def seal(
+    folder: Path, *, step: int, stage: str, launch: Mapping[str, Any], records: Mapping[str, Any] | None = None
+) -> None:
+    """Sync every file of a checkpoint to disk, then write and sync its manifest.
+
+    launch:  the launch that saved it
+    records: the state of the run's JSON-lines files by their names (records.py)
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         entries = threads.map(_sync_and_describe, paths)
         files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
-    body = {"step": step, "stage": stage, "launch": dict(launch), "files": files}
+    body = {"step": step, "stage": stage, "launch": dict(launch), "records": dict(records or {}), "files": files}
     text = json.dumps({**body, "sha256": _digest(body)}, indent=1)
     write_whole(folder / MANIFEST_FILE, (text + "\n").encode())
     for path in (path for path in folder.rglob("*") if path.is_dir()):
@@ -208,12 +214,6 @@ def _has_manifest(checkpoint: Path) -> bool:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Write a file's content to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_and_describe(path: Path) -> dict[str, Any]:

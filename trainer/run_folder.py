@@ -28,13 +28,13 @@ from rekatrain.trainer.checkpoints import (
     find_fault,
     numbered_checkpoints,
     publish,
+    read_manifest,
     rotate,
     seal,
-    sync_file,
     write_whole,
 )
 from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
-from rekatrain.trainer.records import keep_records
+from rekatrain.trainer.records import RecordFile
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         # Checkpoints are written in here and moved to `checkpoints` when they are complete.
         self.partial = self.checkpoints / PARTIAL_SUFFIX
+        self._records = {name: RecordFile(self.path / name) for name in (METRICS_FILE, ROLLOUTS_FILE)}
         self._is_new = False
         self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS, thread_local=False)
 
@@ -88,7 +89,17 @@ class RunFolder:
                 f"{str(self.checkpoints)!r} is a link; checkpoints are deleted only in the run folder itself: replace "
                 "the link by its folder, or make output_dir the link"
             )
+        for path in (self.checkpoints, *(file.path for file in self._records.values())):
+            if path.exists() and path.is_dir() != (path == self.checkpoints):
+                raise InputError(
+                    f"{str(path)!r} is {'a' if path.is_dir() else 'no'} folder: put back what the run left there"
+                )
         if not stored_file.exists():
+            if numbered_checkpoints(self.checkpoints):
+                raise InputError(
+                    f"output_dir {str(self.path)!r} holds checkpoints, but no {RECIPE_FILE}: put a copy of the run's "
+                    "recipe there to continue it, or choose another"
+                )
             if self._holds_other_files():
                 raise InputError(f"output_dir {str(self.path)!r} is not a run folder and not empty; choose another")
             return
@@ -96,7 +107,13 @@ class RunFolder:
             raise InputError(
                 f"output_dir {str(self.path)!r} already holds a run; continue it with --resume or choose another folder"
             )
-        changed = [key for key in differing_keys(recipe, load_recipe(stored_file)) if not MAY_CHANGE.fullmatch(key)]
+        try:
+            stored = load_recipe(stored_file)
+        except InputError as error:
+            raise InputError(
+                f"--resume: {str(stored_file)!r} is damaged: put a copy of the run's recipe there ({error})"
+            ) from error
+        changed = [key for key in differing_keys(recipe, stored) if not MAY_CHANGE.fullmatch(key)]
         if changed:
             raise InputError(
                 f"--resume: the recipe differs from {str(stored_file)!r} in {', '.join(changed)}; "
@@ -132,13 +149,13 @@ class RunFolder:
         # A kill may have interrupted the last rotation.
         rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best_step(self.checkpoint(step)))
         # Each step of RLOO has records; the other stages log every few steps, and no rollouts.
-        keep_records(self.path / METRICS_FILE, step, every_step=recipe.stage == "rloo")
-        keep_records(self.path / ROLLOUTS_FILE, step, every_step=recipe.stage == "rloo")
+        sealed = read_manifest(self.checkpoint(step)).get("records", {}) if self.checkpoint(step).exists() else {}
+        for name, file in self._records.items():
+            file.keep(step, sealed.get(name), every_step=recipe.stage == "rloo")
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records to one of the run's JSON-lines files."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._records[name].append(records)
 
     def checkpoint(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps."""
@@ -157,10 +174,8 @@ class RunFolder:
         best:   the step of a checkpoint that is kept anyway
         """
         partial = self.partial_checkpoint(step)
-        for name in (METRICS_FILE, ROLLOUTS_FILE):
-            if (self.path / name).exists():
-                sync_file(self.path / name)
-        seal(partial, step=step, stage=stage, launch=launch)
+        records = {name: file.seal() for name, file in self._records.items() if file.path.exists()}
+        seal(partial, step=step, stage=stage, launch=launch, records=records)
         publish(partial, self.checkpoint(step))
         rotate(self.checkpoints, save_total_limit, newest=step, best=best)
         with suppress(OSError):

@@ -232,5 +232,19 @@ def test_check_accepts_a_run_that_was_killed_before_its_recipe(run: RunFolder) -
         run.check(_recipe(run), resume=False)
 
 
+def test_check_says_how_to_repair_a_run_folder(run: RunFolder) -> None:
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="metrics.jsonl' is a folder: put back"):
+        run.check(_recipe(run), resume=True)
+    (run.path / "metrics.jsonl").rmdir()
+    write_checkpoint(run.checkpoints, 1)
+    with pytest.raises(InputError, match="holds checkpoints, but no recipe.yaml: put a copy"):
+        run.check(_recipe(run), resume=True)
+    for damaged in (b"", b"stage: [", b"\xff\xfe", b"rloo: max_s"):
+        (run.path / "recipe.yaml").write_bytes(damaged)
+        with pytest.raises(InputError, match="^--resume: .*recipe.yaml' is damaged: put a copy"):
+            run.check(_recipe(run), resume=True)
+
+
 def _recipe(run: RunFolder) -> Recipe:
     return Recipe(stage="rloo", output_dir=str(run.path), model={}, dataset={})

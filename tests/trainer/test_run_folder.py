@@ -1,6 +1,7 @@
 """Records of a run: what a resumed run keeps of them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,66 @@ def test_start_of_sft_expects_no_record_of_each_step(run: RunFolder, caplog: pyt
     write(run, LINES[1] + b"\n" + LINES[3] + b"\n")
     assert start(run, 4, "sft") == [2, 4]
     assert not caplog.messages
+
+
+def save(run: RunFolder, step: int) -> None:
+    """Save a checkpoint of a run that has appended its records."""
+    run.partial_checkpoint(step).mkdir(parents=True)
+    run.publish(step, stage="sft", launch={}, save_total_limit=None)
+
+
+def append(run: RunFolder, *steps: int) -> None:
+    for step in steps:
+        run.append(METRICS_FILE, [{"step": step, "loss": 1 / step}])
+
+
+def test_resume_keeps_what_a_checkpoint_has_sealed(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    start(run, 0, "sft")
+    append(run, 2, 4)
+    save(run, 4)
+    append(run, 6)
+    whole = (run.path / METRICS_FILE).read_bytes()
+    for again in (run, RunFolder(run.path)):  # a seal goes on over a resume
+        assert start(again, 4, "sft") == [2, 4]
+        append(again, 6)
+        assert (run.path / METRICS_FILE).read_bytes() == whole
+    save(again, 6)
+    assert start(RunFolder(run.path), 6, "sft") == [2, 4, 6]
+    write(run, whole + bytes(9))  # a torn tail of a later step
+    assert start(RunFolder(run.path), 6, "sft") == [2, 4, 6]
+    write(run, whole[:-1])  # nothing is lost but a newline
+    assert start(RunFolder(run.path), 6, "sft") == [2, 4, 6]
+    write(run, whole * 2)  # of two runs at once
+    assert start(RunFolder(run.path), 6, "sft") == [2, 4, 6]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("change", "left", "kept"),
+    [
+        pytest.param(lambda content: content[:-3], 1, [2], id="torn"),
+        pytest.param(lambda content: content[: content.index(b"\n") + 1], 1, [2], id="cut between lines"),
+        pytest.param(lambda _: b"", 0, [], id="emptied"),
+        pytest.param(lambda content: content.replace(b"0.5", b"0.7"), 2, [2, 4], id="changed number"),
+        pytest.param(None, 0, [], id="deleted"),
+    ],
+)
+def test_resume_reports_every_change_of_sealed_records(
+    run: RunFolder,
+    change: Callable[[bytes], bytes] | None,
+    left: int,
+    kept: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start(run, 0, "sft")
+    append(run, 2, 4)
+    save(run, 4)
+    path = run.path / METRICS_FILE
+    content = path.read_bytes()
+    path.unlink()
+    if change:
+        write(run, change(content))
+    assert start(RunFolder(run.path), 4, "sft") == kept
+    assert caplog.messages[-1] == (
+        f"{path}: it is not as the run left it at step 4: it has {left} of 2 records up to there"
+    )
