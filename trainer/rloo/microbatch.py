@@ -61,7 +61,7 @@ def make_microbatches(
         )
 
 
-def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch], some_token: int) -> list[MicroBatch]:
+def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Give every process as many micro-batches, each with as many chunks for the LM head, as every other.
 
     Under ZeRO each forward and backward pass is an exchange between processes, so all must make the same passes in the
@@ -69,14 +69,14 @@ def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch], some_t
     """
     counts: list[list[int]] = gather_object([[batch.packed.num_chunks for batch in batches]])
     largest = [max(of_index) for of_index in zip_longest(*counts, fillvalue=1)]
-    filled = [*batches, *(_filler(some_token, accelerator.device) for _ in largest[len(batches) :])]
+    filled = [*batches, *(_filler(accelerator.device) for _ in largest[len(batches) :])]
     for batch, num_chunks in zip(filled, largest, strict=True):
         batch.packed = replace(batch.packed, num_chunks=num_chunks)
     return filled
 
 
-def _filler(token: int, device: torch.device) -> MicroBatch:
-    packed = pack_completions([[token]], [[[token]]], device)
+def _filler(device: torch.device) -> MicroBatch:
+    packed = pack_completions([[0]], [[[0]]], device)
     nothing = torch.zeros(1, device=device)
     return MicroBatch(
         packed=packed,

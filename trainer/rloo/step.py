@@ -64,14 +64,14 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
         return idle_records(step + 1, [*replaced, *groups])
 
     # 4. Pack the groups into micro-batches. Without a KL, a group of equal rewards has advantages of 0 and moves no
-    # weight: it is left out. One group always stays, so that every process takes part in the backward pass.
-    idle = [] if run.reference else [group for group in groups[1:] if group.is_idle]
+    # weight: it is left out.
+    idle = [] if run.reference else [group for group in groups if group.is_idle]
     trained = [group for group in groups if group not in idle]
     cost = accelerator.unwrap_model(run.model).pass_cost
     batches = list(make_microbatches(trained, config.micro_batch_tokens, cost, accelerator.device))
 
     # 5. Log-probabilities of the reference, and the advantages that do not wait for the training pass.
-    batches = score_before_training(run, batches, some_token=trained[0].prompt.ids[0])
+    batches = score_before_training(run, batches)
 
     for _ in range(config.num_iterations):
         for number, batch in enumerate(batches, start=1):
@@ -96,7 +96,7 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
     return [*idle_records(step + 1, [*replaced, *idle]), *records]
 
 
-def score_before_training(run: Run, batches: list[MicroBatch], some_token: int) -> list[MicroBatch]:
+def score_before_training(run: Run, batches: list[MicroBatch]) -> list[MicroBatch]:
     """Set reference log-probabilities, and advantages where they can or must be known before the training pass.
 
     Without a KL in the reward, advantages follow from the rewards alone. With it they also need the log-probabilities
@@ -108,9 +108,9 @@ def score_before_training(run: Run, batches: list[MicroBatch], some_token: int) 
     early = [batch for batch in batches if batch.is_split or not kl_in_reward]
     if kl_in_reward:
         with torch.no_grad():
-            for batch in equal_passes(run.accelerator, early, some_token):
+            for batch in equal_passes(run.accelerator, early):
                 batch.old_logprobs = run.model(batch.packed)
-    batches = equal_passes(run.accelerator, batches, some_token)
+    batches = equal_passes(run.accelerator, batches)
     if run.reference is not None:
         for batch in batches:
             batch.reference_logprobs = run.reference(batch.packed)

@@ -1,0 +1,212 @@
+"""Take RLOO steps on 2 to 4 processes with uneven work, and compare them with one process.
+
+    python tests/stress/processes.py           # two cases on two processes
+    python tests/stress/processes.py --long    # random cases under data parallelism and ZeRO 1 to 3; prints a table
+
+Processes differ in the lengths of their completions, so in micro-batches and in chunks of the LM head; they have split
+groups, groups without a signal, or none with one; one process is slow. `cases.py` draws such runs. All runs on so many
+processes share a launch, because its start costs more than a run; after a failure the others go on in a new launch.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).parents[2]
+sys.path.insert(0, str(PROJECT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402  # after the environment
+from tabulate import tabulate  # noqa: E402
+
+from tests.end_to_end.small_runs import records, start, weights  # noqa: E402
+from tests.stress.cases import Case, draw_case, long_case, total_tokens, write_case, write_files  # noqa: E402
+
+ENGINES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+TOLERANCE = 1e-5
+LAUNCH_SECONDS = 1800
+# Parts of the names of metrics that depend on the clock.
+CLOCKS = ("time/", "tokens_per_second", "/seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A case on several processes under one engine."""
+
+    case: Case
+    engine: str
+    num_processes: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return f"{self.case.name}-{self.engine}-of-{self.num_processes}"
+
+
+def run_alone(folder: Path, cases: Sequence[Case]) -> None:
+    """Run each case on this one process."""
+    from rekatrain.trainer.cli import main
+
+    for case in cases:
+        main(["train", str(write_case(folder, case, case.name))])
+
+
+def launch(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
+    """Run all on their number of processes, data parallelism first -> the error of each run that failed, by name.
+
+    Accelerate keeps DeepSpeed once a process has run under it: so data parallelism comes first.
+    """
+    errors: dict[str, str] = {}
+    left = sorted(runs, key=lambda run: ENGINES[run.engine])
+    while left:
+        done, stderr = _launch_once(folder, left)
+        if done < len(left):
+            errors[left[done].name] = _cause(stderr)
+        left = left[done + 1 :]
+    return errors
+
+
+def _launch_once(folder: Path, runs: Sequence[Run]) -> tuple[int, str]:
+    """Run one after the other until one fails -> the number of those that ended well, and the standard error."""
+    listed = [
+        {
+            "environment": {
+                "ACCELERATE_USE_DEEPSPEED": str(run.engine != "ddp").lower(),
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(ENGINES[run.engine]),
+                "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(run.engine == "zero3").lower(),
+            },
+            "arguments": ["train", str(write_case(folder, run.case, run.name))],
+            "tokens_per_chunk": run.case.tokens_per_chunk,
+        }
+        for run in runs
+    ]
+    (folder / "cases.json").write_text(json.dumps(listed))
+    report = folder / "done"
+    report.write_text("")
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(runs[0].num_processes)]
+    launch_file = str(PROJECT / "recipes" / "accelerate" / "zero3.yaml")
+    worker = str(Path(__file__).with_name("worker.py"))
+    process = start(folder, *launcher, "--config_file", launch_file, worker, "cases.json", "done")
+    try:
+        stderr = process.communicate(timeout=LAUNCH_SECONDS)[1].decode()
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its processes
+        stderr = process.communicate()[1].decode() + f"\nno end after {LAUNCH_SECONDS} s"
+    done = len(report.read_text().splitlines())
+    return (len(runs) if process.returncode == 0 else done), stderr
+
+
+def _cause(stderr: str) -> str:
+    """Return the first line that names an error, or the end of the output."""
+    lines = [line for line in stderr.splitlines() if "Error" in line or line.startswith("rekatrain: error")]
+    return lines[0] if lines else stderr[-500:]
+
+
+def compare(one: Path, many: Path) -> str:
+    """Compare the run folder of one process with that of several -> the first difference, or nothing."""
+    ours, theirs = (
+        sorted(records(path, "rollouts.jsonl"), key=lambda record: (record["step"], record["prompt_index"]))
+        for path in (one, many)
+    )
+    if len(ours) != len(theirs):
+        return f"{len(ours)} records, and {len(theirs)} of several processes"
+    for mine, its in zip(ours, theirs, strict=True):
+        for key, value in mine.items():
+            if not _is_close(value, its[key], key):
+                place = f"step {mine['step']}, prompt {mine['prompt_index']}"
+                return f"{place}: {key} is {value}, and {its[key]} on several processes"[:200]
+    for mine, its in zip(records(one), records(many), strict=True):
+        for key, value in mine.items():
+            if not any(clock in key for clock in CLOCKS) and not _is_close(value, its[key], key):
+                return f"step {mine['step']}: {key} is {value}, and {its[key]} on several processes"
+    return _compare_weights(one, many, mine["step"])
+
+
+def _is_close(mine: Any, its: Any, key: str) -> bool:
+    """Compare numbers of JSON; sums over a sequence and norms are compared relatively."""
+    if not isinstance(mine, float) or not isinstance(its, float):
+        return bool(mine == its)
+    return math.isclose(mine, its, rel_tol=1e-4, abs_tol=TOLERANCE * 10 if "kl" in key else TOLERANCE)
+
+
+def _compare_weights(one: Path, many: Path, step: int) -> str:
+    ours, theirs = weights(one, step), weights(many, step)
+    assert ours.keys() == theirs.keys()
+    distance = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    return "" if distance <= TOLERANCE else f"weights differ by {distance:.1e}"
+
+
+def run_matrix(folder: Path, runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Run all, alone and launched, in the working folder -> the problem of each, or nothing."""
+    write_files(folder)
+    run_alone(folder, list({run.case.name: run.case for run in runs}.values()))
+    errors: dict[str, str] = {}
+    for num_processes in sorted({run.num_processes for run in runs}):
+        errors |= launch(folder, [run for run in runs if run.num_processes == num_processes])
+    return [
+        (run, errors[run.name] if run.name in errors else compare(folder / run.case.name, folder / run.name))
+        for run in runs
+    ]
+
+
+def long_runs(seeds: range, numbers: Sequence[int]) -> list[Run]:
+    """All engines on each number of processes, for each seed and for the case with the engine's own chunks."""
+    return [
+        Run(case=case, engine=engine, num_processes=number)
+        for number in numbers
+        for case in [long_case(number), *(draw_case(seed) for seed in seeds)]
+        for engine in ENGINES
+    ]
+
+
+def short_runs() -> list[Run]:
+    """Two runs on two processes: the engine's own chunks and no micro-batch on one; chunks of 7 tokens and ZeRO-3."""
+    return [
+        Run(case=long_case(2), engine="ddp", num_processes=2),
+        Run(case=draw_case(0, prompts_per_step=6), engine="zero3", num_processes=2),
+    ]
+
+
+def print_table(folder: Path, results: Sequence[tuple[Run, str]]) -> None:
+    """Print a line per run."""
+    rows = []
+    for run, problem in results:
+        tokens = total_tokens(records(folder / run.case.name, "rollouts.jsonl"))
+        rows.append([run.case.name, run.num_processes, run.engine, tokens, problem or "equal"])
+    print(tabulate(rows, headers=["case", "processes", "engine", "tokens", "against one process"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", action="store_true", help="all engines, random cases")
+    parser.add_argument("--seeds", type=int, nargs=2, default=[0, 8], help="first and last + 1, of the long form")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 3, 4], help="of the long form")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        runs = long_runs(range(*options.seeds), options.processes) if options.long else short_runs()
+        os.chdir(name)
+        sys.path.append(name)  # the reward
+        results = run_matrix(Path(name), runs)
+        print_table(Path(name), results)
+    problems = [(run, problem) for run, problem in results if problem]
+    for run, problem in problems:
+        print(f"\n{run.name}\n{run.case}\n{problem}")
+    print(
+        f"\n{len(results) - len(problems)} of {len(results)} runs equal one process; {time.monotonic() - began:.0f} s"
+    )
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
