@@ -16,13 +16,25 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
-from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.model_config import build_skeleton, check_config
+from rekatrain.trainer.model_source import base_revision, commit_of, find_source
+from rekatrain.trainer.model_weights import (
+    check_finite,
+    check_report,
+    check_tensors,
+    load_adapter,
+    quiet_transformers,
+    readable,
+)
 from rekatrain.trainer.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.weight_files import check_weight_files, local_folder
 
 logger = logging.getLogger(__name__)
 
 Policy = PreTrainedModel | PeftModel
+# transformers also loads kernels of the hub by their name: code, which is never fetched here.
+AttnImplementation = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 def load_model(
@@ -30,7 +42,7 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    attn_implementation: str | None = None,
+    attn_implementation: AttnImplementation | None = None,
     quantization_config: dict[str, Any] | None = None,
 ) -> Policy:
     """Load a causal language model from a folder, the hub, an adapter folder or a run folder; the recipe's `model:`.
@@ -38,17 +50,23 @@ def load_model(
     quantization_config: keywords of `transformers.BitsAndBytesConfig`, for QLoRA
     """
     source = find_source(pretrained_model_name_or_path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    base = base_revision(source, revision)
+    folder = local_folder(source.base, base)
+    if folder is not None:
+        check_weight_files(folder)
+    with quiet_transformers(), readable(source.base):
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.base,
-            revision=revision,
+            revision=base,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             quantization_config=make_quantization(quantization_config, dtype),
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise InputError(f"no weights could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
-    return PeftModel.from_pretrained(model, source.adapter) if source.adapter else model
+    check_report(source.base, model, report)
+    policy = load_adapter(model, source.adapter) if source.adapter else model
+    check_finite(policy, pretrained_model_name_or_path)
+    return policy
 
 
 def load_model_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -60,15 +78,15 @@ def load_model_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """Check the model from its config and from a build without weights, and return its config.
 
-    Raises InputError for a model that does not exist, a vocabulary smaller than the tokenizer's, an eos id other than
-    the tokenizer's, and LoRA targets that the architecture does not have.
+    Raises InputError for a model that does not exist, tensors that are not those of its config, a vocabulary smaller
+    than the tokenizer's, an eos id other than the tokenizer's, and LoRA targets that the architecture does not have.
     """
     check_quantization_here(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
-    try:
-        config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
+    revision = base_revision(source, recipe.model.get("revision"))
+    with readable(source.base):
+        config = AutoConfig.from_pretrained(source.base, revision=revision)
+    check_config(source.base, config)
     if config.vocab_size < len(tokenizer):
         raise InputError(
             f"the model has {config.vocab_size} embedding rows but the tokenizer {len(tokenizer)} ids: "
@@ -80,8 +98,12 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
             f"config.json names eos id {config.eos_token_id}, the tokenizer {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token}): a model with the wrong eos never stops; set both to the same id"
         )
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    # `flash_attention_2` needs a package and a GPU: transformers looks for them as it builds the model.
+    implementation = recipe.model.get("attn_implementation")
+    skeleton: Policy = build_skeleton(
+        source.base, config, AutoModelForCausalLM, **({"attn_implementation": implementation} if implementation else {})
+    )
+    check_tensors(source, revision, skeleton)
     if recipe.lora is not None:
         skeleton = add_adapter(skeleton, recipe.lora)
     logger.info("model: %s", describe(skeleton, source.base))
@@ -122,9 +144,16 @@ def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
 
 
 def add_adapter(
-    model: Policy, lora: dict[str, Any], *, task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    model: Policy,
+    lora: dict[str, Any],
+    *,
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+    revision: str | None = None,
 ) -> PeftModel:
-    """Put a new LoRA adapter on the model; only the adapter and a classifier's head are trained."""
+    """Put a new LoRA adapter on the model; only the adapter and a classifier's head are trained.
+
+    revision: commit of the model on the hub, which the adapter's config names; an export merges onto that commit
+    """
     try:
         # An adapter of another dtype than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
         # DeepSpeed the optimizer keeps its float32 copy.
@@ -132,6 +161,7 @@ def add_adapter(
             model,
             LoraConfig(task_type=task_type, **lora),
             autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+            revision=revision,
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
@@ -141,7 +171,8 @@ def load_policy(recipe: Recipe) -> Policy:
     """Load the model to train: the recipe's weights, with a new adapter if the recipe has a `lora:` section."""
     model = load_model(**recipe.model)
     if recipe.lora is not None:
-        return add_adapter(model, recipe.lora)
+        base = recipe.model["pretrained_model_name_or_path"]
+        return add_adapter(model, recipe.lora, revision=commit_of(base, recipe.model.get("revision")))
     return model
 
 

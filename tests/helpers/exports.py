@@ -48,7 +48,14 @@ def write_sft_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         "stage": "sft",
         "output_dir": str(folder / "run"),
         "model": {"pretrained_model_name_or_path": str(folder / "model"), "dtype": "float32"},
-        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        # Scales that differ between modules: vLLM has one for all.
+        "lora": {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 8},
+            "alpha_pattern": {"v_proj": 32},
+        },
         "dataset": {"path": str(folder / "sums.jsonl"), "format": "prompt_answer"},
         "sft": {"max_steps": 60, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 5},
     }

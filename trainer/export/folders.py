@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rekatrain.trainer.adapter_scales import fold_scales
 from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.models import Policy
 
@@ -26,7 +27,7 @@ def write_merged(
 
 
 def write_adapter(folder: Path, source: Source, model: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Copy the checkpoint's adapter and write the tokenizer; a local base is named by its absolute path."""
+    """Write the checkpoint's adapter with one scale, and the tokenizer; a local base is named by its absolute path."""
     folder.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(Path(source.folder) / name, folder / name)
@@ -35,6 +36,7 @@ def write_adapter(folder: Path, source: Source, model: Policy, tokenizer: PreTra
     if Path(source.base).exists():
         config["base_model_name_or_path"] = str(Path(source.base).resolve())
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fold_scales(folder)
     for key in ("use_dora", "modules_to_save", "alora_invocation_tokens"):
         if config.get(key):
             logger.warning(

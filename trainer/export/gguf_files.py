@@ -36,7 +36,7 @@ def check_convertible(source: Source, quantize: list[str]) -> None:
     from rekatrain.trainer.export.gguf_model import check_architecture
     from rekatrain.trainer.export.gguf_tokenizer import find_pre_tokenizer
 
-    check_architecture(AutoConfig.from_pretrained(source.base))
+    check_architecture(AutoConfig.from_pretrained(source.base, revision=source.revision))
     find_pre_tokenizer(load_tokenizer(source.folder))
 
 

@@ -11,6 +11,7 @@ from string import Template
 from transformers import AutoConfig
 
 from rekatrain.rewards.models.classifier import read_card
+from rekatrain.trainer.adapter_scales import largest_rank
 from rekatrain.trainer.model_source import Source
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -18,7 +19,11 @@ PARSER = "reka_reasoning_parser.py"
 # templates/NAME -> serving/NAME
 FILES = {
     "merged": {"vllm_merged.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
-    "adapter": {"vllm_adapter.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
+    "adapter": {
+        "vllm_adapter.sh": "vllm.sh",
+        "transformers_adapter_chat.py": "transformers_chat.py",
+        "client.py": "client.py",
+    },
     "gguf": {"llama_server.sh": "llama_server.sh", "client.py": "client.py"},
     "reward": {
         "vllm_reward.sh": "vllm.sh",
@@ -33,7 +38,7 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None:
     """Write serving/ into the export in `folder`, which will be renamed to `out`; the model is served as `out.name`."""
-    config = AutoConfig.from_pretrained(source.base)
+    config = AutoConfig.from_pretrained(source.base, revision=source.revision)
     name = out.name
     values = {
         "name": name,
@@ -43,9 +48,10 @@ def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None
     }
     if form == "adapter":
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+        rank, revision = largest_rank(adapter), adapter.get("revision")
         values |= {
-            "base": shlex.quote(adapter["base_model_name_or_path"]),
+            "base": shlex.quote(adapter["base_model_name_or_path"])
+            + (f" --revision {shlex.quote(revision)}" if revision else ""),
             "max_rank": next((limit for limit in MAX_RANKS if limit >= rank), rank),
         }
     if form == "reward":

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rekatrain.data.chat import render_prompt
 from rekatrain.data.tokenizer import check_tokenizer
@@ -29,14 +30,24 @@ def main() -> None:
     assert generation["eos_token_id"] == tokenizer.eos_token_id and "stop_strings" not in generation, generation
 
     reference = load_file(reference_file)
-    # The reference of an adapter is the training model in float32; transformers puts the adapter on its base.
-    is_adapter = (Path(folder) / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if is_adapter else "auto")
+    model = _load(Path(folder))
     error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
     # Same weights, same arithmetic: only the order of sums may differ.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     assert error <= tolerance, f"a log-probability differs by {error} from the training model's"
     print(f"verified in a fresh process: tokenizer, template, stop, log-probabilities within {error:.1e}")
+
+
+def _load(folder: Path) -> PreTrainedModel | PeftModel:
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    # The reference of an adapter is the training model in float32. PEFT loads all kinds; transformers, given the
+    # adapter's folder, ignores the base's revision and drops DoRA's magnitudes.
+    config = PeftConfig.from_pretrained(str(folder))
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, revision=config.revision, dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import (
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.model_source import base_revision, find_source
 from rekatrain.trainer.models import Policy, add_adapter
 from rekatrain.trainer.recipe.load import Recipe
 
@@ -81,7 +81,9 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     labels = {"num_labels": 1} if recipe.stage == "reward" else {}
     source = find_source(name)
     try:
-        return AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"), **labels)
+        return AutoConfig.from_pretrained(
+            source.base, revision=base_revision(source, recipe.model.get("revision")), **labels
+        )
     except (OSError, ValueError) as error:
         shipped = _shipped_config(name)
         if shipped is None:

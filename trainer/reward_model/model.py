@@ -4,16 +4,25 @@ import logging
 from typing import Any, Final, Literal
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
-from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.model_config import build_skeleton
+from rekatrain.trainer.model_source import base_revision, commit_of, find_source
+from rekatrain.trainer.model_weights import (
+    check_finite,
+    check_report,
+    check_tensors,
+    load_adapter,
+    quiet_transformers,
+    readable,
+)
 from rekatrain.trainer.models import Policy, add_adapter, describe
 from rekatrain.trainer.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.weight_files import check_weight_files, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +36,33 @@ def load_reward_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_classifier_tokenizer(source.folder, revision=recipe.model.get("revision"))
 
 
-def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
+def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, may_lack_head: bool = True) -> int:
     """Check the model by its config and a build without weights; return its context length in tokens.
 
-    Raise InputError for a missing model, one that has no sequence-classification form, a vocabulary smaller than the
-    tokenizer's, and LoRA targets that the architecture does not have.
+    Raise InputError for a missing model, one that has no sequence-classification form, tensors that are not those of
+    its config, a vocabulary smaller than the tokenizer's, and LoRA targets that the architecture does not have.
+
+    may_lack_head: False for a model that is not trained first; an adapter brings its head
     """
     check_quantization_here(recipe)
     source = find_source(recipe.model["pretrained_model_name_or_path"])
-    try:
-        config = AutoConfig.from_pretrained(source.base, revision=recipe.model.get("revision"), num_labels=1)
-        with torch.device("meta"):
-            skeleton = AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source.base!r} cannot be made a reward model: {str(error).splitlines()[0]}") from error
+    revision = base_revision(source, recipe.model.get("revision"))
+    with readable(source.base):
+        config = AutoConfig.from_pretrained(source.base, revision=revision, num_labels=1)
+    implementation = recipe.model.get("attn_implementation")
+    skeleton: Policy = build_skeleton(
+        source.base,
+        config,
+        AutoModelForSequenceClassification,
+        **({"attn_implementation": implementation} if implementation else {}),
+    )
     text_config = config.get_text_config()
     if text_config.vocab_size < len(tokenizer):
         raise InputError(
             f"the model has embeddings for {text_config.vocab_size} ids but the tokenizer has {len(tokenizer)}: "
             f"{source.folder!r} holds the tokenizer of another model"
         )
+    check_tensors(source, revision, skeleton, may_lack_head=may_lack_head or source.adapter is not None)
     if recipe.lora is not None:
         skeleton = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
     logger.info("reward model: %s", describe(skeleton, source.base))
@@ -65,18 +81,27 @@ def load_reward_model(
 ) -> Policy:
     """Load a model to train, an export or a run folder; the head is random if the folder has none."""
     source = find_source(pretrained_model_name_or_path)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+    base = base_revision(source, revision)
+    folder = local_folder(source.base, base)
+    if folder is not None:
+        check_weight_files(folder)
+    with quiet_transformers(), readable(source.base):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             source.base,
-            revision=revision,
+            revision=base,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             quantization_config=make_quantization(quantization_config, dtype),
             num_labels=1,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another number of labels
-        raise InputError(f"no weights could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
+    check_report(source.base, model, report, may_lack_head=True)
     set_pad(model, tokenizer)
+    check_finite(model, source.base)
     if source.adapter:
-        return PeftModel.from_pretrained(model, source.adapter)
-    return add_adapter(model, lora, task_type=TASK_TYPE) if lora is not None else model
+        adapted = load_adapter(model, source.adapter)
+        check_finite(adapted, source.adapter)
+        return adapted
+    if lora is None:
+        return model
+    return add_adapter(model, lora, task_type=TASK_TYPE, revision=commit_of(source.base, revision))

@@ -52,10 +52,11 @@ def test_generate_works_with_and_without_the_stop(exports: Path, form: str) -> N
     assert tokenizer.decode(output[0]) == text + ANSWER
 
 
+@pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_transformers_chat_script_answers(
-    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
-    script = exports / "merged" / "serving" / "transformers_chat.py"
+    script = exports / form / "serving" / "transformers_chat.py"
     monkeypatch.setattr(sys, "argv", [str(script), QUESTION[0]["content"]])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip() == ANSWER.strip().removesuffix(STOP).strip()

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.adapter_scales import largest_rank
 from rekatrain.trainer.export.serving import MAX_RANKS
-from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.model_source import base_revision, find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
@@ -58,8 +59,9 @@ def server_command(
     """Return the arguments and the environment variables of a server that fits the recipe's run."""
     longest = max(len(prompt.ids) for prompt in setup.prompts) + setup.config.max_completion_length
     dtype = "bfloat16" if setup.config.bf16 else recipe.model.get("dtype", "bfloat16")
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
     options: dict[str, object] = {
-        "model": find_source(recipe.model["pretrained_model_name_or_path"]).base,
+        "model": source.base,
         "host": host,
         "port": port,
         "dtype": dtype,
@@ -71,8 +73,8 @@ def server_command(
     }
     if listed := num_listed(setup.config, setup.tokenizer):
         options["max-logprobs"] = listed
-    if recipe.model.get("revision"):
-        options["revision"] = recipe.model["revision"]
+    if revision := base_revision(source, recipe.model.get("revision")):
+        options |= {"revision": revision, "tokenizer-revision": revision}
     if setup.config.vllm_weight_transfer == "nccl":
         options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
     flags = []
@@ -83,7 +85,7 @@ def server_command(
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if recipe.lora is not None:
         check_adapter(recipe.lora)
-        rank = int(recipe.lora.get("r", 8))
+        rank = largest_rank(recipe.lora)
         flags.append("--enable-lora")
         options |= {"max-lora-rank": min(size for size in MAX_RANKS if size >= rank), "max-loras": 1}
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
@@ -97,5 +99,7 @@ def check_adapter(lora: Mapping[str, object]) -> None:
             raise InputError(f"lora.{key} is not supported for rollouts by vLLM, which loads plain LoRA: remove it")
     if lora.get("bias", "none") != "none":
         raise InputError(f"lora.bias {lora['bias']} is not supported for rollouts by vLLM: set it to none")
-    if int(str(lora.get("r", 8))) > max(MAX_RANKS):
-        raise InputError(f"lora.r {lora['r']} is more than vLLM serves: set it to at most {max(MAX_RANKS)}")
+    if largest_rank(lora) > max(MAX_RANKS):
+        raise InputError(
+            f"lora: rank {largest_rank(lora)} is more than vLLM serves: set it to at most {max(MAX_RANKS)}"
+        )

@@ -22,6 +22,7 @@ from peft import PeftModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.models.endpoint import Json
+from rekatrain.trainer.adapter_scales import fold_scales
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
@@ -151,6 +152,8 @@ def publish(
     if accelerator.is_main_process:
         older = list(served.glob("*")) if served.exists() else []
         policy.save_pretrained(str(folder), state_dict=state)
+        if isinstance(policy, PeftModel):
+            fold_scales(folder)
         for path in older:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
