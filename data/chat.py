@@ -11,7 +11,8 @@ the loss mask is made where the ids are made, and sampled ids are never tokenize
 `tests/data/test_chat.py` compares the format with golden vectors of the published template.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
@@ -30,6 +31,7 @@ GENERATION_PROMPT = "assistant:"
 # The model card fixes the tags. The white space after the closing tag is not published, hence one constant.
 AFTER_REASONING = "\n\n"
 IGNORED_LABEL = -100
+_INDENTATION = re.compile(r"(?:\A|[\r\n])([ \t]+)\Z")
 
 EndOfTurn = Literal["sep", "sep_eos", "eos"]
 
@@ -167,13 +169,6 @@ def neutralize_messages(messages: Sequence[Message]) -> list[Message]:
     return neutral
 
 
-def assistant_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield the conversation up to and including each assistant turn: one training row per assistant turn."""
-    for end, message in enumerate(messages, start=1):
-        if message["role"] == "assistant":
-            yield list(messages[:end])
-
-
 def answers_only(messages: Sequence[Message]) -> list[Message]:
     """Return the conversation with only the answer of each assistant turn, as a client stores it for the next turn.
 
@@ -186,9 +181,16 @@ def answers_only(messages: Sequence[Message]) -> list[Message]:
 
 
 def split_turn(message: Message) -> tuple[str | None, str]:
-    """Return reasoning and answer of a stored assistant turn, whose reasoning may be in either field."""
+    """Return reasoning and answer of a stored assistant turn, whose reasoning may be in either field.
+
+    White space around the answer is removed, except an indentation of its first line: a tab, or two or more spaces.
+    """
     # Not parse_completion: in a stored turn `<|endoftext|>` is text like any other.
-    inline, answer = _split_body(message["content"])
+    content = message["content"].rstrip()
+    inline, answer = _split_body(content)
+    indentation = _INDENTATION.search(content, 0, len(content) - len(answer)) if answer else None
+    if indentation and indentation[1] != " ":  # one space is the one after `assistant:`, stored with the answer
+        answer = indentation[1] + answer
     return (message.get("reasoning_content") or "").strip() or inline or None, answer
 
 

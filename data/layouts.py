@@ -6,67 +6,68 @@ Every layout is a pure function from one record to a Row. `data/README.md` shows
 import re
 from collections.abc import Callable
 
-from rekatrain.data.chat import Message, check_messages, neutralize_messages
+from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
 from rekatrain.data.records import (
+    PROMPT_KEYS,
+    SYSTEM_KEYS,
     Record,
+    add_system,
     assistant_message,
     instruction_messages,
+    number_as_text,
     other_columns,
     prompt_messages,
-    read_messages,
     read_optional_text,
     read_text,
-    read_turns,
 )
 from rekatrain.data.rows import Row
+from rekatrain.data.turns import DEFAULT, TOOL_LISTS, TurnOptions, read_prompt, read_turns, tool_definitions
 
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-}
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
-def messages_row(record: Record) -> Row:
+def messages_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
     """Row of `messages`: a list of {role, content} and, for an assistant, an optional reasoning_content."""
-    return Row(messages=read_messages(record, "messages"), columns=other_columns(record, "messages"))
+    return _conversation_row(record, "messages", options)
 
 
-def prompt_answer_row(record: Record) -> Row:
-    """Row of `prompt` with optional `answer`, `reasoning` and `system`; the answer is also a column, as text."""
-    columns = other_columns(record, "prompt", "answer", "reasoning", "system")
-    messages = prompt_messages(record, read_text(record, "prompt"))
-    reasoning = read_optional_text(record, "reasoning")
-    if record.get("answer") is None:
+def sharegpt_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
+    """Row of `conversations`: a list of {from, value}."""
+    return _conversation_row(record, "conversations", options)
+
+
+def prompt_answer_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
+    """Row of `prompt` with optional `answer`, `reasoning`, `system` and `history`.
+
+    The answer is also a column, as text. A list of answers is a column of texts, and the first one is the reference.
+    """
+    columns = other_columns(record, "prompt", "answer", "reasoning", *PROMPT_KEYS)
+    messages, trains = read_prompt(record, options)
+    reasoning, answer = read_optional_text(record, "reasoning"), record.get("answer")
+    if answer is None:
         if reasoning:
             raise InputError("there is reasoning but no answer: add the answer, or remove the reasoning")
-        return Row(messages=messages, columns=columns)
-    answer = _number_as_text(record["answer"]) or read_text(record, "answer")
-    return Row(messages=[*messages, assistant_message(answer, reasoning)], columns={**columns, "answer": answer})
-
-
-def sharegpt_row(record: Record) -> Row:
-    """Row of `conversations`: a list of {from, value}, where `from` is one of SHAREGPT_ROLES."""
-    messages: list[Message] = []
-    for number, turn in enumerate(read_turns(record, "conversations", required=("from", "value")), start=1):
-        if turn["from"] not in SHAREGPT_ROLES:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise InputError(f"message {number} is from {turn['from']!r}, which is not one of {known}")
-        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
-    return Row(messages=messages, columns=other_columns(record, "conversations"))
+        return Row(messages=messages, trains=trains, columns=columns)
+    answers = answer if isinstance(answer, list) and answer else [answer]
+    texts = [number_as_text(one) or read_text({"answer": one}, "answer") for one in answers]
+    return Row(
+        messages=[*messages, assistant_message(texts[0], reasoning)],
+        trains=[*trains, True],
+        columns={**columns, "answer": texts if isinstance(answer, list) else texts[0]},
+    )
 
 
 def alpaca_row(record: Record) -> Row:
-    """Row of `instruction`, `output` and optional `input` and `system`; a blank line joins instruction and input."""
+    """Row of `instruction`, `output` and optional `input`, `reasoning`, `system` and `history`.
+
+    A blank line joins instruction and input.
+    """
+    answer = assistant_message(read_text(record, "output"), read_optional_text(record, "reasoning"))
     return Row(
-        messages=[*instruction_messages(record), assistant_message(read_text(record, "output"))],
-        columns=other_columns(record, "instruction", "input", "output", "system"),
+        messages=[*instruction_messages(record), answer],
+        columns=other_columns(record, "instruction", "input", "output", "reasoning", *PROMPT_KEYS),
     )
 
 
@@ -82,8 +83,8 @@ def gsm8k_row(record: Record) -> Row:
         raise InputError("answer must end with '####' and the final answer, as in '#### 42'")
     reasoning = _CALCULATOR_ANNOTATION.sub("", solution).strip()
     return Row(
-        messages=[{"role": "user", "content": read_text(record, "question")}, assistant_message(answer, reasoning)],
-        columns={**other_columns(record, "question", "answer"), "answer": answer},
+        messages=[*prompt_messages(record, read_text(record, "question")), assistant_message(answer, reasoning)],
+        columns={**other_columns(record, "question", "answer", *PROMPT_KEYS), "answer": answer},
     )
 
 
@@ -96,33 +97,21 @@ def reasoning_gym_row(task: str, entry: Record) -> Row:
     return Row(messages=messages, columns=columns)
 
 
-LAYOUTS: dict[str, Callable[[Record], Row]] = {
+# Layouts with turns take the options of turns, too.
+LAYOUTS: dict[str, Callable[[Record], Row]] = {"alpaca": alpaca_row, "gsm8k": gsm8k_row}
+TURN_LAYOUTS: dict[str, Callable[[Record, TurnOptions], Row]] = {
     "messages": messages_row,
-    "prompt_answer": prompt_answer_row,
     "sharegpt": sharegpt_row,
-    "alpaca": alpaca_row,
-    "gsm8k": gsm8k_row,
+    "prompt_answer": prompt_answer_row,
 }
 
 
-def finish_messages(messages: list[Message], *, system: str | None, neutralize: bool) -> list[Message]:
-    """Return checked messages, with `system` where they have no system message.
-
-    With `neutralize`, text that would forge a turn is broken by a space; otherwise it raises InputError.
-    """
-    if system is not None and all(message["role"] != "system" for message in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    if neutralize:
-        messages = neutralize_messages(messages)
-    check_messages(messages)
-    for number, message in enumerate(messages, start=1):
-        try:
-            "".join([message["role"], message["content"], message.get("reasoning_content", "")]).encode()
-        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair, which no tokenizer accepts
-            raise InputError(f"message {number} holds half a surrogate pair, which is not text: remove it") from error
-    return messages
-
-
-def _number_as_text(value: object) -> str | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else None
+def _conversation_row(record: Record, key: str, options: TurnOptions) -> Row:
+    turns = read_turns(record, key, options)
+    messages = add_system(record, turns.messages, tool_definitions(record, options))
+    return Row(
+        messages=messages,
+        # A system message put in front is not trained.
+        trains=turns.trains and [*[False] * (len(messages) - len(turns.messages)), *turns.trains],
+        columns=other_columns(record, key, *SYSTEM_KEYS, *TOOL_LISTS),
+    )

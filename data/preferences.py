@@ -11,30 +11,35 @@ from collections.abc import Callable
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
 from rekatrain.data.records import (
+    PROMPT_KEYS,
+    SYSTEM_KEYS,
     Record,
+    add_system,
     assistant_message,
     field_error,
     instruction_messages,
     other_columns,
     prompt_messages,
-    read_messages,
     read_text,
 )
 from rekatrain.data.rows import Row
+from rekatrain.data.turns import DEFAULT, TurnOptions, holds_turns, read_messages
 
 SIDES = ("chosen", "rejected")
 _HH_SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def preference_row(record: Record) -> Row:
+def preference_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
     """Row of `chosen` and `rejected`, each text or messages, with optional `prompt`, `system` and `margin`.
 
     Text, or a single assistant message, is an answer to `prompt`, which is text or messages. Longer messages are whole
     conversations, and must hold the `prompt` if there is one.
     """
-    prompt = _prompt(record)
-    return _row(record, "prompt", "system", **{side: _conversation(record, side, prompt) for side in SIDES})
+    prompt = _prompt(record, options)
+    sides = {side: _conversation(record, side, prompt, options) for side in SIDES}
+    has_history = isinstance(prompt, str) and not any(holds_turns(record[side]) for side in SIDES)
+    return _row(record, "prompt", *(PROMPT_KEYS if has_history else SYSTEM_KEYS), **sides)
 
 
 def alpaca_preference_row(record: Record) -> Row:
@@ -44,7 +49,7 @@ def alpaca_preference_row(record: Record) -> Row:
     """
     prompt = instruction_messages(record)
     answered = {side: [*prompt, assistant_message(read_text(record, side))] for side in SIDES}
-    return _row(record, "instruction", "input", "system", "output", **answered)
+    return _row(record, "instruction", "input", "output", *PROMPT_KEYS, **answered)
 
 
 def hh_row(record: Record) -> Row:
@@ -56,26 +61,27 @@ def hh_row(record: Record) -> Row:
     return _row(record, **{side: _hh_dialogue(record, side) for side in SIDES})
 
 
+PREFERENCE_TURN_LAYOUTS: dict[str, Callable[[Record, TurnOptions], Row]] = {"preference": preference_row}
 PREFERENCE_LAYOUTS: dict[str, Callable[[Record], Row]] = {
-    "preference": preference_row,
     "alpaca_preference": alpaca_preference_row,
     "hh": hh_row,
 }
 
 
-def _prompt(record: Record) -> list[Message] | str | None:
+def _prompt(record: Record, options: TurnOptions) -> list[Message] | str | None:
     """Return `prompt`: messages, text, or None where it is missing."""
     prompt = record.get("prompt")
     if prompt is None:
         return None
-    if isinstance(prompt, list):
-        return read_messages(record, "prompt")
+    if holds_turns(prompt):
+        return read_messages(record, "prompt", options)
     return read_text(record, "prompt")
 
 
-def _conversation(record: Record, side: str, prompt: list[Message] | str | None) -> list[Message]:
-    if isinstance(record.get(side), list):
-        turns = read_messages(record, side)
+def _conversation(record: Record, side: str, prompt: list[Message] | str | None, options: TurnOptions) -> list[Message]:
+    answer = record.get(side)
+    if holds_turns(answer) or isinstance(answer, list):
+        turns = read_messages(record, side, options)
         if turns[0]["role"] != "assistant":
             holds_prompt = (
                 prompt is None
@@ -84,7 +90,7 @@ def _conversation(record: Record, side: str, prompt: list[Message] | str | None)
             )
             if not holds_prompt:
                 raise InputError(f"{side} is a whole conversation that does not hold the prompt: correct one of them")
-            return turns
+            return add_system(record, turns)
     else:
         turns = [assistant_message(read_text(record, side))]
     if prompt is None:
@@ -92,7 +98,8 @@ def _conversation(record: Record, side: str, prompt: list[Message] | str | None)
             f"{side} is an answer and there is no prompt: set columns to the prompt's key, or format to hh for "
             "dialogues in one text"
         )
-    return [*(prompt_messages(record, prompt) if isinstance(prompt, str) else prompt), *turns]
+    before = prompt_messages(record, prompt) if isinstance(prompt, str) else add_system(record, prompt)
+    return [*before, *turns]
 
 
 def _hh_dialogue(record: Record, side: str) -> list[Message]:

@@ -4,6 +4,7 @@ A record is one object as a file or a dataset holds it. A null counts as a missi
 datasets write one for each absent field.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,17 @@ from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
 
 Record = Mapping[str, Any]  # Any: a JSON value, not yet checked
+
+SYSTEM_KEYS = ("system", "system_prompt")
+PROMPT_KEYS = (*SYSTEM_KEYS, "history")  # used by `prompt_messages`
+WEIGHT_KEYS = ("weight", "sample_weight", "loss_weight")
+# Fields by which other tools change the prompt or the loss. A layout that does not use one rejects the row.
+SHAPING_KEYS = frozenset(
+    (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs", *WEIGHT_KEYS, "loss_mask")
+    + ("image", "images", "video", "videos", "audio", "audios")
+)
+# Arguments of reward functions: a column of that name would replace what the policy wrote.
+RESERVED_COLUMNS = frozenset(("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"))
 
 
 def rename_keys(record: Record, columns: Mapping[str, str]) -> Record:
@@ -62,45 +74,36 @@ def read_texts(record: Record, key: str) -> list[str]:
     return texts
 
 
-def read_turns(
-    record: Record, key: str, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> list[dict[str, str]]:
-    """Return the turns under `key` without their nulls.
+def read_system(record: Record) -> str | None:
+    """Return the text under `system` or `system_prompt`, or None. Raise InputError where the two differ."""
+    texts = {key: text for key in SYSTEM_KEYS if (text := read_optional_text(record, key))}
+    if len(set(texts.values())) > 1:
+        raise InputError("the row has both 'system' and 'system_prompt', and they differ: remove one of them")
+    return next(iter(texts.values()), None)
 
-    Raises InputError unless each turn has the required keys, no unknown keys and only text as values.
+
+def add_system(record: Record, messages: list[Message], tools: str | None = None) -> list[Message]:
+    """Return messages with the record's system message, if it has one, and `tools` as a further paragraph of it.
+
+    Raises InputError where the messages have another system message.
     """
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise field_error(record, key, "a list with at least one message")
-    checked = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            expected = " and ".join(required)
-            raise InputError(f"message {number} must be an object with {expected}, not {_type_name(turn)}")
-        present = {name: value for name, value in turn.items() if value is not None}
-        # A tool call or a loss weight left out in silence would train something else than the row says.
-        unknown = [name for name in present if name not in (*required, *optional)]
-        if unknown:
-            known = ", ".join(required + optional)
-            raise InputError(f"message {number} has the unknown key {unknown[0]!r}; it may have {known}")
-        for name in (*required, *optional):
-            if (name in required or name in present) and not isinstance(present.get(name), str):
-                raise InputError(f"message {number}: {name} must be text, not {_type_name(present.get(name))}")
-        checked.append(present)
-    return checked
-
-
-def read_messages(record: Record, key: str) -> list[Message]:
-    """Return the messages under `key`: objects with role, content and an optional reasoning_content."""
-    turns = read_turns(record, key, required=("role", "content"), optional=("reasoning_content",))
-    return [{**turn} for turn in turns]  # type: ignore[typeddict-item]  # keys checked by read_turns
+    system, first = read_system(record), messages[0]
+    own = first["content"] if first["role"] == "system" else None
+    if system and own is not None and own != system:
+        raise InputError("the row has a system message, and another text under 'system': remove one of them")
+    text = own if own is not None else system
+    if tools:
+        text = f"{text}\n\n{tools}" if text else tools
+    if text is None or text == own:
+        return messages
+    return [{"role": "system", "content": text}, *(messages if own is None else messages[1:])]
 
 
 def prompt_messages(record: Record, prompt: str) -> list[Message]:
-    """Return `prompt` as a user message, after a system message where the record has `system`."""
-    system = read_optional_text(record, "system")
+    """Return `prompt` as a user message, after the record's system message and its `history`, if it has them."""
+    system = read_system(record)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": prompt}]
+    return [*messages, *_read_history(record), {"role": "user", "content": prompt}]
 
 
 def instruction_messages(record: Record) -> list[Message]:
@@ -116,9 +119,31 @@ def assistant_message(answer: str, reasoning: str | None = None) -> Message:
     return {"role": "assistant", "content": answer, "reasoning_content": reasoning}
 
 
+def number_as_text(value: object) -> str | None:
+    """Return a number as text, and None for any other value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else None
+
+
 def other_columns(record: Record, *used: str) -> dict[str, Any]:
-    """Return the columns of a row: all fields of the record except those under the keys `used`."""
-    return {key: value for key, value in record.items() if key not in used}
+    """Return the columns of a row: all fields of the record except those under the keys `used`.
+
+    Raises InputError for a field that shapes the prompt or the loss and that the layout does not use, and for a column
+    with the name of an argument that reward functions receive.
+    """
+    columns = {key: value for key, value in record.items() if key not in used}
+    for key, value in columns.items():
+        if key in SHAPING_KEYS and value not in (None, "", "[]", [], {}) and not (key in WEIGHT_KEYS and value == 1):
+            raise InputError(
+                f"the row has {key!r}, which this format does not use and which shapes the prompt or the loss: "
+                f"remove it, or make it a column of another name: columns: {{other_{key}: {key}}}"
+            )
+        if key in RESERVED_COLUMNS:
+            raise InputError(
+                f"the row has {key!r}, a name that reward functions receive from the trainer: give the column another "
+                f"name: columns: {{other_{key}: {key}}}"
+            )
+    return columns
 
 
 def field_error(record: Record, key: str, expected: str) -> InputError:
@@ -126,12 +151,29 @@ def field_error(record: Record, key: str, expected: str) -> InputError:
     if record.get(key) is None:
         keys = _list_keys(record)
         return InputError(f"there is no {key!r}; the row has {keys}: set format or columns to match the file")
-    return InputError(f"{key} must be {expected}, not {_type_name(record[key])}")
+    return InputError(f"{key} must be {expected}, not {type_name(record[key])}")
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """Return the type of a value as messages name it."""
     name = type(value).__name__
     return {"NoneType": "missing", "list": "a list", "dict": "an object"}.get(name, name)
+
+
+def _read_history(record: Record) -> list[Message]:
+    """Return the earlier turns under `history`: pairs of a question and an answer."""
+    history = record.get("history") or []
+    if isinstance(history, str):
+        try:
+            history = json.loads(history)
+        except ValueError as error:
+            raise InputError("history must be a list of pairs [question, answer], or the JSON text of one") from error
+    messages: list[Message] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise InputError(f"history must be a list of pairs [question, answer], not of {pair!r}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
 
 
 def _list_keys(record: Record) -> str:

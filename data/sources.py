@@ -5,49 +5,23 @@ the file and line of a bad row. Nothing is unpickled, and code that comes with a
 """
 
 import dataclasses
-import difflib
-import gzip
-import json
 import logging
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from rekatrain.data.errors import InputError
-from rekatrain.data.layouts import LAYOUTS, finish_messages, reasoning_gym_row
-from rekatrain.data.preferences import PREFERENCE_LAYOUTS
-from rekatrain.data.records import rename_keys
-from rekatrain.data.rows import Row
-from rekatrain.data.task_layouts import TASK_LAYOUTS
+from rekatrain.data.errors import InputError, first_line
+from rekatrain.data.files import Located, find_files, is_local, read_file
+from rekatrain.data.finish import FinishOptions, ForgedTurns, finish_row, unread_tags
+from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
+from rekatrain.data.layouts import reasoning_gym_row
+from rekatrain.data.oasst import read_threads
+from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_entries
+from rekatrain.data.rows import BadRows, LongRows, Row, Source
+from rekatrain.data.turns import OUR_ROLES, ToolTurns, TurnOptions
 
 logger = logging.getLogger(__name__)
-
-Format = Literal[
-    "messages",
-    "prompt_answer",
-    "sharegpt",
-    "alpaca",
-    "gsm8k",
-    "mbpp",
-    "humaneval",
-    "svamp",
-    "multiple_choice",
-    "fill_in",
-    "preference",
-    "alpaca_preference",
-    "hh",
-]
-BadRows = Literal["refuse", "skip"]
-ForgedTurns = Literal["refuse", "neutralize"]
-
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-PROCEDURAL_PREFIX = "reasoning_gym:"
-
-# The origin of a record ("train.jsonl:17") and the record: a parsed value, or the unparsed bytes of a .jsonl line.
-Located = tuple[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,143 +37,153 @@ class LoadedRows:
 
 
 def load_rows(
-    path: str,
+    path: str | list[str],
     *,
     format: Format | None = None,
     columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    tool_turns: ToolTurns | None = None,
+    reasoning_tags: list[str] | None = None,
     name: str | None = None,
     split: str | None = None,
     revision: str | None = None,
     system: str | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
+    long_rows: LongRows | None = None,
     forged_turns: ForgedTurns = "refuse",
     size: int | None = None,
     seed: int | None = None,
     task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has its own options
 ) -> LoadedRows:
-    """Load and check the rows of a local file, a Hugging Face dataset or a reasoning_gym task.
+    """Load and check the rows of local files, a Hugging Face dataset or a reasoning_gym task.
 
-    path:         a .jsonl, .jsonl.gz, .json or .parquet file; `reasoning_gym:<task>`; otherwise a dataset of the hub
+    path:         a file, a folder, a pattern such as `data/*.jsonl.zst`, or a list of those (`files.FILE_SUFFIXES`);
+                  `reasoning_gym:<task>`; otherwise a dataset of the hub
     format:       layout of a file's or a dataset's records; None means messages
     columns:      mapping from our key to the key in the file or dataset
+    roles:        mapping from a role in the file to ours: system, user, assistant, tool, tool_call
+    tool_turns:   "refuse" (None means this) makes a row with tool turns a bad row; "literal" writes them as text
+    reasoning_tags: opening and closing tag of the reasoning in an answer, and optionally those of the answer after it
     name, split, revision: arguments of `datasets.load_dataset`, for a dataset; split None means train
     system:       text of a system message for rows that have none
     limit:        number of good rows to load; None loads all
     bad_rows:     "refuse" raises InputError for the first bad row; "skip" leaves bad rows out and logs a warning
+    long_rows:    what the stage does with a row that is too long: "refuse", "skip" or "truncate" at a turn's end; None
+                  means as bad_rows
     forged_turns: "refuse" makes a row with a literal `<sep>` a bad row; "neutralize" breaks the `<sep>` by a space
     size, seed, task: number of rows (None means 1000), seed (None means 0) and options of a reasoning_gym task
 
     Raises InputError where an option does not apply to the kind of path, where the source cannot be read, and where no
     good row is left.
     """
-    _check_choice("format", format or "messages", get_args(Format))
-    _check_choice("bad_rows", bad_rows, get_args(BadRows))
-    _check_choice("forged_turns", forged_turns, get_args(ForgedTurns))
+    check_choice("format", format or "messages", get_args(Format))
+    check_choice("bad_rows", bad_rows, get_args(BadRows))
+    check_choice("long_rows", long_rows or "refuse", get_args(LongRows))
+    check_choice("forged_turns", forged_turns, get_args(ForgedTurns))
+    check_choice("tool_turns", tool_turns or "refuse", get_args(ToolTurns))
     _check_count("limit", limit)
     _check_count("size", size)
     _check_count("seed", seed, at_least=0)
-    if system is not None and not system.strip():
-        raise InputError("system is empty: write a text, or remove it")
-    if columns is not None and not all(isinstance(key, str) for key in (*columns.keys(), *columns.values())):
-        raise InputError(f"columns must map our keys to keys of the file, all of them text, but it is {dict(columns)}")
+    _check_texts(system, columns, roles, reasoning_tags)
 
+    title = path if isinstance(path, str) else ", ".join(path)
     for_dataset: dict[str, object] = {"name": name, "split": split, "revision": revision}
-    for_layout: dict[str, object] = {"format": format, "columns": columns}
+    for_turns: dict[str, object] = {"roles": roles, "tool_turns": tool_turns}
+    for_layout: dict[str, object] = {"format": format, "columns": columns, **for_turns}
     for_task: dict[str, object] = {"size": size, "seed": seed, "task": task}
-    if path.startswith(PROCEDURAL_PREFIX):
-        _reject_options(path, "a procedural task", for_dataset | for_layout)
-        records: Iterator[Located] = _generate_entries(path, size or 1000, seed or 0, task or {})
+    if isinstance(path, str) and path.startswith(PROCEDURAL_PREFIX):
+        _reject_options(title, "a procedural task", for_dataset | for_layout)
+        records: Iterator[Located] = generate_entries(path, size or 1000, seed or 0, task or {})
         to_row: Callable[[Any], Row] = partial(reasoning_gym_row, path.removeprefix(PROCEDURAL_PREFIX))
     else:
-        if path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or Path(path).is_file():
-            _reject_options(path, "a local file", for_dataset | for_task)
-            records = _read_file(path)
-        else:
-            _reject_options(path, "a Hugging Face dataset", for_task)
+        if isinstance(path, str) and not is_local(path):
+            _reject_options(title, "a Hugging Face dataset", for_task)
             records = _read_dataset(path, name, split or "train", revision)
-        to_row = partial(_lay_out, (LAYOUTS | TASK_LAYOUTS | PREFERENCE_LAYOUTS)[format or "messages"], columns or {})
+        else:
+            _reject_options(title, "a local file", for_dataset | for_task)
+            records = _read_files([path] if isinstance(path, str) else path)
+        layout = format or "messages"
+        if layout not in TURN_FORMATS:
+            _reject_options(f"format {layout}", "a format without turns", for_turns)
+        if layout == "oasst":
+            records = read_threads(records)
+        to_row = partial(
+            lay_out, layout, columns or {}, TurnOptions(roles=roles or {}, tool_turns=tool_turns or "refuse")
+        )
 
+    source = Source(bad_rows=bad_rows, long_rows=long_rows or bad_rows)
+    finishing = FinishOptions(system=system, forged_turns=forged_turns, reasoning_tags=reasoning_tags)
     rows: list[Row] = []
     skipped: list[str] = []
     for where, record in records:
         try:
-            row = to_row(record)
-            finish = partial(finish_messages, system=system, neutralize=forged_turns == "neutralize")
-            messages, rejected = finish(row.messages), row.rejected and finish(row.rejected)
+            row = finish_row(to_row(record), finishing)
         except InputError as error:
             message = f"{where}: {error}"
             if bad_rows == "refuse":
                 raise InputError(message) from error
             skipped.append(message)
             continue
-        rows.append(dataclasses.replace(row, messages=messages, rejected=rejected, where=where))
+        rows.append(dataclasses.replace(row, source=source, where=where))
         if len(rows) == limit:
             break
     if skipped:
-        logger.warning("%s: %d bad rows skipped; the first: %s", path, len(skipped), skipped[0])
+        logger.warning("%s: %d bad rows skipped; the first: %s", title, len(skipped), skipped[0])
     if not rows:
-        raise InputError(f"{path} has no good row" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
+        raise InputError(f"{title} has no good row" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
+    _warn_of_tags(title, rows)
     return LoadedRows(rows=rows, skipped=skipped)
 
 
-def _lay_out(layout: Callable[[Mapping[str, Any]], Row], columns: Mapping[str, str], record: object) -> Row:
-    if isinstance(record, bytes):
-        record = _parse_json(record)
-    if not isinstance(record, dict):
-        raise InputError(f"a row must be a JSON object, not {type(record).__name__}")
-    return layout(rename_keys(record, columns))
-
-
-def _read_file(path: str) -> Iterator[Located]:
-    file = Path(path).expanduser()
-    if not path.endswith(FILE_SUFFIXES):
-        raise InputError(f"{path} is not a {', '.join(FILE_SUFFIXES)} file")
-    if not file.is_file():
-        raise InputError(f"{path} does not exist or is not a file; a relative path starts at {Path.cwd()}")
-    read = _read_parquet if path.endswith(".parquet") else _read_json if path.endswith(".json") else _read_lines
-    try:
-        for number, record in read(file):
-            yield f"{path}:{number}", record
-    # gzip raises the last two for a damaged file; the errors of pyarrow and of decoders are ValueErrors.
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    # Read as bytes: a badly encoded line is then one bad row, and only a line feed ends a line.
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line
-
-
-def _read_json(file: Path) -> Iterable[tuple[int, object]]:
-    records = _parse_json(file.read_bytes())
-    if not isinstance(records, list):
-        raise InputError(
-            f"it must hold a list of rows, not {type(records).__name__}; a file with one row per line is .jsonl"
+def _warn_of_tags(title: str, rows: Sequence[Row]) -> None:
+    tagged, tags = unread_tags(rows)
+    if tagged:
+        logger.warning(
+            "%s: %d of %d rows have %s in an answer, first %s; it is trained as text of the answer. To read it as "
+            "reasoning: reasoning_tags: [%s]",
+            title,
+            len(tagged),
+            len(rows),
+            tags[0],
+            tagged[0].where,
+            ", ".join(f'"{tag}"' for tag in tags),
         )
-    return enumerate(records, start=1)
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
-    # Imported here, as are datasets and reasoning_gym below: importing `data` must stay fast and free of torch.
-    from pyarrow.parquet import ParquetFile
+def _read_files(paths: Sequence[str]) -> Iterator[Located]:
+    for path in paths:
+        if not is_local(path):
+            raise InputError(f"{path} is no local file: a list under path holds files, folders and patterns alone")
+    for file in [file for path in paths for file in find_files(path)]:
+        yield from read_file(file)
 
-    with ParquetFile(file) as table:
-        records = (record for batch in table.iter_batches() for record in batch.to_pylist())
-        yield from enumerate(records, start=1)
 
-
-def _parse_json(text: bytes) -> object:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        # The parser counts lines within its text, so its line 1 would contradict the line number in the file.
-        raise InputError(f"it is not valid JSON: {str(error).replace('line 1 ', '')}") from error
+def _check_texts(
+    system: str | None,
+    columns: Mapping[str, str] | None,
+    roles: Mapping[str, str] | None,
+    reasoning_tags: Sequence[str] | None,
+) -> None:
+    if system is not None and not system.strip():
+        raise InputError("system is empty: write a text, or remove it")
+    if columns is not None and not all(isinstance(key, str) for key in (*columns.keys(), *columns.values())):
+        raise InputError(f"columns must map our keys to keys of the file, all of them text, but it is {dict(columns)}")
+    for role, ours in (roles or {}).items():
+        if ours not in OUR_ROLES:
+            raise InputError(
+                f"roles maps {role!r} to {ours!r}, which is not one of {', '.join(OUR_ROLES)}: write the role of the "
+                "file first, such as roles: {bing: assistant}"
+            )
+    if reasoning_tags is not None and (
+        len(reasoning_tags) not in (2, 4)
+        or len(set(reasoning_tags)) != len(reasoning_tags)
+        or not all(isinstance(tag, str) and tag.strip() for tag in reasoning_tags)
+    ):
+        raise InputError(
+            f"reasoning_tags must be an opening and a closing tag, and may add those of the answer, but it is "
+            f"{list(reasoning_tags)}"
+        )
 
 
 def _read_dataset(path: str, name: str | None, split: str, revision: str | None) -> Iterator[Located]:
@@ -208,29 +192,9 @@ def _read_dataset(path: str, name: str | None, split: str, revision: str | None)
     try:
         dataset = datasets.load_dataset(path, name, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"the dataset {path!r} could not be loaded: {_first_line(error)}") from error
+        raise InputError(f"the dataset {path!r} could not be loaded: {first_line(error)}") from error
     for number, record in enumerate(dataset, start=1):
         yield f"{path}:{number}", record
-
-
-def _generate_entries(path: str, size: int, seed: int, options: Mapping[str, Any]) -> Iterator[Located]:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    task = path.removeprefix(PROCEDURAL_PREFIX)
-    _check_choice("reasoning_gym task", task, sorted(DATASETS))
-    _, config = DATASETS[task]
-    known = [field.name for field in dataclasses.fields(config) if field.name not in ("size", "seed")]
-    for option in options:
-        if option in ("size", "seed"):
-            raise InputError(f"task: {option} is a key of the dataset section: write it beside task, not inside it")
-        _check_choice(f"option of the reasoning_gym task {task}", option, known)
-    try:
-        entries = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # each task has its own checks
-        raise InputError(f"{path} does not accept task: {dict(options)}: {_first_line(error)}") from error
-    for index in range(size):
-        yield f"{path}[{index}]", entries[index]
 
 
 def _reject_options(path: str, kind: str, options: Mapping[str, object]) -> None:
@@ -239,17 +203,6 @@ def _reject_options(path: str, kind: str, options: Mapping[str, object]) -> None
         raise InputError(f"{path} is {kind}: remove {', '.join(names)}, which cannot apply to it")
 
 
-def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "there are none"
-        raise InputError(f"{key} {value!r} is not known; {hint}")
-
-
 def _check_count(key: str, value: object, at_least: int = 1) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < at_least):
         raise InputError(f"{key} must be a whole number of at least {at_least}, not {value!r}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
-from rekatrain.data.records import Record, assistant_message, read_text, read_texts
+from rekatrain.data.records import Record, assistant_message, other_columns, read_text, read_texts
 from rekatrain.data.rows import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,6 +24,7 @@ REFERS_TO_OTHERS = re.compile(
     r"|\b(?:both|neither|either)\b.*\b[A-Z]\b|^\W*[A-Z]\W*(?:and|or|&)\W*[A-Z]\W*$",
     re.IGNORECASE,
 )
+CHOICE_KEYS = ("question", "choices", "answer")
 MAX_FILL_IN = 40  # characters; a longer answer has too many correct wordings to compare with
 
 
@@ -38,7 +39,10 @@ def mbpp_row(record: Record) -> Row:
     prompt = f"{read_text(record, 'text')}\nYour code should pass this test:\n{asserts[0]}"
     return Row(
         messages=_conversation(prompt, f"```python\n{read_text(record, 'code').strip()}\n```"),
-        columns={"tests": {"asserts": asserts, "setup": record.get("test_setup_code") or ""}},
+        columns={
+            **other_columns(record, "text", "code", "test_list", "test_setup_code", "challenge_test_list"),
+            "tests": {"asserts": asserts, "setup": record.get("test_setup_code") or ""},
+        },
     )
 
 
@@ -51,11 +55,12 @@ def humaneval_row(record: Record) -> Row:
             f"```python\n{prompt}{read_text(record, 'canonical_solution')}```",
         ),
         columns={
+            **other_columns(record, "prompt", "canonical_solution", "test", "entry_point"),
             "tests": {
                 "asserts": [f"{read_text(record, 'test')}\ncheck({entry_point})"],
                 "prefix": prompt,
                 "entry_point": entry_point,
-            }
+            },
         },
     )
 
@@ -68,7 +73,8 @@ def svamp_row(record: Record) -> Row:
     text = f"{answer:g}" if float(f"{answer:g}") == answer else str(answer)
     body = read_text(record, "Body").strip()
     prompt = f"{body}{'' if body.endswith(('.', '!', '?')) else '.'} {read_text(record, 'Question').strip()}"
-    return Row(messages=_conversation(prompt, text), columns={"answer": text})
+    columns = other_columns(record, "Body", "Question", "Answer")
+    return Row(messages=_conversation(prompt, text), columns={**columns, "answer": text})
 
 
 def multiple_choice_row(record: Record) -> Row:
@@ -77,7 +83,8 @@ def multiple_choice_row(record: Record) -> Row:
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     letter = LETTERS[index]
     prompt = "\n".join([question, *lines, "Answer with the letter of the right choice."])
-    return Row(messages=_conversation(prompt, letter), columns={"choice": letter, "answer": None})
+    columns = other_columns(record, *CHOICE_KEYS)
+    return Row(messages=_conversation(prompt, letter), columns={**columns, "choice": letter, "answer": None})
 
 
 def fill_in_row(record: Record) -> Row:
@@ -95,7 +102,8 @@ def fill_in_row(record: Record) -> Row:
     refers_to_others = any(REFERS_TO_OTHERS.search(choice) for choice in choices)
     if len(answer) > MAX_FILL_IN or not is_unique or refers_to_others or REFERS_TO_CHOICES.search(question):
         return multiple_choice_row(record)
-    return Row(messages=_conversation(question, answer), columns={"answer": answer, "choice": None})
+    columns = other_columns(record, *CHOICE_KEYS)
+    return Row(messages=_conversation(question, answer), columns={**columns, "answer": answer, "choice": None})
 
 
 TASK_LAYOUTS: dict[str, Callable[[Record], Row]] = {

@@ -1,6 +1,7 @@
 """`rekatrain train --dry-run`: make every check that needs no weights, and print the recipe and one training row."""
 
 import sys
+from itertools import groupby
 
 from rekatrain.data.chat import IGNORED_LABEL, render_completion
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
@@ -29,10 +30,12 @@ def _show_sft(recipe: Recipe) -> None:
     trained = sum(label != IGNORED_LABEL for row in task.rows for label in row.labels)
     print(f"# {len(task.rows)} rows, {sum(lengths):,} tokens, {trained:,} of them trained; longest row {max(lengths)}")
     first = task.rows[0]
-    num_prompt = first.labels.count(IGNORED_LABEL)
-    decode = task.tokenizer.decode
-    prompt, completion = decode(first.input_ids[:num_prompt]), decode(first.input_ids[num_prompt:])
-    print(f"# the first row; trained tokens are marked\n{prompt}{TRAINED[0]}{completion}{TRAINED[1]}")
+    pairs = zip(first.labels, first.input_ids, strict=True)
+    shown = ""
+    for is_trained, part in groupby(pairs, lambda pair: pair[0] != IGNORED_LABEL):
+        text = str(task.tokenizer.decode([token for _, token in part]))
+        shown += f"{TRAINED[0]}{text}{TRAINED[1]}" if is_trained else text
+    print(f"# the first row; trained tokens are marked\n{shown}")
 
 
 def _show_reward(recipe: Recipe) -> None:

@@ -8,9 +8,7 @@ on every attention backend (tests/trainer/test_sft.py holds packed and separate 
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -18,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from rekatrain.data.chat import EncodedRow, EndOfTurn, assistant_turns, encode_row
-from rekatrain.data.errors import InputError
-from rekatrain.data.rows import Row
+from rekatrain.data.chat import EncodedRow
 from rekatrain.data.sources import load_rows
+from rekatrain.data.training_rows import encode_rows
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
@@ -47,49 +44,9 @@ def prepare(recipe: Recipe) -> SFTTask:
     tokenizer = load_model_tokenizer(recipe)
     context = check_model(recipe, tokenizer).max_position_embeddings
     config = make_config("sft", recipe.sft, recipe, SFTConfig)
-    rows = load_rows(**recipe.dataset).rows
-    encoded = encode_conversations(rows, tokenizer, **recipe.chat)
-    limit = min(config.max_length or context, context)
-    fitting = [row for row in encoded if len(row.input_ids) <= limit]
-    if len(fitting) < len(encoded):
-        # TRL would cut off the end of the row, and with it the stop token: the model would learn not to stop.
-        message = (
-            f"{len(encoded) - len(fitting)} of {len(encoded)} rows are longer than {limit} tokens "
-            f"(the smaller of sft.max_length and the model's context{_turns_note(rows, encoded)})"
-        )
-        if recipe.dataset.get("bad_rows", "refuse") == "refuse" or not fitting:
-            raise InputError(f"{message}; raise sft.max_length, or set dataset.bad_rows to skip")
-        logger.warning("%s; skipped", message)
-    return SFTTask(config=config, tokenizer=tokenizer, rows=fitting)
-
-
-def encode_conversations(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    end_of_turn: EndOfTurn = "sep",
-    turns: Literal["all", "last"] = "all",
-) -> list[EncodedRow]:
-    """Encode each conversation: one training row for each of its assistant turns, or one for the last turn.
-
-    Raises InputError, with the row named, if a conversation has no assistant turn to train.
-    """
-    encoded = []
-    for row in rows:
-        conversations = list(assistant_turns(row.messages))
-        if not conversations:
-            raise InputError(f"{row.where}: no assistant message to train; stage sft needs one in every row")
-        for messages in conversations if turns == "all" else conversations[-1:]:
-            try:
-                encoded.append(encode_row(messages, tokenizer, end_of_turn))
-            except InputError as error:
-                raise InputError(f"{row.where}: {error}") from error
-    return encoded
-
-
-def _turns_note(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> str:
-    """Say why there are more training rows than rows of the file, if there are."""
-    return f"; each assistant turn of the {len(rows)} conversations is a row" if len(encoded) > len(rows) else ""
+    max_length = min(config.max_length or context, context)
+    rows = encode_rows(load_rows(**recipe.dataset).rows, tokenizer, max_length, **recipe.chat)
+    return SFTTask(config=config, tokenizer=tokenizer, rows=rows)
 
 
 class _GuardedSFTTrainer(GuardedTrainer, SFTTrainer):

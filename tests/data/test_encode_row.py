@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import END_OF_TEXT, IGNORED_LABEL, EndOfTurn, Message, assistant_turns, encode_row, encode_text
+from rekatrain.data.chat import END_OF_TEXT, IGNORED_LABEL, EndOfTurn, Message, encode_row, encode_text
 from rekatrain.data.errors import InputError
 from tests.data.conversations import assistant, system, user
 
@@ -70,12 +70,6 @@ def test_encode_row_rejects_a_row_with_nothing_to_train(
 ) -> None:
     with pytest.raises(InputError, match=f"^{wrong}$"):
         encode_row(messages, tokenizer)
-
-
-def test_assistant_turns_cuts_after_each_assistant_turn() -> None:
-    turns = [system("s"), user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    assert list(assistant_turns(turns)) == [turns[:3], turns[:5]]
-    assert list(assistant_turns(turns[:2])) == []
 
 
 def test_encode_text_gives_a_typed_end_of_text_ordinary_ids(cl100k: PreTrainedTokenizerFast) -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from rekatrain.data import layouts
 from rekatrain.data.chat import IGNORED_LABEL, Message, encode_row, parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.data.layouts import LAYOUTS
+from rekatrain.data.formats import Format
+from rekatrain.data.layouts import LAYOUTS, TURN_LAYOUTS
 from rekatrain.data.records import Record, rename_keys
-from rekatrain.data.sources import Format, load_rows
+from rekatrain.data.sources import load_rows
 from rekatrain.data.tokenizer import check_tokenizer
 from tests.conftest import REAL_DATA, write_jsonl
 
@@ -82,7 +83,7 @@ def test_layout_gives_exactly_these_messages_and_columns(
 
 
 def test_layout_cases_cover_every_layout() -> None:
-    assert {case[0] for case in LAYOUT_CASES.values()} == set(LAYOUTS)
+    assert {case[0] for case in LAYOUT_CASES.values()} == set(LAYOUTS) | set(TURN_LAYOUTS)
 
 
 BAD_ROWS = {
@@ -144,7 +145,10 @@ README_EXAMPLES = [
 @pytest.mark.parametrize(("format", "record"), README_EXAMPLES)
 def test_readme_examples_load(tmp_path: Path, format: Format, record: Record) -> None:
     (row,) = load_rows(write_jsonl(tmp_path / "train.jsonl", record), format=format).rows
-    assert row.messages[-1]["role"] == "assistant"
+    if format == "tokenized":
+        assert row.tokens and len(row.tokens.input_ids) == 4
+    else:
+        assert row.messages[-1]["role"] == ("user" if format == "verl" else "assistant")
 
 
 def test_readme_names_every_layout() -> None:

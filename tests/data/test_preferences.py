@@ -9,7 +9,7 @@ import pytest
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
-from rekatrain.data.preferences import PREFERENCE_LAYOUTS
+from rekatrain.data.preferences import PREFERENCE_LAYOUTS, preference_row
 from rekatrain.data.rows import Row
 from rekatrain.data.sources import load_rows
 from tests.conftest import REAL_DATA
@@ -39,9 +39,10 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("layout", "record"), LAYOUTS)
 def test_preference_layouts_give_the_same_pair(layout: str, record: dict[str, Any]) -> None:
-    row = PREFERENCE_LAYOUTS[layout](record)
+    lay_out = (PREFERENCE_LAYOUTS | {"preference": preference_row})[layout]
+    row = lay_out(record)
     assert row == Row(messages=[QUESTION, GOOD], rejected=[QUESTION, BAD])
-    assert PREFERENCE_LAYOUTS[layout]({**record, "margin": 2, "level": "easy"}).columns == {
+    assert lay_out({**record, "margin": 2, "level": "easy"}).columns == {
         "margin": 2,
         "level": "easy",
     }
@@ -64,7 +65,7 @@ REJECTED = [
 @pytest.mark.parametrize(("record", "problem"), REJECTED)
 def test_preference_row_rejects_a_pair_without_preference(record: dict[str, Any], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
-        PREFERENCE_LAYOUTS["preference"](record)
+        preference_row(record)
 
 
 def test_load_rows_checks_and_neutralizes_both_answers(tmp_path: Path) -> None:

@@ -157,11 +157,16 @@ def test_load_rows_never_looks_up_a_missing_file_on_the_hub(
         load_rows(path)
 
 
-def test_load_rows_rejects_folders_and_other_file_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_load_rows_rejects_other_file_types_and_folders_without_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rows.csv").write_text("a,b\n")
-    for path in ("rows.csv", "./rows", str(tmp_path)):
-        with pytest.raises(InputError, match="is not a .jsonl, .jsonl.gz, .json, .parquet file"):
+    Path("rows.xml").write_text("a,b\n")
+    for path in ("rows.xml", "./rows"):
+        with pytest.raises(InputError, match="is not a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file"):
+            load_rows(path)
+    for path in (str(tmp_path), "."):
+        with pytest.raises(InputError, match="is a folder without files of rows"):
             load_rows(path)
 
 

@@ -147,8 +147,9 @@ def test_rloo_rejects_a_prompt_longer_than_the_context(recipe_of, error_of, work
 
 def test_sft_rejects_a_row_longer_than_max_length(recipe_of, error_of):
     assert error_of("train", recipe_of("sft"), "sft.max_length=8") == (
-        "3 of 3 rows are longer than 8 tokens (the smaller of sft.max_length and the model's context); "
-        "raise sft.max_length, or set dataset.bad_rows to skip"
+        "3 of 3 rows are longer than 8 tokens (the smaller of sft.max_length and the model's context): "
+        "rows.jsonl:1 (16 tokens), rows.jsonl:2 (16 tokens), rows.jsonl:3 (17 tokens); "
+        "raise sft.max_length, or set dataset.long_rows to skip or truncate"
     )
 
 

@@ -31,7 +31,7 @@ class Recipe:
     seed:         the source of every random choice of the run
     model:        keywords of `trainer.models.load_model`
     lora:         keywords of `peft.LoraConfig`; without it all weights are trained
-    chat:         keywords of `trainer.sft.encode_conversations`; in stage reward those of
+    chat:         keywords of `data.training_rows.encode_rows`; in stage reward those of
                   `trainer.reward_model.pairs.encode_pairs`
     dataset:      keywords of `data.sources.load_rows`: the rows to train on
     eval_dataset: keywords of `data.sources.load_rows`: the held-out rows

@@ -79,8 +79,7 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_chat(recipe: Recipe) -> None:
     if recipe.chat:
+        from rekatrain.data.training_rows import encode_rows
         from rekatrain.trainer.reward_model.pairs import encode_pairs
-        from rekatrain.trainer.sft import encode_conversations
-
-        encode_rows = encode_pairs if recipe.stage == "reward" else encode_conversations
-        check_keywords("chat", recipe.chat, encode_rows, reserved=("rows", "tokenizer"))
+        encode = encode_pairs if recipe.stage == "reward" else encode_rows
+        check_keywords("chat", recipe.chat, encode, reserved=("rows", "tokenizer", "max_length"))

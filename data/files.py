@@ -1,0 +1,178 @@
+"""Read the records of local files: JSON, JSON Lines, CSV and Parquet, plain or compressed, alone or many.
+
+Each reader keeps what the file says: a missing key stays missing, and the cells of a CSV file stay text. (The builders
+of `datasets` would unify the types of a column, and write a null for each missing key.)
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rekatrain.data.errors import InputError, first_line
+
+PLAIN_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COMPRESSIONS = (".gz", ".zst")
+FILE_SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", *(plain + packed for plain in PLAIN_SUFFIXES for packed in COMPRESSIONS))
+KINDS = f"{', '.join(PLAIN_SUFFIXES)} or .parquet file, which may end in .gz or .zst except the last"
+PATH_STARTS = (".", "/", "~")
+# Keys under which a JSON object holds its rows.
+LIST_KEYS = ("data", "rows", "examples", "instances", "items")
+_GLOB = re.compile(r"[*?\[]")
+_SPLITS = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
+
+# The origin of a record ("train.jsonl:17"), and the record: a parsed value, or the error of a bad one.
+Located = tuple[str, Any]
+
+
+def is_local(path: str) -> bool:
+    """Return True if a path names local files: it has their suffix, begins as a path does, exists, or has wildcards."""
+    return (
+        path.startswith(PATH_STARTS)
+        or path.endswith(FILE_SUFFIXES)
+        or _GLOB.search(path) is not None
+        or Path(path).exists()
+    )
+
+
+def find_files(path: str) -> list[str]:
+    """Return the files that a path names: a file, all files of a folder, or the matches of a pattern, sorted.
+
+    Raises InputError for a path without a file that can be read, and for a folder with files of several splits.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(str(file) for file in place.rglob("*") if _is_rows(file, place))
+        if not files:
+            raise InputError(f"{path} is a folder without files of rows: no {KINDS}")
+        splits = {match[1] for file in files if (match := _SPLITS.search(str(Path(file).relative_to(place)).lower()))}
+        if len(splits) > 1:
+            raise InputError(
+                f"{path} is a folder with files of several splits ({', '.join(sorted(splits))}): name the files of "
+                f"one, such as {path.rstrip('/')}/*{sorted(splits)[0]}*"
+            )
+        return files
+    if not place.exists() and _GLOB.search(path):
+        matches = sorted(glob.glob(str(place), recursive=True))
+        if not matches:
+            raise InputError(f"no file matches {path}; a relative path starts at {Path.cwd()}")
+        return [file for match in matches for file in find_files(match)]
+    if not path.endswith(FILE_SUFFIXES):
+        raise InputError(f"{path} is not a {KINDS}")
+    if not place.is_file():
+        raise InputError(f"{path} does not exist or is not a file; a relative path starts at {Path.cwd()}")
+    return [path]
+
+
+def read_file(path: str) -> Iterator[Located]:
+    """Yield the records of one file, each with its origin. Raise InputError for a file that cannot be read."""
+    plain = path.removesuffix(".gz").removesuffix(".zst")
+    kind = Path(plain).suffix
+    read = {".parquet": _read_parquet, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_lines)
+    try:
+        for number, record in read(Path(path).expanduser()):
+            yield f"{path}:{number}", record
+    # gzip raises the last two for a damaged file; the errors of pyarrow and of decoders are ValueErrors.
+    except (OSError, ValueError, EOFError, zlib.error, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _is_rows(file: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.name.endswith(FILE_SUFFIXES) and not is_hidden and file.is_file()
+
+
+def _open(file: Path) -> BinaryIO:
+    if file.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(file))
+    if file.suffix == ".zst":
+        # Imported here, as below: importing `data` must stay fast.
+        from pyarrow import input_stream
+
+        return io.BufferedReader(input_stream(file, compression="zstd"))
+    return file.open("rb")
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, object]]:
+    if (records := _whole_list(file)) is not None:
+        yield from enumerate(records, start=1)
+        return
+    # Read as bytes: a badly encoded line is then one bad row, and only a line feed ends a line.
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parse_json(line)
+
+
+def _whole_list(file: Path) -> list[object] | None:
+    """Return the rows of a file that is one JSON list in spite of its name, or None."""
+    with _open(file) as lines:
+        first = next((line for line in lines if line.strip()), b"")
+        if not first.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
+            return None
+        records = _parse_json(first + lines.read())
+    is_rows = isinstance(records, list) and any(isinstance(record, dict) for record in records)
+    return records if is_rows else None  # type: ignore[return-value]  # a list
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, object]]:
+    with _open(file) as opened:
+        text = opened.read()
+    records = _parse_json(text)
+    if isinstance(records, InputError):
+        first = _parse_json(text.lstrip().partition(b"\n")[0])
+        if isinstance(first, dict):  # JSON Lines in a file with the name of JSON
+            yield from _read_lines(file)
+            return
+        raise records
+    if isinstance(records, dict):
+        lists = [records[key] for key in LIST_KEYS if isinstance(records.get(key), list)]
+        records = lists[0] if len(lists) == 1 else records
+    if not isinstance(records, list):
+        raise InputError(
+            f"it must hold a list of rows, not {type(records).__name__}; a file with one row per line is .jsonl"
+        )
+    yield from enumerate(records, start=1)
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than some conversations
+    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
+        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(lines, [])
+        if len(set(header)) < len(header) or not all(header):
+            raise InputError(f"its first line must name each column once, but it is {header}")
+        number = lines.line_num + 1
+        for cells in lines:
+            if cells and len(cells) != len(header):
+                yield number, InputError(f"it has {len(cells)} cells, and the first line names {len(header)} columns")
+            elif cells:
+                yield number, {key: cell if cell else None for key, cell in zip(header, cells, strict=True)}
+            number = lines.line_num + 1
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as table:
+        records = (record for batch in table.iter_batches() for record in batch.to_pylist())
+        yield from enumerate(records, start=1)
+
+
+def _parse_json(text: bytes) -> object:
+    """Return the value of a JSON text, or the error of one that cannot be parsed."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return InputError(f"it is not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        # The parser counts lines within its text, so its line 1 would contradict the line number in the file.
+        return InputError(f"it is not valid JSON: {str(error).replace('line 1 ', '')}")
