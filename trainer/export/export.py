@@ -8,6 +8,7 @@ Every form also holds a model card (README.md) and serving/ with start scripts a
 .OUT.rekatrain-partial, loaded and compared by a fresh process, and only then renamed to OUT.
 """
 
+import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,9 @@ from rekatrain.trainer.model_source import Source, find_source
 from rekatrain.trainer.models import load_model
 from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.run_folder import RECIPE_FILE
+from rekatrain.trainer.training_probe import PROBE_FILE, find_difference, read_probe, run_probe
+
+logger = logging.getLogger(__name__)
 
 Form = Literal["merged", "adapter", "gguf"]
 # Merging is W + B A in float32; an error beyond rounding is a wrong merge.
@@ -93,15 +97,16 @@ def _write(
     """Write the weights into `folder` and verify them in a fresh process."""
     probe = torch.tensor([encode_text(render_prompt(PROBE_MESSAGES), tokenizer)])
     model = load_model(source.folder, dtype="float32").eval()
+    _check_training(model, Path(source.folder))
     if form == "adapter":
         write_adapter(folder, source, model, tokenizer)
-        verify_logprobs(folder, probe, probe_logprobs(model, probe))
+        verify_logprobs(folder, probe, probe_logprobs(model, probe), checkpoint=Path(source.folder))
         return
     merged = _merged(model, probe).to(getattr(torch, stored_dtype))
     logprobs = probe_logprobs(merged, probe)
     if form == "merged":
         write_merged(folder, merged, tokenizer, max_shard_size=max_shard_size)
-        verify_logprobs(folder, probe, logprobs)
+        verify_logprobs(folder, probe, logprobs, checkpoint=Path(source.folder))
     else:
         from rekatrain.trainer.export.gguf_files import write_gguf_files
 
@@ -128,6 +133,22 @@ def _check_reward_model(form: Form, quantize: list[str] | None) -> None:
         raise InputError(f"--as {form}: a reward model is exported as merged only")
     if quantize is not None:
         raise InputError("--quantize applies to GGUF files; a reward model has none: leave it out")
+
+
+def _check_training(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
+    """Raise InputError if the loaded model is another than the one in training: such as one on a changed base."""
+    probe = read_probe(checkpoint)
+    if probe is None:
+        logger.warning(
+            "%s has no %s: the export is compared with its own files, not with training", checkpoint, PROBE_FILE
+        )
+        return
+    difference = find_difference(probe, run_probe(model, [ids.tolist() for ids in probe.ids]))
+    if difference:
+        raise InputError(
+            f"{str(checkpoint)!r}, as it is loaded here, is not the model that was trained: {difference}. Restore the "
+            "files of its base model"
+        )
 
 
 def _merged(model: PreTrainedModel | PeftModel, probe: Tensor) -> PreTrainedModel:

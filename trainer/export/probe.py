@@ -38,23 +38,31 @@ def probe_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def verify_logprobs(
-    target: Path, probe: Tensor, logprobs: Tensor, *, module: str = "rekatrain.trainer.export.verify"
+    target: Path,
+    probe: Tensor,
+    logprobs: Tensor,
+    *,
+    module: str = "rekatrain.trainer.export.verify",
+    checkpoint: Path | None = None,
 ) -> None:
-    """Verify `target` by `module`, whose REFERENCE is a safetensors file of `ids` [1, L] and `logprobs` [L, V]."""
+    """Verify `target` by `module`, whose REFERENCE is a safetensors file of `ids` [1, L] and `logprobs` [L, V].
+
+    checkpoint: the module also gets this folder, with the log-probabilities of the training process
+    """
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as reference:
         save_file({"ids": probe, "logprobs": logprobs.contiguous()}, reference.name)
-        verify_in_fresh_process(module, target, reference.name)
+        verify_in_fresh_process(module, target, reference.name, *([] if checkpoint is None else [str(checkpoint)]))
 
 
-def verify_in_fresh_process(module: str, target: Path, reference: str) -> None:
-    """Run `python -m MODULE TARGET REFERENCE` and raise RuntimeError if it fails.
+def verify_in_fresh_process(module: str, target: Path, *references: str) -> None:
+    """Run `python -m MODULE TARGET REFERENCE...` and raise RuntimeError if it fails.
 
     A fresh process, because weights in memory prove nothing about the files.
     """
     # The child imports from exactly where this process does. Without -P it would search the working folder first, and a
     # user's `random.py` there would replace the standard library's, which the `rekatrain` script never does.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-P", "-m", module, str(target), reference]
+    command = [sys.executable, "-P", "-m", module, str(target), *references]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
         raise RuntimeError(f"the export in {target} failed its verification:\n{result.stderr.strip()}")

@@ -1,6 +1,7 @@
-"""Verify a merged model or an adapter: `python -m rekatrain.trainer.export.verify FOLDER REFERENCE`.
+"""Verify a merged model or an adapter: `python -m rekatrain.trainer.export.verify FOLDER REFERENCE CHECKPOINT`.
 
-REFERENCE is the file that `trainer.export.probe.verify_logprobs` writes.
+REFERENCE is the file that `trainer.export.probe.verify_logprobs` writes. CHECKPOINT holds log-probabilities of the
+training process.
 """
 
 import json
@@ -15,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rekatrain.data.chat import render_prompt
 from rekatrain.data.tokenizer import check_tokenizer
 from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
+from rekatrain.trainer.training_probe import compare, find_difference, read_probe, run_probe
 
 
 def main() -> None:
     """Print the verified properties, or raise AssertionError at the first that does not hold."""
-    folder, reference_file = sys.argv[1:]
+    folder, reference_file, checkpoint = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer)
     for messages in CONVERSATIONS:
@@ -35,7 +37,14 @@ def main() -> None:
     # Same weights, same arithmetic: only the order of sums may differ.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     assert error <= tolerance, f"a log-probability differs by {error} from the training model's"
-    print(f"verified in a fresh process: tokenizer, template, stop, log-probabilities within {error:.1e}")
+    training = read_probe(Path(checkpoint))
+    by = ""
+    if training is not None:
+        exported = run_probe(model, [ids.tolist() for ids in training.ids])
+        difference = find_difference(training, exported)
+        assert difference is None, difference
+        by = f"; within {compare(training, exported.logprobs)[0]:.1e} of the training process"
+    print(f"verified in a fresh process: tokenizer, template, stop, log-probabilities within {error:.1e}{by}")
 
 
 def _load(folder: Path) -> PreTrainedModel | PeftModel:
