@@ -29,6 +29,7 @@ from rekatrain.trainer.launch import (
     adapt_to_device,
     announce,
     check_engine,
+    check_mixed_precision,
     prepare_deepspeed,
     read_launch,
 )
@@ -61,6 +62,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
     # written the whole of the new one.
     section = defaults | dict(section) | {"save_total_limit": None}
+    check_mixed_precision(name, bf16=bool(section["bf16"]), fp16=bool(section.get("fp16")))
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
     try:
