@@ -4,9 +4,11 @@ Accelerate falls back in silence: a launch that it cannot serve becomes one proc
 So the settings are read from the environment that the launcher makes, and compared with the engine that runs.
 """
 
+import json
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -66,6 +68,35 @@ def read_launch() -> Launch:
     if stage == "0":
         raise InputError(f"zero_stage 0 shards nothing: launch with {shipped_file('accelerate/ddp.yaml')}")
     return Launch(engine="deepspeed", zero_stage=int(stage) if stage else None, num_processes=num_processes)
+
+
+def check_mixed_precision(stage: str, *, bf16: bool, fp16: bool = False) -> None:
+    """Raise InputError if the launch sets another arithmetic than the recipe's section `stage`.
+
+    `mixed_precision: "no"`, Accelerate's default, leaves it to the recipe.
+    """
+    recipes = "bf16" if bf16 else "fp16" if fp16 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", recipes):
+        raise InputError(
+            f"the launch has mixed_precision {launched}, but the recipe has {_arithmetic_keys(stage, recipes)}: set "
+            'mixed_precision: "no" in the launch file, and let the recipe decide'
+        )
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not _is_set("ACCELERATE_USE_DEEPSPEED") or not file or not Path(file).is_file():
+        return
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    for key in ("bf16", "fp16"):
+        enabled = config.get(key, {}).get("enabled", "auto")
+        if enabled not in ("auto", key == recipes):
+            raise InputError(
+                f"{file} has {key}.enabled {str(enabled).lower()}, but the recipe has "
+                f"{_arithmetic_keys(stage, recipes)}: remove {key} from that file, or set it to auto"
+            )
+
+
+def _arithmetic_keys(stage: str, arithmetic: str) -> str:
+    return f"{stage}.bf16 false" if arithmetic == "no" else f"{stage}.{arithmetic} true"
 
 
 def prepare_deepspeed(launch: Launch) -> None:

@@ -23,10 +23,11 @@ from trl.trainer.sft_config import SFTConfig
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.checkpoints import read_manifest, seal
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.launch import Launch, check_engine, prepare_deepspeed, read_launch
+from rekatrain.trainer.launch import Launch, check_engine, check_mixed_precision, prepare_deepspeed, read_launch
 from rekatrain.trainer.models import check_trainable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.trl_run import make_config
+from tests.end_to_end.small_runs import rloo_recipe, write_data, write_recipe
 
 FILES = Path(__file__).parents[2] / "recipes" / "accelerate"
 LAUNCHES = {
@@ -81,6 +82,80 @@ def test_read_launch_reads_each_launch_file_from_any_folder(name: str, set_launc
     if LAUNCHES[name].zero_stage == 3:  # no process holds the whole model, and transformers can load the checkpoint
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true"
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"bf16": False}, {"bf16": False, "fp16": True}])
+def test_launch_files_leave_the_arithmetic_to_the_recipe(name: str, precision: dict, set_launch: SetLaunch) -> None:
+    where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29400"] if name == "two-nodes" else []
+    set_launch("--config_file", str(FILES / f"{name}.yaml"), *where)
+    check_mixed_precision("sft", **precision)
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "zero3"])
+@pytest.mark.parametrize(
+    ("launched", "precision", "message"),
+    [
+        ("bf16", {"bf16": True}, None),
+        ("fp16", {"bf16": False, "fp16": True}, None),
+        ("bf16", {"bf16": False}, "mixed_precision bf16, but the recipe has sft.bf16 false"),
+        ("fp16", {"bf16": False}, "mixed_precision fp16, but the recipe has sft.bf16 false"),
+        ("fp16", {"bf16": True}, "mixed_precision fp16, but the recipe has sft.bf16 true"),
+        ("bf16", {"bf16": False, "fp16": True}, "mixed_precision bf16, but the recipe has sft.fp16 true"),
+    ],
+)
+def test_check_mixed_precision_rejects_another_than_the_recipe(
+    name: str, launched: str, precision: dict, message: str | None, set_launch: SetLaunch
+) -> None:
+    set_launch("--config_file", str(FILES / f"{name}.yaml"), "--mixed_precision", launched)
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_mixed_precision("sft", **precision)
+
+
+@pytest.mark.parametrize(
+    ("config", "bf16", "message"),
+    [
+        ({}, True, None),
+        ({"bf16": {"enabled": "auto"}}, False, None),
+        ({"bf16": {"enabled": True}}, True, None),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, True, None),
+        ({"fp16": {"enabled": False}}, False, None),
+        ({"bf16": {"enabled": True}}, False, "bf16.enabled true, but the recipe has rloo.bf16 false"),
+        ({"bf16": {"enabled": False}}, True, "bf16.enabled false, but the recipe has rloo.bf16 true"),
+        ({"fp16": {"enabled": True}}, True, "fp16.enabled true, but the recipe has rloo.bf16 true"),
+    ],
+)
+def test_check_mixed_precision_reads_a_deepspeed_json(
+    config: dict, bf16: bool, message: str | None, set_launch: SetLaunch
+) -> None:
+    Path("zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **config}))
+    set_launch("--use_deepspeed", "--deepspeed_config_file", "zero.json", "--num_processes", "2")
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_mixed_precision("rloo", bf16=bf16)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
+def test_every_stage_rejects_the_mixed_precision_of_a_launch(
+    stage: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)  # no weight is loaded
+    dataset = {"path": f"{stage}.jsonl", "format": "preference" if stage == "reward" else "prompt_answer"}
+    if stage == "rloo":
+        path = rloo_recipe(tmp_path, "run", model_folder)
+    else:
+        path = write_recipe(tmp_path, "run", model_folder, stage=stage, dataset=dataset, **{stage: {"max_steps": 1}})
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path)])
+    assert ended.value.code == 2
+    assert f"has mixed_precision bf16, but the recipe has {stage}.bf16 false" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_launch_files_name_no_machine_and_no_other_file() -> None:

@@ -37,7 +37,7 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
         # under DeepSpeed `cpu=True` would turn it off as silently.
         cpu=not has_gpu and not is_deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
-        mixed_precision="bf16" if bf16 else None,
+        mixed_precision="bf16" if bf16 else "no",
         step_scheduler_with_optimizer=False,
     )
     check_engine(launch, accelerator)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
+from rekatrain.trainer.launch import check_mixed_precision
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
@@ -56,6 +57,7 @@ class RunSetup:
 def prepare(recipe: Recipe) -> RunSetup:
     """Check the recipe against its data, its rewards and its model's config; raise InputError for what is wrong."""
     config = RLOOConfig(**recipe.rloo)
+    check_mixed_precision(recipe.stage, bf16=config.bf16)
     rewards = build_reward_functions(recipe.rewards)
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
