@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.rows import Source
 from rekatrain.rewards.calls import MAX_REWARD, Score, call_batch_functions
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
@@ -98,10 +99,17 @@ class Grader:
             self._pool.warm_up()
         self._set_up()
 
-    def submit(self, completion: str, columns: Mapping[str, Any]) -> list[Job]:
-        """Start scoring a finished completion, with the columns of its row; never waits."""
+    def submit(
+        self, completion: str, columns: Mapping[str, Any], judges: Collection[str] | None = None
+    ) -> list[Job | None]:
+        """Start scoring a finished completion, with the columns of its row; never waits.
+
+        judges: names of the rewards that judge it; None means all. The others get no job.
+        """
         return [
             self._pool.submit(number, completion, {name: columns[name] for name in scorer.columns}, scorer.timeout)
+            if judges is None or scorer.name in judges
+            else None
             for number, scorer in enumerate(self._scorers)
         ]
 
@@ -112,26 +120,34 @@ class Grader:
         completions: list[str],
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
-        submitted: Mapping[int, list[Job]] | None = None,
+        judges: Sequence[Collection[str] | None] | None = None,
+        submitted: Mapping[int, list[Job | None]] | None = None,
     ) -> Scores:
-        """Score each completion by each reward.
+        """Score each completion by each reward, or by those that `judges` names for it; the others do not apply.
 
         All lists, also those of `columns`, have one entry per completion. `submitted` maps the index of a completion
         whose scoring has been started to its jobs. Raises InputError for a missing column or if a reward raises it, and
         RewardError if a reward has failed too often.
         """
-        check_columns(self.functions, columns)
+        judges = judges or [None] * len(completions)
+        judged = {
+            function.name: [index for index, names in enumerate(judges) if names is None or function.name in names]
+            for function in self.functions
+        }
+        check_columns([function for function in self.functions if judged[function.name]], columns)
         jobs = [
-            (submitted or {}).get(index) or self.submit(text, {name: columns[name][index] for name in columns})
+            (submitted or {}).get(index)
+            or self.submit(text, {name: columns[name][index] for name in columns}, judges[index])
             for index, text in enumerate(completions)
         ]
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         self._set_up()
-        scores = call_batch_functions(self._batches, arguments, len(completions))
+        scores = self._score_batches(arguments, judged)
         for number, scorer in enumerate(self._scorers):
-            scores[scorer.name] = [self._pool.result(of_completion[number]) for of_completion in jobs]
+            of_scorer = [of_completion[number] for of_completion in jobs]
+            scores[scorer.name] = [Score() if job is None else self._pool.result(job) for job in of_scorer]
         for function in self.functions:
-            self._watch(function.name, scores[function.name])
+            self._watch(function.name, [scores[function.name][index] for index in judged[function.name]])
 
         by_name = {function.name: [score.value for score in scores[function.name]] for function in self.functions}
         errors = [
@@ -164,6 +180,22 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _score_batches(
+        self, arguments: Mapping[str, list[Any]], judged: Mapping[str, list[int]]
+    ) -> dict[str, list[Score]]:
+        """Call the batch functions on the completions that each judges; functions with the same ones together."""
+        size = len(arguments["completions"])
+        scores: dict[str, list[Score]] = {}
+        for indices in dict.fromkeys(tuple(judged[function.name]) for function in self._batches):
+            together = [function for function in self._batches if tuple(judged[function.name]) == indices]
+            some = {name: [values[index] for index in indices] for name, values in arguments.items()}
+            called = call_batch_functions(together, some, len(indices)) if indices else {}
+            for function in together:
+                scores[function.name] = [Score()] * size
+                for index, score in zip(indices, called.get(function.name, ()), strict=True):
+                    scores[function.name][index] = score
+        return scores
 
     def _set_up(self) -> None:
         if not self._is_set_up:
@@ -205,6 +237,17 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Collection[
                     f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
                     "add it to the data or take the reward out of the recipe"
                 )
+
+
+def check_source_columns(functions: Sequence[RewardFunction], sources: Collection[Source]) -> None:
+    """Raise InputError if a reward judges no source, or needs a column that no source which it judges has."""
+    for function in functions:
+        judged = [source for source in sources if source.is_judged_by(function.name)]
+        if not judged:
+            raise InputError(
+                f"reward {function.name} judges no source: name it in the `rewards` of one, or take it out of the recipe"
+            )
+        check_columns([function], {column for source in judged for column in source.columns})
 
 
 def total_reward(

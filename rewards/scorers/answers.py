@@ -17,7 +17,7 @@ from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.scorers.math_answer import find_boxes
+from rekatrain.rewards.scorers.boxes import find_boxes
 
 ANSWER_MARK = re.compile(r"\b(?:final\s+)?answer\b\W*(?:\bis\b|:)\W*", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?!\w|\.\d)")

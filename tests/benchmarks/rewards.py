@@ -2,7 +2,8 @@
 
     python tests/benchmarks/rewards.py [--help]
 
-math_answer: completions per second, with time limits, over numbers, boxes, prose and LaTeX, as policies write them.
+math_answer: completions per second, with time limits, over numbers, boxes, prose and LaTeX, as policies write them,
+and over other kinds of golds: roots, letters, lists, intervals, texts.
 hang: seconds per step if the reward hangs on 1 % of the completions, and if it never hangs. Completions end one by one
 over --seconds, as in a rollout.
 """
@@ -65,10 +66,26 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
         "solution": "First, 3 * 12 = 36.\nThen add the rest.\n\n**Answer:** {}",
         "fraction": r"$\boxed{{\frac{{{}}}{{1}}}}$",
     }
+    # Other kinds of golds, each with a right answer in another form.
+    kinds = {
+        "factorial": ("{}! / 5!", r"\boxed{{\frac{{{}!}}{{120}}}}"),
+        "base": ("{}_{{11}}", r"\boxed{{{}_{{11}}}}"),
+        "small": (r"{} \times 10^{{-19}}", r"\boxed{{{}e-19}}"),
+        "root": (r"{}\sqrt{{2}} + \frac \pi4", r"\boxed{{\frac{{\pi}}{{4}} + \sqrt{{2}} \cdot {}}}"),
+        "letters": ("x^2 + {}x + 1", r"\boxed{{1 + {}x + x^2}}"),
+        "equation": ("{}", r"\boxed{{x = \frac{{{}}}{{1}}}}"),
+        "pair": ("(2, {})", r"\boxed{{\left(2, {}\right)}}"),
+        "percent": (r"{}\%", r"\boxed{{{}.0\%}}"),
+        "text": (r"\text{{June the {}}}", r"\boxed{{June the {}}}"),
+        "interval": ("[{}, \\infty)", r"\boxed{{x \ge {}}}"),
+        "list": ("2, 3, {}", r"\boxed{{2}}, \boxed{{3}}, \boxed{{{}}}"),
+        "alternatives": ("{0}, -{0}", r"The answer is $\pm {}$."),
+    }
     found = {}
     with Grader(build_reward_functions({"math_answer": None}), ScoringConfig(num_workers=num_workers)) as grader:
         _score(grader, ["<reasoning>\nHm.\n</reasoning>\n\n1 <sep>"] * 64, ["1"] * 64)
-        for style, template in [*styles.items(), ("mixed", "")]:
+        cases = [(style, "{}", template) for style, template in [*styles.items(), ("mixed", "")]]
+        for style, gold_template, template in [*cases, *((kind, *both) for kind, both in kinds.items())]:
             texts, golds = [], []
             for _ in range(num_completions // 8):
                 gold = rng.randrange(10**6)
@@ -76,7 +93,7 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
                     answer = gold if member % 2 else gold + rng.randrange(1, 50)
                     shown = (template or rng.choice(list(styles.values()))).format(answer)
                     texts.append(f"<reasoning>\n{'Let me see. ' * 40}\n</reasoning>\n\n{shown} <sep>")
-                    golds.append(str(gold))
+                    golds.append(gold_template.format(gold, gold, gold))
             started = time.perf_counter()
             values = _score(grader, texts, golds)
             found[f"math_answer, {style}, completions/s"] = len(texts) / (time.perf_counter() - started)

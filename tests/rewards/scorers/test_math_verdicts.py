@@ -1,0 +1,36 @@
+"""math_answer's verdicts, kind by kind: tests/data/math_verdicts.tsv has a gold, a score and an answer per line."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from rekatrain.data.chat import parse_completion, render_completion
+from rekatrain.rewards.scorers.math_answer import math_answer
+
+VERDICTS = Path(__file__).parents[2] / "data" / "math_verdicts.tsv"
+
+
+def read_verdicts() -> dict[str, list[dict[str, str]]]:
+    kinds = defaultdict(list)
+    with VERDICTS.open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+            kinds[row["kind"]].append(row)
+    return kinds
+
+
+KINDS = read_verdicts()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_math_answer_gives_the_verdicts_of_the_table(kind: str) -> None:
+    rows = KINDS[kind]
+    assert len(rows) >= 20 and {row["score"] for row in rows} == {"0", "1"}
+    wrong = []
+    for row in rows:
+        completion = parse_completion(render_completion("Hm.", row["text"]))
+        score = math_answer(completion, answer=row["gold"])
+        if score != float(row["score"]):
+            wrong.append((row["gold"], row["text"], f"{score}, not {row['score']}"))
+    assert not wrong
