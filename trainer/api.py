@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe, build_recipe, load_recipe
 from rekatrain.trainer.terminal import set_up_terminal
 
@@ -60,6 +61,7 @@ def train(
 
         show(checked, resume=resume)
         return run
+    from rekatrain.trainer.interruption import INTERRUPTION
     from rekatrain.trainer.plan.plan import check_fits
     from rekatrain.trainer.process_failure import end_with_the_others
 
@@ -70,7 +72,7 @@ def train(
         from rekatrain.trainer.reward_model.train import train as run_stage
     else:
         from rekatrain.trainer.rloo.train import train as run_stage
-    with end_with_the_others():
+    with end_with_the_others(), INTERRUPTION.listen(seconds_of(checked.time_limit)):
         run_stage(checked, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         logger.info("run folder: %s; next: rekatrain export %s OUT", run, run)

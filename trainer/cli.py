@@ -8,9 +8,11 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from rekatrain.data.errors import InputError, TrainingStopped
+from rekatrain.data.errors import INTERRUPTED, InputError, RunInterrupted, TrainingStopped
 from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
@@ -47,23 +49,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[options.command](options)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rekatrain: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"error: {error}", 2)
+    except RunInterrupted as error:
+        _fail(str(error), INTERRUPTED)
     except (RewardError, TrainingStopped) as error:  # with the traceback of a grader, which is the one that matters
-        print(f"rekatrain: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"error: {error}", 1)
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
-            raise
+            _fail_of_a_bug(error)
         hint = "; then go on with --resume" if options.command == "train" else ""
-        print(f"rekatrain: error: {error}: free space, or make the folder writable{hint}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"error: {error}: free space, or make the folder writable{hint}", 1)
     except KeyboardInterrupt:
-        is_training = options.command == "train" and not options.dry_run
-        hint = "; go on from the newest checkpoint: the same command with --resume" if is_training else ""
-        print(f"rekatrain: interrupted{hint}", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
+    except Exception as error:
+        _fail_of_a_bug(error)
+
+
+def _fail(message: str, status: int, *, details: str = "") -> NoReturn:
+    """Print one line and exit; in a launch, one of the ranks that have it prints it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        print(f"rekatrain: {message}", file=sys.stderr)
+    else:
+        from rekatrain.trainer.process_failure import print_failure
+
+        print_failure(message, details=details)
+    sys.exit(status)
+
+
+def _fail_of_a_bug(error: Exception) -> NoReturn:
+    """Show a traceback; in a launch, once, with the rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise error
+    details = "".join(traceback.format_exception(error))
+    _fail(f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}", 1, details=details)
 
 
 def _train(options: argparse.Namespace) -> None:

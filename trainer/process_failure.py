@@ -1,10 +1,11 @@
-"""Exit cleanly, with one line and no traceback, when another rank dies.
+"""The end of a launch in which a rank fails: every cause is printed once, with its rank, and no rank waits for ever.
 
-torchrun, which `accelerate launch` starts, notices a dead process and sends SIGTERM to the others of its node. The
-processes of other nodes notice the lost connection.
+torchrun, which `accelerate launch` starts, notices a dead process and sends SIGTERM to the others of its node
+(interruption.py receives it). The processes of other nodes notice the lost connection, or the report of the failure.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,47 +15,87 @@ from contextlib import contextmanager
 
 import torch.distributed
 
-LAUNCHER_SECONDS = 10.0
-MESSAGE = (
-    "rekatrain: error: the run has ended: another process died, or the launcher was stopped; the launcher's report "
-    "says which. Go on from the newest checkpoint with --resume"
-)
+from rekatrain.trainer.ranks import Ranks, ranks
+
+# Time for a failed rank to end, or for its launcher to report its death, before the others end by themselves.
+END_SECONDS = 10.0
+WATCH_SECONDS = 0.5
+RESUME = "Go on from the newest checkpoint with --resume"
+
+
+def print_failure(message: str, *, details: str = "") -> None:
+    """Print an error of this process; of a message that several ranks of a launch have, one of them prints it.
+
+    details: lines below the message, such as a traceback
+    """
+    here = ranks()
+    if here is None:
+        print("\n".join(filter(None, (f"rekatrain: {message}", details.rstrip()))), file=sys.stderr, flush=True)
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all ranks after the first
+    here.fail(message, details=details)
 
 
 @contextmanager
 def end_with_the_others() -> Iterator[None]:
-    """End this process when another process of the launch dies; do nothing if the launch has one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """End this process when another process of the launch fails; do nothing if the launch has one process."""
+    here = ranks()
+    if here is None:
         yield
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # Python runs a signal handler after the call that the signal interrupts, and a collective that waits for a dead
-    # process never returns. So a thread reads the signal's number from a pipe.
-    signal.set_wakeup_fd(writer)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    threading.Thread(target=_wait_for_sigterm, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(here,), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        time.sleep(LAUNCHER_SECONDS)  # if the dead process is on this node, the launcher ends this one meanwhile
-        _end(str(error).splitlines()[0])
+        cause = str(error).splitlines()[0]
+        if "imed out" in cause:
+            _end(here, _describe_timeout(cause))
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline:  # the rank that died, or its launcher, may know more
+            end_if_a_rank_failed(here)
+            time.sleep(WATCH_SECONDS)
+        _end(here, f"the connection to another rank is lost ({cause}). {RESUME}")
 
 
-def _wait_for_sigterm(reader: int) -> None:
-    while os.read(reader, 1)[0] != signal.SIGTERM:
-        pass
-    _end()
+def end_if_a_rank_failed(here: Ranks) -> None:
+    """End this process if another rank has reported why it ends, or has died on this host."""
+    if here.num_failed():
+        here.let_others_speak()
+        os._exit(1)  # every other thread may wait for the rank that has ended
+    dead = here.dead_sibling()
+    if dead is not None:
+        _end(here, f"another process died: {dead}; its output or the kernel's log may say why. {RESUME}")
+
+
+def _watch(here: Ranks) -> None:
+    """End this process some time after another rank has failed, in case it waits for that rank."""
+    try:
+        while not here.num_failed():
+            time.sleep(WATCH_SECONDS)
+    except RuntimeError:  # the store has ended with the launcher of rank 0
+        return
+    if not here.has_failed:
+        time.sleep(END_SECONDS)
+        os._exit(1)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     # NCCL's errors have a class, gloo's only the name of its source file in their text.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
 
 
-def _end(cause: str = "") -> None:
-    if os.environ.get("LOCAL_RANK") in ("0", "1"):  # one rank may be the dead one: at least one of the two prints
-        print(f"{MESSAGE} {f'({cause})' if cause else ''}".rstrip(), file=sys.stderr, flush=True)
+def _describe_timeout(cause: str) -> str:
+    found = re.search(r"(\d+) ?ms", cause)
+    limit = f" of {int(found[1]) / 1000:g} s" if found else ""
+    return (
+        f"an exchange between the ranks took longer than its time limit{limit}: a rank hangs, or is slower than that. "
+        f"If it is slow, raise ddp_timeout in the stage's section. {RESUME}"
+    )
+
+
+def _end(here: Ranks, message: str) -> None:
+    here.fail(f"error: {message}", names_rank=False)
     os._exit(1)  # every other thread waits for the dead process

@@ -41,6 +41,7 @@ from rekatrain.trainer.running_metrics import RunningMetrics
 from rekatrain.trainer.safe_load import tensors_only
 from rekatrain.trainer.schedule import follow_new_length
 from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
+from rekatrain.trainer.trl_interruption import InterruptionCallback
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +168,12 @@ def run_trainer(
         run.start(recipe, first_step)
         trainer.add_callback(_Log(run, recipe, first_step, headline, running))
     trainer.add_callback(StopCallback(StopGuard(recipe)))  # after the log, which then shows the metrics
+    interruption = InterruptionCallback(trainer)
+    trainer.add_callback(interruption)
     is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
     with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    interruption.raise_if_stopped()
 
 
 class _AnnounceEngine(TrainerCallback):

@@ -47,6 +47,7 @@ class Recipe:
                          folder and end the run; skip: go on without the update
     max_nonfinite_skips: number of skipped updates after which the run stops anyway
     stop_if:             keywords of `trainer.guards.StopConfig`: bounds of metrics beyond which the run stops
+    time_limit:          time after which the run has saved and ended, with status 75: seconds, `3h50m` or `03:50:00`
     """
 
     stage: Literal["sft", "reward", "rloo"]
@@ -67,6 +68,7 @@ class Recipe:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: Annotated[int, Ge(0)] = 10
     stop_if: Section = field(default_factory=dict)
+    time_limit: float | str | None = None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

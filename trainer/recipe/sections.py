@@ -12,6 +12,7 @@ from rekatrain.data.ranges import CountOrZero, Seed
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
+from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.upstream import check_lora, check_quantization_section, check_reward, check_sft
 from rekatrain.trainer.recipe.values import check_secrets, check_values
@@ -44,6 +45,7 @@ def check_sections(recipe: Recipe) -> None:
 def _check_run(recipe: Recipe) -> None:
     check_type("seed", recipe.seed, Seed)
     check_type("max_nonfinite_skips", recipe.max_nonfinite_skips, CountOrZero)
+    seconds_of(recipe.time_limit)
     if not recipe.output_dir.strip():
         raise InputError("output_dir is empty: name a new folder for the run")
     if recipe.output_dir.startswith("~"):

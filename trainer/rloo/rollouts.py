@@ -19,6 +19,7 @@ from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.scorers.text import overlong_penalty
 from rekatrain.rewards.workers.pool import Job
+from rekatrain.trainer.interruption import INTERRUPTION
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
@@ -86,13 +87,15 @@ class InProcessRollouts:
         setup: RunSetup,
         prompt_indices: Sequence[int],
     ) -> None:
+        self._accelerator = accelerator
         self._sampler, self._setup, self._prompt_indices = sampler, setup, prompt_indices
         self._weights = partial(whole_weights, model) if zero_stage(accelerator) == 3 else nullcontext
 
     def __call__(self, step: int, lap: Lap) -> tuple[list[Group], list[Group]]:
-        """Sample and score this process's groups of `step`."""
+        """Sample and score this process's groups of `step`; raise Abandoned if the run is interrupted meanwhile."""
+        rollouts = partial(roll_out, self._sampler, self._setup, self._prompt_indices, step, lap)
         with self._weights():
-            return roll_out(self._sampler, self._setup, self._prompt_indices, step, lap)
+            return INTERRUPTION.abandonable(self._accelerator, rollouts)
 
 
 def roll_out(
@@ -178,15 +181,16 @@ def sample_groups(
     jobs: dict[int, list[Job]] = {}
 
     def start_scoring(index: int, completion: Completion) -> None:
-        texts[index] = decode_completion(completion.ids, tokenizer)
-        jobs[index] = grader.submit(texts[index], {name: values[index] for name, values in columns.items()})
+        with INTERRUPTION.unbroken():  # the queue of the workers has threads of its own
+            texts[index] = decode_completion(completion.ids, tokenizer)
+            jobs[index] = grader.submit(texts[index], {name: values[index] for name, values in columns.items()})
 
     keys = [(1, seed, step, index) for index in prompt_indices]  # 1: not the streams that order the prompts
     sampled = sampler.sample([prompt.ids for prompt in prompts], keys, num_generations, start_scoring)
     flat = [completion for completions in sampled for completion in completions]
     for index, completion in enumerate(flat):
-        if index not in texts:
-            texts[index] = decode_completion(completion.ids, tokenizer)
+        if index not in jobs:
+            start_scoring(index, completion)
     lap("sample")
 
     scores = grader.score(

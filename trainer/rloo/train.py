@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
+from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, describe_end
 from rekatrain.trainer.launch import announce
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
 from rekatrain.trainer.recipe.load import Recipe
@@ -101,11 +102,25 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         folder.start(recipe, first_step)
         log = RunLog(folder, recipe, first_step=first_step, max_steps=config.max_steps)
 
+    INTERRUPTION.begin_steps(accelerator)
+    last_saved, is_interrupted = first_step, False
     guard = NonFiniteGuard(recipe, folder)
     check_scorable, check_bounds = UnscorableGuard(config.max_unscorable_steps), StopGuard(recipe)
+
+    def save(step: int) -> None:
+        check_finite_weights(prepared, step)
+        with INTERRUPTION.timed("save"):
+            checkpointer.save(step, config.save_total_limit)
+
     for step in range(first_step, config.max_steps):
         clock = Clock()
-        local_records = take_step(run, step, clock)
+        INTERRUPTION.check_time()
+        try:
+            with INTERRUPTION.timed("step"):
+                local_records = take_step(run, step, clock)
+        except Abandoned:
+            is_interrupted = True
+            break
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
 
@@ -123,12 +138,16 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
             log.step(step + 1, {**metrics, **own, **setup.grader.metrics()}, headline=HEADLINE)
         check_bounds(step + 1, metrics)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
-            check_finite_weights(prepared, step + 1)
-            checkpointer.save(step + 1, config.save_total_limit)
+            save(step + 1)
+            last_saved = step + 1
+    if is_interrupted and step > last_saved:
+        save(step)
     if log is not None:
         log.close()
     setup.grader.close()
     accelerator.end_training()
+    if is_interrupted:
+        raise INTERRUPTION.end(describe_end(step))
 
 
 def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, checkpoint: Path | None) -> bool:

@@ -1,0 +1,280 @@
+"""Interruptions: a signal or the recipe's `time_limit` ends a run early, with a checkpoint and exit status 75.
+
+SIGTERM, SIGUSR1 and the first Ctrl-C let a step that trains finish; while a step samples or waits for rewards, its work
+is abandoned. A second signal ends the process at once. All ranks of a launch end after the same step, whichever of them
+is interrupted: `abandonable` and `is_agreed` exchange one number per step.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+
+from rekatrain.data.errors import INTERRUPTED, RunInterrupted
+from rekatrain.trainer.process_failure import RESUME, end_if_a_rank_failed
+from rekatrain.trainer.ranks import ranks
+
+Result = TypeVar("Result")
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Wakes a main thread that waits. Nothing else sends it, and it is ignored by default.
+WAKE = signal.SIGURG
+POLL_SECONDS = 0.2
+# A scheduler and a launcher may both deliver a signal: within this time they count once. Ctrl-C counts each time.
+REPEAT_SECONDS = 1.0
+# Time for the start of a run to leave a call of C, such as the connection of the processes.
+START_SECONDS = 5.0
+
+
+class Abandoned(KeyboardInterrupt):
+    """Raised in the main thread to leave work that an interruption abandons; no grader catches it."""
+
+
+class _Phase(Enum):
+    STARTING = auto()  # nothing is lost: end now
+    SAMPLING = auto()  # abandon
+    TRAINING = auto()  # finish
+    ENDING = auto()  # the run ends already, or none has begun
+
+
+class Interruption:
+    """The interruption of this process's run, if any. `cause` names it: a signal, or time_limit."""
+
+    def __init__(self) -> None:
+        self._phase, self._is_unbroken = _Phase.ENDING, False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cause: str | None = None
+        self._deadline: float | None = None
+        self._longest = {"step": 0.0, "save": 0.0}
+
+    @contextmanager
+    def listen(self, time_limit: float | None) -> Iterator[None]:
+        """Listen for signals and for the end of the time while a run lasts.
+
+        time_limit: seconds from the start of this process, or of the launcher that started it
+        """
+        self._forget()
+        if time_limit is not None:
+            self._deadline = time.monotonic() + time_limit - (time.time() - _started())
+        self._phase = _Phase.STARTING
+        stopped = threading.Event()
+        threading.Thread(target=self._watch, args=(stopped,), daemon=True).start()
+        try:
+            with self._signal_handlers():
+                yield
+        except Abandoned:
+            raise self.end("before its first step: nothing is lost. Start it again with --resume") from None
+        finally:
+            stopped.set()
+            self._phase = _Phase.ENDING
+
+    def begin_steps(self, accelerator: Accelerator) -> None:
+        """Declare that the run is set up, and that a step which has begun is finished; every rank must call this."""
+        self._phase = _Phase.TRAINING
+        if _any_rank(accelerator, self.cause is not None):
+            raise Abandoned
+
+    def abandonable(self, accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+        """Return the function's result; raise Abandoned on every rank if an interruption comes first on any rank.
+
+        Every rank must call this. The function must contain no collective, and must leave no trace but random states,
+        which are restored.
+        """
+        states, results = _random_states(), []
+        try:
+            try:
+                self._phase = _Phase.SAMPLING
+                if self.cause is not None:
+                    raise Abandoned
+                results.append(function())
+            finally:
+                self._phase = _Phase.TRAINING
+        except Abandoned:  # the handler raises it anywhere, after the last line of `try` too
+            pass
+        if _any_rank(accelerator, not results):
+            _set_random_states(states)
+            raise Abandoned
+        return results[0]
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Context within abandoned work that is not left halfway: it changes what other threads read too."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._is_unbroken = True
+        try:
+            yield
+        finally:
+            self._is_unbroken = False
+        self._abandon()
+
+    def is_agreed(self, accelerator: Accelerator) -> bool:
+        """Return True on every rank if one is interrupted, or has no time for a further step; all must call this."""
+        self.check_time()
+        return _any_rank(accelerator, self.cause is not None)
+
+    def check_time(self) -> None:
+        """Interrupt the run if a step and a checkpoint, each as long as the longest so far, exceed the time limit."""
+        if self._deadline is not None and time.monotonic() + sum(self._longest.values()) > self._deadline:
+            self.cause = self.cause or "time_limit"
+
+    def took(self, part: str, seconds: float) -> None:
+        """Record how long a `step` or a `save` took."""
+        self._longest[part] = max(self._longest[part], seconds)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Context that records how long a `step` or a `save` takes."""
+        started = time.monotonic()
+        yield
+        self.took(part, time.monotonic() - started)
+
+    def end(self, what: str) -> RunInterrupted:
+        """Return the error that ends an interrupted run; further signals are ignored.
+
+        what: after which step, and what is saved, as text
+        """
+        self._phase = _Phase.ENDING
+        here, cause = ranks(), self.cause
+        if here is not None:
+            with suppress(RuntimeError):  # the launcher has ended
+                if cause is not None:
+                    here.interrupt(cause)
+                here.leave()
+                cause = here.interruption()
+        return RunInterrupted(f"interrupted by {cause or 'a signal to another rank'} {what}")
+
+    @contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only it receives signals
+            yield
+            return
+        # Python runs a handler after the call of C that the signal interrupts, and a collective that waits for a dead
+        # process never returns. So a thread reads the signal's number from a pipe.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        old_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # A shell's background job ignores Ctrl-C.
+        numbers = [
+            number for number in (*SIGNALS, WAKE) if number == WAKE or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            # A launcher sends SIGTERM to all ranks after the first has ended: this one may still have to print why.
+            is_over = self._phase is _Phase.ENDING and ranks() is not None
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_IGN if is_over else handler or signal.SIG_DFL)
+            signal.set_wakeup_fd(old_pipe)
+            os.close(writer)
+            listener.join()
+            os.close(reader)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Leave what the main thread does, once, if it is to be abandoned."""
+        if number in SIGNALS:
+            self.cause = self.cause or signal.Signals(number).name
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if self.cause is not None and self._phase in (_Phase.STARTING, _Phase.SAMPLING) and not self._is_unbroken:
+            self._phase = _Phase.TRAINING
+            raise Abandoned
+
+    def _listen(self, reader: int) -> None:
+        """Read the numbers of signals as they come."""
+        first = None
+        while number := os.read(reader, 1):
+            if number[0] not in SIGNALS or self._phase is _Phase.ENDING:
+                continue
+            received, here = signal.Signals(number[0]), ranks()
+            if received == signal.SIGTERM and here is not None:
+                with suppress(RuntimeError):  # the launcher has ended
+                    end_if_a_rank_failed(here)
+            now = time.monotonic()
+            if first is None:
+                first, self.cause = now, self.cause or received.name
+            elif received == signal.SIGINT or now - first > REPEAT_SECONDS:
+                _end_at_once(f"a second signal ({received.name}) ended the run. {RESUME}", 128 + received)
+
+    def _watch(self, stopped: threading.Event) -> None:
+        """Exchange interruptions with the other ranks, and interrupt the run when the time limit allows no more."""
+        here = ranks()
+        with suppress(RuntimeError):  # the launcher has ended
+            while self.cause is None and not stopped.wait(POLL_SECONDS):
+                if self._deadline is not None and time.monotonic() + self._longest["save"] > self._deadline:
+                    self.cause = "time_limit"
+                elif here is not None:
+                    self.cause = here.interruption()
+            if here is not None and self.cause is not None:
+                here.interrupt(self.cause)
+        is_starting = self._phase is _Phase.STARTING
+        if not stopped.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+        if is_starting and not stopped.wait(START_SECONDS) and self._phase is not _Phase.ENDING:
+            _end_at_once(f"interrupted by {self.cause} before its first step. {RESUME}", INTERRUPTED)
+
+
+INTERRUPTION = Interruption()
+
+
+def describe_end(step: int) -> str:
+    """Return the text on where an interrupted run has ended, with a checkpoint unless `step` is 0."""
+    if step == 0:
+        return "in its first step, before there was anything to save. Start it again with --resume"
+    return f"after step {step}: checkpoint-{step} is saved. {RESUME}"
+
+
+def _started() -> float:
+    """Return the time at which this process began, or the launcher that may start it again."""
+    own = psutil.Process()
+    return (own.parent() or own if "TORCHELASTIC_RUN_ID" in os.environ else own).create_time()
+
+
+def _any_rank(accelerator: Accelerator, is_here: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return is_here
+    count = torch.tensor([int(is_here)], device=accelerator.device)
+    return bool(accelerator.reduce(count, "sum").item())
+
+
+def _random_states() -> tuple[Any, ...]:  # as each library has them
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3]:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+def _end_at_once(message: str, status: int) -> None:
+    here, is_mine = ranks(), True
+    with suppress(RuntimeError):  # the launcher has ended
+        if here is not None:
+            here.leave()
+            is_mine = here.claim("end at once")
+    if is_mine:
+        print(f"rekatrain: {message}", file=sys.stderr, flush=True)
+    os._exit(status)
