@@ -21,6 +21,9 @@ from rekatrain.trainer.recipe.shipped import shipped_file
 
 logger = logging.getLogger(__name__)
 
+# Seconds that processes may wait for one that loads, compiles, evaluates or saves: 300 GB at 80 MB/s, an hour.
+USUAL_DDP_TIMEOUT = 3600
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:

@@ -25,6 +25,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest, write_failures
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard
 from rekatrain.trainer.launch import (
+    USUAL_DDP_TIMEOUT,
     Launch,
     adapt_to_device,
     announce,
@@ -58,6 +59,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": USUAL_DDP_TIMEOUT,
         "logging_nan_inf_filter": False,  # transformers would log a loss of nan as an earlier one
     }
     # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has

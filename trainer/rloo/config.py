@@ -33,6 +33,8 @@ class RLOOConfig:
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
     save_steps, save_total_limit:       steps between checkpoints (there is one at the end, too); checkpoints to keep
+    ddp_timeout:                        seconds that a process waits for the others in an exchange, after which the run
+                                        ends; null: longer than the run's own limits, see `RunSetup.ddp_timeout`
     restart_optimizer:                  resume under another number of ZeRO shards with a fresh optimizer
 
     Options beyond the paper, all off by default; formulas are in loss.py unless given here:
@@ -87,6 +89,7 @@ class RLOOConfig:
     bf16: bool = False
     save_steps: Annotated[int, Ge(1)] = 50
     save_total_limit: Annotated[int, Ge(1)] | None = None
+    ddp_timeout: Annotated[int, Ge(1)] | None = None
     restart_optimizer: bool = False
 
     num_iterations: Annotated[int, Ge(1)] = 1

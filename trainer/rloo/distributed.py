@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,20 @@ from rekatrain.trainer.rloo.gather import gathered
 FIRST_NORMS = 10
 
 
-def make_accelerator(*, bf16: bool) -> Accelerator:
-    """Make an Accelerator for one process, data parallelism or ZeRO; InputError unless it is as launched."""
+def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
+    """Make an Accelerator for one process, data parallelism or ZeRO; InputError unless it is as launched.
+
+    ddp_timeout: seconds that a process waits for the others in an exchange
+    """
     launch = read_launch()
     prepare_deepspeed(launch)
     has_gpu, is_deepspeed = torch.cuda.is_available(), launch.engine == "deepspeed"
+    backend = "gloo" if is_deepspeed and not has_gpu else "nccl"  # as Accelerate does otherwise: a CPU has gloo
     accelerator = Accelerator(
         # Without a GPU, `Accelerator()` would leave launched processes unconnected and train each alone, silently;
         # under DeepSpeed `cpu=True` would turn it off as silently.
         cpu=not has_gpu and not is_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if is_deepspeed and not has_gpu else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=ddp_timeout))],
         mixed_precision="bf16" if bf16 else "no",
         step_scheduler_with_optimizer=False,
     )

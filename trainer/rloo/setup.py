@@ -1,5 +1,6 @@
 """Everything of an RLOO run that can be checked before a weight is loaded."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,12 +11,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
-from rekatrain.trainer.launch import check_mixed_precision
+from rekatrain.rewards.workers.pool import num_workers_here
+from rekatrain.trainer.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
+from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
+
+# Seconds per token of the longest completion of a batch, in process: a 21B model takes 20 to 50 ms.
+SECONDS_PER_TOKEN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,33 @@ class RunSetup:
         """Indices in each step of the prompts that this process samples."""
         number = self.config.prompts_per_process(accelerator.num_processes)
         return range(accelerator.process_index * number, (accelerator.process_index + 1) * number)
+
+    def ddp_timeout(self, num_processes: int) -> float:
+        """Seconds that a process waits for the others in an exchange: the recipe's, or more than the run's own limits.
+
+        Between two exchanges a process may load or save, or sample and score its groups of a step. A server, a reward
+        or a disk that is too slow should end the run by its own limit, with its own message.
+        """
+        config = self.config
+        if config.ddp_timeout is not None:
+            return config.ddp_timeout
+        num_prompts = config.prompts_per_process(num_processes)
+        at_once = config.per_device_generation_batch_size // config.num_generations
+        num_batches = math.ceil(num_prompts / at_once)
+        if config.vllm_server_urls:
+            num_requests = 1 if config.reasoning_budget is None else 2
+            num_limits = (num_batches - 1 + MAX_ATTEMPTS) * num_requests
+            sampling = config.vllm_server_timeout + num_limits * config.vllm_request_timeout
+        else:
+            sampling = num_batches * config.max_completion_length * SECONDS_PER_TOKEN
+        batch_functions = [reward for reward in self.rewards if reward.scorer is None]
+        scorers = [reward for reward in self.rewards if reward.scorer is not None]
+        num_workers = self.scoring.num_workers or num_workers_here()
+        scoring = sum(reward.timeout or self.scoring.batch_timeout for reward in batch_functions)
+        scoring += math.ceil(num_prompts * config.num_generations / num_workers) * sum(
+            reward.timeout or self.scoring.timeout for reward in scorers
+        )
+        return USUAL_DDP_TIMEOUT + (1 + config.dynamic_sampling_rounds) * (sampling + scoring)
 
     def make_sampler(self, policy: Policy) -> Sampler:
         """Make the in-process sampler with the settings of this run."""

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
 from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, describe_end
-from rekatrain.trainer.launch import announce
+from rekatrain.trainer.launch import announce, read_launch
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layout, load_weights
@@ -56,7 +56,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     folder.check(recipe, resume=resume)
     setup = prepare(recipe)
     config = setup.config
-    accelerator = make_accelerator(bf16=config.bf16)
+    ddp_timeout = setup.ddp_timeout(read_launch().num_processes)
+    accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
     folder.open(recipe, checkpoint, resume=resume)
