@@ -54,6 +54,8 @@ WEIGHTS_FILES = (".safetensors", ".json", ".jinja")
 MAY_CHANGE = re.compile(
     r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+|max_unscorable_steps)"
     r"|wandb.*|evaluate.*|on_nonfinite|max_nonfinite_skips|stop_if.*"
+    # Their product with the number of processes must stay (trl_resharding.py).
+    r"|(sft|reward)\.(per_device_train_batch_size|gradient_accumulation_steps)"
 )
 
 

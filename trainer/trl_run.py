@@ -22,11 +22,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, read_manifest, write_failures
+from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, write_failures
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard
 from rekatrain.trainer.launch import (
     USUAL_DDP_TIMEOUT,
-    Launch,
     adapt_to_device,
     announce,
     check_engine,
@@ -43,6 +42,7 @@ from rekatrain.trainer.safe_load import tensors_only
 from rekatrain.trainer.schedule import follow_new_length
 from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
 from rekatrain.trainer.trl_interruption import InterruptionCallback
+from rekatrain.trainer.trl_resharding import SaveBatch, check_resumable, restore_other_launch
 
 logger = logging.getLogger(__name__)
 
@@ -107,26 +107,9 @@ def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, re
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is not None:
-        _check_resumable(checkpoint, recipe)
+        check_resumable(checkpoint, recipe.stage, config)
     run.open(recipe, checkpoint, resume=resume)
     return checkpoint
-
-
-def _check_resumable(checkpoint: Path, recipe: Recipe) -> None:
-    """Raise InputError if this launch, or any, cannot go on from the checkpoint."""
-    manifest = read_manifest(checkpoint)
-    saved = Launch(**manifest["launch"])
-    if saved != read_launch():
-        raise InputError(
-            f"{str(checkpoint)!r} was saved by {saved}, and this is {read_launch()}: the rows of a step and the "
-            "optimizer's state are split over the processes. Use the earlier launch, or start a new run from the "
-            "weights: rekatrain export RUN OUT"
-        )
-    if not any("optim" in name for name in manifest["files"]):
-        raise InputError(
-            f"{str(checkpoint)!r} was saved without its optimizer ({recipe.stage}.save_only_model), so it cannot be "
-            "resumed; start a new run from its weights: rekatrain export RUN OUT"
-        )
 
 
 def is_finished(run: RunFolder, recipe: Recipe, checkpoint: Path, config: TrainingArguments) -> bool:
@@ -158,6 +141,7 @@ def run_trainer(
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     running = RunningMetrics(trainer, run, checkpoint)
     trainer.add_callback(running)  # its file is there when the checkpoint is completed
+    trainer.add_callback(SaveBatch(run))
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     if checkpoint is not None:
@@ -172,6 +156,8 @@ def run_trainer(
     trainer.add_callback(StopCallback(StopGuard(recipe)))  # after the log, which then shows the metrics
     interruption = InterruptionCallback(trainer)
     trainer.add_callback(interruption)
+    if checkpoint is not None:
+        restore_other_launch(trainer, checkpoint)
     is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
     with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

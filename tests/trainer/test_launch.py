@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
@@ -21,7 +20,7 @@ from ruamel.yaml import YAML
 from trl.trainer.sft_config import SFTConfig
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import read_manifest, seal
+from rekatrain.trainer.checkpoints import read_manifest
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.launch import Launch, check_engine, check_mixed_precision, prepare_deepspeed, read_launch
 from rekatrain.trainer.models import check_trainable
@@ -226,7 +225,7 @@ def test_check_trainable_wants_float32_copies_of_bfloat16(
         check_trainable(recipe, is_deepspeed=is_deepspeed, bf16=bf16)
 
 
-def test_resume_rejects_another_launch_and_cut_off_saves(
+def test_resume_rejects_another_batch_and_cut_off_saves(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -242,9 +241,12 @@ def test_resume_rejects_another_launch_and_cut_off_saves(
     main(["train", "recipe.yaml"])
     (checkpoint,) = Path("run").glob("checkpoints/checkpoint-1")
     assert Launch(**read_manifest(checkpoint)["launch"]) == LAUNCHES["single"]
-    seal(checkpoint, step=1, stage="sft", launch=asdict(LAUNCHES["zero3"]))
-    for message in ("deepspeed ZeRO-3 in 8 processes, and this is single in 1 process", "it has no manifest.json"):
+    for batch, message in (
+        (2, "takes steps of 1 rows, and this launch would take 2"),
+        (1, "it has no manifest.json"),
+    ):
+        options = ["sft.max_steps=2", f"sft.per_device_train_batch_size={batch}"]
         with pytest.raises(SystemExit):
-            main(["train", "recipe.yaml", "--resume", "sft.max_steps=2"])
+            main(["train", "recipe.yaml", "--resume", *options])
         assert message in capsys.readouterr().err
         (checkpoint / "manifest.json").unlink(missing_ok=True)

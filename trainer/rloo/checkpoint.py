@@ -3,8 +3,8 @@
 Prompts and draws are functions of (seed, step), so the number of finished steps is the whole state of the data. The
 folder is written aside and then moved (../checkpoints.py): it appears whole or not at all.
 
-Without ZeRO, each process holds the whole state and a run can resume on any number of processes. ZeRO shards the
-optimizer: another number of processes, or another stage, can load the weights but needs a fresh optimizer.
+A run resumes on any number of processes and at any stage of ZeRO: an optimizer that is saved in another layout is
+converted (../resharding.py).
 """
 
 import json
@@ -22,12 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE, write_failures
+from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, write_failures
 from rekatrain.trainer.launch import read_launch
 from rekatrain.trainer.models import Policy
+from rekatrain.trainer.resharding import restore_converted
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.safe_load import tensors_only
+from rekatrain.trainer.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +84,16 @@ class Checkpointer:
         if self._accelerator.is_main_process:
             (partial / RUN_STATE_FILE).write_text(json.dumps(states), encoding="utf-8")
             self._tokenizer.save_pretrained(partial)
-            state = {"global_step": step, **_layout(self._accelerator)}
-            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            (partial / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")
             self._run.publish(step, stage="rloo", launch=asdict(read_launch()), save_total_limit=save_total_limit)
         self._accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> None:
         """Load a checkpoint into everything that the accelerator prepared, and into the further objects."""
         states = read_states(checkpoint)
-        if self._is_sharded:
+        if saved_layout(checkpoint) != _layout(self._accelerator):
+            self._restore_converted(checkpoint)
+        elif self._is_sharded:
             with tensors_only():
                 self._accelerator.load_state(str(checkpoint), load_module_strict=False)
         else:
@@ -98,6 +101,13 @@ class Checkpointer:
         for name, state in states.items():
             if name in self._states:
                 self._states[name].load_state_dict(state)
+
+    def _restore_converted(self, checkpoint: Path) -> None:
+        (model,), (optimizer,) = self._accelerator._models, self._accelerator._optimizers
+        restore_converted(checkpoint, self._accelerator.unwrap_model(model), optimizer)
+        for _ in range(checkpoint_step(checkpoint)):  # the schedule is a function of the step
+            for scheduler in self._accelerator._schedulers:
+                scheduler.step()
 
     @property
     def _is_sharded(self) -> bool:
@@ -137,24 +147,20 @@ def read_states(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimizer: bool) -> bool:
-    """Return True if this launch can load a checkpoint's optimizer; InputError if not and it is not restarted.
+    """Return True if this launch loads a checkpoint's optimizer, False if it restarts it.
 
-    Also raises InputError if a checkpoint whose optimizer is loaded holds no readable states.
+    Raises InputError for an optimizer that can neither be loaded nor converted and is not restarted, and for a
+    checkpoint whose optimizer is loaded and that holds no readable states.
     """
-    stored: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    there, here = (
-        {key: layout.get(key, 0) for key in ("zero_stage", "num_shards")} for layout in (stored, _layout(accelerator))
-    )
-    if there == here:
-        read_states(checkpoint)
-        return True
-    if not restarts_optimizer:
-        raise InputError(
-            f"{str(checkpoint)!r} holds an optimizer {_describe(there)}, and this run would be {_describe(here)}: "
-            "launch it as before, or set rloo.restart_optimizer=true to resume from its weights with a fresh optimizer"
-        )
-    logger.warning("the optimizer starts afresh: its state was %s, this run is %s", _describe(there), _describe(here))
-    return False
+    there, here = saved_layout(checkpoint), _layout(accelerator)
+    if there != here:
+        if restarts_optimizer:
+            logger.warning("the optimizer starts anew: its state was in %s, this run has %s", there, here)
+            return False
+        check_convertible(checkpoint)
+        logger.info("the optimizer is converted from %s to %s", there, here)
+    read_states(checkpoint)
+    return True
 
 
 def load_weights(accelerator: Accelerator, policy: Policy, checkpoint: Path) -> None:
@@ -169,12 +175,5 @@ def load_weights(accelerator: Accelerator, policy: Policy, checkpoint: Path) -> 
             load_checkpoint_in_model(policy, str(checkpoint))
 
 
-def _layout(accelerator: Accelerator) -> dict[str, int]:
-    stage = zero_stage(accelerator)
-    return {"zero_stage": stage, "num_shards": accelerator.num_processes if stage else 0}
-
-
-def _describe(layout: dict[str, int]) -> str:
-    return (
-        f"in {layout['num_shards']} shards of ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else "in one piece"
-    )
+def _layout(accelerator: Accelerator) -> Layout:
+    return make_layout(zero_stage(accelerator), accelerator.num_processes)

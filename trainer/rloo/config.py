@@ -35,7 +35,7 @@ class RLOOConfig:
     save_steps, save_total_limit:       steps between checkpoints (there is one at the end, too); checkpoints to keep
     ddp_timeout:                        seconds that a process waits for the others in an exchange, after which the run
                                         ends; null: longer than the run's own limits, see `RunSetup.ddp_timeout`
-    restart_optimizer:                  resume under another number of ZeRO shards with a fresh optimizer
+    restart_optimizer:                  resume under another launch with a fresh optimizer, not a converted one
 
     Options beyond the paper, all off by default; formulas are in loss.py unless given here:
 

@@ -1,0 +1,104 @@
+"""Resuming a stage on TRL's trainers under another launch: the same rows per step, and a converted optimizer."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.checkpoints import checkpoint_step, read_manifest
+from rekatrain.trainer.resharding import restore_converted
+from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
+
+logger = logging.getLogger(__name__)
+
+BATCH_FILE = "batch.json"
+
+
+class SaveBatch(TrainerCallback):
+    """Adds the number of rows of a step to a checkpoint: a resumed run must take as many."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the file into the checkpoint that is being written."""
+        if state.is_world_process_zero:
+            path = self._run.partial_checkpoint(state.global_step) / BATCH_FILE
+            path.write_text(json.dumps({"rows_per_step": _rows_per_step(args)}) + "\n", encoding="utf-8")
+
+
+def check_resumable(checkpoint: Path, stage: str, config: TrainingArguments) -> None:
+    """Raise InputError if this launch cannot take the steps that the one of the checkpoint would have taken."""
+    if not any("optim" in name for name in read_manifest(checkpoint)["files"]):
+        raise InputError(
+            f"{str(checkpoint)!r} was saved without its optimizer ({stage}.save_only_model), so it cannot be "
+            "resumed; start a new run from its weights: rekatrain export RUN OUT"
+        )
+    saved = json.loads((checkpoint / BATCH_FILE).read_text(encoding="utf-8"))["rows_per_step"]
+    if saved != _rows_per_step(config):
+        raise InputError(
+            f"the run of {str(checkpoint)!r} takes steps of {saved} rows, and this launch would take "
+            f"{_rows_per_step(config)}: {stage}.per_device_train_batch_size {config.train_batch_size} x "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {config.world_size} processes; set "
+            f"the first two so that the product is {saved}"
+        )
+    there, here = saved_layout(checkpoint), _layout(config)
+    if there != here:
+        check_convertible(checkpoint)
+        if not (checkpoint / SCHEDULER_NAME).exists():
+            raise InputError(
+                f"{str(checkpoint)!r} has a schedule of DeepSpeed's, which cannot be converted; resume under the "
+                "earlier launch"
+            )
+        logger.info("the optimizer is converted from %s to %s", there, here)
+
+
+def restore_other_launch(trainer: Trainer, checkpoint: Path) -> None:
+    """Have the trainer, when it resumes, restore a checkpoint of another launch.
+
+    transformers has no hook for it: it loads an optimizer into the layout that it was saved in.
+    """
+    if read_manifest(checkpoint)["launch"]["num_processes"] != trainer.args.world_size:
+        # Dropout is all that draws from these states; the order of rows depends on the seed and the epoch.
+        seed = trainer.args.seed + checkpoint_step(checkpoint)
+        trainer._load_rng_state = lambda _: set_seed(seed, device_specific=True)  # type: ignore[method-assign]
+    if saved_layout(checkpoint) == _layout(trainer.args):
+        return
+    prepare = trainer._prepare_for_training
+
+    def prepare_and_restore(max_steps: int, train_dataloader: DataLoader[Any], _: str) -> tuple[nn.Module, Any]:
+        prepared: tuple[nn.Module, Any] = prepare(max_steps, train_dataloader, None)
+        restore_converted(checkpoint, trainer.model, trainer.optimizer, _names_by_group(trainer))
+        state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
+        trainer.lr_scheduler.load_state_dict(state)
+        for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return prepared
+
+    trainer._prepare_for_training = prepare_and_restore  # type: ignore[method-assign]
+    trainer._load_from_checkpoint = lambda *_: None  # type: ignore[method-assign]  # weights come with the optimizer
+
+
+def _names_by_group(trainer: Trainer) -> list[str]:
+    """Return the trained parameters in the order of `Trainer.create_optimizer`: first those with weight decay."""
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    return [name for name in names if name in decayed] + [name for name in names if name not in decayed]
+
+
+def _rows_per_step(config: TrainingArguments) -> int:
+    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
+def _layout(config: TrainingArguments) -> Layout:
+    plugin = config.deepspeed_plugin
+    return make_layout(int(plugin.zero_stage) if plugin else 0, config.world_size)
