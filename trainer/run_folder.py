@@ -203,15 +203,16 @@ class RunFolder:
         )
 
     def _open(self, recipe: Recipe, checkpoint: Path | None, *, resume: bool) -> None:
-        probe = self.path / f"probe{PARTIAL_SUFFIX}"
         try:
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            try:
-                write_whole(probe, bytes(PROBE_BYTES))
-            finally:
-                probe.unlink(missing_ok=True)
+            for folder in [self.path, *([self.checkpoints] if self.checkpoints.exists() else [])]:
+                probe = folder / f"probe{PARTIAL_SUFFIX}"
+                try:
+                    write_whole(probe, bytes(PROBE_BYTES))
+                finally:
+                    probe.unlink(missing_ok=True)
         except Timeout:
             raise InputError(
                 f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
@@ -219,7 +220,8 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise InputError(
-                f"output_dir {str(self.path)!r} cannot be written: {error.strerror}; free space, or choose another"
+                f"output_dir {str(self.path)!r} cannot be written: {error.strerror} ({error.filename}); free space, or "
+                "choose another"
             ) from error
         # Another run may have worked here between the first check and the lock.
         self.check(recipe, resume=resume)

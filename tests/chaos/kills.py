@@ -3,7 +3,7 @@
     python tests/chaos/kills.py --kills 100
 
 SFT and RLOO, full and LoRA, on one process and under ZeRO-3 on two (16 of 100 kills, by the real launcher; 8 of 100 are
-of `python -m rekatrain`, the others of forks of a warm process). Every fourth kill is double: the resume is killed
+of `python -m rekatrain`, the others of forks of a warm process). Every fifth kill is double: the resume is killed
 too. The uninterrupted run of each setting is the expectation: every file of its run folder is compared byte by byte,
 timings excepted. Exits with 1 if anything is different.
 """
@@ -182,7 +182,7 @@ def main() -> None:
     folder = scratch_folder()
     campaign, kills, started = Campaign(folder, options.seed), [], time.monotonic()
     for number, (setting, way) in enumerate(plan(options.kills), start=1):
-        kill = campaign.kill(setting, way, double=number % 4 == 0)
+        kill = campaign.kill(setting, way, double=number % 5 == 0)
         kills.append(kill)
         moments = "; then ".join(kill.moments)
         print(f"{number:>4} {kill.setting!s:<18} {way:<8} {moments}: {'; '.join(kill.problems) or 'equal'}", flush=True)

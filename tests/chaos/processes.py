@@ -4,10 +4,12 @@ A forked run starts in milliseconds instead of seconds: the server has imported 
 threads, and has computed nothing.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -22,8 +24,6 @@ from runs import PROJECT
 
 HERE = Path(__file__).parent
 POINT = "REKATRAIN_CHAOS_POINT"
-# An account without rights, which the root user becomes where a file is to be unreadable.
-NOBODY = 65534
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["warm", "runs"])
 # The server does not get the path of this process.
@@ -55,16 +55,13 @@ class Process:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def fork_run(
-    folder: Path, *arguments: str, point: KillPoint | None = None, unprivileged: bool = False, file_limit: int = 0
-) -> Process:
+def fork_run(folder: Path, *arguments: str, point: KillPoint | None = None, file_limit: int = 0) -> Process:
     """Start `rekatrain train recipe.yaml ARGUMENTS` in a fork of the warm server.
 
-    unprivileged: as a user who cannot read every file
-    file_limit:   largest size of a file in bytes; 0 for none
+    file_limit: largest size of a file in bytes; 0 for none
     """
     log = _next_log(folder)
-    process = SERVER.Process(target=_run, args=(folder, arguments, log, point, unprivileged, file_limit))
+    process = SERVER.Process(target=_run, args=(folder, arguments, log, point, file_limit))
     process.start()
     assert process.pid is not None
     return Process(pid=process.pid, poll=lambda: process.exitcode, log=log)
@@ -74,18 +71,14 @@ def _next_log(folder: Path) -> Path:
     return folder / f"log-{len(list(folder.glob('log-*'))) + 1}"
 
 
-def _run(
-    folder: Path, arguments: Sequence[str], log: Path, point: KillPoint | None, unprivileged: bool, file_limit: int
-) -> None:
+def _run(folder: Path, arguments: Sequence[str], log: Path, point: KillPoint | None, file_limit: int) -> None:
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.path.append(str(folder))  # as `python -m rekatrain` does
-    if unprivileged and os.geteuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    _drop_capabilities()
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if point:
@@ -110,6 +103,14 @@ def start_command(folder: Path, *arguments: str, point: KillPoint | None = None,
             list(map(str, command)), cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
         )
     return Process(pid=process.pid, poll=process.poll, log=log)
+
+
+def _drop_capabilities() -> None:
+    """Have the permissions of files hold for root too."""
+    if os.geteuid() == 0:
+        header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)  # linux/capability.h, version 3
+        if ctypes.CDLL(None, use_errno=True).capset(header, nothing) != 0:
+            raise OSError(ctypes.get_errno(), "capset")
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

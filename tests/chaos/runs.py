@@ -38,6 +38,7 @@ RLOO = {
     "max_completion_length": 8,
     "beta": 0.05,
     "num_iterations": 2,
+    "importance_sampling_level": "token",
     "dynamic_sampling_rounds": 1,
     "max_grad_norm": 1e3,
     "grad_norm_quantile": 0.5,
@@ -140,7 +141,7 @@ def _is_timing(key: str) -> bool:
 def differences(one: Path, other: Path) -> Iterator[str]:
     """Yield each difference between two run folders; timings do not count.
 
-    Files of the checkpoints are compared byte by byte. Manifests hold the hashes of the rest and are left out.
+    Files of the checkpoints are compared byte by byte; manifests hold the hashes of the rest and are left out.
     """
     names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, other)]
     yield from (f"{name} is missing" for name in sorted({*names[0]} - {*names[1]}))
@@ -158,7 +159,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
 
 
 def _equal_states(one: Path, other: Path) -> bool:
-    """Return True if two trainer_state.json differ in timings alone."""
+    """Return True if two JSON files differ in timings, or in the order of a set of PEFT's, alone."""
     if one.suffix != ".json":
         return False
     states = [json.loads(path.read_text(encoding="utf-8")) for path in (one, other)]
@@ -166,6 +167,8 @@ def _equal_states(one: Path, other: Path) -> bool:
         for entry in state.get("log_history", []):
             for key in [key for key in entry if _is_timing(key)]:
                 del entry[key]
+        if isinstance(state.get("target_modules"), list):
+            state["target_modules"].sort()
     return states[0] == states[1]
 
 

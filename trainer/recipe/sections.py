@@ -83,5 +83,6 @@ def _check_chat(recipe: Recipe) -> None:
     if recipe.chat:
         from rekatrain.data.training_rows import encode_rows
         from rekatrain.trainer.reward_model.pairs import encode_pairs
+
         encode = encode_pairs if recipe.stage == "reward" else encode_rows
         check_keywords("chat", recipe.chat, encode, reserved=("rows", "tokenizer", "max_length"))
