@@ -22,6 +22,7 @@ from rekatrain.data.training_rows import encode_rows
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.training_probe import choose_texts
 from rekatrain.trainer.trl_guards import GuardedTrainer
 from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
 
@@ -72,4 +73,5 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
         train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),
         processing_class=copy.deepcopy(task.tokenizer),
     )
-    run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)
+    texts = choose_texts(task.tokenizer, [row.input_ids for row in task.rows])
+    run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE, texts=texts)

@@ -8,15 +8,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rekatrain.data.chat import Message, encode_text, render_completion, render_prompt
+from rekatrain.trainer.run_folder import RunFolder
 
 PROBE_FILE = "probe.safetensors"
 # Tokens of each text: enough for thousands of tokens of context to matter little to the cost of a save.
@@ -27,7 +37,7 @@ QUESTION: list[Message] = [
 ]
 ANSWER = render_completion("Its last digit is 4.", "4; 1,234 ends in an even digit: def f(x):\n    return x % 2")
 # Largest difference of a log-probability, and largest mean difference over a text, in nats, by the weights' dtype.
-# bfloat16 has 8 bits: a logit of 16 is rounded by up to 0.06. QLoRA trains on a quantized base and exports the original.
+# bfloat16 has 8 bits: a logit of 16 is rounded by up to 0.06. QLoRA trains on a quantized base; its export is not.
 TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.05), "quantized": (math.inf, 1.0)}
 
 
@@ -76,6 +86,19 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     dtype = "quantized" if is_quantized else str(parameter.dtype).removeprefix("torch.")
     return TrainingProbe(ids=ids, logprobs=logprobs, dtype=dtype)
+
+
+class SaveProbe(TrainerCallback):
+    """Adds the probe to the checkpoints of transformers' Trainer."""
+
+    def __init__(self, run: RunFolder, texts: Sequence[Sequence[int]]) -> None:
+        self._run, self._texts = run, texts
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Write the file into the checkpoint that is being written."""
+        probe = run_probe(extract_model_from_parallel(event["model"]), self._texts)
+        if state.is_world_process_zero:
+            probe.save(self._run.partial_checkpoint(state.global_step))
 
 
 def read_probe(checkpoint: Path) -> TrainingProbe | None:

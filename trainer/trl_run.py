@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,7 @@ from rekatrain.trainer.run_log import RunLog
 from rekatrain.trainer.running_metrics import RunningMetrics
 from rekatrain.trainer.safe_load import tensors_only
 from rekatrain.trainer.schedule import follow_new_length
+from rekatrain.trainer.training_probe import SaveProbe
 from rekatrain.trainer.trl_guards import GuardedTrainer, NonFiniteCallback, StopCallback
 from rekatrain.trainer.trl_interruption import InterruptionCallback
 from rekatrain.trainer.trl_resharding import SaveBatch, check_resumable, restore_other_launch
@@ -134,14 +135,21 @@ def run_trainer(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None,
     headline: list[str],
+    texts: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Train from the checkpoint, or from the start, with the run's log; checkpoints get `tokenizer`."""
+    """Train from the checkpoint, or from the start, with the run's log.
+
+    tokenizer: its files are part of each checkpoint
+    texts:     token ids of texts whose log-probabilities are part of each checkpoint
+    """
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     running = RunningMetrics(trainer, run, checkpoint)
     trainer.add_callback(running)  # its file is there when the checkpoint is completed
     trainer.add_callback(SaveBatch(run))
+    if texts:
+        trainer.add_callback(SaveProbe(run, texts))
     trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     if checkpoint is not None:

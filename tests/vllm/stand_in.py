@@ -108,6 +108,8 @@ class StandIn:
         return 200, {"success": True}
 
     def _completions(self, body: Any) -> tuple[int, Any]:
+        if "prompt_logprobs" in body:
+            return 200, {"choices": [{"prompt_logprobs": self._prompt_logprobs(body)}]}
         if body["logprobs"] > self.max_logprobs:
             message = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
             return 400, {"error": {"message": message}}
@@ -130,6 +132,13 @@ class StandIn:
         ]
         self.finished.append((name, body["seed"]))
         return 200, {"model": name, "choices": choices[::-1]}  # out of order: the index counts
+
+    def _prompt_logprobs(self, body: Any) -> list[dict[str, Any] | None]:
+        model, ids = self.adapters.get(body.get("model", "policy"), self.model), torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(dim=1)
+        after_first = zip(logprobs, body["prompt"][1:], strict=False)
+        return [None, *({str(token): {"logprob": row[token].item()}} for row, token in after_first)]
 
     forced_logprob = 0.0
 

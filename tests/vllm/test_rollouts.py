@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
@@ -124,6 +125,29 @@ def test_server_rollouts_equal_in_process_rollouts(run, serve, stand_in, model_f
     if lora:
         assert list(stand_in.adapters) == stand_in.loaded[2:]
         assert sum(f.stat().st_size for f in Path("served/served").rglob("*.safetensors")) < 40_000  # no base
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
+def test_server_with_other_weights_is_found_in_the_step(run, serve, stand_in, capsys, lora) -> None:
+    load = stand_in._load_lora_adapter if lora else stand_in._collective_rpc
+    num_loads = 0
+
+    def load_and_break(body: dict) -> tuple[int, object]:
+        nonlocal num_loads
+        status, result = load(body)
+        if status != 200:  # the check whether adapters can be loaded names a missing folder
+            return status, result
+        num_loads += 1
+        model = stand_in.adapters[body["lora_name"]] if lora else stand_in.model
+        if num_loads == 2:  # the update before step 2
+            with torch.no_grad():
+                model.get_decoder().layers[0].mlp.down_proj.weight.mul_(1.5)
+        return status, result
+
+    setattr(stand_in, "_load_lora_adapter" if lora else "_collective_rpc", load_and_break)
+    line = error_line(run, serve(stand_in).url, lora=lora, capsys=capsys)
+    assert "does not hold the weights that were published to it: log-probabilities differ" in line
+    assert num_loads == 2
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_k": 20, "top_p": 0.8}])

@@ -9,7 +9,7 @@ converted (../resharding.py).
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_s
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.safe_load import tensors_only
 from rekatrain.trainer.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
+from rekatrain.trainer.training_probe import run_probe
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Checkpointer:
     """Saves and restores the state of an `Accelerator`, with the weights in a form that other programs load.
 
     states: further objects whose states are part of a checkpoint, by a name for each
+    texts:  token ids of texts whose log-probabilities are part of a checkpoint (../training_probe.py)
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Checkpointer:
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
         states: Mapping[str, Stateful],
+        texts: Sequence[Sequence[int]],
     ) -> None:
         self._accelerator, self._policy, self._tokenizer, self._run = accelerator, policy, tokenizer, run
-        self._states = dict(states)
+        self._states, self._texts = dict(states), texts
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -80,8 +83,10 @@ class Checkpointer:
         # With an adapter, the weights of the base are not written.
         self._accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._is_sharded else {}))
         states = {name: stateful.state_dict() for name, stateful in self._states.items()}
+        probe = run_probe(self._policy, self._texts)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
+            probe.save(partial)
             (partial / RUN_STATE_FILE).write_text(json.dumps(states), encoding="utf-8")
             self._tokenizer.save_pretrained(partial)
             (partial / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")

@@ -41,6 +41,7 @@ from rekatrain.trainer.rloo.step import Run, take_step
 from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder
 from rekatrain.trainer.run_log import RunLog
 from rekatrain.trainer.schedule import follow_new_length, make_schedule
+from rekatrain.trainer.training_probe import choose_texts
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         states["server_rollouts"] = servers
 
     # Restore the checkpoint.
-    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states)
+    texts = choose_texts(setup.tokenizer, [prompt.ids for prompt in setup.prompts])
+    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states, texts)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and keeps_optimizer:
         checkpointer.restore(checkpoint)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from rekatrain.trainer.adapter_scales import fold_scales, largest_rank
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.probe import probe_logprobs
+from rekatrain.trainer.training_probe import read_probe
 from tests.conftest import tiny_llama
 from tests.helpers.exports import write_sft_recipe
 
@@ -150,3 +151,38 @@ def test_revision_of_a_folder_is_rejected(
     assert caught.value.code == 2
     assert "model.revision is v2, which is for models of the hub" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora", ["lora={r: 4, target_modules: [q_proj]}", "lora=null"])
+def test_checkpoint_holds_the_log_probabilities_of_training(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lora: str
+) -> None:
+    recipe = write_sft_recipe(tmp_path, tokenizer)
+    main(["train", str(recipe), "sft.max_steps=2", lora])
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    probe = read_probe(checkpoint)
+    assert probe is not None and probe.dtype == "float32" and len(probe.ids) == 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model" if "r: 4" in lora else checkpoint)
+    if "r: 4" in lora:
+        model = PeftModel.from_pretrained(model, str(checkpoint)).eval()
+    for ids, logprobs in zip(probe.ids, probe.logprobs, strict=True):
+        expected = probe_logprobs(model, ids[None])[:-1].gather(1, ids[1:, None])[:, 0]
+        assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    rows = [tokenizer.decode(ids) for ids in probe.ids]
+    assert "1,234" in rows[0] and "<reasoning>" in rows[0] and "Twice" in rows[1]
+
+
+def test_export_rejects_a_base_that_changed_since_training(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_sft_recipe(tmp_path, tokenizer)
+    main(["train", str(recipe), "sft.max_steps=2"])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.lm_head.weight.data[5] *= 1.2  # one row of one matrix
+    base.save_pretrained(tmp_path / "model")
+    for form in ("merged", "adapter", "gguf"):
+        with pytest.raises(SystemExit) as caught:
+            main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--as", form])
+        assert caught.value.code == 2
+        assert "is not the model that was trained: log-probabilities differ" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

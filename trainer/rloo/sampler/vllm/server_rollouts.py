@@ -33,6 +33,7 @@ from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampl
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
 from rekatrain.trainer.rloo.setup import RunSetup
+from rekatrain.trainer.training_probe import choose_texts, run_probe
 
 # Groups to train on, and groups that dynamic sampling replaced.
 Rolled = tuple[list[Group], list[Group]]
@@ -49,6 +50,9 @@ class ServerRollouts:
         self._queue: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
         self._transfer: WeightTransfer | None = None
+        prompts = [prompt.ids for prompt in setup.prompts]
+        context = max(map(len, prompts)) + setup.config.max_completion_length  # at least this, by checks.py
+        self._texts = [text[: context - 1] for text in choose_texts(setup.tokenizer, prompts)]
 
     def __call__(self, step: int, lap: Lap) -> Rolled:
         """Return this process's groups of `step`, as `roll_out` does, from the weights of `step` or `step - 1` updates.
@@ -77,11 +81,12 @@ class ServerRollouts:
 
     def _publish(self, num_updates: int) -> ServedWeights:
         urls = self._setup.config.vllm_server_urls
+        probe = run_probe(self._policy, self._texts)
         if self._setup.config.vllm_weight_transfer == "folder":
-            return publish(self._accelerator, self._policy, self._run_folder, num_updates)
+            return publish(self._accelerator, self._policy, self._run_folder, num_updates, probe)
         if self._transfer is None:
             self._transfer = WeightTransfer(urls, self._policy, rank=self._accelerator.process_index)
-        return send(self._accelerator, self._transfer, urls, num_updates)
+        return send(self._accelerator, self._transfer, urls, num_updates, probe)
 
     def metrics(self) -> dict[str, float]:
         """Return the staleness of the last batch in updates, and the number of groups that were requested again."""

@@ -26,7 +26,9 @@ from rekatrain.trainer.adapter_scales import fold_scales
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import trained_weights
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
+from rekatrain.trainer.rloo.sampler.vllm.served_probe import check_served
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
+from rekatrain.trainer.training_probe import TrainingProbe
 
 WEIGHTS_FOLDER = "served"  # in the run's folder: the weights that the servers have, or load next
 # Seconds for requests that a server carries out at once.
@@ -40,6 +42,7 @@ class AdapterWeights:
     name: str
     prefix: str
     folder: Path
+    probe: TrainingProbe
 
     @property
     def model(self) -> str:
@@ -55,6 +58,7 @@ class AdapterWeights:
                     await client.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
                 except RequestRejected as error:
                     raise InputError(_explain_rejection(error, client.url, self.folder)) from None
+                await check_served(client, self.probe, model=self.name)
             for name in names:
                 if name.startswith(self.prefix) and name != self.name:
                     await client.post("/v1/unload_lora_adapter", {"lora_name": name})
@@ -71,6 +75,7 @@ class FolderWeights:
 
     name: str
     folder: Path
+    probe: TrainingProbe
 
     model: None = None
 
@@ -86,6 +91,7 @@ class FolderWeights:
                 await client.post("/reset_prefix_cache")  # its states come from the old weights
             except RequestRejected as error:
                 raise InputError(f"{error}; the server must be able to read {str(self.folder)!r}") from None
+            await check_served(client, self.probe, model=None)
             await client.post("/update_weight_version", {"new_version": self.name})
 
     async def check(self, client: ServerClient, response: Json) -> None:
@@ -116,7 +122,9 @@ class SentWeights:
         await self.load(client)
 
 
-def send(accelerator: Accelerator, transfer: WeightTransfer, urls: Sequence[str], num_updates: int) -> SentWeights:
+def send(
+    accelerator: Accelerator, transfer: WeightTransfer, urls: Sequence[str], num_updates: int, probe: TrainingProbe
+) -> SentWeights:
     """Send the policy's weights to all servers by NCCL and set their version there; every process must call this."""
     names = [f"rekatrain-{num_updates}-{uuid.uuid4().hex[:8]}"]
     broadcast_object_list(names)
@@ -125,6 +133,7 @@ def send(accelerator: Accelerator, transfer: WeightTransfer, urls: Sequence[str]
     async def set_version(url: str) -> None:
         async with ServerClient(url, request_timeout=SHORT_TIMEOUT) as client:
             await client.post("/reset_prefix_cache")
+            await check_served(client, probe, model=None)
             await client.post("/update_weight_version", {"new_version": names[0]})
 
     if accelerator.is_main_process:
@@ -135,12 +144,12 @@ def send(accelerator: Accelerator, transfer: WeightTransfer, urls: Sequence[str]
 
 
 def publish(
-    accelerator: Accelerator, policy: Policy, run_folder: Path, num_updates: int
+    accelerator: Accelerator, policy: Policy, run_folder: Path, num_updates: int, probe: TrainingProbe
 ) -> AdapterWeights | FolderWeights:
     """Write the policy's weights to a folder that the servers read, and delete older ones.
 
     Every process must call this, because ZeRO-3 gathers the weights from all. Nothing is sent yet: a server loads the
-    weights before its first group of the step.
+    weights before its first group of the step, and is then held against the probe of these weights.
     """
     served = run_folder.absolute() / WEIGHTS_FOLDER
     prefix = f"rekatrain-{zlib.crc32(str(served).encode()):08x}-"
@@ -158,8 +167,8 @@ def publish(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
     if isinstance(policy, PeftModel):
-        return AdapterWeights(name=names[0], prefix=prefix, folder=folder)
-    return FolderWeights(name=names[0], folder=folder)
+        return AdapterWeights(name=names[0], prefix=prefix, folder=folder, probe=probe)
+    return FolderWeights(name=names[0], folder=folder, probe=probe)
 
 
 def _lock(folder: Path, client: ServerClient) -> AsyncFileLock:
