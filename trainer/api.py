@@ -72,7 +72,7 @@ def train(
         from rekatrain.trainer.reward_model.train import train as run_stage
     else:
         from rekatrain.trainer.rloo.train import train as run_stage
-    with end_with_the_others(), INTERRUPTION.listen(seconds_of(checked.time_limit)):
+    with INTERRUPTION.listen(seconds_of(checked.time_limit)), end_with_the_others():
         run_stage(checked, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         logger.info("run folder: %s; next: rekatrain export %s OUT", run, run)

@@ -176,11 +176,13 @@ class Interruption:
         handlers = {number: signal.signal(number, self._handle) for number in numbers}
         listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
         listener.start()
+        is_whole = False
         try:
             yield
+            is_whole = True
         finally:
             # A launcher sends SIGTERM to all ranks after the first has ended: this one may still have to print why.
-            is_over = self._phase is _Phase.ENDING and ranks() is not None
+            is_over = not is_whole and ranks() is not None
             for number, handler in handlers.items():
                 signal.signal(number, signal.SIG_IGN if is_over else handler or signal.SIG_DFL)
             signal.set_wakeup_fd(old_pipe)
@@ -195,7 +197,10 @@ class Interruption:
         self._abandon()
 
     def _abandon(self) -> None:
-        if self.cause is not None and self._phase in (_Phase.STARTING, _Phase.SAMPLING) and not self._is_unbroken:
+        here = ranks()
+        is_ending = here is not None and here.is_ending
+        is_left = self._phase in (_Phase.STARTING, _Phase.SAMPLING) and not self._is_unbroken and not is_ending
+        if self.cause is not None and is_left:
             self._phase = _Phase.TRAINING
             raise Abandoned
 
@@ -222,8 +227,8 @@ class Interruption:
             while self.cause is None and not stopped.wait(POLL_SECONDS):
                 if self._deadline is not None and time.monotonic() + self._longest["save"] > self._deadline:
                     self.cause = "time_limit"
-                elif here is not None:
-                    self.cause = here.interruption()
+                elif here is not None and (reported := here.interruption()) is not None:
+                    self.cause = self.cause or reported
             if here is not None and self.cause is not None:
                 here.interrupt(self.cause)
         is_starting = self._phase is _Phase.STARTING

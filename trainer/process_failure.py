@@ -50,6 +50,7 @@ def end_with_the_others() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
+        here.is_ending = True
         cause = str(error).splitlines()[0]
         if "imed out" in cause:
             _end(here, _describe_timeout(cause))
@@ -77,7 +78,7 @@ def _watch(here: Ranks) -> None:
             time.sleep(WATCH_SECONDS)
     except RuntimeError:  # the store has ended with the launcher of rank 0
         return
-    if not here.has_failed:
+    if not here.is_ending:
         time.sleep(END_SECONDS)
         os._exit(1)
 

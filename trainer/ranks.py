@@ -47,7 +47,7 @@ class Ranks:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, *_ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=CONNECT_SECONDS))))
         self._store: Store = PrefixStore(f"rekatrain/{attempt}", store)
-        self.has_failed = False
+        self.is_ending = False
         self._siblings: dict[int, int] | None = None
         self._store.set(f"process/{rank}", json.dumps([self.host, os.getpid()]))
         if attempt != "0":
@@ -84,7 +84,7 @@ class Ranks:
         It is printed with rank and host, unless all ranks have it or `names_rank` is False. `details` follow in lines
         of their own.
         """
-        self.has_failed = True
+        self.is_ending = True
         try:
             self._store.set(f"failure/{self.rank}", message)
             self._store.add("failures", 1)

@@ -8,6 +8,7 @@ is dropped.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -50,6 +51,8 @@ class VLLMSampler:
         """
         self.weights: ServedWeights | None = None
         self.num_retries = 0
+        self._is_cancelled = False
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task] | None = None
         self._config = config
         self._responses = ResponseReader(tokenizer, config)
         self._settings: Json = {
@@ -78,10 +81,20 @@ class VLLMSampler:
 
         Raise InputError if a server rejects a request, and if no server is left.
         """
+        if self._is_cancelled:
+            raise asyncio.CancelledError
         try:
             return asyncio.run(self._sample(prompts, keys, num_generations, on_completion))
         except RequestRejected as error:
             raise InputError(str(error)) from None
+
+    def cancel(self) -> None:
+        """End all sampling, also that of another thread, with CancelledError."""
+        self._is_cancelled = True
+        if self._running is not None:
+            loop, task = self._running
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _sample(
         self,
@@ -90,6 +103,9 @@ class VLLMSampler:
         num_generations: int,
         on_completion: Callable[[int, Completion], None] | None,
     ) -> list[list[Completion]]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running = asyncio.get_running_loop(), task
         weights, config = self.weights, self._config
         assert weights is not None, "weights are published before a step is sampled"
         # A request is for a whole group, so at most `per_device_generation_batch_size` completions are in flight.

@@ -18,7 +18,9 @@ when no request is in flight (weights.py).
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,6 +28,7 @@ from accelerate.utils import gather_object
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
+from rekatrain.trainer.interruption import INTERRUPTION, Abandoned
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.rollouts import Group, Lap, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -49,6 +52,7 @@ class ServerRollouts:
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._queue: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
+        self._is_abandoned = False
         self._transfer: WeightTransfer | None = None
         prompts = [prompt.ids for prompt in setup.prompts]
         context = max(map(len, prompts)) + setup.config.max_completion_length  # at least this, by checks.py
@@ -60,9 +64,10 @@ class ServerRollouts:
         With `max_staleness` 1 also start to sample the next step's batch in the background.
         """
         # Take this step's batch from the queue, and wait until it is sampled: then no request is in flight.
-        queued = self._queue.pop(step, None)
+        queued = self._queue.get(step)
         self._staleness = int(queued is not None)
-        rolled = queued.result() if queued else None
+        rolled = self._unless_interrupted(queued.result) if queued else None
+        self._queue.pop(step, None)
         lap("wait")
         self._num_retries, self.sampler.num_retries = self.sampler.num_retries, 0
         config = self._setup.config
@@ -72,12 +77,22 @@ class ServerRollouts:
             self.sampler.weights = self._publish(step)
             lap("publish")
         if rolled is None:
-            rolled = roll_out(self.sampler, self._setup, self._prompt_indices, step, lap)
+            rolled = self._unless_interrupted(
+                partial(roll_out, self.sampler, self._setup, self._prompt_indices, step, lap)
+            )
         if samples_ahead:
             self._queue[step + 1] = self._background.submit(
                 roll_out, self.sampler, self._setup, self._prompt_indices, step + 1, lambda phase: None
             )
         return rolled
+
+    def _unless_interrupted(self, function: Callable[[], Rolled]) -> Rolled:
+        try:
+            return INTERRUPTION.abandonable(self._accelerator, function)
+        except Abandoned:
+            self._is_abandoned = True
+            self.sampler.cancel()
+            raise
 
     def _publish(self, num_updates: int) -> ServedWeights:
         urls = self._setup.config.vllm_server_urls
@@ -93,7 +108,13 @@ class ServerRollouts:
         return {"staleness": self._staleness, "rollout_retries": self._num_retries}
 
     def state_dict(self) -> Json:
-        """Return the queued batch of all processes, once it is sampled; a checkpoint holds it."""
+        """Return the queued batch of all processes, once it is sampled; a checkpoint holds it.
+
+        An interrupted run does not wait for it. The resumed run samples it again, from the weights of then.
+        """
+        is_sampled = all(future.done() and not future.exception() for future in self._queue.values())
+        if self._is_abandoned and not all(gather_object([is_sampled])):
+            return {"groups": []}
         indices = {id(prompt): index for index, prompt in enumerate(self._setup.prompts)}
         mine = [
             {"step": step, "is_replaced": is_replaced, **_to_json(group, indices)}
