@@ -33,12 +33,14 @@ class Score:
     error:     one line if the grader failed; else ""
     traceback: of that failure, if there is one
     seconds:   time in the grader
+    is_late:   True if the grader reached its time limit
     """
 
     value: float | None = None
     error: str = ""
     traceback: str = ""
     seconds: float = 0.0
+    is_late: bool = False
 
 
 def call_batch_functions(

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 from pydantic import FiniteFloat
@@ -28,6 +28,7 @@ class OwnKeys:
     weight: FiniteFloat = 1.0
     timeout: Annotated[FiniteFloat, Gt(0)] | None = None
     requires: str | list[str] = field(default_factory=list)
+    on_timeout: Literal["error", "zero"] = "error"
 
 
 OWN_KEYS = tuple(key.name for key in fields(OwnKeys))
@@ -44,6 +45,7 @@ class RewardFunction:
     scorer:   for a scorer, the name and options by which a worker makes it; None for a batch function
     timeout:  seconds, per completion of a scorer or per batch of a batch function; None: that of `scoring:`
     requires: rewards that must give 1.0 for this one to count in the total
+    on_timeout: "error", or "zero" for a scorer whose time limit is part of the task
     """
 
     name: str
@@ -53,6 +55,7 @@ class RewardFunction:
     scorer: Spec | None = None
     timeout: float | None = None
     requires: tuple[str, ...] = ()
+    on_timeout: Literal["error", "zero"] = "error"
 
 
 def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> list[RewardFunction]:
@@ -80,6 +83,11 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         made = maker.make()  # a class checks here what its annotations cannot say
     except InputError as error:
         raise InputError(f"rewards.{name}: {error}") from error
+    if own.on_timeout != "error" and not signature.is_scorer:
+        raise InputError(
+            f"rewards.{name}.on_timeout is {own.on_timeout!r}, but {name} scores a whole batch: its time limit is no "
+            "fault of one completion; take the key out"
+        )
     timeout = own.timeout or getattr(made, "timeout", None)
     return RewardFunction(
         name=name,
@@ -89,6 +97,7 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         scorer=maker if signature.is_scorer else None,
         timeout=None if timeout is None else float(timeout),
         requires=_find_required(name, own.requires, specs),
+        on_timeout=own.on_timeout,
     )
 
 

@@ -145,7 +145,7 @@ class Grader:
         scores = self._score_batches(arguments, judged)
         for number, scorer in enumerate(self._scorers):
             of_scorer = [of_completion[number] for of_completion in jobs]
-            scores[scorer.name] = [Score() if job is None else self._pool.result(job) for job in of_scorer]
+            scores[scorer.name] = [Score() if job is None else self._result(scorer, job) for job in of_scorer]
         for function in self.functions:
             self._watch(function.name, [scores[function.name][index] for index in judged[function.name]])
 
@@ -197,6 +197,11 @@ class Grader:
                     scores[function.name][index] = score
         return scores
 
+    def _result(self, scorer: RewardFunction, job: Job) -> Score:
+        """Return the score of a job; 0 for one that is late, where the recipe says so."""
+        score = self._pool.result(job)
+        return Score(value=0.0, seconds=score.seconds) if score.is_late and scorer.on_timeout == "zero" else score
+
     def _set_up(self) -> None:
         if not self._is_set_up:
             for function in self._batches:
@@ -245,7 +250,7 @@ def check_source_columns(functions: Sequence[RewardFunction], sources: Collectio
         judged = [source for source in sources if source.is_judged_by(function.name)]
         if not judged:
             raise InputError(
-                f"reward {function.name} judges no source: name it in the `rewards` of one, or take it out of the recipe"
+                f"reward {function.name} judges no source: name it in the rewards of one, or take it out of the recipe"
             )
         check_columns([function], {column for source in judged for column in source.columns})
 

@@ -10,8 +10,9 @@ from pydantic import FiniteFloat
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.code.sandbox import Isolation, Limits, check_isolation, run_program, run_tests
+from rekatrain.rewards.scorers.fences import find_fences
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+LANGUAGE = re.compile(r"[\w+-]*")
 LANGUAGES = ("", "python", "python3", "py")
 # Time to start a sandbox on a busy machine: the pool's time limit must not expire before the sandbox's.
 START_SECONDS = 5.0
@@ -89,7 +90,7 @@ def extract_code(answer: str) -> str:
     >>> extract_code("So:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
     """
-    blocks = [code for language, code in FENCE.findall(answer) if language.lower() in LANGUAGES]
+    blocks = [fence.code for fence in find_fences(answer) if LANGUAGE.match(fence.info)[0].lower() in LANGUAGES]  # type: ignore[index]
     return blocks[-1] if blocks else answer
 
 

@@ -18,15 +18,15 @@ from pydantic import FiniteFloat
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.scorers.boxes import find_boxes
+from rekatrain.rewards.scorers.fences import find_fences
 
 ANSWER_MARK = re.compile(r"\b(?:final\s+)?answer\b\W*(?:\bis\b|:)\W*", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?!\w|\.\d)")
 # A letter that is used as an option: alone, or marked by brackets, a full stop, a colon or stars.
 OPTION = re.compile(
-    r"(?<![\w'])(?:option\s+|choice\s+)?[*(\[{]*([A-Z])[*)\]}]*(?![\w'’])(?:[.:)](?=\s|$))?", re.IGNORECASE
+    r"(?<![\w'])(?:option\s+|choice\s+)?[*(\[{]{0,8}([A-Z])[*)\]}]{0,8}(?![\w'’])(?:[.:)](?=\s|$))?", re.IGNORECASE
 )
 WORD_FOLLOWS = re.compile(r"\s+(?!or\b|and\b|nor\b)[a-z]")  # so that "A" is an article and "I" a pronoun
-FENCED_JSON = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def final_answer(text: str) -> str:
@@ -130,8 +130,12 @@ class JsonSchema:
         self._text_around = text_around
 
     def __call__(self, completion: ParsedCompletion) -> float:
-        blocks = FENCED_JSON.findall(completion.answer)
-        is_alone = len(blocks) == 1 and not FENCED_JSON.sub("", completion.answer).strip()
+        fences = [fence for fence in find_fences(completion.answer) if fence.info.lower() in ("", "json")]
+        blocks = [fence.code for fence in fences]
+        is_alone = (
+            len(fences) == 1
+            and not f"{completion.answer[: fences[0].start]}{completion.answer[fences[0].end :]}".strip()
+        )
         text = blocks[-1] if is_alone or (blocks and self._text_around) else completion.answer
         try:
             value = json.loads(text, object_pairs_hook=_unique, parse_constant=_reject)

@@ -21,11 +21,14 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {
 CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 WORD_WITH_MARKS = re.compile(r"[^\W_][\w'’.-]*")
-SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)\]*_]*(?=\s|$)|[。！？]")
+SENTENCE_END = re.compile(r"(?<![.!?…。！？])[.!?…。！？]+[\"'”’)\]*_]*(?=\s|$)|[。！？]")
 ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|Inc|Ltd|Co|approx|fig|(?-i:[A-Z]))|^\s*\d+|\n\s*\d+)\.$",
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|Inc|Ltd|Co|approx|fig|(?-i:[A-Z]))|[\n\x02]\s*\d+)\.$",
     re.IGNORECASE,
 )
+START_OF_TEXT = "\x02"
+LONGEST_ABBREVIATION = 40  # characters before a mark, so that a long text costs time in proportion to its length
+CLOSING_MARKS = "\"'”’)]*_"
 
 
 class InstructionFollowing:
@@ -114,10 +117,15 @@ def _has_no_forbidden(text: str, forbidden_words: Sequence[str]) -> bool:
 def count_sentences(text: str) -> int:
     """Count sentences by their end marks; the mark of an abbreviation, an initial or a list's number ends none."""
     count, start = 0, 0
+    end_of_text = len(text.rstrip())
     for mark in SENTENCE_END.finditer(text):
-        sentence = text[start : mark.end()]
-        if not ABBREVIATION.search(sentence.rstrip("\"'”’)]*_")) or mark.end() == len(text.rstrip()):
-            count, start = count + bool(sentence.strip()), mark.end()
+        end = mark.end()
+        stop = mark.start() + len(mark.group().rstrip(CLOSING_MARKS))
+        before = text[max(start, stop - LONGEST_ABBREVIATION) : stop]
+        if stop - start <= LONGEST_ABBREVIATION:
+            before = START_OF_TEXT + before
+        if not ABBREVIATION.search(before) or end == end_of_text:
+            count, start = count + bool(text[start:end].strip()), end
     return count + bool(text[start:].strip())
 
 
@@ -158,7 +166,16 @@ def _num_highlights(text: str) -> int:
 
 
 def _num_bullets(text: str) -> int:
-    return len(re.findall(r"^\s*(?:\*[^*].*|-.*)$", text, re.MULTILINE))
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*].*|-.*)$", text, re.MULTILINE))
+
+
+def _num_placeholders(text: str) -> int:
+    count = 0
+    for line in text.split("\n"):
+        start = line.find("[")
+        while start >= 0 and (end := line.find("]", start + 1)) >= 0:
+            count, start = count + 1, line.find("[", end + 1)
+    return count
 
 
 def _num_sections(text: str, splitter: str) -> int:
@@ -179,7 +196,11 @@ def _is_json(text: str) -> bool:
 
 
 def _has_title(text: str) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    for line in text.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start:end].strip("<>").strip():
+            return True
+    return False
 
 
 def _is_quoted(text: str) -> bool:
@@ -211,7 +232,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     ),
     "length_constraints:nth_paragraph_first_word": _nth_paragraph_starts,
     "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+        _num_placeholders(text) >= num_placeholders
     ),
     "detectable_content:postscript": lambda text, postscript_marker: _has_postscript(text, postscript_marker),
     "detectable_format:number_bullet_lists": lambda text, num_bullets: _num_bullets(text) == num_bullets,

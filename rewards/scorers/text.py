@@ -20,9 +20,8 @@ LANGUAGES = (
 )
 WORD = re.compile(r"\w+")
 # Mathematics and code say nothing about the language around them.
-NOT_PROSE = re.compile(
-    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|`[^`\n]*`|https?://\S+", re.DOTALL
-)
+NOT_PROSE = re.compile(r"```|\$\$|\$[^$\n]*\$|\\\(|\\\[|\\[A-Za-z]+|`[^`\n]*`|https?://\S+")
+CLOSING = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 MIN_LETTERS = 20  # the language of a shorter text cannot be recognized
 
 
@@ -91,6 +90,22 @@ def repetition(completion: ParsedCompletion, *, ngram: Annotated[int, Ge(1)] = 4
     return -(1 - len(set(grams)) / len(grams)) if grams else 0.0
 
 
+def read_prose(text: str) -> str:
+    """Return the text without its code, formulas and addresses."""
+    kept, position, unclosed = [], 0, set()
+    while match := NOT_PROSE.search(text, position):
+        kept.append(text[position : match.start()])
+        position = match.end()
+        closing = CLOSING.get(match.group())
+        if closing is not None and closing not in unclosed:
+            end = text.find(closing, position)
+            if end >= 0:
+                position = end + len(closing)
+            else:
+                unclosed.add(closing)
+    return " ".join([*kept, text[position:]])
+
+
 class Language:
     """1.0 if both the reasoning and the answer are in `language`, else 0.0; None if neither has enough words.
 
@@ -119,7 +134,7 @@ class Language:
 
     def _is_in_language(self, text: str) -> bool | None:
         """Return None for a text that is too short to have a recognizable language."""
-        prose = NOT_PROSE.sub(" ", text)
+        prose = read_prose(text)
         letters = [character for character in prose if character.isalpha()]
         other = sum(not unicodedata.name(letter, "").startswith(("LATIN", "GREEK")) for letter in letters)
         if other > self._max_other_script * len(letters):

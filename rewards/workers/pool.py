@@ -79,7 +79,7 @@ class WorkerPool:
         except TimeoutError as error:
             if not job.future.done():
                 raise RewardError(f"the reward workers have not answered for {wait:.0f} seconds") from error
-            score = Score(error=f"no result after {job.timeout:g} seconds", seconds=job.timeout)
+            score = Score(error=f"no result after {job.timeout:g} seconds", seconds=job.timeout, is_late=True)
         except ProcessExpired as error:
             is_memory = error.exitcode == OUT_OF_MEMORY
             score = Score(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")

@@ -54,6 +54,10 @@ def dangerous(completion):
     return 1.0
 
 
+def batch(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
 def wrong_column(completion):
     raise InputError("the column answer must be a number")
 
@@ -112,6 +116,21 @@ def test_pool_failure_is_an_error_of_its_completion_alone():
             assert [math.isnan(total) for total in scores.total] == [answer != "fine" for answer in answers]
             assert scores.by_name["graders:length"] == [float(len(answer)) for answer in answers]
         assert grader.metrics()["rewards/graders:dangerous/seconds"] > 2 * 3 * 0.5
+
+
+def test_on_timeout_zero_scores_a_late_completion_0(tmp_path):
+    spec = {"graders:dangerous": {"timeout": 0.5, "on_timeout": "zero"}}
+    with Grader(build_reward_functions(spec), ScoringConfig(num_workers=2)) as grader:
+        scores = grader.score(
+            prompts=["?"] * 3,
+            completions=[f"{text} <sep>" for text in ("loop", "fine", "raise")],
+            completion_ids=[[1]] * 3,
+            columns={},
+        )
+    assert scores.by_name["graders:dangerous"] == [0.0, 1.0, None]
+    assert [bool(errors) for errors in scores.errors] == [False, False, True]
+    with pytest.raises(InputError, match=r"on_timeout is 'zero', but graders:batch scores a whole batch"):
+        build_reward_functions({"graders:batch": {"on_timeout": "zero"}})
 
 
 def test_pool_raises_an_input_error_of_a_scorer(tmp_path):
