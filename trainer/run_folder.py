@@ -10,7 +10,6 @@ run.lock         locked by the main process of the run that writes to the folder
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.changes import check_changes, find_changes
 from rekatrain.trainer.checkpoints import (
     MANIFEST_FILE,
     PARTIAL_SUFFIX,
@@ -33,7 +33,7 @@ from rekatrain.trainer.checkpoints import (
     seal,
     write_whole,
 )
-from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
+from rekatrain.trainer.recipe.load import Recipe, dump_recipe, load_recipe
 from rekatrain.trainer.records import RecordFile
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,14 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 LOCK_FILE = "run.lock"
+# In each checkpoint: the recipe and the fingerprints of the run that wrote it (origin.py).
+ORIGIN_FILE = "origin.json"
 # Children of a run that was killed may hold its lock for a moment.
 LOCK_SECONDS = 5.0
 # Bytes that a start writes to find out that the disk is full or the folder read-only.
 PROBE_BYTES = 2**20
 # Suffixes of the files of a checkpoint from which weights and tokenizer are loaded.
 WEIGHTS_FILES = (".safetensors", ".json", ".jinja")
-# Keys that may change when a run is continued: its length, its records, its servers; never the result of a step.
-MAY_CHANGE = re.compile(
-    r"(sft|reward|rloo)\.(max_steps|save_steps|save_total_limit|logging_steps|restart_optimizer|vllm_\w+|max_unscorable_steps)"
-    r"|wandb.*|evaluate.*|on_nonfinite|max_nonfinite_skips|stop_if.*"
-    # Their product with the number of processes must stay (trl_resharding.py).
-    r"|(sft|reward)\.(per_device_train_batch_size|gradient_accumulation_steps)"
-)
 
 
 class RunFolder:
@@ -69,6 +64,7 @@ class RunFolder:
         self.partial = self.checkpoints / PARTIAL_SUFFIX
         self._records = {name: RecordFile(self.path / name) for name in (METRICS_FILE, ROLLOUTS_FILE)}
         self._is_new = False
+        self._origin: Mapping[str, Any] = {}
         self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS, thread_local=False)
 
     def __enter__(self) -> "RunFolder":
@@ -115,12 +111,7 @@ class RunFolder:
             raise InputError(
                 f"--resume: {str(stored_file)!r} is damaged: put a copy of the run's recipe there ({error})"
             ) from error
-        changed = [key for key in differing_keys(recipe, stored) if not MAY_CHANGE.fullmatch(key)]
-        if changed:
-            raise InputError(
-                f"--resume: the recipe differs from {str(stored_file)!r} in {', '.join(changed)}; "
-                "set it back, or choose another output_dir"
-            )
+        check_changes(find_changes(stored, recipe))
 
     def choose_checkpoint(self, *, resume: bool) -> Path | None:
         """Return the newest checkpoint that verifies, or None for a fresh start; log each one that is skipped.
@@ -129,15 +120,24 @@ class RunFolder:
         """
         return on_main_process(self._choose_checkpoint) if resume else None
 
-    def open(self, recipe: Recipe, checkpoint: Path | None, *, resume: bool) -> None:
+    def open(
+        self,
+        recipe: Recipe,
+        checkpoint: Path | None,
+        *,
+        resume: bool,
+        origin: Callable[[Path | None], Mapping[str, Any]],
+    ) -> None:
         """Lock the folder; raise InputError if another run has it, or if it cannot be written.
 
         Every process must call this, before weights are loaded and after all else is checked, because it writes. The
         main process does the work.
 
         checkpoint: the one to continue from, which another run may have deleted meanwhile
+        origin:     compares the run with the checkpoint that it continues, and returns the content of ORIGIN_FILE
         """
         on_main_process(lambda: self._open(recipe, checkpoint, resume=resume))
+        self._origin = on_main_process(lambda: origin(checkpoint))
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write the recipe, and delete the records of the steps after `step`, which the run will repeat.
@@ -177,6 +177,7 @@ class RunFolder:
         """
         partial = self.partial_checkpoint(step)
         records = {name: file.seal() for name, file in self._records.items() if file.path.exists()}
+        (partial / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=1) + "\n", encoding="utf-8")
         seal(partial, step=step, stage=stage, launch=launch, records=records)
         publish(partial, self.checkpoint(step))
         rotate(self.checkpoints, save_total_limit, newest=step, best=best)

@@ -63,7 +63,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    checkpoint = check_start(run, recipe, task.config, resume=resume)
+    rows = ((row.input_ids, row.labels) for row in task.rows)
+    checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)

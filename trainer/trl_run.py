@@ -3,9 +3,10 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,9 @@ from rekatrain.trainer.launch import (
     read_launch,
 )
 from rekatrain.trainer.models import check_trainable
+from rekatrain.trainer.origin import check_origin
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe_values import bf16_default
 from rekatrain.trainer.run_folder import RunFolder
 from rekatrain.trainer.run_log import RunLog
 from rekatrain.trainer.running_metrics import RunningMetrics
@@ -58,7 +61,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     prepare_deepspeed(read_launch())
     # Every step uses all trained weights; to look for unused ones costs a traversal of the graph per step.
     defaults = {
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "bf16": bf16_default(),
         "ddp_find_unused_parameters": False,
         "ddp_timeout": USUAL_DDP_TIMEOUT,
         "logging_nan_inf_filter": False,  # transformers would log a loss of nan as an earlier one
@@ -100,16 +103,20 @@ def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlug
             )
 
 
-def check_start(run: RunFolder, recipe: Recipe, config: TrainingArguments, *, resume: bool) -> Path | None:
+def check_start(
+    run: RunFolder, recipe: Recipe, config: TrainingArguments, rows: Iterable[object], *, resume: bool
+) -> Path | None:
     """Return the checkpoint to continue from, or None for a fresh start.
 
     Raises InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint.
+
+    rows: a JSON value for each trained row
     """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         check_resumable(checkpoint, recipe.stage, config)
-    run.open(recipe, checkpoint, resume=resume)
+    run.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
     return checkpoint
 
 
@@ -203,14 +210,14 @@ class _CompleteCheckpoint(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its part, and the trainer does not wait for them
-        partial, best = self._run.partial_checkpoint(state.global_step), None
+        folder, best = self._run.partial_checkpoint(state.global_step), None
         if state.best_model_checkpoint is not None:
             best = checkpoint_step(Path(state.best_model_checkpoint))
             state.best_model_checkpoint = str(self._run.checkpoint(best))  # where it is from now on
         if state.is_world_process_zero:
             if best is not None:
-                state.save_to_json(str(partial / STATE_FILE))
-            self._tokenizer.save_pretrained(partial)
+                state.save_to_json(str(folder / STATE_FILE))
+            self._tokenizer.save_pretrained(folder)
             self._run.publish(
                 state.global_step,
                 stage=self._stage,

@@ -211,12 +211,13 @@ def test_resume_reports_the_changed_keys(stage, recipe_of, error_of, workspace):
     recipe = recipe_of(stage)
     (workspace / "run").mkdir()
     shutil.copy(recipe, workspace / "run" / RECIPE_FILE)
-    changed = sorted(["seed", f"{stage}.learning_rate"])
+    default = {"sft": 2e-05, "rloo": 1e-06}[stage]
     # The length of a run and its tracking may change.
     overrides = ["seed=1", f"{stage}.learning_rate=0.5", f"{stage}.max_steps=9", "wandb.project=x"]
     assert error_of("train", recipe, *overrides, "--resume") == (
-        f"--resume: the recipe differs from {str(Path('run') / RECIPE_FILE)!r} in {', '.join(changed)}; "
-        "set it back, or choose another output_dir"
+        f"--resume: seed was 0 and is 1: every random choice follows from it; {stage}.learning_rate was {default} and "
+        "is 0.5: it changes the size of the steps. Set it back, or start another run, from the weights of this one: "
+        "rekatrain export RUN OUT"
     )
 
 

@@ -1,5 +1,6 @@
-"""Runs that are stopped and resumed: what they record, and the learning rates of a run that is made longer."""
+"""Runs that are stopped, changed and resumed: their records, learning rates and weights, and what is refused."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rekatrain.trainer.cli import main
 from tests.end_to_end.small_runs import LORA, records, rloo_recipe, weights, write_data, write_recipe
@@ -72,3 +74,136 @@ def test_longer_run_follows_the_longer_schedule(
     assert min(longer) > 0 and len(longer) == 6
     (line,) = [message for message in caplog.messages if "learning rate" in message]
     assert line.startswith(f"the learning rate follows the schedule of 6 steps: step 3 has {longer[2]:.4g}; ")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sft": {"logging_steps": 1, "gradient_accumulation_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"},
+    "reward": {"logging_steps": 1, "gradient_accumulation_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"},
+    "rloo": {"per_device_generation_batch_size": 8},
+}
+# What somebody changes after running out of memory.
+SMALLER = {
+    "sft": [
+        "sft.per_device_train_batch_size=1",
+        "sft.gradient_accumulation_steps=4",
+        "sft.gradient_checkpointing=true",
+    ],
+    "rloo": [
+        "rloo.micro_batch_tokens=40",
+        "rloo.per_device_generation_batch_size=4",
+        "rloo.gradient_checkpointing=true",
+        "scoring.timeout=9",
+        "rewards.math_answer.timeout=9",
+    ],
+}
+SMALLER["reward"] = [override.replace("sft", "reward") for override in SMALLER["sft"]]
+
+
+def stop_after_one_step(stage: str, folder: Path, model: Path, **options: Any) -> str:
+    """Take one of two steps -> the recipe."""
+    path = recipe(stage, folder, model, **OPTIONS[stage], **options)
+    main(["train", path, f"{stage}.max_steps=1"])
+    return path
+
+
+def resume(stage: str, path: str, *overrides: str) -> None:
+    main(["train", path, "--resume", f"{stage}.max_steps=2", *overrides])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], stage: str, path: str, *overrides: str) -> str:
+    """Resume a run that is refused -> the one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        resume(stage, path, *overrides)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("rekatrain: error: ")
+    return line.removeprefix("rekatrain: error: ")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_free_changes_in_a_moved_folder_change_no_step(
+    stage: str, folder: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = stop_after_one_step(stage, folder, model_folder)
+    shutil.copytree(folder / "run", folder / "moved")
+    resume(stage, path, f"output_dir={folder}/./run")
+    shutil.copytree(model_folder, folder / "model")
+    data = "sums" if stage == "rloo" else stage
+    (folder / f"{data}.jsonl").rename(folder / f"moved-{data}.jsonl")
+    with caplog.at_level(logging.INFO):
+        resume(
+            stage,
+            path,
+            "output_dir=moved",
+            f"dataset.path=moved-{data}.jsonl",
+            "model.pretrained_model_name_or_path=model",
+            *SMALLER[stage],
+        )
+    (line,) = [message for message in caplog.messages if message.startswith("changed since the checkpoint: ")]
+    changed = [override.partition("=")[0] for override in SMALLER[stage]]
+    assert all(f"{key} was " in line for key in ["output_dir", "dataset.path", f"{stage}.max_steps", *changed])
+    expected, actual = weights(folder / "run", 2), weights(folder / "moved", 2)
+    start = weights(folder / "run", 1)
+    assert all(torch.allclose(expected[name], actual[name], rtol=1e-5, atol=1e-7) for name in expected)
+    assert not all(torch.equal(expected[name], start[name]) for name in expected)
+    if stage == "rloo":
+        drawn = [[r["completion_ids"] for r in records(folder / name, "rollouts.jsonl")] for name in ("run", "moved")]
+        assert drawn[0] == drawn[1]
+
+
+def change_weights(folder: Path, model: Path) -> str:
+    """Copy a model, change one of its weights, and return its folder."""
+    shutil.copytree(model, folder / "other")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 0.1
+    save_file(tensors, folder / "other" / "model.safetensors", {"format": "pt"})
+    return str(folder / "other")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_rows_weights_and_lengths_are_refused(
+    stage: str, folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stop_after_one_step(stage, folder, model_folder)
+    data = folder / ("sums.jsonl" if stage == "rloo" else f"{stage}.jsonl")
+    whole = data.read_text()
+    number = len(whole.splitlines())
+    advice = ". Set it back, or start another run, from the weights of this one: rekatrain export RUN OUT"
+
+    data.write_text(whole + whole.splitlines()[0].replace("1 + 1", "90 + 1") + "\n")
+    fault = f"--resume: the rows are not those of the checkpoint ({number} then, {number + 1} now)"
+    assert error_of(capsys, stage, path) == fault + advice
+    data.write_text(whole.replace("2 + 2", "2+2"))
+    fault = f"--resume: the rows are not those of the checkpoint ({number}, with other tokens or columns)"
+    assert error_of(capsys, stage, path) == fault + advice
+    data.write_text(whole)
+
+    other = change_weights(folder, model_folder)
+    override = f"model.pretrained_model_name_or_path={other}"
+    assert error_of(capsys, stage, path, override) == (
+        f"--resume: {other!r} has other weights than those of the checkpoint's adapter; "
+        f"model.pretrained_model_name_or_path was {str(model_folder)!r} and is {other!r}{advice}"
+    )
+    config = json.loads((model_folder / "config.json").read_text())
+    shutil.copy(model_folder / "model.safetensors", other)
+    (Path(other) / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert f"config.json of {other!r} is not that of the checkpoint" in error_of(capsys, stage, path, override)
+
+    assert f"{stage}.learning_rate was 0.001 and is 0.1: it changes the size of the steps" in error_of(
+        capsys, stage, path, f"{stage}.learning_rate=0.1"
+    )
+    resume(stage, path)
+    assert error_of(capsys, stage, path, f"{stage}.max_steps=1").startswith(
+        f"--resume: {stage}.max_steps is 1, but the run has taken 2 steps: raise it, or export an earlier checkpoint"
+    )
+
+
+def test_changed_reward_code_is_a_warning(folder: Path, model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = stop_after_one_step("rloo", folder, model_folder)
+    code = folder / "my_rewards.py"
+    code.write_text(code.read_text() + "# fixed\n")
+    resume("rloo", path)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "changed" in r.getMessage()] == [
+        "changed since the checkpoint: the code of the rewards my_rewards:letters; scores may differ"
+    ]

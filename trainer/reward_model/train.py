@@ -71,7 +71,8 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    checkpoint = check_start(run, recipe, task.config, resume=resume)
+    rows = ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in task.pairs)
+    checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process

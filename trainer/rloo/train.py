@@ -20,6 +20,7 @@ from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard,
 from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, describe_end
 from rekatrain.trainer.launch import announce, read_launch
 from rekatrain.trainer.models import Policy, check_trainable, load_policy
+from rekatrain.trainer.origin import check_origin
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layout, load_weights
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -61,7 +62,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
-    folder.open(recipe, checkpoint, resume=resume)
+    rows = ((prompt.ids, prompt.row.messages, prompt.row.columns) for prompt in setup.prompts)
+    folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
     setup.grader.warm_up()  # loads the weights of reward models
 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
