@@ -15,14 +15,24 @@ LongRows = Literal["refuse", "skip", "truncate"]
 class Source:
     """The data set of a row, as far as it matters after the row is read.
 
-    name:      name in metrics
+    name:      name in metrics and messages
     bad_rows:  "refuse" ends the run at a row that cannot be trained; "skip" leaves it out
     long_rows: the same for a row that is too long; "truncate" cuts it after the last trained turn that fits
+    weight:    share of the rows in a mixture; None if the recipe names none
+    rewards:   names of the rewards that judge its rows; None means all
+    columns:   names of the columns that its rows have
     """
 
     name: str = ""
     bad_rows: BadRows = "refuse"
     long_rows: LongRows = "refuse"
+    weight: float | None = None
+    rewards: tuple[str, ...] | None = None
+    columns: set[str] = field(default_factory=set, compare=False)
+
+    def is_judged_by(self, reward: str) -> bool:
+        """Return True if the reward judges the rows of this source."""
+        return self.rewards is None or reward in self.rewards
 
 
 @dataclass(frozen=True, kw_only=True)

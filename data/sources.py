@@ -18,8 +18,10 @@ from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
 from rekatrain.data.layouts import reasoning_gym_row
 from rekatrain.data.oasst import read_threads
 from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_entries
+from rekatrain.data.ranges import PositiveWeight
 from rekatrain.data.rows import BadRows, LongRows, Row, Source
-from rekatrain.data.turns import OUR_ROLES, ToolTurns, TurnOptions
+from rekatrain.data.splits import read_split
+from rekatrain.data.turns import OUR_ROLES, OUR_TURN_KEYS, ToolTurns, TurnOptions
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,11 @@ def load_rows(
     format: Format | None = None,
     columns: Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
+    turn_keys: Mapping[str, str | None] | None = None,
     tool_turns: ToolTurns | None = None,
     reasoning_tags: list[str] | None = None,
     name: str | None = None,
-    split: str | None = None,
+    split: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     system: str | None = None,
     limit: int | None = None,
@@ -54,6 +57,9 @@ def load_rows(
     forged_turns: ForgedTurns = "refuse",
     size: int | None = None,
     seed: int | None = None,
+    source: str | None = None,
+    weight: PositiveWeight | None = None,
+    rewards: list[str] | None = None,
     task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has its own options
 ) -> LoadedRows:
     """Load and check the rows of local files, a Hugging Face dataset or a reasoning_gym task.
@@ -63,15 +69,19 @@ def load_rows(
     format:       layout of a file's or a dataset's records; None means messages
     columns:      mapping from our key to the key in the file or dataset
     roles:        mapping from a role in the file to ours: system, user, assistant, tool, tool_call
+    turn_keys:    mapping from a key of the file's turns to ours, or to None, which leaves the key out
     tool_turns:   "refuse" (None means this) makes a row with tool turns a bad row; "literal" writes them as text
     reasoning_tags: opening and closing tag of the reasoning in an answer, and optionally those of the answer after it
-    name, split, revision: arguments of `datasets.load_dataset`, for a dataset; split None means train
+    name, split, revision: arguments of `datasets.load_dataset`, for a dataset; split None means train. A mapping as
+                  split, `{eval: 0.02}`, leaves out that fraction of the prompts (`data/splits.py`)
     system:       text of a system message for rows that have none
     limit:        number of good rows to load; None loads all
     bad_rows:     "refuse" raises InputError for the first bad row; "skip" leaves bad rows out and logs a warning
     long_rows:    what the stage does with a row that is too long: "refuse", "skip" or "truncate" at a turn's end; None
                   means as bad_rows
     forged_turns: "refuse" makes a row with a literal `<sep>` a bad row; "neutralize" breaks the `<sep>` by a space
+    source:       name of the source in metrics, which have none without it
+    weight, rewards: share of the rows in a mixture, and the rewards that judge its rows (`data/mixture.py`)
     size, seed, task: number of rows (None means 1000), seed (None means 0) and options of a reasoning_gym task
 
     Raises InputError where an option does not apply to the kind of path, where the source cannot be read, and where no
@@ -86,12 +96,18 @@ def load_rows(
     _check_count("size", size)
     _check_count("seed", seed, at_least=0)
     _check_texts(system, columns, roles, reasoning_tags)
+    for key, ours in (turn_keys or {}).items():
+        if ours is not None:
+            check_choice(f"turn_keys: {key}:", ours, OUR_TURN_KEYS)
 
     title = path if isinstance(path, str) else ", ".join(path)
-    for_dataset: dict[str, object] = {"name": name, "split": split, "revision": revision}
-    for_turns: dict[str, object] = {"roles": roles, "tool_turns": tool_turns}
+    cut = read_split(split)
+    for_dataset: dict[str, object] = {"name": name, "split": cut.of, "revision": revision}
+    for_turns: dict[str, object] = {"roles": roles, "turn_keys": turn_keys, "tool_turns": tool_turns}
     for_layout: dict[str, object] = {"format": format, "columns": columns, **for_turns}
     for_task: dict[str, object] = {"size": size, "seed": seed, "task": task}
+    if not path:
+        raise InputError("path is empty: name a file, a folder, a dataset or a reasoning_gym task")
     if isinstance(path, str) and path.startswith(PROCEDURAL_PREFIX):
         _reject_options(title, "a procedural task", for_dataset | for_layout)
         records: Iterator[Located] = generate_entries(path, size or 1000, seed or 0, task or {})
@@ -99,7 +115,7 @@ def load_rows(
     else:
         if isinstance(path, str) and not is_local(path):
             _reject_options(title, "a Hugging Face dataset", for_task)
-            records = _read_dataset(path, name, split or "train", revision)
+            records = _read_dataset(path, name, cut.of or "train", revision)
         else:
             _reject_options(title, "a local file", for_dataset | for_task)
             records = _read_files([path] if isinstance(path, str) else path)
@@ -108,11 +124,16 @@ def load_rows(
             _reject_options(f"format {layout}", "a format without turns", for_turns)
         if layout == "oasst":
             records = read_threads(records)
-        to_row = partial(
-            lay_out, layout, columns or {}, TurnOptions(roles=roles or {}, tool_turns=tool_turns or "refuse")
-        )
+        turns = TurnOptions(roles=roles or {}, turn_keys=turn_keys or {}, tool_turns=tool_turns or "refuse")
+        to_row = partial(lay_out, layout, columns or {}, turns)
 
-    source = Source(bad_rows=bad_rows, long_rows=long_rows or bad_rows)
+    origin = Source(
+        name=source or "",
+        bad_rows=bad_rows,
+        long_rows=long_rows or bad_rows,
+        weight=weight,
+        rewards=None if rewards is None else tuple(rewards),
+    )
     finishing = FinishOptions(system=system, forged_turns=forged_turns, reasoning_tags=reasoning_tags)
     rows: list[Row] = []
     skipped: list[str] = []
@@ -125,13 +146,17 @@ def load_rows(
                 raise InputError(message) from error
             skipped.append(message)
             continue
-        rows.append(dataclasses.replace(row, source=source, where=where))
+        if not cut.holds(row):
+            continue
+        origin.columns.update(row.columns)
+        rows.append(dataclasses.replace(row, source=origin, where=where))
         if len(rows) == limit:
             break
     if skipped:
         logger.warning("%s: %d bad rows skipped; the first: %s", title, len(skipped), skipped[0])
     if not rows:
-        raise InputError(f"{title} has no good row" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
+        part = f" in the {cut.part} part of its split" if cut.fraction else ""
+        raise InputError(f"{title} has no good row{part}" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
     _warn_of_tags(title, rows)
     return LoadedRows(rows=rows, skipped=skipped)
 

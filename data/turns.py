@@ -31,6 +31,7 @@ MASK_KEYS = ("weight", "train", "loss", "loss_mask")
 CALL_KEYS = ("tool_calls", "function_call")
 TOOL_LISTS = ("tools", "functions")  # keys of a record
 TOOL_KEYS = ("name", "tool_call_id")
+OUR_TURN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *MASK_KEYS, *CALL_KEYS, *TOOL_KEYS)
 PART_KEYS = {"text": ("text", "value", "content"), "reasoning": ("reasoning", "thinking", "text", "value", "content")}
 PART_TYPES = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "tool_call"}
 
@@ -40,10 +41,12 @@ class TurnOptions:
     """Options of a recipe for turns.
 
     roles:      a role in the file -> ours (system, user, assistant, tool, tool_call); it goes before ROLES
+    turn_keys:  a key of the turns in the file -> ours, or None to leave it out
     tool_turns: "refuse" rejects calls and results of tools; "literal" writes them as text
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
+    turn_keys: Mapping[str, str | None] = field(default_factory=dict)
     tool_turns: ToolTurns = "refuse"
 
 
@@ -131,7 +134,10 @@ def _read_turn(number: int, turn: object, options: TurnOptions) -> tuple[Message
     """Return the message, and True or False where the turn has a loss mask."""
     if not isinstance(turn, dict):
         raise InputError(f"message {number} must be an object with role and content, not {type_name(turn)}")
-    present = {name: value for name, value in turn.items() if value is not None}
+    named = [(options.turn_keys.get(name, name), value) for name, value in turn.items() if value is not None]
+    present = {name: value for name, value in named if name is not None}
+    if len(present) < sum(name is not None for name, _ in named):
+        raise InputError(f"message {number} has two keys that turn_keys gives one name: {', '.join(turn)}")
     role_key, content_key = _only(number, present, ROLE_KEYS), _only(number, present, CONTENT_KEYS)
     raw = present.get(role_key or "role")
     if not isinstance(raw, str):
@@ -179,8 +185,10 @@ def _check_keys(number: int, role: str, raw: str, present: Mapping[str, object],
     known += [*(CALL_KEYS if is_assistant else ()), *(TOOL_KEYS if is_tool else ())]
     for key in present:
         if key not in known:
-            listed = ", ".join(known)
-            raise InputError(f"message {number} ({raw}) has the unknown key {key!r}; it may have {listed}")
+            raise InputError(
+                f"message {number} ({raw}) has the unknown key {key!r}; it may have {', '.join(known)}; "
+                f"to leave it out: turn_keys: {{{key}: null}}"
+            )
     if is_tool and options.tool_turns == "refuse":
         found = next((key for key in CALL_KEYS if key in present), None)
         what = f"has {found!r}" if found and is_assistant else "is a tool turn"

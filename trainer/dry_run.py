@@ -68,6 +68,12 @@ def _show_rloo(recipe: Recipe) -> None:
         text = render_completion(response.get("reasoning_content"), response["content"])
         columns = {name: [value] for name, value in first.row.columns.items()}
         with task.grader as grader:
-            scores = grader.score(prompts=[first.text], completions=[text], completion_ids=[[]], columns=columns)
+            scores = grader.score(
+                prompts=[first.text],
+                completions=[text],
+                completion_ids=[[]],
+                columns=columns,
+                judges=[first.row.source.rewards],
+            )
         rewards = ", ".join(f"{name} {values[0]}" for name, values in scores.by_name.items())
         print(f"# rewards of its reference response: {rewards}\n{text}")

@@ -17,7 +17,7 @@ from annotated_types import Ge
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
 from rekatrain.trainer.intervals import Accuracy, pass_rates, wilson_interval
 from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
@@ -71,7 +71,14 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
     prompts = load_prompts(recipe.eval_dataset, tokenizer, model_config, config.max_completion_length, "eval_dataset")
     trained_on = load_prompts(recipe.dataset, tokenizer, model_config, 0)
     prompts = _held_out(prompts, trained_on)
-    check_columns(rewards, {name for prompt in prompts for name in prompt.row.columns})
+    sources = {prompt.row.source.name: prompt.row.source for prompt in prompts}.values()
+    # The recipe's other rewards may judge sources that have no held-out rows.
+    rewards = [
+        reward
+        for reward in rewards
+        if reward.name == config.reward or any(source.is_judged_by(reward.name) for source in sources)
+    ]
+    check_source_columns(rewards, sources)
 
     model = load_model(**recipe.model)
     # transformers wraps `to` and loses its signature

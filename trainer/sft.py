@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rekatrain.data.chat import EncodedRow
-from rekatrain.data.sources import load_rows
+from rekatrain.data.mixture import load_mixture
 from rekatrain.data.training_rows import encode_rows
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe) -> SFTTask:
     context = check_model(recipe, tokenizer).max_position_embeddings
     config = make_config("sft", recipe.sft, recipe, SFTConfig)
     max_length = min(config.max_length or context, context)
-    rows = encode_rows(load_rows(**recipe.dataset).rows, tokenizer, max_length, **recipe.chat)
+    rows = encode_rows(load_mixture(recipe.dataset).rows, tokenizer, max_length, **recipe.chat)
     return SFTTask(config=config, tokenizer=tokenizer, rows=rows)
 
 

@@ -42,6 +42,11 @@ READ_RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], list[Message]]] = {
         PLAIN,
     ),
     "roles go first": ({"messages": turns(("model", "2+2?"), ("bot", "4"))}, {"roles": {"model": "user"}}, PLAIN),
+    "turn_keys": (
+        {"messages": [{"speaker": "Dan", "said": "2+2?", "time": 1}, {"speaker": "bot", "said": "4", "time": 2}]},
+        {"turn_keys": {"speaker": "role", "said": "content", "time": None}, "roles": {"Dan": "user"}},
+        PLAIN,
+    ),
     "JSON text": ({"messages": json.dumps(PLAIN)}, {}, PLAIN),
     "lists": ({"messages": {"from": ["human", "gpt"], "value": ["2+2?", "4"]}}, {}, PLAIN),
     "text parts": ({"messages": turns(("user", [{"type": "text", "text": "2+2?"}]), ("assistant", "4"))}, {}, PLAIN),
@@ -176,6 +181,9 @@ REJECTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "both in <think> and in reasoning_content",
     ),
     "role not ours": ({"messages": PLAIN}, {"roles": {"assistant": "gpt"}}, "which is not one of system, user"),
+    "unknown turn key": ({"messages": [{**QUESTION, "time": 1}]}, {}, "to leave it out: turn_keys: {time: null}"),
+    "turn key not ours": ({"messages": PLAIN}, {"turn_keys": {"a": "rolle"}}, "did you mean 'role'"),
+    "two turn keys": ({"messages": [{**QUESTION, "a": "b"}]}, {"turn_keys": {"a": "role"}}, "gives one name"),
     "one tag": ({"messages": PLAIN}, {"reasoning_tags": ["<think>"]}, "reasoning_tags must be an opening"),
 }
 

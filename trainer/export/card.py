@@ -6,6 +6,7 @@ from statistics import fmean
 from huggingface_hub import ModelCard, ModelCardData
 
 from rekatrain.data.locations import names_path
+from rekatrain.data.mixture import source_paths
 from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.model_source import Source
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
@@ -33,11 +34,11 @@ def write_card(
     evaluation: a measurement by the exporting process, as text
     """
     step = checkpoint_step(Path(source.folder))
-    data_set = str(recipe.dataset["path"])
+    data_sets = source_paths(recipe.dataset)
     base = str(recipe.model["pretrained_model_name_or_path"])
     data = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
-        datasets=[data_set] if _is_hub_id(data_set) else None,
+        datasets=[path for path in data_sets if _is_hub_id(path)] or None,
         library_name=LIBRARIES[form],
         pipeline_tag="text-classification" if form == "reward" else "text-generation",
         tags=["rekatrain", recipe.stage, *(["lora"] if form == "adapter" else [])],
@@ -51,7 +52,7 @@ def write_card(
         base=base,
         step=step,
         method="LoRA" if recipe.lora is not None else "all weights",
-        data_set=data_set,
+        data_set=", ".join(data_sets),
         rewards={reward: (settings or {}).get("weight", 1.0) for reward, settings in recipe.rewards.items()},
         metrics=last_metrics(run, recipe.stage, step),
         num_last_steps=NUM_LAST_STEPS,

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
+from rekatrain.data.mixture import held_out_section
 from rekatrain.data.options import check_keywords, shorten
 from rekatrain.trainer.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 
@@ -33,8 +34,8 @@ class Recipe:
     lora:         keywords of `peft.LoraConfig`; without it all weights are trained
     chat:         keywords of `data.training_rows.encode_rows`; in stage reward those of
                   `trainer.reward_model.pairs.encode_pairs`
-    dataset:      keywords of `data.sources.load_rows`: the rows to train on
-    eval_dataset: keywords of `data.sources.load_rows`: the held-out rows
+    dataset:      keywords of `data.sources.load_rows`: the rows to train on; or several of those (`data/mixture.py`)
+    eval_dataset: the same for the held-out rows; without it, those that `dataset.split` cuts
     sft:          keywords of `trl.SFTConfig`
     reward:       keywords of `trl.RewardConfig`
     rloo:         keywords of `trainer.rloo.config.RLOOConfig`
@@ -53,11 +54,11 @@ class Recipe:
     stage: Literal["sft", "reward", "rloo"]
     output_dir: str
     model: Section
-    dataset: Section
+    dataset: Section | list[Section]
     seed: int = 0
     lora: Section | None = None
     chat: Section = field(default_factory=dict)
-    eval_dataset: Section | None = None
+    eval_dataset: Section | list[Section] | None = None
     sft: Section = field(default_factory=dict)
     reward: Section = field(default_factory=dict)
     rloo: Section = field(default_factory=dict)
@@ -87,7 +88,10 @@ def build_recipe(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
     check_keywords("recipe", tree, Recipe)
-    return Recipe(**tree)
+    held_out = held_out_section(tree["dataset"])
+    if held_out is not None and tree.get("eval_dataset") not in (None, held_out):
+        raise InputError("dataset.split holds rows out, and the recipe has an eval_dataset: remove one of them")
+    return Recipe(**{**tree, "eval_dataset": held_out} if held_out else tree)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -102,7 +106,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differing_keys(recipe: Recipe, other: Recipe) -> list[str]:
     """Return the dotted keys whose values differ between two recipes, sorted."""
-    ours, theirs = _flatten(asdict(recipe)), _flatten(asdict(other))
+    ours, theirs = flatten(asdict(recipe)), flatten(asdict(other))
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
 
 
@@ -131,21 +135,31 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *sections, last = dotted.split(".")
     if not equals or not all((*sections, last)) or len(sections) > MAX_DEPTH:
         raise InputError(f"{shorten(override)} is not an override; write dotted.key=value")
-    node = tree
+    node: Any = tree
     for depth, key in enumerate(sections):
-        if node.get(key) is None:
+        if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
+        node = node[_key_in(node, key, override)]
+        if not isinstance(node, dict | list):
             raise InputError(f"{override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    node[last] = parse_yaml(text, f"the override {shorten(override)}")
+    node[_key_in(node, last, override)] = parse_yaml(text, f"the override {shorten(override)}")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _key_in(node: dict[str, Any] | list[Any], key: str, override: str) -> Any:  # an index of a list, or a key
+    """Return `key` as the index of an item where `node` is a list, such as the sources of a data set."""
+    if isinstance(node, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(f"{shorten(override)}: {key!r} is no index of a list with {len(node)} items, from 0")
+    return int(key)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree of mappings by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords, check_type
+from rekatrain.data.mixture import check_dataset
 from rekatrain.data.ranges import CountOrZero, Seed
-from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.trainer.recipe.durations import seconds_of
@@ -29,9 +29,10 @@ def check_sections(recipe: Recipe) -> None:
     check_reward(recipe.reward)
     if recipe.lora is not None:
         check_lora(recipe.lora)
-    check_keywords("dataset", recipe.dataset, load_rows)
+    check_dataset("dataset", recipe.dataset, recipe.rewards)
     if recipe.eval_dataset is not None:
-        check_keywords("eval_dataset", recipe.eval_dataset, load_rows)
+        deciding = recipe.evaluate.get("reward", "math_answer")
+        check_dataset("eval_dataset", recipe.eval_dataset, [*recipe.rewards, str(deciding)])
     check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import render_prompt, split_turn
 from rekatrain.data.errors import InputError
+from rekatrain.data.mixture import Section, load_mixture
 from rekatrain.data.reward_model_input import RewardModelIds, RewardModelInput, encode_reward_model_input
 from rekatrain.data.rows import Row
-from rekatrain.data.sources import load_rows
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, rea
 
 
 def load_pairs(
-    section: Mapping[str, Any],
+    section: Section | Sequence[Section],
     tokenizer: PreTrainedTokenizerBase,
     chat: Mapping[str, Any],
     *,
@@ -78,18 +78,21 @@ def load_pairs(
     Raise InputError for a pair longer than `max_length` tokens. With `bad_rows: skip` such pairs are skipped, their
     number is logged, and InputError is raised only if none is left.
     """
-    pairs = encode_pairs(load_rows(**section).rows, tokenizer, **chat)
+    rows = load_mixture(section, name).rows
+    pairs = encode_pairs(rows, tokenizer, **chat)
     fitting: list[Pair] = []
     too_long: list[Pair] = []
-    for pair in pairs:
+    is_refused = False
+    for row, pair in zip(rows, pairs, strict=True):
         is_too_long = max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) > max_length
+        is_refused |= is_too_long and row.source.long_rows != "skip"
         (too_long if is_too_long else fitting).append(pair)
     if too_long:
         message = (
             f"{name}: {len(too_long)} of {len(pairs)} pairs are longer than {max_length} tokens (the smaller of "
             f"reward.max_length and the model's context); the first is {too_long[0].where}"
         )
-        if section.get("bad_rows", "refuse") == "refuse" or not fitting:
+        if is_refused or not fitting:
             raise InputError(f"{message}; raise reward.max_length, or set {name}.bad_rows to skip")
         logger.warning("%s; skipped", message)
     return fitting

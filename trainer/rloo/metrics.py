@@ -54,6 +54,7 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
         "step": step,
         "prompt_index": group.prompt_index,
         "row": group.prompt.row.where,
+        "source": group.prompt.row.source.name,
         "prompt": group.prompt.text,
         "completion": group.texts[index],
         "completion_ids": completion.ids,
@@ -70,6 +71,7 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
 def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | None]:
     """Metrics of a step from the records of all its completions, whichever process they come from.
 
+    reward/SOURCE:                   the mean of the total over the completions of one source that has a name
     reward, reward_std:              mean and standard deviation of the total over completions that have one, else None
     rewards/NAME/mean, .../std:      the same for one reward function
     rewards/NAME/not_applicable:     fraction of completions to which the reward does not apply (it returned None)
@@ -95,6 +97,10 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
         "reward": _mean(rewards),
         "reward_std": pstdev(rewards) if rewards else None,
     }
+    by_source: dict[str, list[float | None]] = {}
+    for record in records:
+        by_source.setdefault(record.get("source", ""), []).append(record["reward"])
+    metrics.update({f"reward/{source}": _mean(values) for source, values in sorted(by_source.items()) if source})
     for name in records[0]["rewards"]:
         values = [record["rewards"][name] for record in records]
         num_failed = sum(name in record["reward_errors"] for record in records)

@@ -122,6 +122,7 @@ def roll_out(
             step=step,
             prompts_per_step=config.prompts_per_step,
             round_number=round_number,
+            is_shuffled=setup.is_shuffled,
         )
         # 2, 3. Sample a group of completions for each, and score them.
         sampled = sample_groups(
@@ -141,20 +142,34 @@ def roll_out(
     return list(groups.values()), replaced
 
 
-def step_prompts(num_prompts: int, *, seed: int, step: int, prompts_per_step: int, round_number: int = 0) -> list[int]:
+def step_prompts(
+    num_prompts: int,
+    *,
+    seed: int,
+    step: int,
+    prompts_per_step: int,
+    round_number: int = 0,
+    is_shuffled: bool = True,
+) -> list[int]:
     """Indices of the prompts of step `step` (from 0), in an order that is shuffled anew for each pass over the data.
+
+    Without `is_shuffled` each pass goes in the order of the data.
 
     They are a function of the arguments alone, so that a resumed run neither repeats nor skips a prompt. A round above
     0 gives the replacements of a step's prompts, drawn from the whole data set; none of them is a prompt of an earlier
     round as long as there are others.
     """
     if round_number:
-        first = step_prompts(num_prompts, seed=seed, step=step, prompts_per_step=prompts_per_step)
+        first = step_prompts(
+            num_prompts, seed=seed, step=step, prompts_per_step=prompts_per_step, is_shuffled=is_shuffled
+        )
         order = [int(index) for index in np.random.default_rng([2, seed, step]).permutation(num_prompts)]
         fresh = [index for index in order if index not in set(first)] or order
         start = (round_number - 1) * prompts_per_step
         return [fresh[position % len(fresh)] for position in range(start, start + prompts_per_step)]
     positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    if not is_shuffled:
+        return [position % num_prompts for position in positions]
     orders = {
         # The 0 keeps this stream apart from those of the draws, which begin with 1, and of the replacements, with 2.
         epoch: np.random.default_rng([0, seed, epoch]).permutation(num_prompts)
@@ -176,14 +191,17 @@ def sample_groups(
     lap: Lap = lambda phase: None,
 ) -> list[Group]:
     """Sample and score a group for each prompt; draws follow from (seed, step, prompt index, index in group) alone."""
-    columns = reward_columns([prompt.row for prompt in prompts for _ in range(num_generations)])
+    rows = [prompt.row for prompt in prompts for _ in range(num_generations)]
+    columns, judges = reward_columns(rows), [row.source.rewards for row in rows]
     texts: dict[int, str] = {}
     jobs: dict[int, list[Job]] = {}
 
     def start_scoring(index: int, completion: Completion) -> None:
         with INTERRUPTION.unbroken():  # the queue of the workers has threads of its own
             texts[index] = decode_completion(completion.ids, tokenizer)
-            jobs[index] = grader.submit(texts[index], {name: values[index] for name, values in columns.items()})
+            jobs[index] = grader.submit(
+                texts[index], {name: values[index] for name, values in columns.items()}, judges[index]
+            )
 
     keys = [(1, seed, step, index) for index in prompt_indices]  # 1: not the streams that order the prompts
     sampled = sampler.sample([prompt.ids for prompt in prompts], keys, num_generations, start_scoring)
@@ -198,6 +216,7 @@ def sample_groups(
         completions=[texts[index] for index in range(len(flat))],
         completion_ids=[completion.ids for completion in flat],
         columns=columns,
+        judges=judges,
         submitted=jobs,
     )
     groups = []

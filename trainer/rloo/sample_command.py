@@ -23,7 +23,13 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
     policy = load_policy(recipe)
     # transformers wraps `to` and loses its signature
     policy.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    chosen = step_prompts(len(setup.prompts), seed=recipe.seed, step=0, prompts_per_step=config.prompts_per_step)
+    chosen = step_prompts(
+        len(setup.prompts),
+        seed=recipe.seed,
+        step=0,
+        prompts_per_step=config.prompts_per_step,
+        is_shuffled=setup.is_shuffled,
+    )
     prompts = [setup.prompts[index] for index in chosen[:num_prompts]]
     sampled = sample_groups(
         setup.make_sampler(policy),

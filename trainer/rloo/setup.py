@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.mixture import is_shuffled
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
@@ -26,7 +27,10 @@ SECONDS_PER_TOKEN = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class RunSetup:
-    """A checked run: its settings, its prompts and its rewards. The seed decides every random choice."""
+    """A checked run: its settings, its prompts and its rewards. The seed decides every random choice.
+
+    is_shuffled: False if each pass over the prompts goes in their order
+    """
 
     config: RLOOConfig
     tokenizer: PreTrainedTokenizerBase
@@ -34,6 +38,7 @@ class RunSetup:
     rewards: list[RewardFunction]
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     seed: int = 0
+    is_shuffled: bool = True
 
     @cached_property
     def grader(self) -> Grader:
@@ -102,7 +107,7 @@ def prepare(recipe: Recipe) -> RunSetup:
         )
     _check_no_dropout(recipe, model_config)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
-    check_columns(rewards, {name for prompt in prompts for name in prompt.row.columns})
+    check_source_columns(rewards, {prompt.row.source.name: prompt.row.source for prompt in prompts}.values())
     return RunSetup(
         config=config,
         tokenizer=tokenizer,
@@ -110,6 +115,7 @@ def prepare(recipe: Recipe) -> RunSetup:
         rewards=rewards,
         scoring=ScoringConfig(**recipe.scoring),
         seed=recipe.seed,
+        is_shuffled=is_shuffled(recipe.dataset),
     )
 
 

@@ -108,7 +108,7 @@ MISTAKES = {
     "list for a section": (SHORTEST + "sft: [1]\n", "sft is [1]; it should be a valid dictionary"),
     "null for a section that is needed": (
         SHORTEST.replace("{path: rows.jsonl}", "null"),
-        "dataset is None; it should be a valid dictionary",
+        "dataset is None; it should be a valid dictionary or be a valid list",
     ),
 }
 

@@ -170,6 +170,13 @@ def test_step_prompts_have_one_order_for_any_step_size() -> None:
     assert stream(1) == stream(4) == stream(10) == stream(60)
 
 
+def test_step_prompts_keep_the_order_of_the_data() -> None:
+    steps = [step_prompts(5, seed=3, step=step, prompts_per_step=3, is_shuffled=False) for step in range(4)]
+    assert steps == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
+    fresh = step_prompts(5, seed=3, step=1, prompts_per_step=2, round_number=1, is_shuffled=False)
+    assert set(fresh) <= {0, 1, 4}
+
+
 def test_step_prompts_have_a_new_order_per_pass_and_seed() -> None:
     passes = [step_prompts(50, seed=seed, step=step, prompts_per_step=50) for seed in (0, 1) for step in range(3)]
     assert len({tuple(order) for order in passes}) == 6
