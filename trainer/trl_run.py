@@ -66,13 +66,13 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
         "ddp_find_unused_parameters": False,
         "ddp_timeout": USUAL_DDP_TIMEOUT,
         "logging_nan_inf_filter": False,  # transformers would log a loss of nan as an earlier one
-    }
         "train_sampling_strategy": "random" if is_shuffled(recipe.dataset) else "sequential",
-    # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
+    }
     if not is_shuffled(recipe.dataset):
         for key, kept in (("train_sampling_strategy", "sequential"), ("packing", False)):
             if section.get(key, kept) != kept:
                 raise InputError(f"{name}.{key} is {section[key]!r}, but dataset.order keeps an order: remove one")
+    # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
     # written the whole of the new one.
     section = defaults | dict(section) | {"save_total_limit": None}
     check_mixed_precision(name, bf16=bool(section["bf16"]), fp16=bool(section.get("fp16")))

@@ -7,8 +7,8 @@ imported only if the recipe has its section.
 from dataclasses import asdict
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.options import check_keywords, check_type
 from rekatrain.data.mixture import check_dataset
+from rekatrain.data.options import check_keywords, check_type
 from rekatrain.data.ranges import CountOrZero, Seed
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
