@@ -3,10 +3,12 @@
 import logging
 import math
 import os
+import secrets
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import wandb
@@ -14,6 +16,7 @@ from accelerate.tracking import WandBTracker
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from rekatrain.trainer.checkpoints import write_whole
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import METRICS_FILE, RunFolder
 
@@ -21,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | int | None]
 
+# In the run folder: the id of the run at Weights & Biases.
+WANDB_ID_FILE = "wandb_id"
 WIDTH = 100
 # How the progress line shows a metric; others appear under their own names, as numbers of four digits.
 SHOWN = {
@@ -47,7 +52,7 @@ class RunLog:
         self._run = run
         self._first_step, self._max_steps = first_step, max_steps
         self._started = time.monotonic()
-        self._tracker = _start_wandb(recipe)
+        self._tracker = _start_wandb(recipe, run)
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=max_steps,
@@ -114,21 +119,33 @@ def _shown(name: str, value: float | int) -> str:
     return SHOWN.get(name, f"{name.replace('_', ' ')} {{:.4g}}").format(value)
 
 
-def _start_wandb(recipe: Recipe) -> WandBTracker | None:
+def _start_wandb(recipe: Recipe, run: RunFolder) -> WandBTracker | None:
     if recipe.wandb is None:
         return None
     section = {"project": "rekatrain", "dir": recipe.output_dir, **recipe.wandb}
     if "WANDB_MODE" not in os.environ and "mode" not in section and not _is_logged_in():
         section["mode"] = "offline"
     try:
+        if "WANDB_RUN_ID" not in os.environ and "id" not in section:
+            section["id"] = _tracked_id(run)
+        if section.get("mode", os.environ.get("WANDB_MODE")) != "offline":  # wandb warns that it ignores it there
+            section = {"resume": "allow", **section}
         tracker = WandBTracker(section.pop("project"), **section)
         tracker.start()
-        tracker.store_init_configuration({"stage": recipe.stage, "seed": recipe.seed, "model": recipe.model})
+        tracker.store_init_configuration(asdict(recipe))  # it holds no secret: the recipe's check rejects them
     # A missing key, network or entity must not cost the run. wandb raises several unrelated classes.
     except Exception as error:
         logger.warning("wandb could not start: %s; the run goes on without it", error)
         return None
     return tracker
+
+
+def _tracked_id(run: RunFolder) -> str:
+    """Return the id of the tracked run, which a resumed run continues; it is chosen at the first start."""
+    file = run.path / WANDB_ID_FILE
+    if not file.exists():
+        write_whole(file, f"{secrets.token_hex(4)}\n".encode())
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _is_logged_in() -> bool:

@@ -55,6 +55,7 @@ def run_log(workspace: Path, **section: object) -> RunLog:
         output_dir=str(workspace / "run"),
         model={"pretrained_model_name_or_path": "m"},
         dataset={"path": "rows.jsonl"},
+        rloo={"max_steps": 2},
         wandb=section,
     )
     run = RunFolder(recipe.output_dir)
@@ -89,6 +90,26 @@ def test_wandb_without_an_account_writes_an_offline_run(offline, workspace, capl
     assert wandb.run is None
     assert len(list(workspace.rglob("offline-run-*/run-*.wandb"))) == 1
     assert warnings_of(caplog) == []
+
+
+def test_wandb_run_is_continued_by_a_resumed_run(offline, workspace, caplog):
+    names = []
+    for _ in range(2):
+        log = run_log(workspace, project="test")
+        assert wandb.run is not None and wandb.run.config["rloo"] == {"max_steps": 2}
+        names.append(wandb.run.id)
+        log.close()
+    assert names[0] == names[1] == (workspace / "run" / "wandb_id").read_text().strip()
+    files = list(workspace.rglob("offline-run-*/run-*.wandb"))
+    assert {file.stem for file in files} == {f"run-{names[0]}"}
+    assert warnings_of(caplog) == []
+
+
+def test_wandb_keeps_the_id_of_the_user(offline, workspace):
+    log = run_log(workspace, id="mine")
+    assert wandb.run is not None and wandb.run.id == "mine"
+    log.close()
+    assert not (workspace / "run" / "wandb_id").exists()
 
 
 def fail(*_: object, **__: object) -> None:
