@@ -25,6 +25,8 @@ PROJECT = Path(__file__).parents[2]
 READY_SECONDS = 240
 RUN_SECONDS = 600
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+# Modules with other ranks and scales: vLLM has one scale for all.
+PATTERNS = {**LORA, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 32}}
 REWARD = """
 def letters(completions, **kwargs):
     return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
@@ -178,7 +180,7 @@ def test_nccl_transfer_arguments_fit_vllms_classes() -> None:
 
 
 def test_adapters_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
-    metrics, rollouts = run(folder, write_recipe(folder, "adapter", server.url))
+    metrics, rollouts = run(folder, write_recipe(folder, "adapter", server.url, PATTERNS))
     assert_sampled_from_the_trainers_weights(metrics)
     assert abs(metrics[2]["kl"]) > 1e-3  # an estimate, of either sign
     assert len(rollouts) == 3 * 16 and {record["finish_reason"] for record in rollouts} == {"eos", "length"}
