@@ -41,6 +41,8 @@ def main() -> None:
 def _hand_on(number: int, frame: FrameType | None) -> None:
     """Send a signal to the ranks, wait for them, and exit: torchrun does not start them again."""
     waiting = psutil.Process().children()
+    if not waiting:  # none has started
+        os._exit(INTERRUPTED)
     for process in waiting:
         process.send_signal(number)
     statuses: list[int] = []

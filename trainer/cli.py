@@ -7,9 +7,13 @@ is a function of api.py or of the module that it imports when it runs.
 import argparse
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from rekatrain.data.errors import INTERRUPTED, InputError, RunInterrupted, TrainingStopped
@@ -85,13 +89,40 @@ def _fail_of_a_bug(error: Exception) -> NoReturn:
 
 
 def _train(options: argparse.Namespace) -> None:
-    api.train(
-        options.recipe,
-        *options.overrides,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        skip_memory_check=options.skip_memory_check,
-    )
+    with _interruptible_imports():
+        api.train(
+            options.recipe,
+            *options.overrides,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            skip_memory_check=options.skip_memory_check,
+        )
+
+
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """End with status 75 if a signal comes before the run listens for it: the imports take seconds."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            print(
+                f"rekatrain: interrupted by {name} before its first step: nothing is lost", file=sys.stderr, flush=True
+            )
+        os._exit(INTERRUPTED)
+
+    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if is_main else ()
+    old = {number: signal.getsignal(number) for number in numbers}
+    changed = [number for number, handler in old.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            if signal.getsignal(number) is end:
+                signal.signal(number, old[number])
 
 
 def _plan(options: argparse.Namespace) -> None:
