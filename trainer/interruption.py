@@ -31,11 +31,12 @@ Result = TypeVar("Result")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Wakes a main thread that waits. Nothing else sends it, and it is ignored by default.
 WAKE = signal.SIGURG
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 # A scheduler and a launcher may both deliver a signal: within this time they count once. Ctrl-C counts each time.
 REPEAT_SECONDS = 1.0
+RAISE_SECONDS = 3.0
 # Time for the start of a run to leave a call of C, such as the connection of the processes.
-START_SECONDS = 5.0
+START_SECONDS = 10.0
 
 
 class Abandoned(KeyboardInterrupt):
@@ -49,6 +50,9 @@ class _Phase(Enum):
     ENDING = auto()  # the run ends already, or none has begun
 
 
+ABANDONED = (_Phase.STARTING, _Phase.SAMPLING)
+
+
 class Interruption:
     """The interruption of this process's run, if any. `cause` names it: a signal, or time_limit."""
 
@@ -60,6 +64,7 @@ class Interruption:
         self.cause: str | None = None
         self._deadline: float | None = None
         self._longest = {"step": 0.0, "save": 0.0}
+        self._raised_at = -RAISE_SECONDS
 
     @contextmanager
     def listen(self, time_limit: float | None) -> Iterator[None]:
@@ -85,7 +90,7 @@ class Interruption:
     def begin_steps(self, accelerator: Accelerator) -> None:
         """Declare that the run is set up, and that a step which has begun is finished; every rank must call this."""
         self._phase = _Phase.TRAINING
-        if _any_rank(accelerator, self.cause is not None):
+        if self.is_agreed(accelerator):
             raise Abandoned
 
     def abandonable(self, accelerator: Accelerator, function: Callable[[], Result]) -> Result:
@@ -197,11 +202,13 @@ class Interruption:
         self._abandon()
 
     def _abandon(self) -> None:
-        here = ranks()
-        is_ending = here is not None and here.is_ending
-        is_left = self._phase in (_Phase.STARTING, _Phase.SAMPLING) and not self._is_unbroken and not is_ending
-        if self.cause is not None and is_left:
-            self._phase = _Phase.TRAINING
+        """Raise Abandoned where work is abandoned; again after a while, as a callback may have swallowed the first."""
+        here, now = ranks(), time.monotonic()
+        is_left = self._phase in ABANDONED and not self._is_unbroken
+        if self.cause is None or not is_left or (here is not None and here.is_ending):
+            return
+        if now - self._raised_at > RAISE_SECONDS:
+            self._raised_at = now
             raise Abandoned
 
     def _listen(self, reader: int) -> None:
@@ -231,11 +238,13 @@ class Interruption:
                     self.cause = self.cause or reported
             if here is not None and self.cause is not None:
                 here.interrupt(self.cause)
-        is_starting = self._phase is _Phase.STARTING
-        if not stopped.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
-        if is_starting and not stopped.wait(START_SECONDS) and self._phase is not _Phase.ENDING:
-            _end_at_once(f"interrupted by {self.cause} before its first step. {RESUME}", INTERRUPTED)
+        known = time.monotonic()
+        while self._phase is not _Phase.ENDING and not stopped.is_set():
+            if self._phase in ABANDONED:  # not while files are written
+                signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+            if self._phase is _Phase.STARTING and time.monotonic() - known > START_SECONDS:
+                _end_at_once(f"interrupted by {self.cause} before its first step. {RESUME}", INTERRUPTED)
+            stopped.wait(POLL_SECONDS)
 
 
 INTERRUPTION = Interruption()

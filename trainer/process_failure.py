@@ -19,7 +19,7 @@ from rekatrain.trainer.ranks import Ranks, ranks
 
 # Time for a failed rank to end, or for its launcher to report its death, before the others end by themselves.
 END_SECONDS = 10.0
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 1.0
 RESUME = "Go on from the newest checkpoint with --resume"
 
 

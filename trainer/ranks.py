@@ -5,6 +5,7 @@ known then: that a rank has failed, is interrupted, or has another recipe than r
 """
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from rekatrain.data.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 # A rank that fails waits so long for others to fail with the same message, which is then printed once.
@@ -36,7 +39,13 @@ def is_launched() -> bool:
 @cache
 def ranks() -> "Ranks | None":
     """Return the ranks of this launch, connected at the first call; None in a single process."""
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched() else None
+    if not is_launched():
+        return None
+    try:
+        return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except RuntimeError as error:  # the process group, which uses the same address, will fail and end the run
+        logger.warning("rank 0 cannot be reached: %s", str(error).partition("\n")[0])
+        return None
 
 
 class Ranks:
