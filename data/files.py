@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,8 +20,13 @@ from rekatrain.data.errors import InputError, first_line
 
 PLAIN_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COMPRESSIONS = (".gz", ".zst")
-FILE_SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", *(plain + packed for plain in PLAIN_SUFFIXES for packed in COMPRESSIONS))
-KINDS = f"{', '.join(PLAIN_SUFFIXES)} or .parquet file, which may end in .gz or .zst except the last"
+TABLE_SUFFIXES = (".parquet", ".arrow")
+FILE_SUFFIXES = (
+    *PLAIN_SUFFIXES,
+    *TABLE_SUFFIXES,
+    *(kind + packed for kind in PLAIN_SUFFIXES for packed in COMPRESSIONS),
+)
+KINDS = f"{', '.join(PLAIN_SUFFIXES)} (also with .gz or .zst), {' or '.join(TABLE_SUFFIXES)} file"
 PATH_STARTS = (".", "/", "~")
 # Keys under which a JSON object holds its rows.
 LIST_KEYS = ("data", "rows", "examples", "instances", "items")
@@ -49,6 +54,8 @@ def find_files(path: str) -> list[str]:
     """
     place = Path(path).expanduser()
     if place.is_dir():
+        if (place / "state.json").is_file():  # of `save_to_disk`; the order of its shards is that of their names
+            return sorted(str(file) for file in place.glob("*.arrow"))
         files = sorted(str(file) for file in place.rglob("*") if _is_rows(file, place))
         if not files:
             raise InputError(f"{path} is a folder without files of rows: no {KINDS}")
@@ -75,7 +82,7 @@ def read_file(path: str) -> Iterator[Located]:
     """Yield the records of one file, each with its origin. Raise InputError for a file that cannot be read."""
     plain = path.removesuffix(".gz").removesuffix(".zst")
     kind = Path(plain).suffix
-    read = {".parquet": _read_parquet, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_lines)
+    read = READERS.get(kind, _read_lines)
     try:
         for number, record in read(Path(path).expanduser()):
             yield f"{path}:{number}", record
@@ -148,6 +155,8 @@ def _read_csv(file: Path) -> Iterator[tuple[int, object]]:
     with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, delimiter=delimiter, strict=True)
         header = next(lines, [])
+        if header and not header[0]:  # of the index that pandas writes
+            header[0] = "index"
         if len(set(header)) < len(header) or not all(header):
             raise InputError(f"its first line must name each column once, but it is {header}")
         number = lines.line_num + 1
@@ -167,6 +176,13 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
         yield from enumerate(records, start=1)
 
 
+def _read_arrow(file: Path) -> Iterator[tuple[int, object]]:
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(file)) as mapped, ipc.open_stream(mapped) as batches:
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
+
+
 def _parse_json(text: bytes) -> object:
     """Return the value of a JSON text, or the error of one that cannot be parsed."""
     try:
@@ -176,3 +192,12 @@ def _parse_json(text: bytes) -> object:
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         # The parser counts lines within its text, so its line 1 would contradict the line number in the file.
         return InputError(f"it is not valid JSON: {str(error).replace('line 1 ', '')}")
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

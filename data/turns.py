@@ -33,7 +33,11 @@ TOOL_LISTS = ("tools", "functions")  # keys of a record
 TOOL_KEYS = ("name", "tool_call_id")
 OUR_TURN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *MASK_KEYS, *CALL_KEYS, *TOOL_KEYS)
 PART_KEYS = {"text": ("text", "value", "content"), "reasoning": ("reasoning", "thinking", "text", "value", "content")}
-PART_TYPES = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "tool_call"}
+PART_TYPES = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
+    "tool_call": "tool_call",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +210,7 @@ def _read_content(
         raise InputError(f"message {number}: {key} must be text, not {type_name(content)}")
     texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
     for part in content:
-        given = part.get("type", "text")
+        given = part.get("type") or "text"
         kind = PART_TYPES.get(given) if isinstance(given, str) else None
         if kind is None:
             raise InputError(f"message {number} has a part of type {given!r}: the model reads text alone")

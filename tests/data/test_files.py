@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from datasets import Dataset
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.sources import load_rows
@@ -64,6 +65,20 @@ def test_csv_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
     loaded = load_rows(str(path), format="prompt_answer", bad_rows="skip")
     assert [row.where for row in loaded.rows] == [f"{path}:2", f"{path}:6"]
     assert loaded.skipped == [f"{path}:5: it has 1 cells, and the first line names 2 columns"]
+
+
+def test_csv_of_pandas_has_its_index_as_a_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",prompt\n0,a\n1,b\n")
+    rows = load_rows(str(tmp_path / "a.csv"), format="prompt_answer").rows
+    assert [(row.messages[0]["content"], row.columns) for row in rows] == [("a", {"index": "0"}), ("b", {"index": "1"})]
+
+
+def test_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_list([{"prompt": text, "answer": None} for text in "abc"]).save_to_disk(folder, num_shards=2)
+    rows = load_rows(str(folder), format="prompt_answer").rows
+    assert [row.messages[0]["content"] for row in rows] == ["a", "b", "c"]
+    assert rows[2].where == f"{folder}/data-00001-of-00002.arrow:1"
 
 
 def test_csv_with_two_columns_of_one_name_is_rejected(tmp_path: Path) -> None:

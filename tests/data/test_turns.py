@@ -51,7 +51,7 @@ READ_RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], list[Message]]] = {
     "lists": ({"messages": {"from": ["human", "gpt"], "value": ["2+2?", "4"]}}, {}, PLAIN),
     "text parts": ({"messages": turns(("user", [{"type": "text", "text": "2+2?"}]), ("assistant", "4"))}, {}, PLAIN),
     "two parts": (
-        {"messages": turns(("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]))},
+        {"messages": turns(("user", [{"type": "text", "text": "a"}, {"type": None, "text": "b", "image": None}]))},
         {},
         [{"role": "user", "content": "a\nb"}],
     ),
