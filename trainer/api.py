@@ -61,6 +61,7 @@ def train(
 
         show(checked, resume=resume)
         return run
+    from rekatrain.trainer.agreement import agree_on_recipe
     from rekatrain.trainer.interruption import INTERRUPTION
     from rekatrain.trainer.plan.plan import check_fits
     from rekatrain.trainer.process_failure import end_with_the_others
@@ -72,6 +73,7 @@ def train(
         from rekatrain.trainer.reward_model.train import train as run_stage
     else:
         from rekatrain.trainer.rloo.train import train as run_stage
+    agree_on_recipe(checked, resume=resume)
     with INTERRUPTION.listen(seconds_of(checked.time_limit)), end_with_the_others():
         run_stage(checked, resume=resume)
     if os.environ.get("RANK", "0") == "0":

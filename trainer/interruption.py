@@ -18,13 +18,13 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 
 from rekatrain.data.errors import INTERRUPTED, RunInterrupted
 from rekatrain.trainer.process_failure import RESUME, end_if_a_rank_failed
 from rekatrain.trainer.ranks import ranks
+from rekatrain.trainer.time_limit import TimeLimit
 
 Result = TypeVar("Result")
 
@@ -62,8 +62,7 @@ class Interruption:
 
     def _forget(self) -> None:
         self.cause: str | None = None
-        self._deadline: float | None = None
-        self._longest = {"step": 0.0, "save": 0.0}
+        self.time = TimeLimit(None)
         self._raised_at = -RAISE_SECONDS
 
     @contextmanager
@@ -73,8 +72,7 @@ class Interruption:
         time_limit: seconds from the start of this process, or of the launcher that started it
         """
         self._forget()
-        if time_limit is not None:
-            self._deadline = time.monotonic() + time_limit - (time.time() - _started())
+        self.time = TimeLimit(time_limit)
         self._phase = _Phase.STARTING
         stopped = threading.Event()
         threading.Thread(target=self._watch, args=(stopped,), daemon=True).start()
@@ -134,20 +132,9 @@ class Interruption:
         return _any_rank(accelerator, self.cause is not None)
 
     def check_time(self) -> None:
-        """Interrupt the run if a step and a checkpoint, each as long as the longest so far, exceed the time limit."""
-        if self._deadline is not None and time.monotonic() + sum(self._longest.values()) > self._deadline:
+        """Interrupt the run if the time limit allows no further step."""
+        if not self.time.allows_a_step:
             self.cause = self.cause or "time_limit"
-
-    def took(self, part: str, seconds: float) -> None:
-        """Record how long a `step` or a `save` took."""
-        self._longest[part] = max(self._longest[part], seconds)
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Context that records how long a `step` or a `save` takes."""
-        started = time.monotonic()
-        yield
-        self.took(part, time.monotonic() - started)
 
     def end(self, what: str) -> RunInterrupted:
         """Return the error that ends an interrupted run; further signals are ignored.
@@ -232,7 +219,7 @@ class Interruption:
         here = ranks()
         with suppress(RuntimeError):  # the launcher has ended
             while self.cause is None and not stopped.wait(POLL_SECONDS):
-                if self._deadline is not None and time.monotonic() + self._longest["save"] > self._deadline:
+                if not self.time.allows_waiting:
                     self.cause = "time_limit"
                 elif here is not None and (reported := here.interruption()) is not None:
                     self.cause = self.cause or reported
@@ -255,12 +242,6 @@ def describe_end(step: int) -> str:
     if step == 0:
         return "in its first step, before there was anything to save. Start it again with --resume"
     return f"after step {step}: checkpoint-{step} is saved. {RESUME}"
-
-
-def _started() -> float:
-    """Return the time at which this process began, or the launcher that may start it again."""
-    own = psutil.Process()
-    return (own.parent() or own if "TORCHELASTIC_RUN_ID" in os.environ else own).create_time()
 
 
 def _any_rank(accelerator: Accelerator, is_here: bool) -> bool:

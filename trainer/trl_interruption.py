@@ -29,7 +29,7 @@ class InterruptionCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Agree with the other ranks on the end of the run; a run that has taken its last step just ends."""
         now = self._last_event = time.monotonic()
-        INTERRUPTION.took("step", now - self._last_step)
+        INTERRUPTION.time.took("step", now - self._last_step)
         self._last_step = now
         if INTERRUPTION.is_agreed(self._trainer.accelerator) and state.global_step < state.max_steps:
             self._stopped_at = state.global_step
@@ -51,7 +51,7 @@ class InterruptionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Record how long the checkpoint took."""
-        INTERRUPTION.took("save", time.monotonic() - self._last_event)
+        INTERRUPTION.time.took("save", time.monotonic() - self._last_event)
 
     def raise_if_stopped(self) -> None:
         """Raise RunInterrupted if this callback has ended the training."""

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import is_shuffled
+from rekatrain.trainer.agreement import agree_on_start
 from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, write_failures
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard
 from rekatrain.trainer.launch import (
@@ -116,12 +117,13 @@ def check_start(
 
     Raises InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint.
 
-    rows: a JSON value for each trained row
+    rows: a JSON value for each trained row; read more than once
     """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         check_resumable(checkpoint, recipe.stage, config)
+    agree_on_start(recipe, rows, checkpoint)
     run.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
     return checkpoint
 

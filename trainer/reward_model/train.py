@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from rekatrain.trainer.agreement import Repeatable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
@@ -71,7 +72,9 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    rows = ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in task.pairs)
+    rows = Repeatable(
+        lambda: ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in task.pairs)
+    )
     checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
 
+from rekatrain.trainer.agreement import Repeatable, agree_on_start
 from rekatrain.trainer.checkpoints import checkpoint_step
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
 from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, describe_end
@@ -62,7 +63,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
-    rows = ((prompt.ids, prompt.row.messages, prompt.row.columns) for prompt in setup.prompts)
+    rows = Repeatable(lambda: ((prompt.ids, prompt.row.messages, prompt.row.columns) for prompt in setup.prompts))
+    agree_on_start(recipe, rows, checkpoint)
     folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
     setup.grader.warm_up()  # loads the weights of reward models
 
@@ -114,14 +116,14 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
 
     def save(step: int) -> None:
         check_finite_weights(prepared, step)
-        with INTERRUPTION.timed("save"):
+        with INTERRUPTION.time.timed("save"):
             checkpointer.save(step, config.save_total_limit)
 
     for step in range(first_step, config.max_steps):
         clock = Clock()
         INTERRUPTION.check_time()
         try:
-            with INTERRUPTION.timed("step"):
+            with INTERRUPTION.time.timed("step"):
                 local_records = take_step(run, step, clock)
         except Abandoned:
             is_interrupted = True
