@@ -40,6 +40,7 @@ SHOWN = {
     "epoch": "epoch {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "eval_loss": "eval loss {:.4g}",
+    "eval_mean_token_accuracy": "eval accuracy {:.1%}",
     "eval_accuracy": "eval accuracy {:.1%}",
     "eval_margin": "eval margin {:.3g}",
 }

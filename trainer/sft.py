@@ -8,7 +8,9 @@ on every attention backend (tests/trainer/test_sft.py holds packed and separate 
 
 import copy
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -19,7 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rekatrain.data.chat import EncodedRow
 from rekatrain.data.mixture import load_mixture
 from rekatrain.data.training_rows import encode_rows
-from rekatrain.trainer.agreement import Repeatable
+from rekatrain.trainer.held_out import measure_held_out
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run_folder import RunFolder
@@ -34,11 +36,15 @@ HEADLINE = ["loss", "mean_token_accuracy", "tokens_per_second", "epoch", "grad_n
 
 @dataclass(frozen=True, kw_only=True)
 class SFTTask:
-    """Everything of a run that is checked before weights are loaded."""
+    """Everything of a run that is checked before weights are loaded.
+
+    held_out: rows to measure while the run trains, by the name of their source; empty without `sft.eval_strategy`
+    """
 
     config: SFTConfig
     tokenizer: PreTrainedTokenizerBase
     rows: list[EncodedRow]
+    held_out: dict[str, list[EncodedRow]]
 
 
 def prepare(recipe: Recipe) -> SFTTask:
@@ -48,11 +54,28 @@ def prepare(recipe: Recipe) -> SFTTask:
     config = make_config("sft", recipe.sft, recipe, SFTConfig)
     max_length = min(config.max_length or context, context)
     rows = encode_rows(load_mixture(recipe.dataset).rows, tokenizer, max_length, **recipe.chat)
-    return SFTTask(config=config, tokenizer=tokenizer, rows=rows)
+    held_out: dict[str, list[EncodedRow]] = {}
+    if config.eval_strategy != "no" and recipe.eval_dataset is not None:
+        mixture = load_mixture(recipe.eval_dataset, name="eval_dataset")
+        for source in mixture.sources:
+            of_source = [row for row in mixture.rows if row.source == source]
+            held_out[source.name] = encode_rows(of_source, tokenizer, max_length, **recipe.chat)
+    return SFTTask(config=config, tokenizer=tokenizer, rows=rows, held_out=held_out)
 
 
 class _GuardedSFTTrainer(GuardedTrainer, SFTTrainer):
-    """TRL's trainer with our guards and schedules."""
+    """TRL's trainer with our guards, schedules and held-out loss; `held_out` is set before it trains."""
+
+    held_out: Mapping[str, Sequence[EncodedRow]]
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # transformers names the data set, which is ours
+        """Measure the held-out rows, and log the result."""
+        batch_size = self.args.per_device_eval_batch_size
+        metrics = measure_held_out(self.model, self.held_out, self.accelerator, batch_size=batch_size)
+        self.model.eval()  # TRL adds its means of training steps to a log in training mode
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def train(recipe: Recipe, *, resume: bool) -> None:
@@ -64,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    rows = Repeatable(lambda: ((row.input_ids, row.labels) for row in task.rows))
+    rows = ((row.input_ids, row.labels) for row in task.rows)
     checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
@@ -72,8 +95,15 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     trainer = _GuardedSFTTrainer(
         model=load_policy(recipe),
         args=task.config,
-        train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]),
+        train_dataset=_dataset(task.rows),
+        # transformers evaluates only with a data set; `evaluate` reads the rows.
+        eval_dataset=_dataset(next(iter(task.held_out.values()))[:1]) if task.held_out else None,
         processing_class=copy.deepcopy(task.tokenizer),
     )
+    trainer.held_out = task.held_out
     texts = choose_texts(task.tokenizer, [row.input_ids for row in task.rows])
     run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE, texts=texts)
+
+
+def _dataset(rows: Sequence[EncodedRow]) -> Dataset:
+    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])

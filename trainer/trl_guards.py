@@ -16,10 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from rekatrain.data.chat import IGNORED_LABEL
 from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, check_finite_weights
 from rekatrain.trainer.schedule import make_schedule
-
-IGNORED_LABEL = -100
 
 
 class GuardedTrainer(Trainer):

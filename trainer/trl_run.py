@@ -52,6 +52,8 @@ from rekatrain.trainer.trl_resharding import SaveBatch, check_resumable, restore
 
 logger = logging.getLogger(__name__)
 
+EVALUATED = ["eval_loss", "eval_mean_token_accuracy", "eval_accuracy", "eval_margin"]
+
 Config = TypeVar("Config", bound=TrainingArguments)
 
 
@@ -252,7 +254,7 @@ class _Log(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         logs = event["logs"]
         if "eval_loss" in logs:
-            self._log.step(state.global_step, logs, headline=["eval_loss", "eval_accuracy", "eval_margin"])
+            self._log.step(state.global_step, logs, headline=EVALUATED)
         if "loss" not in logs:  # the trainer's closing log is a summary, not a step
             return
         now = time.monotonic()

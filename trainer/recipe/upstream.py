@@ -12,7 +12,7 @@ from rekatrain.data.options import check_keys, check_type
 from rekatrain.trainer.recipe import lora_keys, trl_keys
 
 # Stages that measure held-out rows while they train.
-EVALUATED_STAGES = ("reward",)
+EVALUATED_STAGES = ("sft", "reward")
 
 
 def check_section(
