@@ -11,23 +11,26 @@ if open files grow, or if memory grows by more than --max-slope.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from kill_points import kill_tree
 from processes import Process, orphans, start_command
 from runs import Setting, scratch_folder, write_model, write_workspace
+from samples import Part, last_step, look
 
-WARM_UP = 60  # steps
+ENDINGS = ("SIGKILL of all", "SIGKILL of one", "SIGTERM")
+STATUSES = {"finished": 0, "SIGTERM": 75}  # SIGTERM ends a run after a checkpoint
+SIZES = {"prompts_per_step": 2, "num_generations": 4, "dynamic_sampling_rounds": 0, "num_iterations": 1}
+COMPLETIONS = 8
 SCORER = '''
 
 import os
@@ -60,101 +63,17 @@ ERRORS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A look at a running process.
-
-    step:      last step in metrics.jsonl
-    own:     resident memory of the trainer in MB
-    workers: resident memory of its other processes in MB
-    files, threads: of the trainer
-    processes: number of all its processes
-    """
-
-    step: int
-    own: float
-    workers: float
-    files: int
-    threads: int
-    processes: int
-
-
-@dataclass(kw_only=True)
-class Part:
-    """One process of the run, from its start to its end."""
-
-    first_step: int
-    ending: str
-    samples: list[Sample] = field(default_factory=list)
-
-    def row(self) -> list[str]:
-        """Return the columns of the table."""
-        late = self.late()
-        own, workers = (f"{s.own:.0f}" for s in (late[0], late[-1])), (s.workers for s in late)
-        counts = [f"{min(values)}-{max(values)}" for values in (self.values("files"), self.values("threads"))]
-        return [
-            f"{self.first_step}-{self.samples[-1].step}",
-            self.ending,
-            " to ".join(own),
-            f"{self.slope('own'):+.1f}",
-            f"{statistics.mean(workers):.0f}",
-            f"{self.slope('workers'):+.1f}",
-            *counts,
-            f"{max(self.values('processes'))}",
-        ]
-
-    def late(self) -> list[Sample]:
-        """Return the samples after the warm-up, or all if the part is too short."""
-        late = [sample for sample in self.samples if sample.step >= self.first_step + WARM_UP]
-        return late if len(late) >= 2 else self.samples
-
-    def values(self, name: str) -> list[float]:
-        """Return one value of each late sample."""
-        return [getattr(sample, name) for sample in self.late()]
-
-    def slope(self, name: str) -> float:
-        """Return the growth of a value per 1,000 steps."""
-        steps, values = self.values("step"), self.values(name)
-        return 1000 * statistics.linear_regression(steps, values).slope if len({*steps}) > 1 else 0.0
-
-
-def look(process: psutil.Process, metrics: Path) -> Sample:
-    """Return a sample of a running process."""
-    children = []
-    for child in process.children(recursive=True):
-        with suppress(psutil.Error):
-            children.append(child.memory_info().rss / 2**20)
-    return Sample(
-        step=last_step(metrics),
-        own=process.memory_info().rss / 2**20,
-        workers=sum(children),
-        files=process.num_fds(),
-        threads=process.num_threads(),
-        processes=1 + len(children),
-    )
-
-
-def last_step(metrics: Path) -> int:
-    """Return the step of the last whole record."""
-    if not metrics.exists():
-        return 0
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - 2**15))
-        lines = file.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0
-
-
-def watch(folder: Path, process: Process, part: Part, until: int) -> None:
+def watch(folder: Path, process: Process, part: Part, until: int | None) -> None:
     """Sample a run until it ends or has taken the step `until`."""
     metrics = folder / "run" / "metrics.jsonl"
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         with suppress(psutil.Error):
             sample = look(watched, metrics)
-            if sample.step > part.first_step:
-                part.samples.append(sample)
-            if sample.step >= until:
+            if until is not None and sample.step >= until:
                 return
+            if sample.step > part.first_step and process.poll() is None:
+                part.samples.append(sample)
         time.sleep(0.5)
 
 
@@ -163,18 +82,18 @@ def end(process: Process, ending: str) -> None:
     if ending == "SIGKILL of all":
         kill_tree(process.pid)
     else:
-        psutil.Process(process.pid).send_signal(signal.SIGTERM if ending == "SIGTERM" else signal.SIGKILL)
+        os.kill(process.pid, signal.SIGTERM if ending == "SIGTERM" else signal.SIGKILL)
     process.wait(60)
 
 
-def find_faults(run: Path, steps: int, completions: int) -> list[str]:
+def find_faults(run: Path, steps: int) -> list[str]:
     """Return what is wrong with the records of a whole run."""
     faults = []
     metrics = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     if metrics != [*range(1, steps + 1)]:
         faults.append(f"metrics.jsonl has {len(metrics)} records, {len({*metrics})} steps")
     rollouts = [json.loads(line)["step"] for line in (run / "rollouts.jsonl").open()]
-    if rollouts != sorted(rollouts) or Counter(rollouts) != {step: completions for step in range(1, steps + 1)}:
+    if rollouts != sorted(rollouts) or Counter(rollouts) != {step: COMPLETIONS for step in range(1, steps + 1)}:
         faults.append(f"rollouts.jsonl has {len(rollouts)} records, {len({*rollouts})} steps")
     left = {path.name for path in (run / "checkpoints").iterdir()}
     if len(left) != 2 or f"checkpoint-{steps}" not in left:
@@ -191,6 +110,46 @@ def count_errors(rollouts: Path) -> Counter[str]:
     return counts
 
 
+def write_soak(folder: Path, steps: int, failures: float) -> Path:
+    """Write the workspace of the soak.
+
+    failures: fraction of completions whose grader fails
+    """
+    setting = Setting(stage="rloo", form="lora")
+    save_steps = max(1, min(50, steps // 10))
+    model = write_model(folder / "model")
+    workspace = write_workspace(folder / "soak", model, setting, max_steps=steps, save_steps=save_steps, **SIZES)
+    with (workspace / "my_rewards.py").open("a") as file:
+        file.write(SCORER.replace("{rate}", str(failures)))
+    recipe = json.loads((workspace / "recipe.yaml").read_text())
+    recipe["rewards"] = {"my_rewards:letters": {"weight": 1.0}, "my_rewards:shaky": {"weight": 0.5}}
+    recipe["scoring"] = {"num_workers": 2, "timeout": 1.0}
+    (workspace / "recipe.yaml").write_text(json.dumps(recipe))
+    return workspace
+
+
+def run_part(workspace: Path, number: int, stop: int | None) -> tuple[Part, list[str]]:
+    """Start or resume the run, end it at a step, or let it finish; return its samples, and what went wrong."""
+    metrics = workspace / "run" / "metrics.jsonl"
+    ending = "finished" if stop is None else ENDINGS[number % len(ENDINGS)]
+    part = Part(first_step=last_step(metrics), ending=ending)
+    process = start_command(workspace, *(["--resume"] if number else []))
+    watch(workspace, process, part, stop)
+    if stop is not None and process.poll() is None:
+        end(process, ending)
+    status, output = process.wait(), process.output()
+    part.last_step = last_step(metrics)
+    faults = [f"still runs after {ending}: {name}" for name in orphans(workspace)]
+    if status != STATUSES.get(ending, -signal.SIGKILL):
+        faults.append(f"{ending}: status {status}; see {process.log}")
+    if ending == "SIGTERM" and not (workspace / "run" / "checkpoints" / f"checkpoint-{part.last_step}").exists():
+        faults.append(f"SIGTERM at step {part.last_step}: no checkpoint")
+    # The first failure of a reward is logged with its traceback.
+    if "Traceback (most" in output.replace("first failure:\nTraceback (most", ""):
+        faults.append(f"a traceback in {process.log}")
+    return part, faults
+
+
 def main() -> None:
     """Run the soak, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,52 +164,20 @@ def main() -> None:
     rng = random.Random(options.seed)
 
     folder = scratch_folder()
-    sizes = {"prompts_per_step": 2, "num_generations": 4, "dynamic_sampling_rounds": 0, "num_iterations": 1}
-    save_steps = max(1, min(50, options.steps // 10))
-    setting = Setting(stage="rloo", form="lora")
-    workspace = write_workspace(
-        folder / "soak", write_model(folder / "model"), setting, max_steps=options.steps, save_steps=save_steps, **sizes
-    )
-    with (workspace / "my_rewards.py").open("a") as file:
-        file.write(SCORER.replace("{rate}", str(options.failures)))
-    recipe = json.loads((workspace / "recipe.yaml").read_text())
-    recipe["rewards"] = {"my_rewards:letters": {"weight": 1.0}, "my_rewards:shaky": {"weight": 0.5}}
-    recipe["scoring"] = {"num_workers": 2, "timeout": 1.0}
-    (workspace / "recipe.yaml").write_text(json.dumps(recipe))
-
+    workspace = write_soak(folder, options.steps, options.failures)
     parts: list[Part] = []
     faults: list[str] = []
     stops = sorted(rng.sample(range(1, options.steps), options.ends))
     started = time.monotonic()
-    for number, stop in enumerate([*stops, options.steps]):
-        ending = ("SIGKILL of all", "SIGKILL of one", "SIGTERM")[number % 3] if stop < options.steps else "finished"
-        part = Part(first_step=last_step(workspace / "run" / "metrics.jsonl"), ending=ending)
-        process = start_command(workspace, *(["--resume"] if number else []))
-        watch(workspace, process, part, stop if ending != "finished" else options.steps + 1)
-        if ending != "finished":
-            if process.poll() is None:
-                end(process, ending)
-        elif process.wait() != 0:
-            sys.exit(f"the run ended with {process.wait()}:\n{process.output()[-3000:]}")
-        if "Traceback (most" in process.output().replace("first failure:\nTraceback (most", ""):
-            faults.append(f"a traceback in {process.log}")
-        faults += [f"still runs after {ending}: {name}" for name in orphans(workspace)]
+    for number, stop in enumerate([*stops, None]):
+        part, found = run_part(workspace, number, stop)
         parts.append(part)
-        print(f"{ending} at step {part.samples[-1].step}, after {time.monotonic() - started:,.0f} s", flush=True)
+        faults += found
+        print(f"{part.ending} at step {part.last_step}, after {time.monotonic() - started:,.0f} s", flush=True)
 
-    faults += find_faults(workspace / "run", options.steps, sizes["prompts_per_step"] * sizes["num_generations"])
+    faults += find_faults(workspace / "run", options.steps)
     for part in parts:
-        files = part.values("files")
-        if max(files) - min(files) > 4:
-            faults.append(
-                f"open files of steps {part.first_step} to {part.samples[-1].step}: {min(files)}-{max(files)}"
-            )
-        if part.samples[-1].step - part.first_step >= 300:
-            for name in ("own", "workers"):
-                if part.slope(name) > options.max_slope:
-                    faults.append(
-                        f"memory ({name}) from step {part.first_step}: {part.slope(name):+.1f} MB / 1,000 steps"
-                    )
+        faults += part.faults(options.max_slope)
     names = ["steps", "ending", "trainer MB", "MB/1,000", "workers MB", "MB/1,000", "files", "threads", "processes"]
     for row in (names, *(part.row() for part in parts)):
         print("".join(f"{cell:>{16 if index == 1 else 13}}" for index, cell in enumerate(row)))
