@@ -20,6 +20,7 @@ from accelerate.utils import load_checkpoint_in_model
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, write_failures
@@ -177,7 +178,9 @@ def load_weights(accelerator: Accelerator, policy: Policy, checkpoint: Path) -> 
         if isinstance(policy, PeftModel):
             set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint), device="cpu"))
         else:
-            load_checkpoint_in_model(policy, str(checkpoint))
+            # By the name of the file: Accelerate prefers a pytorch_model.bin in the folder, which is not ours.
+            whole = checkpoint / SAFE_WEIGHTS_NAME
+            load_checkpoint_in_model(policy, str(whole if whole.exists() else checkpoint / SAFE_WEIGHTS_INDEX_NAME))
 
 
 def _layout(accelerator: Accelerator) -> Layout:
