@@ -41,15 +41,16 @@ class NonFiniteGuard:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(spell_nonfinite({"step": step, **record})) + "\n" for record in evidence)
         if self._action == "stop":
-            reason, advice = "on_nonfinite is stop", "lower the learning rate, or set on_nonfinite: skip"
+            reason, advice = "on_nonfinite is stop", "set on_nonfinite: skip"
         elif self.num_skipped > self._max_skips:
             reason = f"{self.num_skipped} updates are more than max_nonfinite_skips ({self._max_skips})"
-            advice = "lower the learning rate, or raise max_nonfinite_skips"
+            advice = "raise max_nonfinite_skips"
         else:
             return
         raise TrainingStopped(
             f"step {step}: the gradient is not finite, and {reason}. The update was not applied; its batch is in "
-            f"{str(self._path)!r}. Read it, {advice}, and go on from the newest checkpoint with --resume"
+            f"{str(self._path)!r}. Read it, {advice} and go on from the newest checkpoint with --resume, or start "
+            "another run from its weights, at a lower learning rate: rekatrain export RUN OUT"
         )
 
 
@@ -134,8 +135,8 @@ def check_finite_weights(model: nn.Module, step: int) -> None:
     ]
     if bad:
         raise TrainingStopped(
-            f"step {step}: {len(bad)} weights are not finite, the first is {bad[0]}. No checkpoint is written; go on "
-            "from the newest one with --resume, at a lower learning rate"
+            f"step {step}: {len(bad)} weights are not finite, the first is {bad[0]}. No checkpoint is written; "
+            "start another run from the newest one, at a lower learning rate: rekatrain export RUN OUT"
         )
 
 

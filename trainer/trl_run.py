@@ -40,7 +40,7 @@ from rekatrain.trainer.models import check_trainable
 from rekatrain.trainer.origin import check_origin
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe_values import bf16_default
-from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.run_folder import ORIGIN_FILE, RunFolder
 from rekatrain.trainer.run_log import RunLog
 from rekatrain.trainer.running_metrics import RunningMetrics
 from rekatrain.trainer.safe_load import tensors_only
@@ -136,7 +136,15 @@ def is_finished(run: RunFolder, recipe: Recipe, checkpoint: Path, config: Traini
     A finished run gets what a kill after its last step has cut off.
     """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    if state["global_step"] < (config.max_steps if config.max_steps > 0 else state["max_steps"]):
+    section: dict[str, Any] = getattr(recipe, recipe.stage)
+    earlier = json.loads((checkpoint / ORIGIN_FILE).read_text(encoding="utf-8"))["recipe"][recipe.stage]
+    if config.max_steps > 0:
+        is_over = state["global_step"] >= config.max_steps
+    elif all(section.get(key) == earlier.get(key) for key in ("max_steps", "num_train_epochs")):
+        is_over = state["global_step"] >= state["max_steps"]
+    else:
+        is_over = state["epoch"] >= config.num_train_epochs
+    if not is_over:
         return False
     if PartialState().is_main_process:
         run.start(recipe, checkpoint_step(checkpoint))

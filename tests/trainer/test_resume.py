@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rekatrain.trainer.cli import main
-from tests.end_to_end.small_runs import LORA, records, rloo_recipe, weights, write_data, write_recipe
+from tests.end_to_end.small_runs import LORA, records, rloo_recipe, start, weights, write_data, write_recipe
 
 STAGES = ["sft", "reward", "rloo"]
 
@@ -207,3 +208,37 @@ def test_changed_reward_code_is_a_warning(folder: Path, model_folder: Path, capl
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "changed" in r.getMessage()] == [
         "changed since the checkpoint: the code of the rewards my_rewards:letters; scores may differ"
     ]
+
+
+def test_more_epochs_continue_a_finished_run(
+    folder: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = recipe("sft", folder, model_folder, logging_steps=1)
+    with caplog.at_level(logging.INFO):
+        for num_epochs in (1, 2, 2):
+            main(["train", path, "--resume", f"sft.num_train_epochs={num_epochs}"])
+    assert [r["step"] for r in records(folder / "run")] == [*range(1, 13)]
+    assert records(folder / "run")[-1]["epoch"] == 2.0
+    assert (
+        len([message for message in caplog.messages if message.endswith("checkpoint-12 is its last checkpoint")]) == 1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.launched
+@pytest.mark.parametrize("stage", STAGES)
+def test_second_run_in_the_folder_is_rejected(
+    stage: str, folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(stage, folder, model_folder, max_steps=10**6)
+    first = start(folder, "-m", "rekatrain", "train", path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "run" / "recipe.yaml").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        message = error_of(capsys, stage, path, f"{stage}.max_steps=1000000")
+    finally:
+        first.kill()
+        first.communicate()
+    assert message.startswith(f"output_dir {str(folder / 'run')!r} is in use: another run has locked ")

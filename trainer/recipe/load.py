@@ -104,12 +104,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return text.getvalue()
 
 
-def differing_keys(recipe: Recipe, other: Recipe) -> list[str]:
-    """Return the dotted keys whose values differ between two recipes, sorted."""
-    ours, theirs = flatten(asdict(recipe)), flatten(asdict(other))
-    return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-
-
 def _read(path: str | Path) -> str:
     """Return the text of a recipe file; InputError for one that does not exist, is too long or is not UTF-8."""
     try:

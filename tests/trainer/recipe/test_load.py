@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords
-from rekatrain.trainer.recipe.load import Recipe, differing_keys, dump_recipe, load_recipe
+from rekatrain.trainer.recipe.load import Recipe, dump_recipe, flatten, load_recipe
 from rekatrain.trainer.recipe.sections import check_sections
 from rekatrain.trainer.recipe.trl_keys import TRL_RESERVED
 from rekatrain.trainer.recipe.upstream import check_sft
@@ -252,12 +252,16 @@ def test_run_folder_keeps_the_resolved_recipe(tmp_path):
     assert (stored.lora, stored.rloo, stored.seed) == (None, {"beta": 0.01}, 0)
 
 
-def test_differing_keys_are_dotted_and_sorted(tmp_path):
-    ours = read(tmp_path, SHORTEST + "rloo: {beta: 1, max_steps: 3}\nlora: {r: 8}\n")
-    theirs = read(tmp_path, SHORTEST + "rloo: {beta: 2, max_steps: 3}\n", "seed=1", "dataset.task={a: 1}")
-    assert differing_keys(ours, ours) == []
-    assert differing_keys(ours, theirs) == differing_keys(theirs, ours)
-    assert differing_keys(ours, theirs) == ["dataset.task.a", "lora.r", "rloo.beta", "seed"]
+def test_flatten_gives_dotted_keys(tmp_path):
+    recipe = read(tmp_path, SHORTEST + "rloo: {beta: 2}\n", "seed=1", "dataset.task={a: 1}")
+    flat = flatten(asdict(recipe))
+    assert {key: flat[key] for key in ("dataset.task.a", "rloo.beta", "seed", "lora", "chat")} == {
+        "dataset.task.a": 1,
+        "rloo.beta": 2,
+        "seed": 1,
+        "lora": None,
+        "chat": {},
+    }
 
 
 # Sections
