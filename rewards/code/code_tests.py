@@ -1,22 +1,34 @@
 """The reward `code_tests`: runs generated code, with unit tests that call it or as programs with input and output."""
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
-from rekatrain.data.errors import InputError
-from rekatrain.rewards.code.sandbox import Isolation, Limits, check_isolation, run_program, run_tests
+from rekatrain.rewards.code.outputs import ask_checker, is_right
+from rekatrain.rewards.code.packages import find_packages
+from rekatrain.rewards.code.sandbox import (
+    Isolation,
+    Limits,
+    check_isolation,
+    check_memory,
+    run_program,
+    run_tests,
+)
+from rekatrain.rewards.code.tests_column import Calls, Programs, Statements, read_tests
+from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.scorers.fences import find_fences
 
 LANGUAGE = re.compile(r"[\w+-]*")
 LANGUAGES = ("", "python", "python3", "py")
 # Time to start a sandbox on a busy machine: the pool's time limit must not expire before the sandbox's.
 START_SECONDS = 5.0
-KEYS = ("asserts", "setup", "prefix", "entry_point")
+# The total time limit of a row, where the recipe sets none.
+TOTAL_PER_TEST = 10
 
 
 class CodeTests:
@@ -27,61 +39,107 @@ class CodeTests:
         ["assert add(1, 2) == 3", ...]                      statements that call the code (MBPP)
         {"asserts": [...], "setup": "...", "prefix": "...", "entry_point": "..."}      with code around it (HumanEval)
         [{"input": "1 2\\n", "output": "3\\n"}, ...]        programs: standard input, expected output
+        {"programs": [...], "checker": "..."}               with a program that compares the outputs
 
-    `setup` runs before the statements. `prefix` is put before the code, and the tests can use its names too. With an
-    `entry_point`, that function is all that the tests take from the code. None if the row has no tests.
+    or a layout of a published data set, see `read_tests`. `setup` runs before the statements. `prefix` is put before
+    the code, and the tests can use its names too. With an `entry_point`, that function is all that the tests take from
+    the code. None if the row has no tests. Raises InputError for tests in no known layout, and RewardError for tests
+    that cannot run: their syntax, their setup, a module that is not installed.
     """
 
     def __init__(
         self,
         *,
         time_limit: Annotated[FiniteFloat, Gt(0)] = 5.0,
+        total_time_limit: Annotated[FiniteFloat, Gt(0)] | None = None,
         memory_limit_mb: Annotated[int, Ge(1)] = 1024,
-        max_processes: Annotated[int, Ge(1)] = 1,
+        max_processes: Annotated[int, Ge(1)] = 4,
+        tolerance: Annotated[FiniteFloat, Ge(0)] | None = None,
         partial_credit: bool = False,
         isolation: Isolation = "namespaces",
     ) -> None:
-        """Check by a trial run that this machine can provide the isolation.
+        """Check by a trial run that this machine can provide the isolation, and Python in that memory.
 
-        time_limit:      seconds, for all unit tests of a row together, or for each of its programs
-        memory_limit_mb: address space of each process, in MiB
-        max_processes:   processes and threads of a sandbox at the same time
-        partial_credit:  score the fraction of tests that pass, instead of 1.0 for all of them
-        isolation:       namespaces or rlimits, see rewards/README.md
+        time_limit:       seconds of each program, or of each statement
+        total_time_limit: seconds of all tests of a row; None: ten times `time_limit`
+        memory_limit_mb:  address space of each process, in MiB
+        max_processes:    processes and threads of a sandbox at the same time
+        tolerance:        compare the words of outputs, and numbers by this difference; None: compare lines
+        partial_credit:   score the fraction of tests that pass, instead of 1.0 for all of them
+        isolation:        namespaces or rlimits, see rewards/README.md
         """
         check_isolation(isolation)
         self.isolation = isolation
         self.partial_credit = partial_credit
-        self.limits = Limits(seconds=time_limit, memory=memory_limit_mb << 20, processes=max_processes)
-        self.timeout = time_limit + START_SECONDS
+        self.tolerance = tolerance
+        self.total = total_time_limit or TOTAL_PER_TEST * time_limit
+        self.limits = Limits(
+            seconds=time_limit, total=self.total, memory=memory_limit_mb << 20, processes=max_processes
+        )
+        check_memory(memory_limit_mb, isolation)
+        self.timeout = self.total + START_SECONDS
 
-    def __call__(self, completion: ParsedCompletion, *, tests: Any) -> float | None:  # Any: checked here
+    def __call__(self, completion: ParsedCompletion, *, tests: Any) -> float | None:  # Any: read here
         if not tests:
             return None
+        read = read_tests(tests)
         code = extract_code(completion.answer)
-        passed = (
-            self._run_programs(code, tests) if _are_programs(tests) else self._run_asserts(code, _as_mapping(tests))
-        )
+        if isinstance(read, Programs):
+            passed = self._run_programs(code, read)
+        else:
+            passed = self._run_statements(code, read.as_statements(code) if isinstance(read, Calls) else read)
         return sum(passed) / len(passed) if self.partial_credit else float(all(passed))
 
-    def _run_asserts(self, code: str, tests: Mapping[str, Any]) -> list[bool]:
+    def _run_statements(self, code: str, tests: Statements) -> list[bool]:
         # Code that begins with `from __future__` is no Python after a prefix, and may well work without it.
-        solutions = [f"{tests['prefix']}\n{code}", code]
-        return run_tests(solutions, tests, limits=self.limits, isolation=self.isolation)
+        return run_tests(
+            [f"{tests.prefix}\n{code}", code],
+            {
+                "asserts": list(tests.asserts),
+                "setup": tests.setup,
+                "prefix": tests.prefix,
+                "entry_point": tests.entry_point,
+            },
+            limits=self.limits,
+            isolation=self.isolation,
+            visible=find_packages([code, tests.prefix, tests.setup, *tests.asserts]),
+        )
 
-    def _run_programs(self, code: str, tests: Sequence[Mapping[str, str]]) -> list[bool]:
-        passed = []
-        for test in tests:
-            outcome = run_program(code, stdin=test["input"].encode(), limits=self.limits, isolation=self.isolation)
-            is_right = (
+    def _run_programs(self, code: str, tests: Programs) -> list[bool]:
+        """Return a verdict per program, or up to the first that fails where that decides.
+
+        The total time limit is for programs that each keep their own. If they need more together, no verdict is known.
+        """
+        deadline = time.monotonic() + self.total
+        limits = replace(self.limits, total=None)
+        visible = find_packages([code])
+        passed: list[bool] = []
+        was_late = False
+        for text, expected in tests.cases:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                if was_late:
+                    return passed + [False] * (len(tests.cases) - len(passed))
+                raise RewardError(
+                    f"the {len(tests.cases)} programs of a row need more than total_time_limit ({self.total:g} s) "
+                    "together, but none more than time_limit: raise total_time_limit"
+                )
+            outcome = run_program(code, stdin=text.encode(), limits=limits, isolation=self.isolation, visible=visible)
+            was_late |= outcome.ending == "time"
+            passed.append(
                 outcome.ending == "exited"
                 and outcome.code == 0
-                and _lines(outcome.output) == _lines(test["output"].encode())
+                and self._is_right(outcome.output, text, expected, tests.checker)
             )
-            passed.append(is_right)
-            if not is_right and not self.partial_credit:
+            if not passed[-1] and not self.partial_credit:
                 break
         return passed
+
+    def _is_right(self, output: bytes, text: str, expected: str, checker: str) -> bool:
+        if not checker:
+            return is_right(output, expected.encode(), tolerance=self.tolerance)
+        texts = (text, expected, output.decode(errors="replace"))
+        return ask_checker(checker, texts, limits=replace(self.limits, total=None), isolation=self.isolation)
 
 
 def extract_code(answer: str) -> str:
@@ -92,31 +150,3 @@ def extract_code(answer: str) -> str:
     """
     blocks = [fence.code for fence in find_fences(answer) if LANGUAGE.match(fence.info)[0].lower() in LANGUAGES]  # type: ignore[index]
     return blocks[-1] if blocks else answer
-
-
-def _lines(text: bytes) -> list[bytes]:
-    """Return the lines without trailing white space, and without empty ones at the end, as contests compare them."""
-    return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _are_programs(tests: Any) -> bool:
-    if not isinstance(tests, list) or not isinstance(tests[0], dict):
-        return False
-    for test in tests:
-        if not isinstance(test, dict) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
-            raise InputError(f"the column tests must hold objects with the texts input and output, not {test!r}")
-    return True
-
-
-def _as_mapping(tests: Any) -> Mapping[str, Any]:
-    keys = {"asserts": tests} if isinstance(tests, list) else tests
-    if not isinstance(keys, dict) or not isinstance(keys.get("asserts"), list) or not keys["asserts"]:
-        raise InputError(f"the column tests must be a list, or an object with a list of asserts, not {tests!r}")
-    unknown = [key for key in keys if key not in KEYS]
-    if unknown:
-        raise InputError(f"the column tests has the unknown key {unknown[0]!r}; it may have {', '.join(KEYS)}")
-    whole = {"setup": "", "prefix": "", "entry_point": "", **{key: value for key, value in keys.items() if value}}
-    texts = [*whole["asserts"], whole["setup"], whole["prefix"], whole["entry_point"]]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"the column tests must hold Python as text, not {tests!r}")
-    return whole

@@ -39,8 +39,9 @@ def main() -> None:
     del sys.path[0]
     try:
         pid = confine(job)
-    except OSError as error:
-        os.write(status_fd, f"{error.strerror}: {error.filename}".encode())
+    except (OSError, ValueError) as error:  # setrlimit raises the latter
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        os.write(status_fd, text.encode())
         os._exit(1)
     os.close(status_fd)
     if pid:  # the first process; the second one dies with it

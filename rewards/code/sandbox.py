@@ -9,12 +9,12 @@ says against which attacks neither protects.
 import itertools
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.code.pipes import memory_file, read, read_verdicts
 from rekatrain.rewards.errors import RewardError
 
 Isolation = Literal["namespaces", "rlimits"]
@@ -35,7 +36,8 @@ _numbers = itertools.count(os.getpid() * 1_000)
 class Limits:
     """The limits of one run, in bytes and seconds.
 
-    seconds:   wall-clock time, and processor time
+    seconds:   wall-clock time of a program, or of one of the tests
+    total:     seconds of all the tests together; None: as `seconds`
     memory:    address space of each process
     processes: processes and threads of a sandbox at the same time
     output:    standard output; a program that writes more is ended
@@ -43,9 +45,10 @@ class Limits:
     """
 
     seconds: float = 5.0
+    total: float | None = None
     memory: int = 1 << 30
     processes: int = 1
-    output: int = 1 << 20
+    output: int = 16 << 20
     files: int = 16 << 20
 
 
@@ -62,44 +65,66 @@ class Outcome:
     output: bytes
 
 
-def run_program(source: str, *, stdin: bytes, limits: Limits, isolation: Isolation) -> Outcome:
-    """Run a Python program on the input `stdin`; raise RewardError if the sandbox could not be made."""
-    input_file = _memory_file("stdin", stdin)
+def run_program(
+    source: str, *, stdin: bytes, limits: Limits, isolation: Isolation, visible: Sequence[str] = ()
+) -> Outcome:
+    """Run a Python program on the input `stdin`; raise RewardError if the sandbox could not be made.
+
+    visible: folders of packages that it can import beside the standard library
+    """
+    input_file = memory_file("stdin", stdin)
     output_out, output_in = os.pipe()
     with (
         os.fdopen(output_out, "rb", buffering=0),
         start_sandbox(
-            {"kind": "program", "source": source}, limits, isolation, stdio=(input_file, output_in)
+            {"kind": "program", "source": source, "paths": list(visible)},
+            limits,
+            isolation,
+            stdio=(input_file, output_in),
+            visible=visible,
         ) as sandbox,
     ):
-        output, ending = _read(output_out, limits.output, limits.seconds)
-        if ending != "closed":
+        output, ending = read(output_out, limits.output, limits.seconds)
+        if ending == "time" or ending == "output":
             return Outcome(ending=ending, code=-signal.SIGKILL, output=output)
         return Outcome(ending="exited", code=sandbox.exit_code(), output=output)
 
 
-def run_tests(solutions: list[str], tests: Mapping[str, Any], *, limits: Limits, isolation: Isolation) -> list[bool]:
+def run_tests(
+    solutions: list[str],
+    tests: Mapping[str, Any],
+    *,
+    limits: Limits,
+    isolation: Isolation,
+    visible: Sequence[str] = (),
+) -> list[bool]:
     """Return for each of `tests["asserts"]` whether the first of `solutions` that is valid Python passes it.
 
     tests: `asserts`, Python statements; `setup`, run before them; `prefix` and `entry_point`, if not empty: code that
     the tests may use, and the only name that they then take from the solution. Each side has a separate sandbox.
+    Raises RewardError if the tests cannot run, whatever the solution is.
     """
     calls_out, calls_in = os.pipe()
     answers_out, answers_in = os.pipe()
     verdicts_out, verdicts_in = os.pipe()
     num_tests = len(tests["asserts"])
-    solution_job = {"kind": "solution", "sources": solutions}
+    paths = {"paths": list(visible)}
+    solution_job = {"kind": "solution", "sources": solutions, **paths}
+    tests_job = {"kind": "tests", **tests, **paths}
     with (
         os.fdopen(verdicts_out, "rb", buffering=0),
-        start_sandbox(solution_job, limits, isolation, channels=(calls_out, answers_in)) as solution,
+        start_sandbox(solution_job, limits, isolation, channels=(calls_out, answers_in), visible=visible) as solution,
         start_sandbox(
-            {"kind": "tests", **tests}, limits, isolation, channels=(answers_out, calls_in, verdicts_in)
+            tests_job, limits, isolation, channels=(answers_out, calls_in, verdicts_in), visible=visible
         ) as tester,
     ):
-        verdicts, _ = _read(verdicts_out, num_tests, limits.seconds)
+        verdicts = read_verdicts(verdicts_out, num_tests, seconds=limits.seconds, total=limits.total or limits.seconds)
         if len(verdicts) < num_tests:
             solution.check_made()
             tester.check_made()
+    verdicts, fault, reason = verdicts.partition(b"!")
+    if fault:
+        raise RewardError(f"the tests cannot run: {reason.decode(errors='replace')}")
     passed = [verdict == ord("1") for verdict in verdicts]
     return passed + [False] * (num_tests - len(passed))
 
@@ -113,6 +138,28 @@ def check_isolation(isolation: Isolation) -> None:
             "namespaces (in a container: --security-opt seccomp=unconfined), or set isolation: rlimits, which "
             "limits time and memory but leaves files and network open to the code"
         )
+
+
+def check_memory(megabytes: int, isolation: Isolation) -> None:
+    """Raise InputError if Python cannot run in that memory, or if this process cannot give it to a sandbox."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY and megabytes << 20 > hard:
+        raise InputError(
+            f"memory_limit_mb is {megabytes}, but scoring.memory_limit_gb allows a worker {hard >> 20} MiB: raise it, "
+            "or lower memory_limit_mb"
+        )
+    if not _runs_in(megabytes, isolation):
+        raise InputError(f"memory_limit_mb is {megabytes}, in which Python hardly starts: raise it")
+
+
+@cache
+def _runs_in(megabytes: int, isolation: Isolation) -> bool:
+    limits = Limits(seconds=30, memory=megabytes << 20)
+    source = "import collections, decimal, re\nx = bytearray(4 << 20)\nprint(6 * 7)"
+    try:
+        return run_program(source, stdin=b"", limits=limits, isolation=isolation).output == b"42\n"
+    except RewardError:
+        return False
 
 
 @cache
@@ -169,12 +216,12 @@ def start_sandbox(
             "folder_bytes": limits.files,
             "visible": [*_visible(), *visible],
             "number": next(_numbers),
-            "cpu_seconds": int(limits.seconds) + 1,
+            "cpu_seconds": int(limits.total or limits.seconds) + 1,
             "memory": limits.memory,
             "processes": limits.processes,
             "file_bytes": limits.files,
         }
-        job_file = _memory_file("job", json.dumps({**job, **settings}).encode())
+        job_file = memory_file("job", json.dumps({**job, **settings}).encode())
         inherited = (job_file, status_in, *channels)
         try:
             process = subprocess.Popen(
@@ -208,30 +255,6 @@ def _make_folder(job: Mapping[str, Any], isolation: Isolation) -> AbstractContex
     if isolation == "namespaces" or job["kind"] == "verifier":
         return nullcontext("")
     return tempfile.TemporaryDirectory(prefix="sandbox-")
-
-
-def _read(descriptor: int, size: int, seconds: float) -> tuple[bytes, Literal["closed", "time", "output"]]:
-    """Read until the other end is closed, the time is over, or more than `size` bytes have arrived."""
-    deadline = time.monotonic() + seconds
-    data = b""
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            return data, "time"
-        part = os.read(descriptor, 1 << 16)
-        if not part:
-            return data, "closed"
-        data += part
-        if len(data) > size:
-            return data[:size], "output"
-
-
-def _memory_file(name: str, content: bytes) -> int:
-    descriptor = os.memfd_create(name)
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
 
 
 @cache

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import select
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from annotated_types import Ge, Gt
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
+from rekatrain.rewards.code.packages import package_folders
 from rekatrain.rewards.code.sandbox import Isolation, Limits, check_isolation, start_sandbox
 from rekatrain.rewards.errors import RewardError
 
@@ -145,8 +145,8 @@ class VerifierServer:
 
 def _package_folders() -> list[str]:
     """Return the folders of installed packages, and the one that holds reasoning_gym, without symbolic links."""
-    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    folders = package_folders()
     spec = importlib.util.find_spec("reasoning_gym")
     if spec is not None and spec.origin is not None:
-        folders.append(str(Path(spec.origin).parents[1]))
-    return list(dict.fromkeys(os.path.realpath(folder) for folder in folders if os.path.isdir(folder)))
+        folders = [*folders, os.path.realpath(Path(spec.origin).parents[1])]
+    return list(dict.fromkeys(folders))

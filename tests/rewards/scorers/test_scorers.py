@@ -324,7 +324,7 @@ def test_math_answer_gives_svamp_golds_full_marks():
     rows = golds(REAL_DATA / "svamp.jsonl.gz", format="svamp")
     assert len(rows) == 1_000
     for row, text in rows:
-        assert math_answer(parse_completion(text), **row.columns) == 1.0, row
+        assert math_answer(parse_completion(text), answer=row.columns["answer"]) == 1.0, row
 
 
 @pytest.mark.parametrize("name", ["mbpp", "humaneval"])
@@ -332,7 +332,7 @@ def test_code_tests_give_gold_code_full_marks(code_tests, name):
     # Each costs two processes: every tenth here.
     rows = golds(REAL_DATA / f"{name}.jsonl.gz", format=name)[::10]
     assert len(rows) >= 16
-    failed = [row.where for row, text in rows if code_tests(parse_completion(text), **row.columns) != 1.0]
+    failed = [row.where for row, text in rows if code_tests(parse_completion(text), tests=row.columns["tests"]) != 1.0]
     assert not failed
 
 
@@ -342,7 +342,8 @@ def test_code_tests_accept_a_function_body_for_humaneval(code_tests):
     rows = golds(REAL_DATA / "humaneval.jsonl.gz", format="humaneval")
     for record, (row, _) in list(zip(records, rows, strict=True))[5:60:15]:
         body = f"```python\n{record['canonical_solution']}```"
-        assert code_tests(parse_completion(render_completion(None, body)), **row.columns) == 1.0, row.where
+        completion = parse_completion(render_completion(None, body))
+        assert code_tests(completion, tests=row.columns["tests"]) == 1.0, row.where
 
 
 def test_instruction_following_grades_ifeval_rows():
