@@ -13,8 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import rekatrain
 from rekatrain.rewards.registry import find

@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rekatrain.data.chat import EncodedRow
 from rekatrain.data.mixture import load_mixture
 from rekatrain.data.training_rows import encode_rows
+from rekatrain.trainer.agreement import Repeatable
 from rekatrain.trainer.held_out import measure_held_out
 from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.recipe.load import Recipe
@@ -87,7 +88,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    rows = ((row.input_ids, row.labels) for row in task.rows)
+    rows = Repeatable(lambda: ((row.input_ids, row.labels) for row in task.rows))
     checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
