@@ -8,7 +8,7 @@ on every attention backend (tests/trainer/test_sft.py holds packed and separate 
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,10 @@ class SFTTask:
     tokenizer: PreTrainedTokenizerBase
     rows: list[EncodedRow]
     held_out: dict[str, list[EncodedRow]]
+
+    def trained_rows(self) -> Iterator[object]:
+        """Return a JSON value for each row, which its fingerprint is of."""
+        return ((row.input_ids, row.labels) for row in self.rows)
 
 
 def prepare(recipe: Recipe) -> SFTTask:
@@ -88,8 +92,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    rows = Repeatable(lambda: ((row.input_ids, row.labels) for row in task.rows))
-    checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
+    checkpoint = check_start(run, recipe, task.config, Repeatable(task.trained_rows), resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)

@@ -9,7 +9,7 @@ The loss is Bradley and Terry's, -log sigmoid(r_chosen - r_rejected - margin), w
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from accelerate import PartialState
@@ -44,6 +44,10 @@ class RewardTask:
     pairs: list[Pair]
     held_out: list[Pair]
 
+    def trained_rows(self) -> Iterator[object]:
+        """Return a JSON value for each trained pair, which its fingerprint is of."""
+        return ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in self.pairs)
+
 
 def prepare(recipe: Recipe) -> RewardTask:
     """Check the recipe against its data and its model's config; raise InputError at the first fault."""
@@ -72,10 +76,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    rows = Repeatable(
-        lambda: ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in task.pairs)
-    )
-    checkpoint = check_start(run, recipe, task.config, rows, resume=resume)
+    checkpoint = check_start(run, recipe, task.config, Repeatable(task.trained_rows), resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process

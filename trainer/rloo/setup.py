@@ -1,6 +1,7 @@
 """Everything of an RLOO run that can be checked before a weight is loaded."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +40,11 @@ class RunSetup:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     seed: int = 0
     is_shuffled: bool = True
+
+    def trained_rows(self) -> Iterator[object]:
+        """Return a JSON value for each prompt and all that its rewards read, which its fingerprint is of."""
+        rows = ((prompt.ids, prompt.row) for prompt in self.prompts)
+        return ((ids, row.messages, row.columns, row.source.rewards) for ids, row in rows)
 
     @cached_property
     def grader(self) -> Grader:

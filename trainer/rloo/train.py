@@ -63,7 +63,7 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
-    rows = Repeatable(lambda: ((prompt.ids, prompt.row.messages, prompt.row.columns) for prompt in setup.prompts))
+    rows = Repeatable(setup.trained_rows)
     agree_on_start(recipe, rows, checkpoint)
     folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
     setup.grader.warm_up()  # loads the weights of reward models
