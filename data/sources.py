@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from rekatrain.data.errors import InputError, first_line
 from rekatrain.data.files import Located, find_files, is_local, read_file
+from rekatrain.data.filters import check_only, keeps
 from rekatrain.data.finish import FinishOptions, ForgedTurns, finish_row, unread_tags
 from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
 from rekatrain.data.layouts import reasoning_gym_row
@@ -51,6 +52,7 @@ def load_rows(
     split: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     system: str | None = None,
+    only: Mapping[str, Any] | None = None,
     limit: int | None = None,
     bad_rows: BadRows = "refuse",
     long_rows: LongRows | None = None,
@@ -75,6 +77,7 @@ def load_rows(
     name, split, revision: arguments of `datasets.load_dataset`, for a dataset; split None means train. A mapping as
                   split, `{eval: 0.02}`, leaves out that fraction of the prompts (`data/splits.py`)
     system:       text of a system message for rows that have none
+    only:         mapping from a column to the value, the values or the range of the rows to keep (`data/filters.py`)
     limit:        number of good rows to load; None loads all
     bad_rows:     "refuse" raises InputError for the first bad row; "skip" leaves bad rows out and logs a warning
     long_rows:    what the stage does with a row that is too long: "refuse", "skip" or "truncate" at a turn's end; None
@@ -96,6 +99,7 @@ def load_rows(
     _check_count("size", size)
     _check_count("seed", seed, at_least=0)
     _check_texts(system, columns, roles, reasoning_tags)
+    check_only(only or {})
     for key, ours in (turn_keys or {}).items():
         if ours is not None:
             check_choice(f"turn_keys: {key}:", ours, OUR_TURN_KEYS)
@@ -137,6 +141,7 @@ def load_rows(
     finishing = FinishOptions(system=system, forged_turns=forged_turns, reasoning_tags=reasoning_tags)
     rows: list[Row] = []
     skipped: list[str] = []
+    num_left_out = 0
     for where, record in records:
         try:
             row = finish_row(to_row(record), finishing)
@@ -146,6 +151,9 @@ def load_rows(
                 raise InputError(message) from error
             skipped.append(message)
             continue
+        if not keeps(row, only or {}):
+            num_left_out += 1
+            continue
         if not cut.holds(row):
             continue
         origin.columns.update(row.columns)
@@ -154,8 +162,11 @@ def load_rows(
             break
     if skipped:
         logger.warning("%s: %d bad rows skipped; the first: %s", title, len(skipped), skipped[0])
+    if num_left_out:
+        logger.info("%s: only %s leaves out %d rows, and keeps %d", title, dict(only or {}), num_left_out, len(rows))
     if not rows:
         part = f" in the {cut.part} part of its split" if cut.fraction else ""
+        part += f" that only keeps: {dict(only)} leaves out {num_left_out}" if only and num_left_out else ""
         raise InputError(f"{title} has no good row{part}" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
     _warn_of_tags(title, rows)
     return LoadedRows(rows=rows, skipped=skipped)
@@ -225,7 +236,8 @@ def _read_dataset(path: str, name: str | None, split: str, revision: str | None)
 def _reject_options(path: str, kind: str, options: Mapping[str, object]) -> None:
     names = [key for key, value in options.items() if value is not None]
     if names:
-        raise InputError(f"{path} is {kind}: remove {', '.join(names)}, which cannot apply to it")
+        hint = "; the name of a source in metrics is the key source" if "name" in names else ""
+        raise InputError(f"{path} is {kind}: remove {', '.join(names)}, which cannot apply to it{hint}")
 
 
 def _check_count(key: str, value: object, at_least: int = 1) -> None:
