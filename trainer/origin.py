@@ -32,6 +32,11 @@ def check_origin(recipe: Recipe, rows: Iterable[object], checkpoint: Path | None
     """
     now = take_fingerprints(recipe, rows)
     if checkpoint is not None:
+        if not (checkpoint / ORIGIN_FILE).exists():
+            raise InputError(
+                f"{str(checkpoint)!r} has no {ORIGIN_FILE}: a version before 0.2.0 saved it; resume it with that "
+                f"version, or start another run from its weights: {EXPORT}"
+            )
         origin = json.loads((checkpoint / ORIGIN_FILE).read_text(encoding="utf-8"))
         changes = find_changes(build_recipe(origin["recipe"]), recipe)
         check_changes(changes)
