@@ -22,7 +22,8 @@ from rekatrain.data.records import (
     read_text,
 )
 from rekatrain.data.rows import Row
-from rekatrain.data.turns import DEFAULT, TOOL_LISTS, TurnOptions, read_prompt, read_turns, tool_definitions
+from rekatrain.data.tool_text import TOOL_LISTS, tool_definitions
+from rekatrain.data.turns import DEFAULT, TurnOptions, read_prompt, read_turns
 
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -108,7 +109,7 @@ TURN_LAYOUTS: dict[str, Callable[[Record, TurnOptions], Row]] = {
 
 def _conversation_row(record: Record, key: str, options: TurnOptions) -> Row:
     turns = read_turns(record, key, options)
-    messages = add_system(record, turns.messages, tool_definitions(record, options))
+    messages = add_system(record, turns.messages, tool_definitions(record, options.tool_turns))
     return Row(
         messages=messages,
         # A system message put in front is not trained.

@@ -1,6 +1,8 @@
 """Layouts that other training libraries read: TRL's prompt and completion, verl's rows, and rows of token ids."""
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from rekatrain.data.chat import IGNORED_LABEL, EncodedRow
 from rekatrain.data.errors import InputError
@@ -37,6 +39,9 @@ def prompt_completion_row(record: Record, options: TurnOptions = DEFAULT) -> Row
 def verl_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
     """Row of verl: `prompt` as turns, and `reward_model.ground_truth`, which becomes the column `answer`."""
     judged = record.get("reward_model")
+    if isinstance(judged, str):  # a cell of a table
+        with suppress(ValueError):
+            judged = json.loads(judged)
     truth = judged.get("ground_truth") if isinstance(judged, dict) else None
     if truth is None:
         raise InputError("there is no reward_model.ground_truth: set format or columns to match the file")

@@ -22,7 +22,8 @@ from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_
 from rekatrain.data.ranges import PositiveWeight
 from rekatrain.data.rows import BadRows, LongRows, Row, Source
 from rekatrain.data.splits import read_split
-from rekatrain.data.turns import OUR_ROLES, OUR_TURN_KEYS, ToolTurns, TurnOptions
+from rekatrain.data.tool_text import ToolTurns
+from rekatrain.data.turns import OUR_ROLES, OUR_TURN_KEYS, TurnOptions
 
 logger = logging.getLogger(__name__)
 

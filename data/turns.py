@@ -7,13 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
 from rekatrain.data.records import Record, add_system, field_error, prompt_messages, read_text, type_name
-
-ToolTurns = Literal["refuse", "literal"]
+from rekatrain.data.tool_text import ToolTurns, call_texts
 
 # Usual spellings, in lower case -> our role. A `tool_call` is a turn of the assistant that calls a function.
 ROLES = {
@@ -29,7 +28,6 @@ CONTENT_KEYS = ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MASK_KEYS = ("weight", "train", "loss", "loss_mask")
 CALL_KEYS = ("tool_calls", "function_call")
-TOOL_LISTS = ("tools", "functions")  # keys of a record
 TOOL_KEYS = ("name", "tool_call_id")
 OUR_TURN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *MASK_KEYS, *CALL_KEYS, *TOOL_KEYS)
 PART_KEYS = {"text": ("text", "value", "content"), "reasoning": ("reasoning", "thinking", "text", "value", "content")}
@@ -99,22 +97,13 @@ def read_prompt(record: Record, options: TurnOptions = DEFAULT) -> tuple[list[Me
 
 
 def holds_turns(value: object) -> bool:
-    """Return True if a value is a list of turns or an object of lists, and not text or texts."""
+    """Return True if a value is turns, in any form that `read_turns` takes, and not a text or a list of texts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+        is_turns = isinstance(value, list) and bool(value)
+        return is_turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in value)
     return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
-
-
-def tool_definitions(record: Record, options: TurnOptions) -> str | None:
-    """Return `tools` or `functions` of a record as text for the system message; raise InputError if refused."""
-    present = [(key, record[key]) for key in TOOL_LISTS if record.get(key) not in (None, "", [], {}, "[]")]
-    if not present:
-        return None
-    key, tools = present[0]
-    if options.tool_turns == "refuse":
-        raise InputError(
-            f"the row has {key!r}, which shape the prompt: set tool_turns to literal to write them into the system "
-            f"message, or keep them as a column only: columns: {{tool_list: {key}}}"
-        )
-    return f"Tools: {tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)}"
 
 
 def _as_list(record: Record, key: str) -> Sequence[object]:
@@ -138,7 +127,12 @@ def _read_turn(number: int, turn: object, options: TurnOptions) -> tuple[Message
     """Return the message, and True or False where the turn has a loss mask."""
     if not isinstance(turn, dict):
         raise InputError(f"message {number} must be an object with role and content, not {type_name(turn)}")
-    named = [(options.turn_keys.get(name, name), value) for name, value in turn.items() if value is not None]
+    # An export writes null or an empty list of tool calls, images, ... for a turn without one.
+    named = [
+        (options.turn_keys.get(name, name), value)
+        for name, value in turn.items()
+        if value is not None and (value not in ([], {}) or name in CONTENT_KEYS)
+    ]
     present = {name: value for name, value in named if name is not None}
     if len(present) < sum(name is not None for name, _ in named):
         raise InputError(f"message {number} has two keys that turn_keys gives one name: {', '.join(turn)}")
@@ -158,7 +152,7 @@ def _read_turn(number: int, turn: object, options: TurnOptions) -> tuple[Message
     mask_key, reasoning_key = _only(number, present, MASK_KEYS), _only(number, present, REASONING_KEYS)
     missing = "value" if role_key == "from" else "content"
     content = present.get(content_key or missing)
-    calls = [text for key in CALL_KEYS if key in present for text in _call_texts(number, present[key])]
+    calls = [text for key in CALL_KEYS if key in present for text in call_texts(number, present[key])]
     text, thoughts, part_calls = _read_content(number, content_key or missing, "" if calls else None, content, options)
     reasoning = present.get(reasoning_key) if reasoning_key else None
     if reasoning is not None and not isinstance(reasoning, str):
@@ -223,21 +217,6 @@ def _read_content(
         texts[kind].append(text)
     # A line feed joins them, as vLLM joins the parts that a client sends.
     return "\n".join(texts["text"]), texts["reasoning"], texts["tool_call"]
-
-
-def _call_texts(number: int, calls: Any) -> list[str]:
-    """Return each call of `tool_calls` or `function_call` as one line of JSON: its name and arguments."""
-    lines = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InputError(f"message {number} has a tool call without a function name: {call!r}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with suppress(ValueError):  # other text is written as it is
-                arguments = json.loads(arguments)
-        lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
-    return lines
 
 
 def _read_mask(number: int, role: str, key: str, value: object) -> bool:

@@ -1,5 +1,6 @@
 """Layouts of other libraries: TRL's, verl's, rows of ids, and OpenAssistant's trees."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def test_prompt_completion_trains_only_the_completion(tmp_path: Path, tokenizer:
         {"prompt": "2+2?", "completion": "4", "id": 1},
         {"prompt": [QUESTION], "completion": [ANSWER], "id": 1},
         {"prompt": [QUESTION], "completion": "4", "id": 1},
+        {"prompt": json.dumps([QUESTION]), "completion": json.dumps([ANSWER]), "id": 1},
     ]
     for row in load(tmp_path, *records, format="prompt_completion"):
         assert row.messages == [QUESTION, ANSWER] and row.columns == {"id": 1}
@@ -34,6 +36,12 @@ def test_prompt_completion_trains_only_the_completion(tmp_path: Path, tokenizer:
         tmp_path, {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}, format="prompt_completion"
     )
     assert encode_conversation(row, tokenizer) == [encode_row(row.messages, tokenizer)]
+
+
+def test_prompt_that_begins_like_json_stays_text(tmp_path: Path) -> None:
+    for text in ("[1, 2]", '[{"a": 1}]', "[{", "[user]"):
+        (row,) = load(tmp_path, {"prompt": text, "completion": "4"}, format="prompt_completion")
+        assert row.messages[0]["content"] == text
 
 
 def test_prompt_answer_takes_messages_history_and_several_answers(tmp_path: Path) -> None:
@@ -71,6 +79,9 @@ def test_verl_rows_are_prompts_with_their_ground_truth(tmp_path: Path) -> None:
     (row,) = load(tmp_path, record, format="verl")
     assert row.messages == row.prompt == [QUESTION]
     assert row.columns == {key: record[key] for key in ("data_source", "reward_model", "extra_info")} | {"answer": "4"}
+    cells = {**record, **{key: json.dumps(record[key]) for key in ("prompt", "reward_model")}}
+    (row,) = load(tmp_path, cells, format="verl")
+    assert row.prompt == [QUESTION] and row.columns["answer"] == "4"
     with pytest.raises(InputError, match="no reward_model.ground_truth"):
         load(tmp_path, {"prompt": [QUESTION], "reward_model": {}}, format="verl")
 

@@ -47,6 +47,11 @@ READ_RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], list[Message]]] = {
         {"turn_keys": {"speaker": "role", "said": "content", "time": None}, "roles": {"Dan": "user"}},
         PLAIN,
     ),
+    "empty extras": (
+        {"messages": [{**QUESTION, "images": []}, {**ANSWER, "tool_calls": [], "function_call": {}, "name": None}]},
+        {},
+        PLAIN,
+    ),
     "JSON text": ({"messages": json.dumps(PLAIN)}, {}, PLAIN),
     "lists": ({"messages": {"from": ["human", "gpt"], "value": ["2+2?", "4"]}}, {}, PLAIN),
     "text parts": ({"messages": turns(("user", [{"type": "text", "text": "2+2?"}]), ("assistant", "4"))}, {}, PLAIN),
@@ -164,6 +169,8 @@ REJECTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "half a weight": ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, {}, "weight must be 0 or 1, not 0.5"),
     "trained user": ({"messages": [{**QUESTION, "train": True}, ANSWER]}, {}, "only turns of the assistant"),
     "two answers": ({"messages": [QUESTION, ANSWER, ANSWER]}, {}, r"message 3 \(assistant\) follows another one"),
+    "image in a turn": ({"messages": [{**QUESTION, "images": ["a"]}]}, {}, "has the unknown key 'images'"),
+    "empty content": ({"messages": [{**QUESTION, "content": []}]}, {}, "message 1: content must be text, not a list"),
     "lists of two lengths": ({"messages": {"role": ["user"], "content": []}}, {}, "lists of different lengths"),
     "think twice": (
         {"messages": [QUESTION, *turns(("assistant", "<think>a</think>b<think>c</think>"))]},
