@@ -34,6 +34,7 @@ class Score:
     traceback: of that failure, if there is one
     seconds:   time in the grader
     is_late:   True if the grader reached its time limit
+    is_input:  True if the grader says that the recipe or the row is wrong
     """
 
     value: float | None = None
@@ -41,6 +42,7 @@ class Score:
     traceback: str = ""
     seconds: float = 0.0
     is_late: bool = False
+    is_input: bool = False
 
 
 def call_batch_functions(

@@ -8,13 +8,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Annotated, Any, Literal
-
-from annotated_types import Gt
-from pydantic import FiniteFloat
+from typing import Any, Literal
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type, check_types, did_you_mean
+from rekatrain.data.ranges import Seconds, SignedWeight
 from rekatrain.rewards.registry import Signature, Spec, Unresolved, read_signature
 from rekatrain.rewards.workers.pool import LiftedScorer
 
@@ -25,8 +23,8 @@ logger = logging.getLogger(__name__)
 class OwnKeys:
     """The keys that every reward has beside the options of its function."""
 
-    weight: FiniteFloat = 1.0
-    timeout: Annotated[FiniteFloat, Gt(0)] | None = None
+    weight: SignedWeight = 1.0
+    timeout: Seconds | None = None
     requires: str | list[str] = field(default_factory=list)
     on_timeout: Literal["error", "zero"] = "error"
 

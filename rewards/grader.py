@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
+from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.ranges import Fraction, Seconds
 from rekatrain.data.rows import Source
 from rekatrain.rewards.calls import MAX_REWARD, Score, call_batch_functions
 from rekatrain.rewards.compose import RewardFunction
@@ -38,11 +40,11 @@ class ScoringConfig:
     environment:     names of variables that the workers get beside the allowed ones, such as the key of a user's scorer
     """
 
-    num_workers: Annotated[int, Ge(1)] | None = None
-    timeout: Annotated[float, Gt(0)] = 2.0
-    batch_timeout: Annotated[float, Gt(0)] = 600.0
-    memory_limit_gb: Annotated[float, Gt(0)] = 4.0
-    max_error_share: Annotated[float, Ge(0), Le(1)] = 0.2
+    num_workers: Annotated[int, Ge(1), Le(4096)] | None = None
+    timeout: Seconds = 2.0
+    batch_timeout: Seconds = 600.0
+    memory_limit_gb: Annotated[FiniteFloat, Gt(0), Le(10**6)] = 4.0
+    max_error_share: Fraction = 0.2
     environment: list[str] = field(default_factory=list)
 
 
@@ -66,6 +68,7 @@ class _History:
 
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=ERROR_WINDOW))
     first_traceback: str = ""
+    has_scored: bool = False
     seconds: float = 0.0
 
 
@@ -126,8 +129,8 @@ class Grader:
         """Score each completion by each reward, or by those that `judges` names for it; the others do not apply.
 
         All lists, also those of `columns`, have one entry per completion. `submitted` maps the index of a completion
-        whose scoring has been started to its jobs. Raises InputError for a missing column or if a reward raises it, and
-        RewardError if a reward has failed too often.
+        whose scoring has been started to its jobs. Raises InputError for a missing column, or if a reward raises it
+        before it has scored any row, and RewardError if a reward has failed too often.
         """
         judges = judges or [None] * len(completions)
         judged = {
@@ -215,13 +218,20 @@ class Grader:
         history = self._history[name]
         history.seconds += sum(score.seconds for score in scores)
         failures = [score for score in scores if score.error]
+        history.has_scored |= len(failures) < len(scores)
+        if not history.has_scored:
+            # It has never scored a row: the recipe is wrong, or all of the data.
+            for score in failures:
+                if score.is_input:
+                    raise InputError(score.error)
         is_first = bool(failures) and not history.first_traceback
         if is_first:
             history.first_traceback = (failures[0].traceback or failures[0].error).rstrip()
         history.failed.extend(bool(score.error) for score in scores)
         num_failed, num_scored = sum(history.failed), len(history.failed)
         is_too_much = num_scored >= ERROR_MINIMUM and num_failed > self.config.max_error_share * num_scored
-        if failures and (is_too_much or num_failed == num_scored):
+        is_all = num_failed == num_scored and self.config.max_error_share < 1
+        if failures and (is_too_much or is_all):
             raise RewardError(
                 f"reward {name} failed on {num_failed} of its last {num_scored} completions "
                 f"(scoring.max_error_share is {self.config.max_error_share:g}); the first failure:\n"

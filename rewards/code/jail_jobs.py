@@ -45,7 +45,7 @@ def run_program(source: str) -> None:
         name = os.fspath(file) if isinstance(file, os.PathLike) else file
         return open_file(os.dup(STANDARD_FILES[name]) if name in STANDARD_FILES else file, *arguments, **named)
 
-    builtins.open = io.open = open_standard  # type: ignore[assignment]
+    builtins.open = io.open = open_standard
     main = sys.modules["__main__"] = type(sys)("__main__")
     main.__dict__["__builtins__"] = builtins
     exec(compile(source, "program.py", "exec"), main.__dict__)

@@ -64,7 +64,9 @@ class Link:
                 # No more than the tests have given away: a frame or a module would lead to the expected values.
                 if type(target).__module__ != "tests" or arguments[0].startswith("_"):
                     raise AttributeError(arguments[0])
-                result = getattr(target, arguments[0]) if operation == "get" else setattr(target, *arguments)
+                if operation == "set":
+                    setattr(target, *arguments)
+                result = getattr(target, arguments[0])
             self.write({"reply": values.encode(result, self.hold)})
         except Exception as error:
             self.write({"raise": [type(error).__name__, str(error)]})

@@ -5,6 +5,7 @@ recipe, a checkpoint nor an error can hold it, and it is masked in all text that
 """
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -73,13 +74,14 @@ class Endpoint:
             async def post(body: Json) -> Json | RewardError:
                 async with in_flight:
                     try:
-                        return await self._post_with_retries(client, f"{self.url}{path}", body)
+                        return await self._post_with_retries(client, f"{self.url}{path}", body, key)
                     except RewardError as error:
                         return type(error)(_mask(str(error), key))
 
-            return list(await asyncio.gather(*[post(body) for body in bodies]))
+            results = await asyncio.gather(*[post(body) for body in bodies], return_exceptions=True)
+        return [_only_its_own(result, f"{self.url}{path}", key) for result in results]
 
-    async def _post_with_retries(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
+    async def _post_with_retries(self, client: httpx2.AsyncClient, url: str, body: Json, key: str | None) -> Json:
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
             wait=_wait,
@@ -90,10 +92,11 @@ class Endpoint:
             with attempt:
                 self.num_requests += 1
                 self.num_retries += attempt.retry_state.attempt_number > 1
-                return await self._post(client, url, body)
+                return await self._post(client, url, body, key)
         raise AssertionError("reraise leaves no other way out")
 
-    async def _post(self, client: httpx2.AsyncClient, url: str, body: Json) -> Json:
+    async def _post(self, client: httpx2.AsyncClient, url: str, body: Json, key: str | None) -> Json:
+        """Return the server's object, in which the key is masked; text of the server is masked before it is cut."""
         try:
             # httpx's own limits are per read: a server that sends one byte at a time would never reach them.
             async with asyncio.timeout(self._request_timeout):
@@ -102,18 +105,32 @@ class Endpoint:
             raise _TransientError(f"{url} gave no answer within {self._request_timeout:g} s") from None
         except httpx2.TransportError as error:
             raise _TransientError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
+        except httpx2.DecodingError as error:
+            raise _TransientError(f"{url} sent a body that cannot be decoded: {error}") from None
+        text = _mask(response.text, key)
         if response.status_code != 200:
-            message = f"{url} answered {response.status_code}: {shorten(response.text)}"
+            message = f"{url} answered {response.status_code}: {shorten(text)}"
             if response.status_code not in TRANSIENT_STATUS:
                 raise RejectedError(message)
             raise _TransientError(message, wait=_seconds(response.headers.get("retry-after")))
         try:
-            answer = response.json()
-        except ValueError:
+            answer = json.loads(text)
+            if key is not None:  # also where the server has escaped its letters
+                answer = json.loads(_mask(json.dumps(answer, ensure_ascii=False), key))
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise RewardError(f"{url} answered no JSON object: {shorten(response.text)}")
+            raise RewardError(f"{url} answered no JSON object: {shorten(text)}")
         return answer
+
+
+def _only_its_own(result: Json | RewardError | BaseException, url: str, key: str | None) -> Json | RewardError:
+    """Return a failure that no one has foreseen as the error of its request: the others of the batch count."""
+    if isinstance(result, dict | RewardError):
+        return result
+    if not isinstance(result, Exception):
+        raise result  # the run is being ended
+    return RewardError(_mask(f"the request to {url} failed: {type(result).__name__}: {result}", key))
 
 
 class RejectedError(RewardError):
@@ -147,7 +164,9 @@ def _read_key(name: str) -> str:
 
 
 def _mask(text: str, key: str | None) -> str:
-    return text.replace(key, MASK) if key else text
+    if not key:
+        return text
+    return text.replace(key, MASK).replace(json.dumps(key, ensure_ascii=False)[1:-1], MASK)
 
 
 def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:

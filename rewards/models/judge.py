@@ -29,6 +29,7 @@ from rekatrain.rewards.models.judge_prompt import (
 )
 
 MILLION = 1e6
+MAX_TOKENS = 10**9  # of one reply; a server's larger number is none
 Text = Annotated[str, MinLen(1)]
 Price = Annotated[FiniteFloat, Ge(0)]
 
@@ -163,7 +164,7 @@ class Judge:
 
     async def _replies(self, bodies: Sequence[Json]) -> list[str | RewardError]:
         """Return the judge's reply to each request; only replies that hold a verdict are cached."""
-        known = {_name(body): self._cache.get(self._endpoint.url, body) for body in bodies}
+        known = {_name(body): self._read_cached(body) for body in bodies}
         fresh = {_name(body): body for body in bodies if known[_name(body)] is None}
         self._num_cached += len(bodies) - len(fresh)
         answers = await self._endpoint.post_all("/chat/completions", list(fresh.values()))
@@ -180,13 +181,23 @@ class Judge:
         usage = answer.get("usage")
         for key in self._tokens:
             count = usage.get(key) if isinstance(usage, Mapping) else None
-            self._tokens[key] += count if isinstance(count, int) else 0
+            is_count = isinstance(count, int) and 0 <= count <= MAX_TOKENS
+            self._tokens[key] += count if is_count else 0
         try:
             text = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return RewardError("the judge's answer has no choices[0].message.content")
         if not isinstance(text, str):
             return RewardError(f"the judge's message holds {type(text).__name__} and no text")
+        return self._check(text) or text
+
+    def _read_cached(self, body: Json) -> str | None:
+        """Return the cached reply to a request; None if there is none, or none with a verdict."""
+        reply = self._cache.get(self._endpoint.url, body)
+        return reply if isinstance(reply, str) and self._check(reply) is None else None
+
+    def _check(self, text: str) -> RewardError | None:
+        """Return the error of a reply that holds no verdict."""
         try:
             if self._reference is None:
                 read_score(text, low=self._low, high=self._high)
@@ -194,7 +205,7 @@ class Judge:
                 read_winner(text)
         except RewardError as error:
             return error
-        return text
+        return None
 
 
 def _transcript(messages: Sequence[Mapping[str, Any]]) -> str:

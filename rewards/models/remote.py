@@ -12,7 +12,6 @@ Each list has one entry per completion; `messages` holds the prompt's turns. A s
 does not apply to the row, or {"error": "why"} if it could not be computed.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from pydantic import FiniteFloat
 from rekatrain.data.chat import Message, parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.reward_model_input import RewardModelInput, break_markup, render_text
+from rekatrain.rewards.calls import MAX_REWARD
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, RejectedError, Retries, Seconds
 
@@ -147,10 +147,12 @@ class RemoteRewardModel:
             message = f"{self._endpoint.url} answered no list of {size} scores; the answer has {', '.join(answer)}"
             return [RewardError(message)] * size
         if self._route != "http":  # vLLM numbers its answers
-            items = sorted(items, key=lambda item: item.get("index", 0) if isinstance(item, dict) else 0)
+            items = sorted(items, key=_index)
         return [read(item) for item in items]
 
     def _read_vllm(self, item: Any) -> Value:  # Any: a JSON value
+        if not isinstance(item, dict):
+            return RewardError(f"{self._endpoint.url} returned {str(item)[:100]} for a completion")
         outputs = item.get({"classify": "probs", "pooling": "data", "score": "score"}[self._route], None)
         if self._route == "score":
             return _number(outputs)
@@ -183,7 +185,12 @@ def _broken(row: RewardModelInput) -> RewardModelInput:
     return RewardModelInput(prompt=prompt, answer=break_markup(row.answer), reasoning=reasoning)
 
 
+def _index(item: Any) -> float:  # Any: a JSON value
+    index = item.get("index", 0) if isinstance(item, dict) else 0
+    return float(index) if isinstance(index, int | float) and abs(index) <= MAX_REWARD else 0.0
+
+
 def _number(value: Any) -> float | RewardError:  # Any: a JSON value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_REWARD:
         return RewardError(f"the server's score {str(value)[:100]} is not a finite number")
     return float(value)

@@ -72,7 +72,7 @@ class WorkerPool:
         return Job(scorer=scorer, text=text, columns=columns, timeout=timeout, future=future)
 
     def result(self, job: Job, *, is_last_try: bool = False) -> Score:
-        """Wait for the score, not longer than the time limits of all open jobs; raise an InputError of the scorer."""
+        """Wait for the score, not longer than the time limits of all open jobs."""
         wait = GRACE_SECONDS + self._num_open * job.timeout / self.num_workers
         try:
             score = job.future.result(timeout=wait)
@@ -90,9 +90,7 @@ class WorkerPool:
             return self.result(self.submit(job.scorer, job.text, job.columns, job.timeout), is_last_try=True)
         finally:
             self._num_open -= 1
-        if isinstance(score, str):
-            raise InputError(score)
-        return score
+        return Score(error=score, is_input=True) if isinstance(score, str) else score
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""
@@ -136,6 +134,8 @@ class LiftedScorer:
         ]
         scores = [self._pool.result(job) for job in jobs]
         for score in scores:
+            if score.is_input:
+                raise InputError(score.error)
             if score.error:
                 raise RewardError(f"reward {self.__name__} failed: {score.error}\n{score.traceback}".rstrip())
         return [score.value for score in scores]

@@ -347,3 +347,58 @@ def test_code_tests_read_published_layouts(layout):
 def test_code_tests_reject_a_malformed_row(tests):
     with pytest.raises(InputError, match="the column tests"):
         grade(ADD, tests)
+
+
+# An object whose operators all say what a test wants to hear.
+LIAR = """
+class Liar:
+    def __getattr__(self, name): return self
+    def __eq__(self, other): return True
+    def __hash__(self): return 0
+for name in "lt le gt ge add sub mul truediv neg abs radd rsub rmul iadd and or contains bool len int float".split():
+    answer = {"bool": True, "len": 1, "int": 0, "float": 0.0, "contains": True}
+    setattr(Liar, f"__{name}__", lambda self, *other, name=name: answer.get(name, self))
+for name in "lt le gt ge".split():
+    setattr(Liar, f"__{name}__", lambda self, other: True)
+"""
+LIES = {
+    "a function that returns it": ("def area(r): return Liar()", "area(1)"),
+    "a class in place of the function": ("class area(Liar):\n    def __init__(self, r): pass", "area(1)"),
+    "a method of a class that the tests name": (
+        "class Circle(Liar):\n    def __init__(self, r): pass\n    def area(self): return self",
+        "Circle(1).area()",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_code_tests_let_no_object_decide_about_plain_values(lie):
+    code, call = LIES[lie]
+    tests = [
+        f"assert {call} == 3.14159",
+        f"assert 3.14159 == {call}",
+        f"assert abs({call} - 3.14159) < 1e-3",
+        f"assert 3 < {call} < 4",
+        f"assert math.isclose({call}, 3.14159)",
+        f"assert {call} in [3, 4]",
+        f"assert not {call} != 3.14159",
+        f"assert {call} <= 3.15",
+        f"assert [{call}] == [3.14159] or {{'a': {call}}} == {{'a': 3.14159}}",
+    ]
+    assert grade(LIAR + code, tests, partial_credit=True) == 0.0
+
+
+def test_code_tests_give_a_callback_no_way_to_the_expected_values():
+    code = (
+        "def f(g):\n"
+        "  for path in ('__globals__', '__code__', 'func_globals', 'gi_frame', '__self__'):\n"
+        "    try:\n      getattr(g, path)\n      return 'found'\n    except AttributeError: pass\n  return 'none'"
+    )
+    node = "class Node:\n  value = 1\n  def get(self): return 1\n"
+    tests = [
+        "assert f(lambda: 1) == 'none'",
+        f"{node}assert f(Node()) == 'none'",
+        f"{node}assert f(Node().get) == 'none'",
+        "assert f(print) == 'none'",
+    ]
+    assert grade(code, tests, partial_credit=True) == 1.0

@@ -104,6 +104,24 @@ def test_post_all_returns_an_error_for_a_reply_without_an_object(serve, content:
     assert isinstance(error, RewardError) and "no JSON object" in str(error)
 
 
+def test_post_all_bad_body_costs_its_request_alone(serve) -> None:
+    def answer(path: str, body: dict) -> tuple:
+        bodies = {
+            "gzip": (200, b"no gzip at all", {"content-encoding": "gzip"}),
+            "nested": (200, b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+            "digits": (200, b'{"a": ' + b"9" * 10_000 + b"}"),
+            "charset": (200, b'{"a": "\xff"}', {"content-type": "application/json; charset=no-such"}),
+        }
+        return bodies.get(body["kind"], (200, {"ok": True}))
+
+    kinds = ["fine", "gzip", "nested", "digits", "fine"]
+    results = post(make(serve(answer).url, max_retries=1), *[{"kind": kind} for kind in kinds])
+    assert [results[0], results[4]] == [{"ok": True}] * 2
+    assert all(isinstance(result, RewardError) for result in results[1:4])
+    assert "cannot be decoded" in str(results[1]) and "no JSON object" in str(results[2])
+    assert len(post(make(serve(answer).url, max_retries=0), {"kind": "charset"})) == 1
+
+
 # Secrets
 
 
@@ -120,6 +138,25 @@ def test_api_key_is_sent_but_neither_kept_nor_shown(serve, monkeypatch, caplog) 
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert "wrong key Bearer ***" in str(error)
     assert KEY not in f"{error!r} {vars(client)} {caplog.text}"
+
+
+def test_api_key_is_masked_before_text_is_cut_and_in_replies(serve, monkeypatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    escaped = "".join(f"\\u{ord(character):04x}" for character in KEY)
+
+    def answer(path: str, body: dict) -> tuple:
+        if body["kind"] == "cut":  # the limit of shown characters is in the middle of the key
+            return 400, b"x" * (endpoint.SHOWN_CHARACTERS - 8) + KEY.encode()
+        if body["kind"] == "no object":
+            return 200, b"[" + b"x" * (endpoint.SHOWN_CHARACTERS - 8) + KEY.encode()
+        if body["kind"] == "escaped":
+            return 200, f'{{"text": "{escaped}", "list": [{{"{escaped}": "Bearer {escaped}"}}]}}'.encode()
+        return 200, {"text": f"key {KEY}"}
+
+    client = make(serve(answer).url, api_key_env="MY_KEY")
+    results = post(client, *[{"kind": kind} for kind in ("cut", "no object", "escaped", "plain")])
+    assert all(KEY[:6] not in str(result) for result in results), results
+    assert results[2] == {"text": "***", "list": [{"***": "Bearer ***"}]} and results[3] == {"text": "key ***"}
 
 
 def test_api_key_that_is_not_set_is_reported_first(monkeypatch) -> None:

@@ -292,3 +292,35 @@ def test_judge_prompt_opens_no_special_token_in_a_real_server(llama_server: str)
     request = rubric_messages(rubric="r", question="q", answer="<|im_end|>", low=1, high=10)[1]["content"]
     assert num_tokens("<|im_end|>") == 1
     assert num_tokens(request) - num_tokens(request.replace("< |im_end|>", "")) > 3
+
+
+def test_judge_cached_row_without_a_verdict_is_queried_again(serve, tmp_path) -> None:
+    path = tmp_path / "cache.sqlite"
+    server = serve(lambda path, body: reply('{"score": 10}'))
+    answers = (" Hi <sep>", " Hello <sep>", " Hey <sep>")
+    assert judge_all(make(server.url, cache=str(path)), *answers) == [1.0] * 3
+    with sqlite3.connect(path) as connection:
+        requests = [row[0] for row in connection.execute("SELECT request FROM replies")]
+        for request, damaged in zip(requests, ["no JSON", b"\xff\x00"], strict=False):
+            connection.execute("UPDATE replies SET reply = ? WHERE request = ?", (damaged, request))
+    judge = make(server.url, cache=str(path))
+    assert judge_all(judge, *answers) == [1.0] * 3
+    assert judge.metrics()["num_cached"] == 1 and len(server.bodies) == 5
+    assert judge_all(make(server.url, cache=str(path)), *answers) == [1.0] * 3 and len(server.bodies) == 5
+
+
+def test_judge_locked_cache_costs_no_completion(serve, tmp_path, caplog) -> None:
+    path = tmp_path / "cache.sqlite"
+    judge = make(serve(lambda path, body: reply('{"score": 10}')).url, cache=str(path))
+    judge._cache._connection.execute("PRAGMA busy_timeout = 10")
+    with sqlite3.connect(path) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert judge_all(judge, " Hi <sep>", " Hello <sep>") == [1.0, 1.0]
+    assert caplog.text.count("the judge's cache") == 1 and "locked" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [-(10**30), 10**30, True, "7", None])
+def test_judge_counts_no_impossible_usage(serve, tokens: object) -> None:
+    judge = make(serve(lambda path, body: reply('{"score": 10}', (tokens, 10))).url)
+    assert judge_all(judge, " Hi <sep>") == [1.0]
+    assert judge.metrics()["prompt_tokens"] in (0, 1) and judge.metrics()["completion_tokens"] == 0

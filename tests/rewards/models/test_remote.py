@@ -134,3 +134,16 @@ def test_grader_counts_remote_errors_and_keeps_the_other_scores(serve) -> None:
 def test_remote_reward_model_rejects_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_reward_functions({"remote_reward_model": {"url": "http://host", **options}})
+
+
+@pytest.mark.parametrize("route", ["classify", "http"])
+def test_malformed_scores_cost_their_completions_alone(serve, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-a-very-secret-key"
+    monkeypatch.setenv("MY_KEY", key)
+    plain = {"scores": [0.5, 10**400, {"error": "y" * 190 + key}]}
+    listed = {"data": [{"index": 0, "probs": [0.5]}, "no object", {"index": "x", "probs": [10**400]}]}
+    server = serve(lambda path, body: (200, plain if route == "http" else listed))
+    values = score(server.url, route=route, api_key_env="MY_KEY", max_retries=0)
+    assert sum(value == 0.5 for value in values) == 1
+    errors = [value for value in values if isinstance(value, RewardError)]
+    assert len(errors) == 2 and all(key[:6] not in str(error) for error in errors), errors

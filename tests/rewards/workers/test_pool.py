@@ -58,6 +58,12 @@ def batch(completions, **kwargs):
     return [1.0 for _ in completions]
 
 
+def strict(completion, *, gold):
+    if not isinstance(gold, str):
+        raise InputError(f"the column gold must be text, not {gold!r}")
+    return float(completion.answer == gold)
+
+
 def wrong_column(completion):
     raise InputError("the column answer must be a number")
 
@@ -140,6 +146,23 @@ def test_pool_raises_an_input_error_of_a_scorer(tmp_path):
         pytest.raises(InputError, match="the column answer must be a number"),
     ):
         grader.score(**batch(["x"]))
+
+
+def test_pool_malformed_row_is_an_error_of_its_completion():
+    rewards = build_reward_functions({"graders:strict": None})
+    with Grader(rewards, ScoringConfig(num_workers=1)) as grader:
+        scores = grader.score(**batch(["x"] * 8, gold=[7, *["x"] * 7]))
+        assert scores.by_name["graders:strict"] == [None, *[1.0] * 7]
+        assert scores.errors[0] == {"graders:strict": "the column gold must be text, not 7"}
+        later = grader.score(**batch(["x"], gold=[7]))  # after good rows, a batch of bad ones ends no run either
+        assert later.errors == [{"graders:strict": "the column gold must be text, not 7"}]
+
+
+def test_max_error_share_1_lets_a_first_batch_fail():
+    rewards = build_reward_functions({"graders:dangerous": None})
+    with Grader(rewards, ScoringConfig(num_workers=1, max_error_share=1.0)) as grader:
+        assert grader.score(**batch(["raise"])).by_name["graders:dangerous"] == [None]
+        assert grader.score(**batch(["fine"])).by_name["graders:dangerous"] == [1.0]
 
 
 def test_worker_has_no_torch_and_scores_on_its_main_thread(tmp_path):
