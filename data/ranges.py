@@ -27,6 +27,7 @@ FractionBelowOne = Annotated[FiniteFloat, Ge(0), Lt(1)]
 LearningRate = Annotated[FiniteFloat, Ge(0), Le(1)]
 # Logits are divided by it: below 0.01 they overflow, above 100 every token is equally likely.
 Temperature = Annotated[FiniteFloat, Ge(0.01), Le(100)]
+Zero = Annotated[FiniteFloat, Ge(0), Le(0)]
 # transformers' intervals: a number of steps, or a fraction of the whole run.
 Interval = Count | Annotated[FiniteFloat, Gt(0), Lt(1)]
 IntervalOrZero = CountOrZero | Annotated[FiniteFloat, Gt(0), Lt(1)]

@@ -66,7 +66,8 @@ RULES = (
     Rule(FREE, _ALL, "max_steps", _LENGTH),
     Rule(FREE, _TRL, "num_train_epochs", _LENGTH),
     Rule(FREE, _ALL, "save_*", _RECORDS),
-    Rule(FREE, _TRL, "logging_* eval_* per_device_eval_batch_size", _RECORDS),
+    Rule(FREE, _TRL, "logging_* per_device_eval_batch_size", _RECORDS),
+    Rule(FREE, _ALL, "eval_*", _RECORDS),
     Rule(
         FREE,
         _TRL,

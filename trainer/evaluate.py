@@ -8,49 +8,21 @@ FOLDER may be a model, an export or a run folder. Prompts of `eval_dataset` that
 import json
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 
-from rekatrain.data.errors import InputError
-from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.trainer.held_out_prompts import EvaluateConfig, prepare_held_out
 from rekatrain.trainer.intervals import Accuracy, pass_rates, wilson_interval
 from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
-from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.rollouts import Group, sample_groups
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Options of a recipe's `evaluate:` section.
-
-    reward:                           the deciding reward: an answer is right if this reward is exactly 1.0
-    max_completion_length:            number of tokens after which an answer is cut off
-    temperature:                      sampling temperature; 0 takes the most likely token
-    num_generations:                  answers per prompt; more than one also gives pass@k
-    per_device_generation_batch_size: answers sampled at the same time
-    """
-
-    reward: str = "math_answer"
-    max_completion_length: Annotated[int, Ge(1)] = 512
-    temperature: Annotated[float, Ge(0)] = 0.0
-    num_generations: Annotated[int, Ge(1)] = 1
-    per_device_generation_batch_size: Annotated[int, Ge(1)] = 64
-
-    def __post_init__(self) -> None:
-        if self.num_generations > 1 and self.temperature == 0:
-            raise InputError(
-                f"evaluate.num_generations {self.num_generations} at temperature 0 gives the same answer each time: "
-                "set evaluate.temperature"
-            )
 
 
 def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
@@ -60,25 +32,11 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
 
     out: a JSON file for the result and all answers
     """
-    config = EvaluateConfig(**recipe.evaluate)
-    if recipe.eval_dataset is None:
-        raise InputError("the recipe has no eval_dataset section: name the held-out rows there")
-    # The recipe's options for that reward hold here too; `out` also gets the recipe's other rewards.
-    rewards = build_reward_functions({config.reward: None, **recipe.rewards})
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
     check_attention(model_config)
-    prompts = load_prompts(recipe.eval_dataset, tokenizer, model_config, config.max_completion_length, "eval_dataset")
-    trained_on = load_prompts(recipe.dataset, tokenizer, model_config, 0)
-    prompts = _held_out(prompts, trained_on)
-    sources = {prompt.row.source.name: prompt.row.source for prompt in prompts}.values()
-    # The recipe's other rewards may judge sources that have no held-out rows.
-    rewards = [
-        reward
-        for reward in rewards
-        if reward.name == config.reward or any(source.is_judged_by(reward.name) for source in sources)
-    ]
-    check_source_columns(rewards, sources)
+    held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=True)
+    config, prompts = held_out.config, held_out.prompts
 
     model = load_model(**recipe.model)
     # transformers wraps `to` and loses its signature
@@ -91,7 +49,7 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
         batch_size=config.per_device_generation_batch_size,
     )
     prompt_indices = range(len(prompts))
-    with Grader(rewards, ScoringConfig(**recipe.scoring)) as grader:
+    with Grader(held_out.rewards, ScoringConfig(**recipe.scoring)) as grader:
         groups = sample_groups(
             sampler,
             grader,
@@ -117,18 +75,6 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Accuracy:
         result = _result(recipe, groups, accuracy, passes)
         out.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     return accuracy
-
-
-def _held_out(prompts: list[Prompt], trained_on: list[Prompt]) -> list[Prompt]:
-    seen = {prompt.text for prompt in trained_on}
-    held_out = [prompt for prompt in prompts if prompt.text not in seen]
-    if len(held_out) < len(prompts):
-        logger.warning(
-            "%d of %d eval prompts are in dataset too and left out", len(prompts) - len(held_out), len(prompts)
-        )
-    if not held_out:
-        raise InputError("every prompt of eval_dataset is in dataset too: there is nothing held out")
-    return held_out
 
 
 def _report(recipe: Recipe, config: EvaluateConfig, groups: list[Group], accuracy: Accuracy) -> None:

@@ -41,6 +41,8 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tok/s",
     "eval_loss": "eval loss {:.4g}",
     "eval_mean_token_accuracy": "eval accuracy {:.1%}",
+    "eval/accuracy": "held-out {:.1%}",
+    "eval/completions/mean_length": "len {:.1f}",
     "eval_accuracy": "eval accuracy {:.1%}",
     "eval_margin": "eval margin {:.3g}",
 }

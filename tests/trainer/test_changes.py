@@ -65,7 +65,8 @@ KEYS = {
         "sft": TRL_FREE,
         "reward": TRL_FREE,
         "rloo": """
-            max_steps save_steps save_total_limit micro_batch_tokens per_device_generation_batch_size
+            max_steps eval_steps eval_on_start save_steps save_total_limit micro_batch_tokens
+            per_device_generation_batch_size
             gradient_checkpointing max_unscorable_steps ddp_timeout restart_optimizer vllm_server_base_url
             vllm_server_timeout vllm_request_timeout vllm_weight_transfer
         """,

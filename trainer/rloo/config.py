@@ -1,5 +1,6 @@
 """Every key of a recipe's `rloo:` section. Imports no torch."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -7,6 +8,17 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.ranges import (
+    Count,
+    CountOrZero,
+    FractionBelowOne,
+    LearningRate,
+    PositiveFraction,
+    PositiveWeight,
+    Seconds,
+    Temperature,
+    Weight,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,8 @@ class RLOOConfig:
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
+    eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
+                                        (there is one at the end, too); evaluate before the first step
     save_steps, save_total_limit:       steps between checkpoints (there is one at the end, too); checkpoints to keep
     ddp_timeout:                        seconds that a process waits for the others in an exchange, after which the run
                                         ends; null: longer than the run's own limits, see `RunSetup.ddp_timeout`
@@ -68,50 +82,52 @@ class RLOOConfig:
                                         one update ago
     """
 
-    max_steps: Annotated[int, Ge(1)]
-    prompts_per_step: Annotated[int, Ge(1)] = 8
-    num_generations: Annotated[int, Ge(2)] = 8
-    max_completion_length: Annotated[int, Ge(1)] = 512
-    temperature: Annotated[FiniteFloat, Gt(0)] = 1.0
-    beta: Annotated[FiniteFloat, Ge(0)] = 0.05
-    learning_rate: Annotated[FiniteFloat, Ge(0)] = 1e-6
+    max_steps: Count
+    prompts_per_step: Count = 8
+    num_generations: Annotated[int, Ge(2), Le(10**6)] = 8
+    max_completion_length: Count = 512
+    temperature: Temperature = 1.0
+    beta: Weight = 0.05
+    learning_rate: LearningRate = 1e-6
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    warmup_steps: Annotated[int, Ge(0)] = 0
-    weight_decay: Annotated[FiniteFloat, Ge(0)] = 0.0
-    adam_beta1: Annotated[FiniteFloat, Ge(0)] = 0.9
-    adam_beta2: Annotated[FiniteFloat, Ge(0)] = 0.999
-    adam_epsilon: Annotated[FiniteFloat, Gt(0)] = 1e-8
-    max_grad_norm: Annotated[FiniteFloat, Gt(0)] = 1.0
-    max_unscorable_steps: Annotated[int, Ge(1)] = 10
-    micro_batch_tokens: Annotated[int, Ge(1)] = 8192
-    per_device_generation_batch_size: Annotated[int, Ge(1)] = 64
+    warmup_steps: CountOrZero = 0
+    weight_decay: FractionBelowOne = 0.0
+    adam_beta1: FractionBelowOne = 0.9
+    adam_beta2: FractionBelowOne = 0.999
+    adam_epsilon: PositiveFraction = 1e-8
+    max_grad_norm: PositiveWeight = 1.0
+    max_unscorable_steps: Count = 10
+    micro_batch_tokens: Count = 8192
+    per_device_generation_batch_size: Count = 64
     gradient_checkpointing: bool = False
     bf16: bool = False
-    save_steps: Annotated[int, Ge(1)] = 50
-    save_total_limit: Annotated[int, Ge(1)] | None = None
-    ddp_timeout: Annotated[int, Ge(1)] | None = None
+    eval_steps: Count | None = None
+    eval_on_start: bool = False
+    save_steps: Count = 50
+    save_total_limit: Count | None = None
+    ddp_timeout: Count | None = None
     restart_optimizer: bool = False
 
-    num_iterations: Annotated[int, Ge(1)] = 1
+    num_iterations: Count = 1
     importance_sampling_level: Literal["sequence", "token"] = "sequence"
     epsilon: Annotated[FiniteFloat, Gt(0), Lt(1)] = 0.2
     importance_sampling_correction: Literal["token_truncate", "sequence_truncate"] | None = None
-    importance_sampling_cap: Annotated[FiniteFloat, Gt(0)] = 2.0
+    importance_sampling_cap: PositiveWeight = 2.0
     loss_type: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
     kl_placement: Literal["reward", "loss"] = "reward"
     truncated_completions: Literal["keep", "penalize", "drop_from_loss", "drop_from_group"] = "keep"
-    truncation_penalty: Annotated[FiniteFloat, Gt(0)] = 1.0
-    overlong_buffer: Annotated[int, Ge(1)] | None = None
-    overlong_penalty: Annotated[FiniteFloat, Gt(0)] = 1.0
-    dynamic_sampling_rounds: Annotated[int, Ge(0)] = 0
-    grad_norm_quantile: Annotated[FiniteFloat, Gt(0), Le(1)] | None = None
-    grad_norm_window: Annotated[int, Ge(1)] = 100
-    top_p: Annotated[FiniteFloat, Gt(0), Le(1)] = 1.0
-    top_k: Annotated[int, Ge(1)] | None = None
-    reasoning_budget: Annotated[int, Ge(1)] | None = None
+    truncation_penalty: PositiveWeight = 1.0
+    overlong_buffer: Count | None = None
+    overlong_penalty: PositiveWeight = 1.0
+    dynamic_sampling_rounds: CountOrZero = 0
+    grad_norm_quantile: PositiveFraction | None = None
+    grad_norm_window: Count = 100
+    top_p: PositiveFraction = 1.0
+    top_k: Count | None = None
+    reasoning_budget: Count | None = None
     vllm_server_base_url: str | list[str] | None = None
-    vllm_server_timeout: Annotated[FiniteFloat, Gt(0)] = 600.0
-    vllm_request_timeout: Annotated[FiniteFloat, Gt(0)] = 1800.0
+    vllm_server_timeout: Seconds = 600.0
+    vllm_request_timeout: Seconds = 1800.0
     vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
     max_staleness: Literal[0, 1] = 0
 
@@ -144,6 +160,8 @@ class RLOOConfig:
                 "rloo.top_p and rloo.top_k need num_iterations 1 and max_staleness 0: after an update the policy's "
                 "most likely tokens are no longer the set that was sampled from"
             )
+        if self.eval_on_start and self.eval_steps is None:
+            raise InputError("rloo.eval_on_start needs rloo.eval_steps, the steps between two evaluations: set it")
         self._check_servers()
 
     @property
@@ -153,6 +171,18 @@ class RLOOConfig:
         return [urls] if isinstance(urls, str) else urls
 
     def _check_servers(self) -> None:
+        if self.eval_steps is not None and self.vllm_server_urls:
+            raise InputError(
+                "rloo.eval_steps: the training processes would sample, which vllm_server_base_url is there to avoid: "
+                "remove it, and measure checkpoints with rekatrain evaluate"
+            )
+        if self.vllm_server_base_url is not None and not self.vllm_server_urls:
+            raise InputError("rloo.vllm_server_base_url names no server: write its URL, or remove the key")
+        for url in self.vllm_server_urls:
+            if not re.match(r"https?://[^/]", url):
+                raise InputError(
+                    f"rloo.vllm_server_base_url is {url!r}; it should be a URL such as http://localhost:8000"
+                )
         if self.max_staleness and not self.vllm_server_urls:
             raise InputError(
                 "rloo.max_staleness 1 needs vLLM servers that sample during training: set vllm_server_base_url"

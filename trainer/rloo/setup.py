@@ -14,6 +14,7 @@ from rekatrain.data.mixture import is_shuffled
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
 from rekatrain.rewards.workers.pool import num_workers_here
+from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
 from rekatrain.trainer.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
@@ -31,6 +32,7 @@ class RunSetup:
     """A checked run: its settings, its prompts and its rewards. The seed decides every random choice.
 
     is_shuffled: False if each pass over the prompts goes in their order
+    held_out:    prompts to evaluate while the run trains; None without `eval_steps`
     """
 
     config: RLOOConfig
@@ -40,6 +42,7 @@ class RunSetup:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     seed: int = 0
     is_shuffled: bool = True
+    held_out: HeldOut | None = None
 
     def trained_rows(self) -> Iterator[object]:
         """Return a JSON value for each prompt and all that its rewards read, which its fingerprint is of."""
@@ -114,6 +117,8 @@ def prepare(recipe: Recipe) -> RunSetup:
     _check_no_dropout(recipe, model_config)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_source_columns(rewards, {prompt.row.source.name: prompt.row.source for prompt in prompts}.values())
+    is_evaluated = config.eval_steps is not None
+    held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=False) if is_evaluated else None
     return RunSetup(
         config=config,
         tokenizer=tokenizer,
@@ -122,6 +127,7 @@ def prepare(recipe: Recipe) -> RunSetup:
         scoring=ScoringConfig(**recipe.scoring),
         seed=recipe.seed,
         is_shuffled=is_shuffled(recipe.dataset),
+        held_out=held_out,
     )
 
 

@@ -7,6 +7,7 @@ accelerate launch --num_processes 8 -m rekatrain train recipes/reka-flash-3/rloo
 import logging
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +33,8 @@ from rekatrain.trainer.rloo.distributed import (
     update_weights,
     zero_stage,
 )
+from rekatrain.trainer.rloo.evaluation import HEADLINE as EVALUATED
+from rekatrain.trainer.rloo.evaluation import Evaluation
 from rekatrain.trainer.rloo.kernels.grouped_attention import NAME as GROUPED_ATTENTION
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
@@ -114,11 +117,20 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     guard = NonFiniteGuard(recipe, folder)
     check_scorable, check_bounds = UnscorableGuard(config.max_unscorable_steps), StopGuard(recipe)
 
+    evaluation = Evaluation(accelerator, prepared, policy, setup)
+
+    def evaluate(step: int) -> None:
+        measured = evaluation(step)
+        if log is not None and measured:
+            log.step(step, measured, headline=EVALUATED)
+
     def save(step: int) -> None:
         check_finite_weights(prepared, step)
         with INTERRUPTION.time.timed("save"):
             checkpointer.save(step, config.save_total_limit)
 
+    if first_step == 0 and evaluation.is_due(0):
+        evaluate(0)
     for step in range(first_step, config.max_steps):
         clock = Clock()
         INTERRUPTION.check_time()
@@ -131,7 +143,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
 
-        records: list[RolloutRecord] = gather_object(local_records)
+        # In the order of the prompts, whichever process has trained a group.
+        records: list[RolloutRecord] = sorted(gather_object(local_records), key=itemgetter("prompt_index"))
         if clipper.num_nonfinite:
             clipper.num_nonfinite = 0
             guard.handle(step + 1, records, is_main_process=accelerator.is_main_process)
@@ -144,6 +157,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
             folder.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**metrics, **own, **setup.grader.metrics()}, headline=HEADLINE)
         check_bounds(step + 1, metrics)
+        if evaluation.is_due(step + 1):
+            evaluate(step + 1)
         if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
             save(step + 1)
             last_saved = step + 1
