@@ -99,10 +99,11 @@ def read_prompt(record: Record, options: TurnOptions = DEFAULT) -> tuple[list[Me
 def holds_turns(value: object) -> bool:
     """Return True if a value is turns, in any form that `read_turns` takes, and not a text or a list of texts."""
     if isinstance(value, str) and value.lstrip().startswith("["):
+        parsed = None
         with suppress(ValueError):
-            value = json.loads(value)
-        is_turns = isinstance(value, list) and bool(value)
-        return is_turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in value)
+            parsed = json.loads(value)
+        turns = parsed if isinstance(parsed, list) else []
+        return bool(turns) and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
     return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
