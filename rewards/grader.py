@@ -143,7 +143,8 @@ class Grader:
             or self.submit(text, {name: columns[name][index] for name in columns}, judges[index])
             for index, text in enumerate(completions)
         ]
-        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        arguments: dict[str, list[Any]] = {"prompts": prompts, "completions": completions, **columns}
+        arguments["completion_ids"] = completion_ids
         self._set_up()
         scores = self._score_batches(arguments, judged)
         for number, scorer in enumerate(self._scorers):

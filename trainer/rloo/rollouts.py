@@ -194,7 +194,7 @@ def sample_groups(
     rows = [prompt.row for prompt in prompts for _ in range(num_generations)]
     columns, judges = reward_columns(rows), [row.source.rewards for row in rows]
     texts: dict[int, str] = {}
-    jobs: dict[int, list[Job]] = {}
+    jobs: dict[int, list[Job | None]] = {}
 
     def start_scoring(index: int, completion: Completion) -> None:
         with INTERRUPTION.unbroken():  # the queue of the workers has threads of its own
