@@ -19,8 +19,11 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [
     # Accelerate's wrapper steps a scheduler once per process before torch's sees the optimizer's first step.
     (UserWarning, r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`", ""),
 ]
-# Log lines that state what every run without a GPU knows: (logger, start of the message).
-LOG_LINES = [("DeepSpeed", "Setting accelerator to CPU")]
+# Log lines that state what every run without a GPU knows, or what our own line says: (logger, start of the message).
+LOG_LINES = [
+    ("DeepSpeed", "Setting accelerator to CPU"),
+    ("transformers.trainer_utils", "Warning: The following arguments do not match the ones in the"),
+]
 # Their INFO lines are of use to their own developers.
 CHATTY = ("accelerate", "httpx", "httpx2", "datasets", "transformers", "DeepSpeed", "filelock", "gguf")
 

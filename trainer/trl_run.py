@@ -211,11 +211,12 @@ class _AnnounceEngine(TrainerCallback):
 
 
 class _FollowSchedule(TrainerCallback):
-    """Has a resumed run follow the schedule of its own length from its first step on."""
+    """Has a resumed run follow its own schedule and intervals; transformers keeps the checkpoint's."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
+        state.compute_steps(args, state.max_steps)  # of saving, logging and evaluating
         follow_new_length(event["lr_scheduler"], state.max_steps)
 
 

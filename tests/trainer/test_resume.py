@@ -214,14 +214,16 @@ def test_more_epochs_continue_a_finished_run(
     folder: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = recipe("sft", folder, model_folder, logging_steps=1)
+    longer = ["sft.num_train_epochs=2", "sft.logging_steps=3", "sft.save_steps=4"]
     with caplog.at_level(logging.INFO):
-        for num_epochs in (1, 2, 2):
-            main(["train", path, "--resume", f"sft.num_train_epochs={num_epochs}"])
-    assert [r["step"] for r in records(folder / "run")] == [*range(1, 13)]
+        main(["train", path, "--resume", "sft.num_train_epochs=1"])
+        main(["train", path, "--resume", *longer])
+        main(["train", path, "--resume", *longer])
+    assert [r["step"] for r in records(folder / "run")] == [1, 2, 3, 4, 5, 6, 9, 12]
     assert records(folder / "run")[-1]["epoch"] == 2.0
-    assert (
-        len([message for message in caplog.messages if message.endswith("checkpoint-12 is its last checkpoint")]) == 1
-    )
+    saved = {path.name for path in (folder / "run" / "checkpoints").iterdir()}
+    assert saved == {"checkpoint-6", "checkpoint-8", "checkpoint-12"}
+    assert len([line for line in caplog.messages if line.endswith("checkpoint-12 is its last checkpoint")]) == 1
 
 
 @pytest.mark.slow
