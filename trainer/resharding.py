@@ -5,24 +5,23 @@ and the host holds no more than one parameter at a time beside the optimizer. Th
 bit.
 """
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.saved_optimizer import MOMENTS, WEIGHT, SavedOptimizer, read_optimizer
-
-logger = logging.getLogger(__name__)
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 def restore_converted(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str] | None = None
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str] | None = None
 ) -> None:
     """Load trained weights and AdamW's state from a checkpoint of any layout; learning rates stay.
 
@@ -33,7 +32,8 @@ def restore_converted(
     Raises InputError for a checkpoint of another model, and for an optimizer that DeepSpeed swaps to disk.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved = read_optimizer(checkpoint, names or list(trained))
+    keys = keys_in_weights(model)
+    saved = read_optimizer(checkpoint, {name: keys[name] for name in names or trained})
     saved.check_names({name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in trained.items()})
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's or torch's, within Accelerate's
     with torch.no_grad():
@@ -52,6 +52,22 @@ def restore_converted(
             )
 
 
+def keys_in_weights(model: nn.Module) -> dict[str, str]:
+    """Return the names of a model's trained parameters, with their keys in the safetensors files of a checkpoint.
+
+    The model may be part of another module; its name is then no part of the keys. PEFT saves an adapter with keys that
+    lack the adapter's name, and more for some kinds of it.
+    """
+    models = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel | PeftModel))
+    prefix, part = next(models, ("", model))
+    trained = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+    saved: dict[str, nn.Parameter] = trained
+    if isinstance(part, PeftModel):
+        saved = get_peft_model_state_dict(part, state_dict=dict(part.named_parameters()), save_embedding_layers=False)
+    keys = {id(parameter): key for key, parameter in saved.items()}
+    return {f"{prefix}.{name}".removeprefix("."): keys[id(parameter)] for name, parameter in trained.items()}
+
+
 def _write_plain(saved: SavedOptimizer, trained: Parameters, optimizer: torch.optim.Optimizer) -> None:
     names = {parameter: name for name, parameter in trained.items()}
     states: dict[int, dict[str, Tensor]] = {}
@@ -59,7 +75,7 @@ def _write_plain(saved: SavedOptimizer, trained: Parameters, optimizer: torch.op
         name = names[parameter]
         parameter.copy_(saved.read(WEIGHT, name).view_as(parameter))
         if saved.step:
-            states[index] = {key: saved.read(key, name).view_as(parameter) for key in MOMENTS}
+            states[index] = {key: saved.read(key, name).view_as(parameter).to(parameter.device) for key in MOMENTS}
             states[index]["step"] = torch.tensor(saved.step)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -60,9 +60,10 @@ class SavedOptimizer:
 
     def read(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements `start` to `stop` of the flattened tensor, in float32; fewer where it ends before."""
+        stop = self.numel(name) if stop is None else stop
         found, offset = [], 0
         for piece in self.pieces[key][name]:
-            first, last = max(start - offset, 0), min((stop or self.numel(name)) - offset, piece.numel())
+            first, last = max(start - offset, 0), min(stop - offset, piece.numel())
             if first < last:
                 found.append(piece[first:last].float())
             offset += piece.numel()
@@ -100,18 +101,18 @@ def check_convertible(checkpoint: Path) -> None:
         _step(_inner_state(saved.get("optimizer_state_dict", saved)).values(), files[0])
 
 
-def read_optimizer(checkpoint: Path, names: Sequence[str]) -> SavedOptimizer:
+def read_optimizer(checkpoint: Path, keys: Mapping[str, str]) -> SavedOptimizer:
     """Map the state of a checkpoint's optimizer into memory.
 
-    names: names of the trained parameters in the order of the optimizer's groups, for a checkpoint in one piece. The
-           names of the others are in their files.
+    keys: names of the trained parameters, in the order of the optimizer's groups, with their keys in the safetensors
+          files, for a checkpoint in one piece. The names of the others are in their files.
 
     Raises InputError for an optimizer other than AdamW, and for files that hold objects other than tensors.
     """
     with tensors_only():
         files = _zero_files(checkpoint)
         if not files:
-            return _read_plain(checkpoint, names)
+            return _read_plain(checkpoint, keys)
         shards = [_load(file)["optimizer_state_dict"] for file in files]
         if _stage(shards[0]) < 3:
             return _read_partitions(shards, files[0])
@@ -119,13 +120,15 @@ def read_optimizer(checkpoint: Path, names: Sequence[str]) -> SavedOptimizer:
         return _read_shards(shards, _load(model_file)["param_shapes"], files[0])
 
 
-def _read_plain(checkpoint: Path, names: Sequence[str]) -> SavedOptimizer:
+def _read_plain(checkpoint: Path, keys: Mapping[str, str]) -> SavedOptimizer:
     file = _plain_file(checkpoint)
     states = _load(file)["state"]
     weights = {key: tensor for path in checkpoint.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    if states and len(states) != len(keys):
+        raise InputError(f"{str(file)!r} is that of another model: of {len(states)} parameters, not of {len(keys)}")
     pieces: dict[str, dict[str, list[Tensor]]] = {key: {} for key in (WEIGHT, *MOMENTS)}
-    for index, name in enumerate(names):
-        tensors = {WEIGHT: weights[_key_in_weights(name)], **_moments(states[index] if states else {})}
+    for index, (name, key_in_weights) in enumerate(keys.items()):
+        tensors = {WEIGHT: weights[key_in_weights], **_moments(states[index] if states else {})}
         if len({tensor.shape for tensor in tensors.values()}) > 1:
             raise InputError(f"{str(file)!r}: state {index} is not that of {name!r}: the shapes differ")
         for key, tensor in tensors.items():
@@ -200,15 +203,6 @@ def _step(states: Iterable[Mapping[str, Any]], file: Path) -> float:
             "layout only if they are equal; resume under the earlier launch"
         )
     return steps.pop() if steps else 0.0
-
-
-def _key_in_weights(name: str) -> str:
-    """Return a parameter's key in the safetensors file: PEFT leaves the adapter's name out.
-
-    base_model.model.q_proj.lora_A.default.weight -> base_model.model.q_proj.lora_A.weight
-    base_model.model.score.modules_to_save.default.weight -> base_model.model.score.weight
-    """
-    return name.removeprefix("policy.").replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def _zero_files(checkpoint: Path) -> list[Path]:

@@ -3,8 +3,8 @@
     python tests/end_to_end/resharding.py [--kinds rloo-lora sft-full ...] [--folder FOLDER]
 
 Every kind of run takes three steps in every layout. Each is then resumed after its second step in every other layout,
-and the third steps are compared: weights, AdamW's moments and its count of updates. One start of processes makes all
-runs of its number of processes (launched.py). About 15 minutes on two cores.
+and the third steps are compared: weights, AdamW's moments and its count of updates, learning rates. One start of
+processes makes all runs of its number of processes (launched.py). About 15 minutes on two cores.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from tests.conftest import tiny_llama, tiny_tokenizer  # noqa: E402
-from tests.end_to_end.small_runs import LORA, rloo_recipe, start, write_data, write_recipe  # noqa: E402
+from tests.end_to_end.small_runs import LORA, records, rloo_recipe, start, write_data, write_recipe  # noqa: E402
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 ROWS = 6  # rows, or prompts, of a step; it divides by the numbers of processes
@@ -36,7 +37,7 @@ LAYOUTS = {
     "ZeRO-3 x 2": (2, 3),
     "ZeRO-3 x 3": (3, 3),  # with padding: no parameter has a multiple of 3 elements
 }
-BF16 = {"model": {"dtype": "bfloat16"}, "bf16": True}
+BF16 = {"dtype": "bfloat16", "bf16": True}
 KINDS: dict[str, dict[str, Any]] = {
     "rloo-full": {},
     "rloo-lora": {"lora": LORA},
@@ -57,19 +58,19 @@ def environment(zero: int) -> dict[str, str]:
     }
 
 
-def write(folder: Path, name: str, model: Path, kind: str, num_processes: int) -> str:
-    """Write a recipe of three steps; each takes the same rows on any number of processes."""
+def command(folder: Path, name: str, model: Path, kind: str, num_processes: int) -> list[str]:
+    """Write a recipe of three steps, which take the same rows on any number of processes; return its command line."""
     options = KINDS[kind]
-    sections: dict[str, Any] = {"lora": options.get("lora")}
-    if "model" in options:
-        sections["model"] = {"pretrained_model_name_or_path": str(model), **options["model"]}
     settings = {"max_steps": 3, "save_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
     settings |= {key: options[key] for key in ("bf16", "weight_decay") if key in options}
+    lora = options.get("lora")
     if kind.startswith("rloo"):
-        return str(rloo_recipe(folder, name, model, rloo={"prompts_per_step": ROWS, **settings}, **sections))
-    settings |= {"per_device_train_batch_size": ROWS // num_processes, "logging_steps": 1}
-    dataset = {"path": str(folder / "sft.jsonl"), "format": "prompt_answer"}
-    return str(write_recipe(folder, name, model, stage="sft", dataset=dataset, sft=settings, **sections))
+        recipe = rloo_recipe(folder, name, model, rloo={"prompts_per_step": ROWS, **settings}, lora=lora)
+    else:
+        settings |= {"per_device_train_batch_size": ROWS // num_processes, "logging_steps": 1}
+        dataset = {"path": str(folder / "sft.jsonl"), "format": "prompt_answer"}
+        recipe = write_recipe(folder, name, model, stage="sft", dataset=dataset, sft=settings, lora=lora)
+    return ["train", str(recipe), f"model.dtype={options.get('dtype', 'float32')}"]
 
 
 def copy_run(folder: Path, name: str, copy: str, step: int) -> None:
@@ -87,7 +88,9 @@ def copy_run(folder: Path, name: str, copy: str, step: int) -> None:
 def launch(folder: Path, cases: Sequence[tuple[int, list[str]]], num_processes: int) -> list[str]:
     """Run command lines, each at a stage of ZeRO, on some processes; return the lines of their standard error."""
     path = folder / f"cases-{num_processes}.json"
-    path.write_text(json.dumps([{"environment": environment(zero), "arguments": command} for zero, command in cases]))
+    path.write_text(
+        json.dumps([{"environment": environment(zero), "arguments": arguments} for zero, arguments in cases])
+    )
     if num_processes == 1:
         process = start(folder, "-c", ONE, str(path))
     else:
@@ -113,34 +116,44 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
-def difference(one: Path, other: Path, names: Sequence[str]) -> float:
-    """Return the largest relative difference of two checkpoints: of weights and moments, by tensor.
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Largest relative differences of two checkpoints: over the elements of a tensor, over its largest element."""
 
-    It is the largest difference of a tensor's elements over the largest element of it.
-    """
+    weights: float
+    moments: float
+
+
+def difference(one: Path, other: Path, keys: Mapping[str, str]) -> Difference:
+    """Compare weights and moments; the counts of AdamW's updates and the names of trained parameters must be equal."""
     from rekatrain.trainer.saved_optimizer import MOMENTS, WEIGHT, read_optimizer
 
-    ours, theirs = (read_optimizer(checkpoint, names) for checkpoint in (one, other))
+    ours, theirs = (read_optimizer(checkpoint, keys) for checkpoint in (one, other))
     assert ours.step == theirs.step > 0
-    assert set(ours.pieces[WEIGHT]) == set(theirs.pieces[WEIGHT]) == set(names)
-    pairs = [(ours.read(key, name), theirs.read(key, name)) for key in (WEIGHT, *MOMENTS) for name in names]
-    return max(float((mine - its).abs().max() / mine.abs().max()) for mine, its in pairs if mine.any() or its.any())
+    assert set(ours.pieces[WEIGHT]) == set(theirs.pieces[WEIGHT]) == set(keys)
+
+    def largest(*kinds: str) -> float:
+        pairs = [(ours.read(kind, name), theirs.read(kind, name)) for kind in kinds for name in keys]
+        return max(float((mine - its).abs().max() / mine.abs().max()) for mine, its in pairs if mine.any() or its.any())
+
+    return Difference(weights=largest(WEIGHT), moments=largest(*MOMENTS))
 
 
-def trained_names(kind: str, model: Path) -> list[str]:
-    """Return the names of the trained parameters in the order of the optimizer's groups."""
+def trained_keys(kind: str, model: Path) -> dict[str, str]:
+    """Return the names of the trained parameters, in the order of the optimizer's groups, and their keys in files."""
     from transformers import AutoModelForCausalLM, Trainer
 
     from rekatrain.trainer.models import add_adapter
+    from rekatrain.trainer.resharding import keys_in_weights
 
     policy: Any = AutoModelForCausalLM.from_pretrained(model)
     if KINDS[kind].get("lora"):
         policy = add_adapter(policy, LORA)
-    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    keys = keys_in_weights(policy)
     if kind.startswith("rloo"):
-        return [f"policy.{name}" for name in names]
-    decayed = Trainer.get_decay_parameter_names(Any, policy)
-    return [name for name in names if name in decayed] + [name for name in names if name not in decayed]
+        return {f"policy.{name}": key for name, key in keys.items()}
+    decayed = set(Trainer.get_decay_parameter_names(Any, policy))
+    return dict(sorted(keys.items(), key=lambda item: item[0] not in decayed))
 
 
 def in_order(layouts: Iterable[str]) -> list[str]:
@@ -148,14 +161,14 @@ def in_order(layouts: Iterable[str]) -> list[str]:
     return sorted(layouts, key=lambda layout: LAYOUTS[layout][1])
 
 
-def compare(folder: Path, model: Path, kinds: Sequence[str]) -> list[tuple[str, str, str, float]]:
-    """Make all runs, and return kind, layout of the checkpoint, layout of the next step and largest difference."""
+def compare(folder: Path, model: Path, kinds: Sequence[str]) -> list[tuple[str, str, str, Difference]]:
+    """Make all runs, and return kind, layout of the checkpoint, layout of the next step and their difference."""
     numbers = sorted({number for number, _ in LAYOUTS.values()})
     for number in numbers:
         cases = []
         for kind, layout in itertools.product(kinds, in_order(LAYOUTS)):
             if LAYOUTS[layout][0] == number:
-                cases.append((LAYOUTS[layout][1], ["train", write(folder, f"{kind} {layout}", model, kind, number)]))
+                cases.append((LAYOUTS[layout][1], command(folder, f"{kind} {layout}", model, kind, number)))
         launch(folder, sorted(cases, key=lambda case: case[0]), number)
         print(f"{len(cases)} runs on {number}", file=sys.stderr)
     pairs = [(kind, *pair) for kind in kinds for pair in itertools.permutations(LAYOUTS, 2)]
@@ -165,23 +178,18 @@ def compare(folder: Path, model: Path, kinds: Sequence[str]) -> list[tuple[str, 
             if LAYOUTS[after][0] == number:
                 name = f"{kind} {before} to {after}"
                 copy_run(folder, f"{kind} {before}", name, 2)
-                cases.append((LAYOUTS[after][1], ["train", write(folder, name, model, kind, number), "--resume"]))
+                cases.append((LAYOUTS[after][1], [*command(folder, name, model, kind, number), "--resume"]))
         launch(folder, sorted(cases, key=lambda case: case[0]), number)
         print(f"{len(cases)} resumed runs on {number}", file=sys.stderr)
-    names = {kind: trained_names(kind, model) for kind in kinds}
-    return [
-        (
-            kind,
-            before,
-            after,
-            difference(
-                folder / f"{kind} {before}" / "checkpoints" / "checkpoint-3",
-                folder / f"{kind} {before} to {after}" / "checkpoints" / "checkpoint-3",
-                names[kind],
-            ),
-        )
-        for kind, before, after in pairs
-    ]
+    keys = {kind: trained_keys(kind, model) for kind in kinds}
+    differences = []
+    for kind, before, after in pairs:
+        one, other = folder / f"{kind} {before}", folder / f"{kind} {before} to {after}"
+        rates = [[record["learning_rate"] for record in records(run)] for run in (one, other)]
+        assert rates[0] == rates[1] and len(rates[0]) == 3
+        ours, theirs = (run / "checkpoints" / "checkpoint-3" for run in (one, other))
+        differences.append((kind, before, after, difference(ours, theirs, keys[kind])))
+    return differences
 
 
 def main() -> None:
@@ -199,9 +207,9 @@ def main() -> None:
         tokenizer = tiny_tokenizer()
         tiny_llama(tokenizer).save_pretrained(model)
         tokenizer.save_pretrained(model)
-        print(f"{'kind':16}{'saved by':14}{'next step by':14}largest difference")
+        print(f"{'kind':16}{'saved by':14}{'next step by':14}{'weights':12}moments")
         for kind, before, after, largest in compare(folder, model, options.kinds):
-            print(f"{kind:16}{before:14}{after:14}{largest:.1e}")
+            print(f"{kind:16}{before:14}{after:14}{largest.weights:<12.1e}{largest.moments:.1e}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@ The table of all pairs of layouts is made by resharding.py.
 """
 
 import itertools
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch.optim import AdamW
 
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.resharding import restore_converted
 from rekatrain.trainer.saved_optimizer import MOMENTS, read_optimizer, saved_layout
 from tests.end_to_end.resharded_states import NAMES, STEP, Model, groups, write_plain
-from tests.end_to_end.resharding import launch, trained_names
+from tests.end_to_end.resharding import launch, trained_keys
 from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
 
 ROWS = 6
@@ -59,10 +61,10 @@ def test_resume_under_other_launches_keeps_the_optimizer(
         ours, theirs = weights(one, 5), weights(moved, 5)
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours), kind
-        names = trained_names(kind, model_folder)
-        last = [read_optimizer(run / "checkpoints" / "checkpoint-5", names) for run in (one, moved)]
+        keys = trained_keys(kind, model_folder)
+        last = [read_optimizer(run / "checkpoints" / "checkpoint-5", keys) for run in (one, moved)]
         assert last[0].step == last[1].step == (10 if kind.startswith("rloo") else 5)
-        for moment, name in itertools.product(MOMENTS, names):
+        for moment, name in itertools.product(MOMENTS, keys):
             mine, its = (optimizer.read(moment, name) for optimizer in last)
             assert torch.allclose(mine, its, rtol=0, atol=1e-5 * float(mine.abs().max())), (kind, moment, name)
         for mine_record, its_record in zip(records(one), records(moved), strict=True):
@@ -82,7 +84,7 @@ def test_every_stage_of_zero_holds_the_saved_state_bitwise(tmp_path: Path) -> No
     process = start(tmp_path, *launcher, worker, str(tmp_path))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr.decode()[-8000:]
-    expected = read_optimizer(tmp_path / "plain", NAMES)
+    expected = read_optimizer(tmp_path / "plain", dict(zip(NAMES, NAMES, strict=True)))
     checkpoints = sorted(tmp_path.glob("*-?"))
     assert len(checkpoints) == 10
     for checkpoint in checkpoints:
@@ -97,3 +99,18 @@ def test_every_stage_of_zero_holds_the_saved_state_bitwise(tmp_path: Path) -> No
             assert state["step"] == STEP
             for key in MOMENTS:
                 assert torch.equal(state[key].flatten(), expected.read(key, name)), (checkpoint.name, key, name)
+    for name in ("fp32-1", "bf16-2"):  # ZeRO-3 and ZeRO-2
+        assert_universal(tmp_path / name, tmp_path / f"{name}-universal")
+
+
+def assert_universal(checkpoint: Path, universal: Path) -> None:
+    """Compare what is read from a checkpoint with DeepSpeed's conversion of it, bit for bit."""
+    folder = str(checkpoint / "pytorch_model")
+    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    ds_to_universal.main(Namespace(input_folder=folder, output_folder=str(universal), **options, **workers))
+    saved = read_optimizer(checkpoint, {})
+    for name, key in itertools.product(NAMES, ("fp32", *MOMENTS)):
+        theirs = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=True)
+        tensor = theirs["param"] if isinstance(theirs, dict) else theirs  # ZeRO-1 and 2, or 3
+        assert torch.equal(saved.read(key, name), tensor.flatten()), (name, key)

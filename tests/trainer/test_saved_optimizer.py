@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Adagrad, AdamW, Optimizer, RMSprop
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.resharding import restore_converted
+from rekatrain.trainer.resharding import keys_in_weights, restore_converted
 from rekatrain.trainer.saved_optimizer import MOMENTS, Layout, check_convertible, read_optimizer, saved_layout
 
-NAMES = ["weight", "bias"]
+KEYS = {"weight": "weight", "bias": "bias"}
 
 
 def save(folder: Path, optimizer_class: type[Optimizer], num_updates: int = 1) -> tuple[nn.Module, dict[str, Any]]:
@@ -54,10 +55,10 @@ def test_unequal_numbers_of_updates_are_rejected(tmp_path: Path) -> None:
 def test_state_of_another_model_is_rejected(tmp_path: Path) -> None:
     save(tmp_path, AdamW)
     with pytest.raises(InputError, match="state 0 is not that of 'bias'"):
-        read_optimizer(tmp_path, ["bias", "weight"])
+        read_optimizer(tmp_path, dict(reversed(KEYS.items())))
     other = nn.Linear(3, 2, bias=False)
-    with pytest.raises(InputError, match="another model: 'bias' differs"):
-        restore_converted(tmp_path, other, AdamW(other.parameters()), NAMES)
+    with pytest.raises(InputError, match="another model: of 2 parameters, not of 1"):
+        restore_converted(tmp_path, other, AdamW(other.parameters()))
 
 
 @pytest.mark.parametrize("num_updates", [0, 3])
@@ -79,13 +80,37 @@ def test_restored_optimizer_takes_the_same_step(tmp_path: Path, num_updates: int
 
 def test_read_joins_pieces_and_takes_ranges(tmp_path: Path) -> None:
     model, _ = save(tmp_path, AdamW)
-    saved = read_optimizer(tmp_path, NAMES)
+    saved = read_optimizer(tmp_path, KEYS)
     whole = model.weight.detach().flatten()
     assert torch.equal(saved.read("fp32", "weight"), whole)
     assert torch.equal(saved.read("fp32", "weight", 2, 5), whole[2:5])
     assert torch.equal(saved.read("fp32", "weight", 4, 9), whole[4:])
     assert saved.read("fp32", "weight", 6, 9).numel() == 0 and saved.step == 1
     assert all(saved.read(key, "bias").shape == (2,) for key in MOMENTS)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ],
+)
+def test_keys_in_weights_are_those_of_a_saved_model(tmp_path: Path, model: Any, lora: dict[str, Any] | None) -> None:
+    policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
+    policy.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    saved, named = load_file(file), dict(policy.named_parameters())
+    keys = keys_in_weights(policy)
+    assert set(keys.values()) <= saved.keys()
+    assert set(keys) == {name for name, parameter in named.items() if parameter.requires_grad}
+    assert all(torch.equal(saved[key], named[name]) for name, key in keys.items())
+    part_of = nn.ModuleDict({"policy": policy})
+    assert keys_in_weights(part_of) == {f"policy.{name}": key for name, key in keys.items()}
 
 
 class Attack:
@@ -106,7 +131,7 @@ def test_conversion_runs_no_code_of_a_checkpoint(tmp_path: Path, zero: bool) -> 
         zero_shard(tmp_path, {"attack": Attack(made), "optimizer_state_dict": {"zero_stage": 2}})
     else:
         torch.save({"attack": Attack(made), "state": {}}, tmp_path / "optimizer.pt")
-    for read in (check_convertible, *([saved_layout] if zero else []), lambda path: read_optimizer(path, NAMES)):
+    for read in (check_convertible, *([saved_layout] if zero else []), lambda path: read_optimizer(path, KEYS)):
         with pytest.raises(InputError, match="could run code"):
             read(tmp_path)
     assert not made.exists()
