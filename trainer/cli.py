@@ -76,7 +76,7 @@ def _fail(message: str, status: int, *, details: str = "") -> NoReturn:
     else:
         from rekatrain.trainer.process_failure import print_failure
 
-        print_failure(message, details=details)
+        print_failure(message, status, details=details)
     sys.exit(status)
 
 

@@ -23,9 +23,10 @@ WATCH_SECONDS = 1.0
 RESUME = "Go on from the newest checkpoint with --resume"
 
 
-def print_failure(message: str, *, details: str = "") -> None:
+def print_failure(message: str, status: int, *, details: str = "") -> None:
     """Print an error of this process; of a message that several ranks of a launch have, one of them prints it.
 
+    status:  with which this process will exit
     details: lines below the message, such as a traceback
     """
     here = ranks()
@@ -34,7 +35,7 @@ def print_failure(message: str, *, details: str = "") -> None:
         return
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all ranks after the first
-    here.fail(message, details=details)
+    here.fail(message, status, details=details)
 
 
 @contextmanager
@@ -64,8 +65,7 @@ def end_with_the_others() -> Iterator[None]:
 def end_if_a_rank_failed(here: Ranks) -> None:
     """End this process if another rank has reported why it ends, or has died on this host."""
     if here.num_failed():
-        here.let_others_speak()
-        os._exit(1)  # every other thread may wait for the rank that has ended
+        os._exit(here.let_others_speak())  # every other thread may wait for the rank that has ended
     dead = here.dead_sibling()
     if dead is not None:
         _end(here, f"another process died: {dead}; its output or the kernel's log may say why. {RESUME}")
@@ -98,5 +98,5 @@ def _describe_timeout(cause: str) -> str:
 
 
 def _end(here: Ranks, message: str) -> None:
-    here.fail(f"error: {message}", names_rank=False)
+    here.fail(f"error: {message}", 1, names_rank=False)
     os._exit(1)  # every other thread waits for the dead process

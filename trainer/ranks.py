@@ -63,12 +63,11 @@ class Ranks:
             self._leave_the_old_store()
 
     def wait_for_all(self, name: str) -> None:
-        """Wait until every rank has called this with `name`; exit in silence if one has failed instead."""
+        """Wait until every rank has called this with `name`; exit as a rank that has failed instead, in silence."""
         self._store.add(f"arrived/{name}", 1)
         while self._store.add(f"arrived/{name}", 0) < self.size:
             if self.num_failed():
-                self.let_others_speak()
-                sys.exit(1)
+                sys.exit(self.let_others_speak())
             time.sleep(POLL_SECONDS)
 
     def agree(self, name: str, facts: Mapping[str, str]) -> None:
@@ -87,7 +86,7 @@ class Ranks:
             raise InputError(f"all ranks must start from the same, and rank 0 on {host} has another start: {named}")
         self.wait_for_all(f"agreed/{name}")
 
-    def fail(self, message: str, *, details: str = "", names_rank: bool = True) -> None:
+    def fail(self, message: str, status: int, *, details: str = "", names_rank: bool = True) -> None:
         """Report that this rank ends with `message`, and print it if this is the lowest rank that ends with it.
 
         It is printed with rank and host, unless all ranks have it or `names_rank` is False. `details` follow in lines
@@ -95,6 +94,7 @@ class Ranks:
         """
         self.is_ending = True
         try:
+            self._store.compare_set("status", "", str(status))
             self._store.set(f"failure/{self.rank}", message)
             self._store.add("failures", 1)
             deadline = time.monotonic() + FAILURE_SECONDS
@@ -111,12 +111,18 @@ class Ranks:
         with suppress(RuntimeError):
             self._store.add("said", 1)
 
-    def let_others_speak(self) -> None:
-        """Wait, but not long, until a rank that has failed has printed why: launchers end all ranks after the first."""
+    def let_others_speak(self) -> int:
+        """Return the exit status of the rank that failed first, once one has printed why it failed, or after a while.
+
+        Launchers end all ranks after the first.
+        """
         deadline = time.monotonic() + 2 * FAILURE_SECONDS
-        with suppress(RuntimeError):
+        try:
             while not self._store.add("said", 0) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+            return int(self._read("status") or 1)
+        except RuntimeError:  # the store has ended with the launcher of rank 0
+            return 1
 
     def num_failed(self) -> int:
         """Return the number of ranks that have reported a failure."""
