@@ -36,13 +36,15 @@ def finish_row(row: Row, options: FinishOptions) -> Row:
     """
     if row.tokens is not None:
         return row
-    messages = _finish(row.messages, options)
+    messages, rejected = _finish(row.messages, options), row.rejected and _finish(row.rejected, options)
+    if messages is row.messages and rejected is row.rejected:
+        return row
     num_added = len(messages) - len(row.messages)
     return replace(
         row,
         messages=messages,
         trains=row.trains and [*[False] * num_added, *row.trains],
-        rejected=row.rejected and _finish(row.rejected, options),
+        rejected=rejected,
     )
 
 

@@ -23,6 +23,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "tool_call"),
 }
 OUR_ROLES = ("system", "user", "assistant", "tool", "tool_call")
+PLAIN_ROLES = ("system", "user", "assistant")
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -128,6 +129,9 @@ def _read_turn(number: int, turn: object, options: TurnOptions) -> tuple[Message
     """Return the message, and True or False where the turn has a loss mask."""
     if not isinstance(turn, dict):
         raise InputError(f"message {number} must be an object with role and content, not {type_name(turn)}")
+    role, content = turn.get("role"), turn.get("content")
+    if len(turn) == 2 and role in PLAIN_ROLES and isinstance(content, str) and options == DEFAULT:
+        return {"role": role, "content": content}, None  # the usual turn: it needs none of the steps below, which are slow
     # An export writes null or an empty list of tool calls, images, ... for a turn without one.
     named = [
         (options.turn_keys.get(name, name), value)
