@@ -131,7 +131,7 @@ def _read_turn(number: int, turn: object, options: TurnOptions) -> tuple[Message
         raise InputError(f"message {number} must be an object with role and content, not {type_name(turn)}")
     role, content = turn.get("role"), turn.get("content")
     if len(turn) == 2 and role in PLAIN_ROLES and isinstance(content, str) and options == DEFAULT:
-        return {"role": role, "content": content}, None  # the usual turn: it needs none of the steps below, which are slow
+        return {"role": role, "content": content}, None  # the usual turn, without the slow steps below
     # An export writes null or an empty list of tool calls, images, ... for a turn without one.
     named = [
         (options.turn_keys.get(name, name), value)
