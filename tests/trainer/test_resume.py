@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rekatrain.trainer.cli import main
 from tests.end_to_end.small_runs import LORA, records, rloo_recipe, start, weights, write_data, write_recipe
@@ -164,7 +165,12 @@ def change_weights(folder: Path, model: Path) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_rows_weights_and_lengths_are_refused(
-    stage: str, folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    folder: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = stop_after_one_step(stage, folder, model_folder)
     data = folder / ("sums.jsonl" if stage == "rloo" else f"{stage}.jsonl")
@@ -195,6 +201,11 @@ def test_other_rows_weights_and_lengths_are_refused(
         capsys, stage, path, f"{stage}.learning_rate=0.1"
     )
     resume(stage, path)
+    for loader in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
+    with caplog.at_level(logging.INFO):
+        resume(stage, path)
+    assert f"{folder / 'run'} is finished: checkpoint-2 is its last checkpoint" in caplog.messages
     assert error_of(capsys, stage, path, f"{stage}.max_steps=1").startswith(
         f"--resume: {stage}.max_steps is 1, but the run has taken 2 steps: raise it, or export an earlier checkpoint"
     )

@@ -69,6 +69,12 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     rows = Repeatable(setup.trained_rows)
     agree_on_start(recipe, rows, checkpoint)
     folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    if checkpoint and first_step == config.max_steps:
+        if accelerator.is_main_process:
+            folder.start(recipe, first_step)  # deletes what a kill after the last step has left
+        logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
+        return
     setup.grader.warm_up()  # loads the weights of reward models
 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
@@ -100,7 +106,6 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     # Restore the checkpoint.
     texts = choose_texts(setup.tokenizer, [prompt.ids for prompt in setup.prompts])
     checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states, texts)
-    first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and keeps_optimizer:
         checkpointer.restore(checkpoint)
         follow_new_length(scheduler, config.max_steps)
