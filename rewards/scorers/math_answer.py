@@ -15,9 +15,12 @@ from rekatrain.rewards.scorers.math_values import Exactly, Items, Union, is_equa
 
 # What joins two boxes of which only one can be meant. "or rather" corrects the first.
 ALTERNATIVE = re.compile(
-    r"[\s$}.,;()?]*(?:\b(?:or|maybe|perhaps|possibly|alternatively|and/or|either|also|it|could|might|may|be)\b[\s${.,;()?]*)+",
+    r"[\s.,;()?/]*(?:,|/|\b(?:or|and|maybe|perhaps|possibly|alternatively|either|also|it|could|might|may|be)\b)"
+    r"(?:[\s.,;()?/]|\b(?:or|and|maybe|perhaps|possibly|alternatively|either|also|it|could|might|may|be)\b)*",
     re.IGNORECASE,
 )
+MAX_BOXES = 50  # of one answer
+LATEX = re.compile(r"\\[A-Za-z]+|[\\{}$\[\]]")
 
 
 def math_answer(completion: ParsedCompletion, *, answer: str | float | None) -> float | None:
@@ -46,16 +49,17 @@ def math_answer(completion: ParsedCompletion, *, answer: str | float | None) -> 
     boxes = locate_boxes(text)
     if not boxes:
         return float(_is_answered_in_text(gold, text))
-    values = [read_as(gold, text[start:end]) for start, end in boxes[-_num_values(gold) :]]
-    if len(boxes) == len(values) > 1 and None not in values and is_equal(gold, Items(brackets="", items=tuple(values))):
-        return 1.0
+    last = read_as(gold, text[boxes[-1][0] : boxes[-1][1]])
     if len(boxes) > 1:
-        (start, end), (last, _) = boxes[-2:]
-        between = text[end + 1 : last].rpartition("\\")[0]
+        values = _flatten([read_as(gold, text[start:end]) for start, end in boxes[-MAX_BOXES:]])
+        if len(values) == _num_values(gold) > 1 and is_equal(gold, Items(brackets="", items=tuple(values))):
+            return 1.0
+        (start, end), (following, _) = boxes[-2:]
+        between = text[end + 1 : following].rpartition("\\")[0][:200]
         other = read_as(gold, text[start:end])
-        if ALTERNATIVE.fullmatch(between[:200]) and other is not None and not is_equal(other, values[-1]):
+        if ALTERNATIVE.fullmatch(LATEX.sub(" ", between)) and other is not None and not is_equal(other, last):
             return 0.0
-    return float(is_equal(gold, values[-1]))
+    return float(is_equal(gold, last))
 
 
 def read_as(gold: Any, text: str) -> Any:
@@ -67,6 +71,14 @@ def read_as(gold: Any, text: str) -> Any:
     if unit is not None and not is_equal(gold, value):
         return read(unit[1])  # "5m", which could be 5 times m
     return value
+
+
+def _flatten(values: list[Any]) -> list[Any]:
+    """Return the values of several boxes, of which one may hold a list; none if a box cannot be read."""
+    flat: list[Any] = []
+    for value in values:
+        flat.extend(value.items if isinstance(value, Items) and value.brackets == "" else [value])
+    return [] if None in flat else flat
 
 
 def _num_values(gold: Any) -> int:

@@ -25,10 +25,35 @@ PLAIN = re.compile(
 # A run of signs ends between two numbers, and where a sentence does.
 PIECE_END = re.compile(r"[.,;:!?)]+\s+|(?<=[\d%)])\s+(?=[\d(])(?!\d+/\d)|\s+-\s+(?=[A-Za-z])")
 LETTER_FOLLOWS = re.compile(r"[A-Za-z](?![A-Za-z])(?<![mgshlLJNWVA])|[A-Za-z]?\^|_")
+WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 NUMBER = r"(-?\d+(?:,\d{3})*(?:\.\d+)?|-?\.\d+)"
 BETWEEN = r"(?:[^\d.!?\n]|[.!?]\s){0,40}?"
 UNSURE = r"\b(?:or|maybe|perhaps|possibly|alternatively|might\s+be|may\s+be|could\s+(?:also\s+)?be|and/or)\b"
-HEDGE = re.compile(rf"{NUMBER}{BETWEEN}{UNSURE}{BETWEEN}{NUMBER}", re.IGNORECASE)
+HEDGE = re.compile(
+    rf"{NUMBER}{BETWEEN}{UNSURE}(?:{BETWEEN}{NUMBER}|\W{{1,3}}(?:{UNSURE}\W)?({'|'.join(WORDS)})\b)", re.IGNORECASE
+)
 # Without a mark, "or" may join the steps of a calculation: "or 20 - 4 = 16 cups".
 ALTERNATIVES = re.compile(rf"{NUMBER}\W{{0,4}}(?:{UNSURE}\W{{1,4}})+{NUMBER}(?!\s*[-+*/=×]|\d)", re.IGNORECASE)
 ENUMERATION = re.compile(
@@ -74,10 +99,14 @@ def _hedges(text: str, gold: Any, *, is_marked: bool) -> bool:
     patterns = (HEDGE, ENUMERATION) if not isinstance(gold, Exactly) else (HEDGE,)
     for pattern in patterns if is_marked else (ALTERNATIVES,):
         for match in pattern.finditer(text[:1000]):
-            numbers = {float(number.replace(",", "")) for number in match.groups() if number}
+            numbers = {_value(number) for number in match.groups() if number}
             if len(numbers) > 1:
                 return True
     return False
+
+
+def _value(number: str) -> float:
+    return float(WORDS.index(number.lower())) if number[0].isalpha() else float(number.replace(",", ""))
 
 
 def _formulas(text: str, gold: Any) -> Iterator[str]:

@@ -175,9 +175,8 @@ def _equal_in_any_order(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 def _equal_equations(gold: Any, answer: Any) -> bool:
     """Compare two equations, or the side of an equation with a value: `x = 5` gives 5."""
     if isinstance(gold, Equation) and isinstance(answer, Equation):
-        if is_assignment(gold) and is_assignment(answer):
-            return gold.name == answer.name and is_equal(gold.sides[0], answer.sides[0])
-        return _equal_curves(gold, answer)
+        is_same_name = is_assignment(gold) and is_assignment(answer) and gold.name == answer.name
+        return (is_same_name and is_equal(gold.sides[0], answer.sides[0])) or _equal_curves(gold, answer)
     if isinstance(answer, Equation):
         return any(is_equal(gold, side) for side in answer.sides)
     return is_assignment(gold) and any(is_equal(side, answer) for side in gold.sides)
