@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 
 import psutil
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch does not list them as exported
 from torch.distributed.rendezvous import rendezvous
 
 from rekatrain.data.errors import InputError
