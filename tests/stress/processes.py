@@ -113,12 +113,12 @@ def _cause(stderr: str) -> str:
 
 def compare(one: Path, many: Path) -> str:
     """Compare the run folder of one process with that of several -> the first difference, or nothing."""
-    ours, theirs = (
-        sorted(records(path, "rollouts.jsonl"), key=lambda record: (record["step"], record["prompt_index"]))
-        for path in (one, many)
-    )
+    ours, theirs = (records(path, "rollouts.jsonl") for path in (one, many))
     if len(ours) != len(theirs):
         return f"{len(ours)} records, and {len(theirs)} of several processes"
+    for mine, its in zip(ours, theirs, strict=True):
+        if mine["completion_ids"] != its["completion_ids"]:
+            return f"step {mine['step']}, prompt {mine['prompt_index']}: another completion"
     for mine, its in zip(ours, theirs, strict=True):
         for key, value in mine.items():
             if not _is_close(value, its[key], key):

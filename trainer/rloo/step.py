@@ -63,12 +63,12 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
         # The gradient is 0: without an update, as AdamW's momentum would move the weights.
         return idle_records(step + 1, [*replaced, *groups])
 
-    # 4. Pack the groups into micro-batches. Without a KL, a group of equal rewards has advantages of 0 and moves no
-    # weight: it is left out.
+    # 4. Pack the groups into micro-batches, about as much on each process. Without a KL, a group of equal rewards has
+    # advantages of 0 and moves no weight: it is left out.
     idle = [] if run.reference else [group for group in groups if group.is_idle]
     trained = [group for group in groups if group not in idle]
     cost = accelerator.unwrap_model(run.model).pass_cost
-    batches = list(make_microbatches(trained, config.micro_batch_tokens, cost, accelerator.device))
+    batches = make_microbatches(accelerator, trained, config.micro_batch_tokens, cost)
 
     # 5. Log-probabilities of the reference, and the advantages that do not wait for the training pass.
     batches = score_before_training(run, batches)

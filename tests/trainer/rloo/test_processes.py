@@ -1,6 +1,8 @@
 """Tests of trainer/rloo/step.py on several processes, which are threads here: they take the step of one process."""
 
+import pickle
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,12 +17,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions
 from rekatrain.trainer.rloo.metrics import Clock, RolloutRecord
+from rekatrain.trainer.rloo.rollouts import step_prompts
 from rekatrain.trainer.rloo.setup import RunSetup
 from rekatrain.trainer.rloo.step import Run, take_step
 from tests.helpers.rloo import (
+    TEXTS,
     Gradient,
     assert_gradients_close,
     by_completion,
+    by_ids,
     exact_copy,
     gradient_of,
     make_model,
@@ -64,8 +69,8 @@ class Ranks:
         )
 
     def gather_object(self, objects: list[Any]) -> list[Any]:
-        """Return the lists of all ranks end to end, as Accelerate does."""
-        return [each for part in self._exchange(objects) for each in part]
+        """Return copies of the lists of all ranks end to end, as Accelerate does."""
+        return [each for part in self._exchange(pickle.dumps(objects)) for each in pickle.loads(part)]
 
     def record(self, packed: PackedCompletions) -> None:
         """Record a forward pass of this thread's rank."""
@@ -158,18 +163,43 @@ def test_take_step_on_many_processes_equals_one(
         assert_equal_steps(run_on_ranks(policy, setup, Ranks(num_processes)), expected)
 
 
+def test_take_step_trains_on_all_processes_what_one_sampled(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # Only the prompts of the first process have rewards that vary: it hands one of its two groups to the second.
+    order = step_prompts(4, seed=5, step=0, prompts_per_step=4)
+
+    def vary_on_the_first(
+        prompts: Sequence[str], completion_ids: Sequence[list[int]], **_: object
+    ) -> list[float | None]:
+        varying = [TEXTS[index] for index in order[:2]]
+        pairs = zip(prompts, by_ids(completion_ids), strict=True)
+        return [reward if prompt in varying else 0.5 for prompt, reward in pairs]
+
+    setup = make_setup(tokenizer, vary_on_the_first, texts=TEXTS[:4], prompts_per_step=4, num_generations=6)
+    expected = run_on_ranks(policy.double(), setup, Ranks(1))
+    ranks = Ranks(2)
+    records, gradient = run_on_ranks(policy, setup, ranks)
+    assert_equal_steps((records, gradient), expected)
+    assert {record["prompt_index"] for record in records if record["logprob"] is not None} == {0, 1}
+    lengths = [
+        sum(len(record["completion_ids"]) for record in records if record["prompt_index"] == index) for index in (0, 1)
+    ]
+    assert sorted(sum(tokens for _, tokens in passes) for passes in ranks.chunks) == sorted(lengths)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_take_step_makes_equal_passes_on_all_processes(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, beta: float
 ) -> None:
-    # Lengths differ between the processes: one has fewer micro-batches than the other, and fewer chunks in them.
+    # A group on each process, of other lengths: one has fewer micro-batches than the other, and fewer chunks in them.
     setup = make_setup(
         tokenizer,
         sometimes_none,
-        prompts_per_step=4,
+        prompts_per_step=2,
         num_generations=6,
         max_completion_length=24,
-        micro_batch_tokens=100,
+        micro_batch_tokens=60,
         beta=beta,
     )
     start = exact_copy(policy)

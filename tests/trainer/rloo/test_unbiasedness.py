@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -224,7 +225,7 @@ def expected_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, config:
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
     policy.zero_grad()
     for pair in itertools.product(range(len(COMPLETIONS)), repeat=2):
-        [batch] = make_microbatches([pair_group(pair)], 10**6, PassCost.of(policy.model), torch.device("cpu"))
+        [batch] = make_microbatches(Accelerator(cpu=True), [pair_group(pair)], 10**6, PassCost.of(policy.model))
         logprobs_T = scored(batch.packed)
         batch.old_logprobs = logprobs_T.detach()
         batch.reference_logprobs = frozen(batch.packed).detach()

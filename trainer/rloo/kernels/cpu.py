@@ -170,9 +170,21 @@ class PassCost:
         >>> cost.shares_prompt(50, [10, 10]), cost.shares_prompt(1, [1000, 1000])
         (True, False)
         """
+        return self.join * sum(completions) <= self._again(prompt, len(completions))
+
+    def of_group(self, prompt: int, completions: Sequence[int]) -> float:
+        """Cost of a prompt with its completions, run in the cheaper way.
+
+        >>> PassCost(token=100.0, pair=1.0, join=10.0).of_group(50, [10, 10])
+        9550.0
+        """
+        num_pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)
+        once = self.token * (prompt + sum(completions)) + self.pair * num_pairs
+        return once + min(self.join * sum(completions), self._again(prompt, len(completions)))
+
+    def _again(self, prompt: int, num_completions: int) -> float:
         # Running the prompt again costs its tokens and their attention to each other; the rest is the same either way.
-        again = (len(completions) - 1) * (self.token * prompt + self.pair * prompt**2 / 2)
-        return self.join * sum(completions) <= again
+        return (num_completions - 1) * (self.token * prompt + self.pair * prompt**2 / 2)
 
     def longest_shared(self, prompt: int, num_completions: int, max_length: int) -> int:
         """Length up to which completions of equal length share their prompt, at most `max_length` tokens.
