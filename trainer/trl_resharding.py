@@ -68,31 +68,31 @@ def restore_other_launch(trainer: Trainer, checkpoint: Path) -> None:
     transformers has no hook for it: it loads an optimizer into the layout that it was saved in.
     """
     if read_manifest(checkpoint)["launch"]["num_processes"] != trainer.args.world_size:
-        # Dropout is all that draws from these states; the order of rows depends on the seed and the epoch.
-        seed = trainer.args.seed + checkpoint_step(checkpoint)
-        trainer._load_rng_state = lambda _: set_seed(seed, device_specific=True)  # type: ignore[method-assign]
+
+        def seed_states(_: str | None) -> None:
+            """Seed each process: dropout alone draws from its states, the order of rows follows from seed and epoch."""
+            set_seed(trainer.args.seed + checkpoint_step(checkpoint), device_specific=True)
+
+        trainer._load_rng_state = seed_states  # type: ignore[method-assign, assignment]  # the argument has another name
     if saved_layout(checkpoint) == _layout(trainer.args):
         return
     prepare = trainer._prepare_for_training
 
     def prepare_and_restore(max_steps: int, train_dataloader: DataLoader[Any], _: str) -> tuple[nn.Module, Any]:
         prepared: tuple[nn.Module, Any] = prepare(max_steps, train_dataloader, None)
-        restore_converted(checkpoint, trainer.model, trainer.optimizer, _names_by_group(trainer))
-        state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
-        trainer.lr_scheduler.load_state_dict(state)
-        for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        model, optimizer, scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
+        assert model is not None and optimizer is not None and scheduler is not None
+        decayed = set(trainer.get_decay_parameter_names(model))
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        # As Trainer.create_optimizer groups them.
+        restore_converted(checkpoint, model, optimizer, sorted(names, key=lambda name: name not in decayed))
+        scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         return prepared
 
     trainer._prepare_for_training = prepare_and_restore  # type: ignore[method-assign]
     trainer._load_from_checkpoint = lambda *_: None  # type: ignore[method-assign]  # weights come with the optimizer
-
-
-def _names_by_group(trainer: Trainer) -> list[str]:
-    """Return the trained parameters in the order of `Trainer.create_optimizer`: first those with weight decay."""
-    decayed = set(trainer.get_decay_parameter_names(trainer.model))
-    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    return [name for name in names if name in decayed] + [name for name in names if name not in decayed]
 
 
 def _rows_per_step(config: TrainingArguments) -> int:
