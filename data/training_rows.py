@@ -61,9 +61,10 @@ def encode_rows(
                 encoded.append(one)
                 continue
             # TRL would cut off the end of the row, and with it the stop: the model would learn not to stop.
-            long[row.source.long_rows][row.where] = len(one.input_ids)
-            if row.source.long_rows == "truncate" and (cut := cut_row(one, max_length)):
-                encoded.append(cut)
+            cut = cut_row(one, max_length) if row.source.long_rows == "truncate" else None
+            encoded += [cut] if cut else []
+            policy = "skip" if row.source.long_rows == "truncate" and not cut else row.source.long_rows
+            long[policy][row.where] = len(one.input_ids)
     if bad:
         logger.warning("%d rows that cannot be trained skipped; the first: %s", len(bad), bad[0])
     limit = f"longer than {max_length} tokens (the smaller of sft.max_length and the model's context)"

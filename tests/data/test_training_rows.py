@@ -153,6 +153,16 @@ def test_long_rows_are_skipped_or_cut_and_named(
     assert "a.jsonl:2 (" in record.getMessage()
 
 
+def test_row_with_no_turn_that_fits_is_skipped_not_cut(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        encoded = encode_rows(rows_of(SHORT, [user("x" * 200), assistant("y")], long_rows="truncate"), tokenizer, 100)
+    assert encoded == [encode_row(SHORT, tokenizer)]
+    (record,) = caplog.records
+    assert "skipped: a.jsonl:2 (" in record.getMessage()
+
+
 def test_long_rows_are_refused_by_their_names(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match=r"2 of 3 rows are longer than 100 .*: a.jsonl:2 \(\d+ tokens\), a.jsonl:3 \("):
         encode_rows(rows_of(SHORT, LONG, LONG), tokenizer, 100)
