@@ -6,7 +6,9 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, Final
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import OwnKeys
+from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.rewards.registry import find
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -23,7 +25,8 @@ ABSENT: Final = _Absent()
 def values_with_defaults(one: Recipe, other: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the values of two recipes by dotted key; a key that only one of them sets has its default in the other.
 
-    A section, or a reward, that only one of them has is one key. A section that is equal in both is left out.
+    A section, or a reward, that only one of them has is one key. A section that is equal in both is left out. A key
+    that may change whatever its default is, such as `evaluate.temperature`, is ABSENT instead.
     """
     left: dict[str, Any] = {}
     right: dict[str, Any] = {}
@@ -35,9 +38,8 @@ def values_with_defaults(one: Recipe, other: Recipe) -> tuple[dict[str, Any], di
         elif a != b:
             defaults = _defaults_of(name)
             for key in dict.fromkeys([*a, *b]):
-                left[f"{name}.{key}"], right[f"{name}.{key}"] = (
-                    values.get(key, defaults.get(key)) for values in (a, b)
-                )
+                default = defaults.get(key, ABSENT)
+                left[f"{name}.{key}"], right[f"{name}.{key}"] = a.get(key, default), b.get(key, default)
     return left, right
 
 
@@ -56,7 +58,7 @@ def _by_section(recipe: Recipe) -> dict[str, Any]:
 
 
 def _defaults_of(name: str) -> dict[str, Any]:
-    """Return the defaults of a section whose keys must stay, or of a reward's options."""
+    """Return the defaults of a section, if some of its keys must stay, or of a reward's options."""
     if name.startswith("rewards."):
         try:
             return {**_defaults(OwnKeys), **_defaults(find(name.removeprefix("rewards.")))}
@@ -71,14 +73,17 @@ def _defaults_of(name: str) -> dict[str, Any]:
 
     callables: dict[str, Callable[..., Any]] = {
         "model": load_model,
+        "dataset": load_rows,
         "lora": LoraConfig,
         "sft": SFTConfig,
         "reward": RewardConfig,
         "rloo": RLOOConfig,
+        "scoring": ScoringConfig,
     }
     if name not in callables:
         return {}
-    return _defaults(callables[name]) | ({"bf16": bf16_default()} if name in ("sft", "reward") else {})
+    ours = {"sft": {"bf16": bf16_default()}, "reward": {"bf16": bf16_default()}, "dataset": {"order": "shuffled"}}
+    return _defaults(callables[name]) | ours.get(name, {})
 
 
 def _defaults(target: Callable[..., Any]) -> dict[str, Any]:

@@ -135,6 +135,7 @@ def test_defaults_that_are_written_out_are_no_change() -> None:
     written = replace(
         RECIPE,
         model={**RECIPE.model, "dtype": "bfloat16", "revision": None},
+        dataset={**RECIPE.dataset, "order": "shuffled", "limit": None},
         rloo={**RECIPE.rloo, "max_staleness": 0, "beta": 0.05},
         rewards={"math_answer": {"weight": 1.0}},
     )
