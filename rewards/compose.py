@@ -44,6 +44,7 @@ class RewardFunction:
     timeout:  seconds, per completion of a scorer or per batch of a batch function; None: that of `scoring:`
     requires: rewards that must give 1.0 for this one to count in the total
     on_timeout: "error", or "zero" for a scorer whose time limit is part of the task
+    check_row: raises InputError for the columns of a row that it cannot read; None if it reads any
     """
 
     name: str
@@ -54,6 +55,7 @@ class RewardFunction:
     timeout: float | None = None
     requires: tuple[str, ...] = ()
     on_timeout: Literal["error", "zero"] = "error"
+    check_row: Callable[..., None] | None = None
 
 
 def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> list[RewardFunction]:
@@ -96,6 +98,7 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         timeout=None if timeout is None else float(timeout),
         requires=_find_required(name, own.requires, specs),
         on_timeout=own.on_timeout,
+        check_row=getattr(made, "check_row", None),
     )
 
 

@@ -121,8 +121,8 @@ def _read_text(text: str) -> Tests:
 
 def _read_object(tests: Mapping[str, Any]) -> Tests:
     keys = {key: value for key, value in tests.items() if value not in (None, "", [])}
-    if "inputs" in keys and "outputs" in keys:  # APPS, TACO, PRIME
-        return _read_pairs(keys["inputs"], keys["outputs"], str(keys.get("fn_name", "")), "")
+    if "inputs" in tests and "outputs" in tests:  # APPS, TACO, PRIME
+        return _read_pairs(tests["inputs"], tests["outputs"], str(keys.get("fn_name", "")), "")
     if isinstance(keys.get("input"), list) and isinstance(keys.get("output"), list):  # CodeContests
         return _read_pairs(keys["input"], keys["output"], "", str(keys.get("checker", "")))
     for key in ("input_output", "test_cases", "public_test_cases", "programs", "verification_info"):

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import is_shuffled
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
+from rekatrain.rewards.gradable import keep_gradable
 from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
@@ -117,6 +118,8 @@ def prepare(recipe: Recipe) -> RunSetup:
     _check_no_dropout(recipe, model_config)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_source_columns(rewards, {prompt.row.source.name: prompt.row.source for prompt in prompts}.values())
+    gradable = keep_gradable(rewards, [prompt.row for prompt in prompts])
+    prompts = [prompt for prompt, is_kept in zip(prompts, gradable, strict=True) if is_kept]
     is_evaluated = config.eval_steps is not None
     held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=False) if is_evaluated else None
     return RunSetup(
