@@ -2,30 +2,74 @@
 
 import sys
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rekatrain.data.chat import IGNORED_LABEL, render_completion
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
 from rekatrain.trainer.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from rekatrain.trainer.reward_model.train import RewardTask
+    from rekatrain.trainer.rloo.setup import RunSetup
+    from rekatrain.trainer.sft import SFTTask
+
 TRAINED = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
 
 
 def dry_run(recipe: Recipe, *, resume: bool) -> None:
-    """Print the resolved recipe, counts of the data and the first row; write nothing and load no weights."""
-    RunFolder(recipe.output_dir).check(recipe, resume=resume)
+    """Print the resolved recipe, counts of the data and the first row; write nothing and load no weights.
+
+    Raises InputError for all that `train` would find before it loads weights, except vLLM servers, which need not run
+    yet.
+    """
+    folder = RunFolder(recipe.output_dir)
+    folder.check(recipe, resume=resume)
     print(dump_recipe(recipe))
     if recipe.stage == "sft":
-        _show_sft(recipe)
+        _show_sft(recipe, folder, resume=resume)
     elif recipe.stage == "reward":
-        _show_reward(recipe)
+        _show_reward(recipe, folder, resume=resume)
     else:
-        _show_rloo(recipe)
+        _show_rloo(recipe, folder, resume=resume)
 
 
-def _show_sft(recipe: Recipe) -> None:
+def _check_trl_start(recipe: Recipe, folder: RunFolder, task: "SFTTask | RewardTask", *, resume: bool) -> None:
+    from rekatrain.trainer.models import check_trainable
+    from rekatrain.trainer.origin import check_origin
+    from rekatrain.trainer.trl_resharding import check_resumable
+
+    config: TrainingArguments = task.config
+    check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
+    checkpoint = folder.choose_checkpoint(resume=resume)
+    if checkpoint is not None:
+        check_resumable(checkpoint, recipe.stage, config)
+        check_origin(recipe, task.trained_rows(), checkpoint)
+
+
+def _check_rloo_start(recipe: Recipe, task: "RunSetup", folder: RunFolder, *, resume: bool) -> None:
+    from rekatrain.trainer.launch import read_launch
+    from rekatrain.trainer.models import check_trainable
+    from rekatrain.trainer.origin import check_origin
+    from rekatrain.trainer.rloo.checkpoint import check_layout
+    from rekatrain.trainer.rloo.distributed import check_dtype, make_accelerator, zero_stage
+
+    accelerator = make_accelerator(bf16=task.config.bf16, ddp_timeout=task.ddp_timeout(read_launch().num_processes))
+    check_trainable(recipe, is_deepspeed=zero_stage(accelerator) > 0, bf16=task.config.bf16)
+    check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=task.config.bf16)
+    task.config.prompts_per_process(accelerator.num_processes)
+    checkpoint = folder.choose_checkpoint(resume=resume)
+    if checkpoint is not None:
+        check_layout(accelerator, checkpoint, restarts_optimizer=task.config.restart_optimizer)
+        check_origin(recipe, task.trained_rows(), checkpoint)
+
+
+def _show_sft(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     from rekatrain.trainer.sft import prepare
 
     task = prepare(recipe)
+    _check_trl_start(recipe, folder, task, resume=resume)
     lengths = [len(row.input_ids) for row in task.rows]
     trained = sum(label != IGNORED_LABEL for row in task.rows for label in row.labels)
     print(f"# {len(task.rows)} rows, {sum(lengths):,} tokens, {trained:,} of them trained; longest row {max(lengths)}")
@@ -38,10 +82,11 @@ def _show_sft(recipe: Recipe) -> None:
     print(f"# the first row; trained tokens are marked\n{shown}")
 
 
-def _show_reward(recipe: Recipe) -> None:
+def _show_reward(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     from rekatrain.trainer.reward_model.train import prepare
 
     task = prepare(recipe)
+    _check_trl_start(recipe, folder, task, resume=resume)
     lengths = [len(row.input_ids) for pair in task.pairs for row in (pair.chosen, pair.rejected)]
     print(f"# {len(task.pairs)} pairs, {sum(lengths):,} tokens; longest answer with its prompt: {max(lengths)}")
     print(f"# {len(task.held_out)} pairs held out")
@@ -50,10 +95,11 @@ def _show_reward(recipe: Recipe) -> None:
         print(f"# the first {name}\n{task.tokenizer.decode(row.input_ids)}")
 
 
-def _show_rloo(recipe: Recipe) -> None:
+def _show_rloo(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     from rekatrain.trainer.rloo.setup import prepare
 
     task = prepare(recipe)
+    _check_rloo_start(recipe, task, folder, resume=resume)
     config = task.config
     num_completions = config.prompts_per_step * config.num_generations
     print(

@@ -181,6 +181,7 @@ def test_other_rows_weights_and_lengths_are_refused(
     data.write_text(whole + whole.splitlines()[0].replace("1 + 1", "90 + 1") + "\n")
     fault = f"--resume: the rows are not those of the checkpoint ({number} then, {number + 1} now)"
     assert error_of(capsys, stage, path) == fault + advice
+    assert error_of(capsys, stage, path, "--dry-run") == fault + advice
     data.write_text(whole.replace("2 + 2", "2+2"))
     fault = f"--resume: the rows are not those of the checkpoint ({number}, with other tokens or columns)"
     assert error_of(capsys, stage, path) == fault + advice
