@@ -21,6 +21,8 @@ from rekatrain.trainer.saved_optimizer import Layout, check_convertible, make_la
 logger = logging.getLogger(__name__)
 
 BATCH_FILE = "batch.json"
+# Lists in the state of a schedule with an entry for each group of parameters.
+RATES_BY_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs"}
 
 
 class SaveBatch(TrainerCallback):
@@ -86,7 +88,11 @@ def restore_other_launch(trainer: Trainer, checkpoint: Path) -> None:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         # As Trainer.create_optimizer groups them.
         restore_converted(checkpoint, model, optimizer, sorted(names, key=lambda name: name not in decayed))
-        scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
+        # The rates are equal in all groups, but DeepSpeed drops an empty one: an adapter has no weights without decay.
+        for key in RATES_BY_GROUP & state.keys():
+            state[key] = state[key][:1] * len(optimizer.param_groups)
+        scheduler.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         return prepared

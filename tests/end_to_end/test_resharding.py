@@ -20,7 +20,7 @@ from tests.end_to_end.resharding import launch, trained_keys
 from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
 
 ROWS = 6
-KINDS = {"rloo-lora": LORA, "sft-full": None}
+KINDS = {"rloo-lora": LORA, "sft-full": None, "sft-lora": LORA}
 
 
 def recipe(folder: Path, name: str, model: Path, kind: str, num_processes: int) -> str:
@@ -32,7 +32,7 @@ def recipe(folder: Path, name: str, model: Path, kind: str, num_processes: int) 
         return str(rloo_recipe(folder, name, model, rloo=rloo, lora=KINDS[kind]))
     settings |= {"per_device_train_batch_size": ROWS // num_processes, "logging_steps": 1, "weight_decay": 0.1}
     dataset = {"path": str(folder / "sft.jsonl"), "format": "prompt_answer"}
-    return str(write_recipe(folder, name, model, stage="sft", dataset=dataset, sft=settings))
+    return str(write_recipe(folder, name, model, stage="sft", lora=KINDS[kind], dataset=dataset, sft=settings))
 
 
 @pytest.mark.slow
