@@ -4,7 +4,7 @@ Otherwise a node with another copy of the data trains other steps, or waits in o
 ends the run without a reason.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ SHOWN_DIGITS = 12
 class Repeatable:
     """Rows that are made anew each time they are read, so that no copy of them is held."""
 
-    make: Callable[[], Iterator[object]]
+    make: Callable[[], Iterator[Sequence[object]]]
 
-    def __iter__(self) -> Iterator[object]:
+    def __iter__(self) -> Iterator[Sequence[object]]:
         return self.make()
 
 
@@ -35,10 +35,10 @@ def agree_on_recipe(recipe: Recipe, *, resume: bool) -> None:
         here.agree("recipe", {**facts, "--resume": "given" if resume else "not given"})
 
 
-def agree_on_start(recipe: Recipe, rows: Iterable[object], checkpoint: Path | None) -> None:
+def agree_on_start(recipe: Recipe, rows: Iterable[Sequence[object]], checkpoint: Path | None) -> None:
     """Raise InputError on a rank that reads other rows, model, rewards, versions or checkpoint than rank 0.
 
-    rows:       a JSON value for each trained row
+    rows:       the parts of each trained row
     checkpoint: the one that rank 0 has chosen
     """
     here = ranks()

@@ -23,12 +23,12 @@ from rekatrain.trainer.run_folder import ORIGIN_FILE
 logger = logging.getLogger(__name__)
 
 
-def check_origin(recipe: Recipe, rows: Iterable[object], checkpoint: Path | None) -> dict[str, Any]:
+def check_origin(recipe: Recipe, rows: Iterable[Sequence[object]], checkpoint: Path | None) -> dict[str, Any]:
     """Return the origin of the checkpoints of this run, after comparing it with that of the one it continues.
 
     Raises InputError if what is learned would change; logs other changes.
 
-    rows: a JSON value for each trained row
+    rows: the parts of each trained row
     """
     now = take_fingerprints(recipe, rows)
     if checkpoint is not None:

@@ -82,7 +82,11 @@ def _defaults_of(name: str) -> dict[str, Any]:
     }
     if name not in callables:
         return {}
-    ours = {"sft": {"bf16": bf16_default()}, "reward": {"bf16": bf16_default()}, "dataset": {"order": "shuffled"}}
+    ours: dict[str, dict[str, Any]] = {
+        "sft": {"bf16": bf16_default()},
+        "reward": {"bf16": bf16_default()},
+        "dataset": {"order": "shuffled"},
+    }
     return _defaults(callables[name]) | ours.get(name, {})
 
 

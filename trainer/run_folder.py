@@ -177,7 +177,7 @@ class RunFolder:
         """
         partial = self.partial_checkpoint(step)
         records = {name: file.seal() for name, file in self._records.items() if file.path.exists()}
-        (partial / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=1) + "\n", encoding="utf-8")
+        (partial / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=1, default=str) + "\n", encoding="utf-8")
         seal(partial, step=step, stage=stage, launch=launch, records=records)
         publish(partial, self.checkpoint(step))
         rotate(self.checkpoints, save_total_limit, newest=step, best=best)

@@ -47,8 +47,8 @@ class SFTTask:
     rows: list[EncodedRow]
     held_out: dict[str, list[EncodedRow]]
 
-    def trained_rows(self) -> Iterator[object]:
-        """Return a JSON value for each row, which its fingerprint is of."""
+    def trained_rows(self) -> Iterator[Sequence[object]]:
+        """Return the ids and the labels of each row, which a fingerprint is taken of."""
         return ((row.input_ids, row.labels) for row in self.rows)
 
 

@@ -44,8 +44,8 @@ class RewardTask:
     pairs: list[Pair]
     held_out: list[Pair]
 
-    def trained_rows(self) -> Iterator[object]:
-        """Return a JSON value for each trained pair, which its fingerprint is of."""
+    def trained_rows(self) -> Iterator[Sequence[object]]:
+        """Return the parts of each trained pair, which a fingerprint is taken of."""
         return ((pair.chosen.input_ids, pair.rejected.input_ids, pair.margin) for pair in self.pairs)
 
 

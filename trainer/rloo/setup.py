@@ -1,7 +1,7 @@
 """Everything of an RLOO run that can be checked before a weight is loaded."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,8 +45,8 @@ class RunSetup:
     is_shuffled: bool = True
     held_out: HeldOut | None = None
 
-    def trained_rows(self) -> Iterator[object]:
-        """Return a JSON value for each prompt and all that its rewards read, which its fingerprint is of."""
+    def trained_rows(self) -> Iterator[Sequence[object]]:
+        """Return the ids of each prompt and all that its rewards read, which a fingerprint is taken of."""
         rows = ((prompt.ids, prompt.row) for prompt in self.prompts)
         return ((ids, row.messages, row.columns, row.source.rewards) for ids, row in rows)
 
