@@ -113,13 +113,13 @@ def _check_deepspeed(name: str, config: TrainingArguments, plugin: DeepSpeedPlug
 
 
 def check_start(
-    run: RunFolder, recipe: Recipe, config: TrainingArguments, rows: Iterable[object], *, resume: bool
+    run: RunFolder, recipe: Recipe, config: TrainingArguments, rows: Iterable[Sequence[object]], *, resume: bool
 ) -> Path | None:
     """Return the checkpoint to continue from, or None for a fresh start.
 
     Raises InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint.
 
-    rows: a JSON value for each trained row; read more than once
+    rows: the parts of each trained row; read more than once
     """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
