@@ -85,7 +85,7 @@ RULES = (
     Rule(
         FREE,
         "rewards.code_tests rewards.reasoning_gym",
-        "time_limit memory_limit_mb max_processes isolation",
+        "time_limit total_time_limit memory_limit_mb max_processes isolation",
         "limits of a sandbox",
     ),
     Rule(

@@ -181,8 +181,7 @@ class Judge:
         usage = answer.get("usage")
         for key in self._tokens:
             count = usage.get(key) if isinstance(usage, Mapping) else None
-            is_count = isinstance(count, int) and 0 <= count <= MAX_TOKENS
-            self._tokens[key] += count if is_count else 0
+            self._tokens[key] += count if isinstance(count, int) and 0 <= count <= MAX_TOKENS else 0
         try:
             text = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):

@@ -77,7 +77,7 @@ KEYS = {
         },
         "wandb": "project mode",
         **{f"rewards.{name}": "timeout" for name in [*REWARDS, "my_rewards:brevity"]},
-        "rewards.code_tests": "timeout time_limit memory_limit_mb max_processes isolation",
+        "rewards.code_tests": "timeout time_limit total_time_limit memory_limit_mb max_processes isolation",
         "rewards.reasoning_gym": "timeout time_limit memory_limit_mb isolation",
         "rewards.reward_model": "timeout pretrained_model_name_or_path revision",
         "rewards.json_schema": "timeout schema",
