@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.places import check_new_file, check_parent
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe, build_recipe, load_recipe
 from rekatrain.trainer.terminal import set_up_terminal
@@ -56,6 +57,12 @@ def train(
     """
     checked = check_recipe(recipe, *overrides)
     run = Path(checked.output_dir)
+    from rekatrain.trainer.models import check_not_adapter
+    from rekatrain.trainer.plan.plan import check_fits
+
+    check_parent(run, "output_dir")
+    check_not_adapter(checked)
+    check_fits(checked, is_overridden=skip_memory_check)
     if dry_run:
         from rekatrain.trainer.dry_run import dry_run as show
 
@@ -63,10 +70,8 @@ def train(
         return run
     from rekatrain.trainer.agreement import agree_on_recipe
     from rekatrain.trainer.interruption import INTERRUPTION
-    from rekatrain.trainer.plan.plan import check_fits
     from rekatrain.trainer.process_failure import end_with_the_others
 
-    check_fits(checked, is_overridden=skip_memory_check)
     if checked.stage == "sft":
         from rekatrain.trainer.sft import train as run_stage
     elif checked.stage == "reward":
@@ -91,7 +96,9 @@ def evaluate(
     out: a JSON file for the result and every answer
     """
     checked = check_recipe(recipe, *overrides)
-    out = None if out is None else Path(out)
+    if out is not None:
+        out = Path(out)
+        check_new_file(out, "--out")
     if checked.stage == "reward":
         from rekatrain.trainer.reward_model.evaluate_pairs import evaluate as evaluate_reward_model
 
@@ -133,6 +140,7 @@ def export(
     max_shard_size: of one weights file
     """
     set_up_terminal()
+    check_parent(Path(out), "OUT")
     from rekatrain.trainer.export.export import export as export_run
 
     export_run(Path(run), Path(out), form=form, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)

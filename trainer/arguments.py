@@ -1,6 +1,7 @@
 """The arguments of the command line: commands, options and their help."""
 
 import argparse
+import re
 from pathlib import Path
 
 import rekatrain
@@ -96,7 +97,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     command.add_argument(
-        "--port", type=_positive, help="port to listen on (default: that of vllm_server_base_url, or 8000)"
+        "--port", type=_port, help="port to listen on (default: that of vllm_server_base_url, or 8000)"
     )
     command.add_argument(
         "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="GPUs of this server (default 1)"
@@ -130,14 +131,30 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"
     )
     command.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest size of one weights file (default 5GB)"
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of one weights file (default 5GB)",
     )
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below a billion")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: write a number from 1 to 65535")
+    return int(text)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]{0,5}[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write a whole number and KB, MB, GB or TB, such as 5GB")
+    return text
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

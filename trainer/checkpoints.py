@@ -66,11 +66,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest; raise ValueError, with the reason, if there is none or it is damaged."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
+        is_whole = isinstance(manifest, dict) and manifest.pop("sha256", None) == _digest(manifest)
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST_FILE}") from None
     except (ValueError, RecursionError, OSError):
         raise ValueError(f"its {MANIFEST_FILE} is damaged") from None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+    if not is_whole or not _is_manifest(manifest):
         raise ValueError(f"its {MANIFEST_FILE} is damaged")
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in manifest["files"]):
         raise ValueError(f"its {MANIFEST_FILE} names files outside the folder")
@@ -94,7 +95,7 @@ def find_fault(
     files = {name: entry for name, entry in manifest["files"].items() if is_needed(name)}
     for name, entry in files.items():
         path = checkpoint / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name that no file can have, too
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size:,} bytes; the manifest says {entry['size']:,}"
@@ -210,6 +211,17 @@ def _has_manifest(checkpoint: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_manifest(body: Mapping[str, Any]) -> bool:
+    """Return True if a manifest has all its parts: another program may have written one with a right digest."""
+    files = body.get("files")
+    return (
+        isinstance(body.get("step"), int)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
+        and all(isinstance(entry["size"], int) for entry in files.values())
+    )
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -11,10 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.model_weights import quiet_transformers, readable
 
-# Keys that no shape of a tensor depends on.
+# Numbers of a config.json that are above 0 in every model.
 POSITIVE = (
     "max_position_embeddings",
     "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "intermediate_size",
     "vocab_size",
     "rms_norm_eps",
     "layer_norm_eps",
@@ -38,6 +42,11 @@ def check_config(base: str, config: PretrainedConfig) -> None:
         )
 
 
+def check_numbers(base: str, config: PretrainedConfig) -> None:
+    """Raise InputError for a size of a config.json that is not above 0, and for numbers that are not finite."""
+    _check_numbers(base, "config.json", config.to_dict())
+
+
 def build_skeleton(base: str, config: PretrainedConfig, auto_class: Any, **options: Any) -> PreTrainedModel:
     """Return the model of a config on the meta device, without weights.
 
@@ -46,7 +55,7 @@ def build_skeleton(base: str, config: PretrainedConfig, auto_class: Any, **optio
 
     auto_class: transformers' `AutoModelForCausalLM` or another Auto class
     """
-    _check_numbers(base, "config.json", config.to_dict())
+    check_numbers(base, config)
     with readable(base), quiet_transformers(), torch.device("meta"):
         model = cast(PreTrainedModel, auto_class.from_config(config, **options))
     names, ours = config.architectures or [], type(model).__name__

@@ -1,5 +1,6 @@
 """The files of a model: from a name in a recipe to the folders that hold its tokenizer, weights and adapter."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def find_source(pretrained_model_name_or_path: str) -> Source:
 def _read_adapter_config(folder: Path) -> LoraConfig:
     """Return the config of a LoRA adapter's folder; InputError for one that is damaged or of another kind."""
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about keys of another version or kind, which the check below names
+            config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT lets out errors of JSON, of look-ups and of its classes' constructors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{str(folder / ADAPTER_CONFIG)!r} cannot be read: {reason}") from error

@@ -98,8 +98,9 @@ def check_adapter(source: Source, skeleton: PreTrainedModel) -> None:
             model = get_peft_model(copy.deepcopy(skeleton), config)
         expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     except Exception as error:  # PEFT raises many classes for a config that does not fit the model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the adapter {str(adapter)!r} does not fit its base {source.base!r}: {reason}") from error
+        raise InputError(
+            f"the adapter {str(adapter)!r} does not fit its base {source.base!r}: {one_line(error)}"
+        ) from error
     for name, shape in sorted(expected.items()):
         if name not in header:
             raise InputError(f"the adapter {str(adapter)!r} lacks the tensor {name}: {HOW_TO_COPY}")
@@ -127,6 +128,11 @@ def check_finite(model: nn.Module, name: str) -> None:
             )
 
 
+def one_line(error: Exception, limit: int = 300) -> str:
+    """Return the message of a library's error on one line, or its class if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 @contextmanager
 def readable(base: str) -> Iterator[None]:
     """Turn what the libraries raise for a model that they cannot read into InputError."""
@@ -135,8 +141,7 @@ def readable(base: str) -> Iterator[None]:
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no model could be loaded from {base!r}: {reason}") from error
+        raise InputError(f"no model could be loaded from {base!r}: {one_line(error)}") from error
 
 
 @contextmanager

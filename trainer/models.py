@@ -1,6 +1,7 @@
 """Model loading: the checks before a weight is read, and the reading itself."""
 
 import logging
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer.lora_targets import check_targets
 from rekatrain.trainer.model_config import build_skeleton, check_config
 from rekatrain.trainer.model_source import base_revision, commit_of, find_source
 from rekatrain.trainer.model_weights import (
@@ -106,6 +108,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     check_tensors(source, revision, skeleton)
     if recipe.lora is not None:
         skeleton = add_adapter(skeleton, recipe.lora)
+        check_targets(skeleton, recipe.lora)
     logger.info("model: %s", describe(skeleton, source.base))
     return config
 
@@ -120,16 +123,21 @@ def check_attention(config: PretrainedConfig) -> None:
             )
 
 
-def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
-    """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say.
-
-    bf16: True if the stage computes in bfloat16; DeepSpeed then keeps float32 copies of bfloat16 weights
-    """
+def check_not_adapter(recipe: Recipe) -> None:
+    """Raise InputError if the model to train is an adapter's folder, or a run with one."""
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     if source.adapter:
         raise InputError(
             f"{source.folder!r} is an adapter on {source.base!r}; merge them into one model: rekatrain export RUN OUT"
         )
+
+
+def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
+    """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say.
+
+    bf16: True if the stage computes in bfloat16; DeepSpeed then keeps float32 copies of bfloat16 weights
+    """
+    check_not_adapter(recipe)
     is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
     if is_deepspeed and is_bfloat16 and not bf16:
         raise InputError(
@@ -155,14 +163,17 @@ def add_adapter(
     revision: commit of the model on the hub, which the adapter's config names; an export merges onto that commit
     """
     try:
-        # An adapter of another dtype than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
-        # DeepSpeed the optimizer keeps its float32 copy.
-        return get_peft_model(
-            model,
-            LoraConfig(task_type=task_type, **lora),
-            autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
-            revision=revision,
-        )
+        with warnings.catch_warnings():
+            # Of names that match nothing, and of tied weights: both are errors of check_targets.
+            warnings.simplefilter("ignore")
+            # An adapter of another dtype than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
+            # DeepSpeed the optimizer keeps its float32 copy.
+            return get_peft_model(
+                model,
+                LoraConfig(task_type=task_type, **lora),
+                autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+                revision=revision,
+            )
     except (ValueError, TypeError) as error:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
 

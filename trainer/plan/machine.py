@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.options import check_type
+from rekatrain.data.ranges import Count
 from rekatrain.trainer.launch import read_launch
+from rekatrain.trainer.recipe.yaml_text import parse_yaml
 
 GB = 1e9
 ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
@@ -112,13 +113,17 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
     host_memory: bytes of one host; None if it is not known
     """
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"), f"the launch file {str(path)!r}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the launch file {str(path)!r} cannot be read: {error}") from error
-    except YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a launch file is a mapping, not {type(tree).__name__}")
+    if not tree.keys() & {"distributed_type", "num_processes", "compute_environment"}:
+        raise InputError(f"{path} is no launch file: it has no distributed_type and no num_processes")
+    for key in ("num_processes", "num_machines"):
+        check_type(f"{path}: {key}", tree.get(key, 1), Count)
+    for key in ("deepspeed_config", "parallelism_config"):
+        check_type(f"{path}: {key}", tree.get(key), dict | None)
     kind = str(tree.get("distributed_type", "NO"))
     if kind not in ENGINES:
         raise InputError(f"{path}: distributed_type {kind} is not one of {', '.join(ENGINES)}")

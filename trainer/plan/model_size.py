@@ -26,7 +26,9 @@ from transformers import (
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.model_config import check_config, check_numbers
 from rekatrain.trainer.model_source import base_revision, find_source
+from rekatrain.trainer.model_weights import readable
 from rekatrain.trainer.models import Policy, add_adapter
 from rekatrain.trainer.recipe.load import Recipe
 
@@ -81,14 +83,19 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     labels = {"num_labels": 1} if recipe.stage == "reward" else {}
     source = find_source(name)
     try:
-        return AutoConfig.from_pretrained(
-            source.base, revision=base_revision(source, recipe.model.get("revision")), **labels
-        )
-    except (OSError, ValueError) as error:
+        with readable(source.base):
+            config = AutoConfig.from_pretrained(
+                source.base, revision=base_revision(source, recipe.model.get("revision")), **labels
+            )
+    except InputError:
         shipped = _shipped_config(name)
         if shipped is None:
-            raise InputError(f"no model could be loaded from {source.base!r}: {str(error).splitlines()[0]}") from error
-        return AutoConfig.from_pretrained(shipped, **labels)
+            raise
+        config = AutoConfig.from_pretrained(shipped, **labels)
+    check_numbers(source.base, config)
+    if recipe.stage != "reward":
+        check_config(source.base, config)
+    return config
 
 
 @lru_cache  # so that the message is logged once per model, not once per plan
@@ -115,7 +122,8 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
     dtype = getattr(torch, recipe.model.get("dtype", "bfloat16"))
     if recipe.stage == "reward" and config.pad_token_id is None:
         config.pad_token_id = 0
-    model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
+    with readable(recipe.model["pretrained_model_name_or_path"]):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
     if recipe.lora is None:
         return model
     return add_adapter(model, recipe.lora, task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM")

@@ -32,7 +32,7 @@ LORA_ALLOWED: dict[str, Any] = {
     "bias": Literal["none", "all", "lora_only"],
     "use_rslora": bool,
     "use_dora": bool,
-    "init_lora_weights": Literal[True, "gaussian"],
+    "init_lora_weights": Literal["gaussian"] | bool,
 }
 
 _START = "the adapter must start as zero: the reference of a run is the model without it"

@@ -5,6 +5,7 @@ imported only if the recipe has its section.
 """
 
 from dataclasses import asdict
+from typing import Any
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import check_dataset
@@ -22,11 +23,12 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 def check_sections(recipe: Recipe) -> None:
     """Raise InputError for a key, a value or a reward that a section's callable does not have, and for a secret."""
     tree = asdict(recipe)
-    check_secrets(tree)
     check_values(tree)
+    check_secrets(tree)
     _check_run(recipe)
     check_sft(recipe.sft)
     check_reward(recipe.reward)
+    _check_held_out(recipe)
     if recipe.lora is not None:
         check_lora(recipe.lora)
     check_dataset("dataset", recipe.dataset, recipe.rewards)
@@ -36,6 +38,7 @@ def check_sections(recipe: Recipe) -> None:
     check_keywords("scoring", recipe.scoring, ScoringConfig)
     if recipe.stage == "rloo" or recipe.rloo:
         check_keywords("rloo", recipe.rloo, RLOOConfig)
+        RLOOConfig(**recipe.rloo)
     if recipe.stage == "rloo" or recipe.rewards:
         build_reward_functions(recipe.rewards)
     _check_wandb(recipe)
@@ -49,8 +52,20 @@ def _check_run(recipe: Recipe) -> None:
     seconds_of(recipe.time_limit)
     if not recipe.output_dir.strip():
         raise InputError("output_dir is empty: name a new folder for the run")
+    if ".." in recipe.output_dir.lstrip("./").split("/"):
+        raise InputError(f"output_dir is {recipe.output_dir!r}: write it without .. in its middle")
     if recipe.output_dir.startswith("~"):
         raise InputError(f"output_dir is {recipe.output_dir!r}: ~ would be the name of a folder; write the whole path")
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    section: dict[str, Any] = getattr(recipe, recipe.stage)
+    strategy = section.get("eval_strategy", "no")
+    if strategy != "no" and recipe.eval_dataset is None:
+        raise InputError(
+            f"{recipe.stage}.eval_strategy is {strategy}, but the recipe has no eval_dataset: name the held-out rows "
+            "there, or remove the key"
+        )
 
 
 def _check_wandb(recipe: Recipe) -> None:
@@ -78,6 +93,7 @@ def _check_model(recipe: Recipe) -> None:
         from rekatrain.trainer.evaluate import EvaluateConfig
 
         check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
+        EvaluateConfig(**recipe.evaluate)
 
 
 def _check_chat(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.places import check_parent
 
 # They belong to a checkout: its set-up, and a picture of its README.
 CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "quickstart.png", "__pycache__")
@@ -20,8 +21,9 @@ def shipped_file(name: str) -> str:
 
 def write_recipes(out: Path) -> None:
     """Copy the shipped recipes and launch files to the new folder `out`, with its name in their commands."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
+    check_parent(out, "OUT")
     shutil.copytree(RECIPES, out, ignore=shutil.ignore_patterns(*CHECKOUT_ONLY))
     files = [path for path in out.rglob("*") if path.is_file()]
 

@@ -4,6 +4,7 @@ A library's own checks come late, after the weights, or not at all: a NaN rate, 
 rows see each other. So the tables say what may be set (trl_keys.py, lora_keys.py), and this file what fits together.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -82,6 +83,13 @@ def check_lora(section: Mapping[str, Any]) -> None:
         reserved=lora_keys.LORA_RESERVED,
         reasons=lora_keys.VALUE_REASONS,
     )
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = section.get(key)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"lora.{key} has {pattern!r}, which is no regular expression: {error}") from error
     if "layers_pattern" in section and section.get("layers_to_transform") is None:
         raise InputError("lora.layers_pattern without lora.layers_to_transform does nothing: set both, or neither")
     if section.get("layers_to_transform") is not None and isinstance(section.get("target_modules"), str):

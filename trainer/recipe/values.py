@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.options import shorten
 
 # Above it a number is a slip: seconds overflow clocks, weights and rates overflow float32 a few products later.
 MAX_NUMBER = 1e15
+MAX_KEY = 200
 # A run uploads nothing, and its keys would need a secret.
 HUB_KEY = re.compile(r"hub_\w+|push_to_hub\w*")
 # A recipe is printed, logged and copied to the run folder. `api_key_env`, `eos_token` and the like are no secrets.
@@ -26,7 +28,10 @@ def check_values(tree: object, name: str = "") -> None:
     """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            _check_text(str(key), name or "the recipe")
+            if not str(key).isprintable() or len(str(key)) > MAX_KEY:
+                raise InputError(
+                    f"{name or 'the recipe'} has the key {shorten(key)}, too long or not printable: remove it"
+                )
             check_values(value, f"{name}.{key}" if name else str(key))
     elif isinstance(tree, list | tuple):
         for number, item in enumerate(tree):

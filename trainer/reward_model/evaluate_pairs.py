@@ -135,7 +135,7 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> RewardEvaluation:
     if recipe.eval_dataset is None:
         raise InputError("the recipe has no eval_dataset section: name the held-out preferences there")
     tokenizer = load_reward_tokenizer(recipe)
-    context = check_reward_model(recipe, tokenizer)
+    context = check_reward_model(recipe, tokenizer, may_lack_head=False)
     held_out = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=context, name="eval_dataset")
     trained = load_pairs(recipe.dataset, tokenizer, recipe.chat, max_length=context)
     held_out = leave_out_trained(held_out, trained)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
+from rekatrain.trainer.lora_targets import check_targets
 from rekatrain.trainer.model_config import build_skeleton
 from rekatrain.trainer.model_source import base_revision, commit_of, find_source
 from rekatrain.trainer.model_weights import (
@@ -65,6 +66,7 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
     check_tensors(source, revision, skeleton, may_lack_head=may_lack_head or source.adapter is not None)
     if recipe.lora is not None:
         skeleton = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
+        check_targets(skeleton, recipe.lora)
     logger.info("reward model: %s", describe(skeleton, source.base))
     return int(text_config.max_position_embeddings)
 

@@ -1,0 +1,61 @@
+"""Check that every name in `lora:` is a part of the model: PEFT ignores a name of a list if another one matches."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rekatrain.data.errors import InputError
+
+
+def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
+    """Raise InputError for a name that no module has, a layer that does not exist, and a tied weight with an adapter.
+
+    adapted: the model with its adapter; it needs no weights
+    """
+    base = adapted.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    # PEFT puts its own modules around and into those of the model.
+    modules = {re.sub(r"\.(base_layer|original_module)\b", "", name) for name, _ in base.named_modules()}
+    parameters = {name.replace(".base_layer", "") for name, _ in base.named_parameters()}
+    targeted = set(adapted.base_model.targeted_module_names)  # type: ignore[union-attr, arg-type]  # peft is half typed
+    for key, names in (
+        ("target_modules", targeted),
+        ("exclude_modules", modules),
+        ("modules_to_save", modules),
+        ("target_parameters", parameters),
+    ):
+        listed = lora.get(key)
+        for name in listed if isinstance(listed, list) else []:
+            if not any(known == name or known.endswith(f".{name}") for known in names):
+                raise InputError(f"lora.{key} names {name}, which no part of the model is called; {_known(names)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targeted):
+                raise InputError(f"lora.{key} has {pattern}, which no module with an adapter is called")
+    layers = lora.get("layers_to_transform")
+    num_layers = base.config.get_text_config().num_hidden_layers
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if layer >= num_layers:
+            raise InputError(f"lora.layers_to_transform names layer {layer}; the model has {num_layers}, from 0 on")
+    _check_tied(base, targeted)
+
+
+def _check_tied(base: PreTrainedModel, targeted: Collection[str]) -> None:
+    if not base.config.get_text_config().tie_word_embeddings or not base.can_generate():
+        return
+    for name in sorted(targeted):
+        if name.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "embed_out"):
+            raise InputError(
+                f"lora.target_modules includes {name}, whose weight the input and the output share "
+                "(tie_word_embeddings): the merged model would change both. Take it out, or train the whole weight: "
+                f"modules_to_save: [{name.rpartition('.')[2]}]"
+            )
+
+
+def _known(names: Collection[str]) -> str:
+    ends = {name.rpartition(".")[2] for name in names}
+    shown = sorted(end for end in ends if end and not end.isdecimal() and not end.startswith(("lora_", "default")))
+    return f"there are {', '.join(shown[:20])}" if shown else "there is none"
