@@ -14,6 +14,7 @@ from rekatrain.rewards.scorers.math_values import Exactly, Items, Number, Symbol
 # A longer text is no answer.
 MAX_LENGTH = 500
 PLAIN_NUMBER = re.compile(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
+PLAIN_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d{1,18})\}\{([1-9]\d{0,17})\}")
 THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?![\d,])")
 NUMERAL = re.compile(r"(?<![A-Za-z\\])(?:\(\s*)?\d[0-9A-F]*\)?_(?:\{\s*\d+\s*\}|\d)")
 # Other words are prose: read as a product of their letters they would equal any anagram ("east", "seat").
@@ -67,7 +68,8 @@ def read_text(text: str) -> Exactly | None:
 def _read_plain(text: str) -> Number | None:
     match = PLAIN_NUMBER.fullmatch(text)
     if match is None:
-        return None
+        fraction = PLAIN_FRACTION.fullmatch(text)
+        return Number(formula=formulas.constant("{}{}/{}".format(*fraction.groups()))) if fraction else None
     digits = match[2].replace(",", "").rstrip(".")
     return Number(formula=formulas.constant(match[1].strip("+") + digits), is_decimal="." in digits)
 
