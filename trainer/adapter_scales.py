@@ -30,8 +30,8 @@ def fold_scales(folder: Path) -> None:
     the config's scale. The rank pattern stays: it is the shape of the weights.
     """
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not ranks and not alphas:
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    if not config.get("rank_pattern") and not alphas:
         return
 
     def divisor(rank: int) -> float:
@@ -45,7 +45,7 @@ def fold_scales(folder: Path) -> None:
         if match is None:
             continue
         module, rank = match["module"], tensor.shape[1]
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
         factor = alpha / divisor(rank) / common
         if factor != 1:
             tensors[name] = (tensor.double() * factor).to(tensor.dtype)

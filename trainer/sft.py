@@ -76,6 +76,7 @@ class _GuardedSFTTrainer(GuardedTrainer, SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # transformers names the data set, which is ours
         """Measure the held-out rows, and log the result."""
         batch_size = self.args.per_device_eval_batch_size
+        assert self.model is not None
         metrics = measure_held_out(self.model, self.held_out, self.accelerator, batch_size=batch_size)
         self.model.eval()  # TRL adds its means of training steps to a log in training mode
         self.log(metrics)

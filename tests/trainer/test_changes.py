@@ -25,8 +25,8 @@ from rekatrain.trainer.changes import (
     report_changes,
     rule_of,
 )
-from rekatrain.trainer.evaluate import EvaluateConfig
 from rekatrain.trainer.guards import StopConfig
+from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.models import load_model
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.lora_keys import LORA_ALLOWED

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.evaluate import EvaluateConfig, evaluate
+from rekatrain.trainer.evaluate import evaluate
+from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.intervals import pass_at_k, pass_rates, wilson_interval
 from rekatrain.trainer.recipe.load import load_recipe
 

@@ -41,7 +41,7 @@ class Recipe:
     rloo:         keywords of `trainer.rloo.config.RLOOConfig`
     rewards:      name of a reward -> its weight and options (rewards/README.md)
     scoring:      keywords of `rewards.grader.ScoringConfig`
-    evaluate:     keywords of `trainer.evaluate.EvaluateConfig`
+    evaluate:     keywords of `trainer.held_out_prompts.EvaluateConfig`
     wandb:        keywords of `wandb.init`; without it nothing is tracked outside the run folder
 
     on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run

@@ -90,7 +90,7 @@ def _check_model(recipe: Recipe) -> None:
         if recipe.model.get(key) == "":
             raise InputError(f"model.{key} is empty: write a folder or the id of a model, or remove it")
     if recipe.evaluate:
-        from rekatrain.trainer.evaluate import EvaluateConfig
+        from rekatrain.trainer.held_out_prompts import EvaluateConfig
 
         check_keywords("evaluate", recipe.evaluate, EvaluateConfig)
         EvaluateConfig(**recipe.evaluate)
