@@ -187,10 +187,10 @@ def run_trainer(
         run.start(recipe, first_step)
         trainer.add_callback(_Log(run, recipe, first_step, headline, running))
     trainer.add_callback(StopCallback(StopGuard(recipe)))  # after the log, which then shows the metrics
-    interruption = InterruptionCallback(trainer)
-    trainer.add_callback(interruption)
     if checkpoint is not None:
         restore_other_launch(trainer, checkpoint)
+    interruption = InterruptionCallback(trainer)
+    trainer.add_callback(interruption)
     is_sharded = checkpoint is not None and trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
     with write_failures(run.path), tensors_only() if is_sharded else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
