@@ -20,7 +20,7 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
     # PEFT puts its own modules around and into those of the model.
     modules = {re.sub(r"\.(base_layer|original_module)\b", "", name) for name, _ in base.named_modules()}
     parameters = {name.replace(".base_layer", "") for name, _ in base.named_parameters()}
-    targeted = set(adapted.base_model.targeted_module_names)  # type: ignore[union-attr, arg-type]  # peft is half typed
+    targeted = set(adapted.base_model.targeted_module_names)  # type: ignore[arg-type]  # peft is half typed
     for key, names in (
         ("target_modules", targeted),
         ("exclude_modules", modules),

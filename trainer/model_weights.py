@@ -45,14 +45,14 @@ def check_tensors(
         return
     with quiet_transformers(has_bar=False), readable(source.base):
         model_class = type(skeleton)
-        _, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(  # with the report, a pair
             folder,
             config=skeleton.config,
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    check_report(source.base, skeleton, report, may_lack_head=may_lack_head)
+    check_report(source.base, skeleton, loaded[1], may_lack_head=may_lack_head)
     if source.adapter is not None:
         check_adapter(source, skeleton)
 

@@ -57,7 +57,7 @@ def load_model(
     if folder is not None:
         check_weight_files(folder)
     with quiet_transformers(), readable(source.base):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # with the report, a pair
             source.base,
             revision=base,
             dtype=getattr(torch, dtype),
@@ -65,6 +65,7 @@ def load_model(
             quantization_config=make_quantization(quantization_config, dtype),
             output_loading_info=True,
         )
+    model, report = loaded
     check_report(source.base, model, report)
     policy = load_adapter(model, source.adapter) if source.adapter else model
     check_finite(policy, pretrained_model_name_or_path)
@@ -102,14 +103,15 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
         )
     # `flash_attention_2` needs a package and a GPU: transformers looks for them as it builds the model.
     implementation = recipe.model.get("attn_implementation")
-    skeleton: Policy = build_skeleton(
+    skeleton = build_skeleton(
         source.base, config, AutoModelForCausalLM, **({"attn_implementation": implementation} if implementation else {})
     )
     check_tensors(source, revision, skeleton)
+    policy: Policy = skeleton
     if recipe.lora is not None:
-        skeleton = add_adapter(skeleton, recipe.lora)
-        check_targets(skeleton, recipe.lora)
-    logger.info("model: %s", describe(skeleton, source.base))
+        policy = adapted = add_adapter(skeleton, recipe.lora)
+        check_targets(adapted, recipe.lora)
+    logger.info("model: %s", describe(policy, source.base))
     return config
 
 

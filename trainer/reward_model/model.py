@@ -51,7 +51,7 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
     with readable(source.base):
         config = AutoConfig.from_pretrained(source.base, revision=revision, num_labels=1)
     implementation = recipe.model.get("attn_implementation")
-    skeleton: Policy = build_skeleton(
+    skeleton = build_skeleton(
         source.base,
         config,
         AutoModelForSequenceClassification,
@@ -64,10 +64,11 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
             f"{source.folder!r} holds the tokenizer of another model"
         )
     check_tensors(source, revision, skeleton, may_lack_head=may_lack_head or source.adapter is not None)
+    classifier: Policy = skeleton
     if recipe.lora is not None:
-        skeleton = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
-        check_targets(skeleton, recipe.lora)
-    logger.info("reward model: %s", describe(skeleton, source.base))
+        classifier = adapted = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
+        check_targets(adapted, recipe.lora)
+    logger.info("reward model: %s", describe(classifier, source.base))
     return int(text_config.max_position_embeddings)
 
 
