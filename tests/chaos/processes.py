@@ -1,14 +1,17 @@
 """Runs in processes of their own: forked from a warm server, by the command, or by the launcher on two processes.
 
 A forked run starts in milliseconds instead of seconds: the server has imported what a run imports (warm.py), has no
-threads, and has computed nothing.
+threads, and has computed nothing. The ranks of a forked launch have the environment that Accelerate's launcher makes.
 """
 
+import argparse
 import ctypes
 import json
 import multiprocessing
 import os
 import resource
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,13 +19,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 from kill_points import KillPoint, install, kill_tree
 from runs import PROJECT
 
 HERE = Path(__file__).parent
+LAUNCH_FILE = PROJECT / "recipes" / "accelerate" / "zero3.yaml"
 POINT = "REKATRAIN_CHAOS_POINT"
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["warm", "runs"])
@@ -55,13 +61,16 @@ class Process:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def fork_run(folder: Path, *arguments: str, point: KillPoint | None = None, file_limit: int = 0) -> Process:
-    """Start `rekatrain train recipe.yaml ARGUMENTS` in a fork of the warm server.
+def fork_run(
+    folder: Path, *arguments: str, point: KillPoint | None = None, file_limit: int = 0, processes: int = 1
+) -> Process:
+    """Start `rekatrain train recipe.yaml ARGUMENTS` in a fork of the warm server, or under ZeRO-3 in several.
 
     file_limit: largest size of a file in bytes; 0 for none
     """
     log = _next_log(folder)
-    process = SERVER.Process(target=_run, args=(folder, arguments, log, point, file_limit))
+    target = _run if processes == 1 else partial(_launch, processes)
+    process = SERVER.Process(target=target, args=(folder, arguments, log, point, file_limit))
     process.start()
     assert process.pid is not None
     return Process(pid=process.pid, poll=lambda: process.exitcode, log=log)
@@ -91,8 +100,7 @@ def _run(folder: Path, arguments: Sequence[str], log: Path, point: KillPoint | N
 def start_command(folder: Path, *arguments: str, point: KillPoint | None = None, processes: int = 1) -> Process:
     """Start the command as a user does: on its own, or under ZeRO-3 by `accelerate launch`."""
     log = _next_log(folder)
-    launch_file = PROJECT / "recipes" / "accelerate" / "zero3.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--config_file", launch_file]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--config_file", LAUNCH_FILE]
     program = [HERE / "entry.py"] if point else ["-m", "rekatrain"]
     command = [sys.executable, *(launcher if processes > 1 else []), *program, *COMMAND, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT / ".package"), "PYTHONWARNINGS": "ignore"}
@@ -103,6 +111,48 @@ def start_command(folder: Path, *arguments: str, point: KillPoint | None = None,
             list(map(str, command)), cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
         )
     return Process(pid=process.pid, poll=process.poll, log=log)
+
+
+def _launch(processes: int, *arguments: Any) -> None:  # Any: those of _run
+    """Fork the ranks, as torchrun starts them, and end all after the first failure."""
+    os.setsid()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    environment = _read_launch_environment(processes)
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(environment, **{name: str(value) for name, value in own.items()})
+            return _run(*arguments)
+        ranks.append(pid)
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status)
+            for other in ranks:
+                os.kill(other, signal.SIGTERM)
+    sys.exit(1 if failed else 0)
+
+
+def _read_launch_environment(processes: int) -> dict[str, str]:
+    """Return the variables that `accelerate launch` sets for the shipped launch file of ZeRO-3."""
+    from accelerate.commands import launch
+
+    found: dict[str, str] = {}
+
+    def read(options: argparse.Namespace) -> None:
+        found.update(launch.prepare_deepspeed_cmd_env(options)[1])
+
+    launch.deepspeed_launcher = read
+    options = ["--num_processes", str(processes), "--config_file", str(LAUNCH_FILE), "program"]
+    launch.launch_command(launch.launch_command_parser().parse_args(options))
+    return {name: value for name, value in found.items() if name.startswith("ACCELERATE_")}
 
 
 def _drop_capabilities() -> None:
