@@ -28,6 +28,11 @@ STATE_FILE = "trainer_state.json"
 PARTIAL_SUFFIX = ".rekatrain-partial"
 # Hashing releases the GIL: a thread hashes about 1 to 2 GB/s.
 HASH_THREADS = 8
+# Weights that the libraries would load from a checkpoint, some in place of the run's own.
+WEIGHTS = {
+    f"{kind}.{suffix}" for kind in ("model", "adapter_model", "pytorch_model") for suffix in ("safetensors", "bin")
+}
+WEIGHTS |= {f"{name}.index.json" for name in WEIGHTS}
 # torch and safetensors report a failed write by errors of other classes.
 WRITE_FAILURE = re.compile(r"unexpected pos|iostream error|PytorchStreamWriter|I/O error|os error \d+")
 
@@ -92,6 +97,9 @@ def find_fault(
         return str(error)
     if manifest["step"] != checkpoint_step(checkpoint):
         return f"its {MANIFEST_FILE} is of step {manifest['step']}"
+    foreign = sorted(name for name in WEIGHTS - {*manifest["files"]} if os.path.lexists(checkpoint / name))
+    if foreign:
+        return f"{foreign[0]} was not written by the run: move it away"
     files = {name: entry for name, entry in manifest["files"].items() if is_needed(name)}
     for name, entry in files.items():
         path = checkpoint / name

@@ -214,6 +214,9 @@ class RunFolder:
                     write_whole(probe, bytes(PROBE_BYTES))
                 finally:
                     probe.unlink(missing_ok=True)
+            for file in self._records.values():
+                if file.path.exists():
+                    file.path.open("r+b").close()
         except Timeout:
             raise InputError(
                 f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "

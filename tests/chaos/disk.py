@@ -77,7 +77,7 @@ def main() -> None:
             sys.exit(f"{setting}: the undamaged run failed:\n{process.output()[-3000:]}")
         checkpoint = sum(path.stat().st_size for path in (whole / "run" / "checkpoints" / "checkpoint-4").rglob("*"))
         # From less than the start writes to find out, to room for all: two checkpoints, a third, and the records.
-        smallest, largest = 2**20, 2**20 + 4 * checkpoint
+        smallest, largest = 2**19, 2**20 + 4 * checkpoint
         for number in range(options.sizes):
             size = smallest + (largest - smallest) * number // max(1, options.sizes - 1)
             work = write_workspace(folder / f"{setting}-{number}".replace(" ", "-"), model, setting)

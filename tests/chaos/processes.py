@@ -5,6 +5,7 @@ threads, and has computed nothing. The ranks of a forked launch have the environ
 """
 
 import argparse
+import atexit
 import ctypes
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -94,7 +96,18 @@ def _run(folder: Path, arguments: Sequence[str], log: Path, point: KillPoint | N
         install(point)
     from rekatrain.trainer.cli import main
 
-    main([*COMMAND, *arguments])
+    status = 0
+    try:
+        main([*COMMAND, *arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:  # as the interpreter does
+        traceback.print_exc()
+        status = 1
+    # A process of multiprocessing would wait for its children, and not call these first, as a main program does.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def start_command(folder: Path, *arguments: str, point: KillPoint | None = None, processes: int = 1) -> Process:

@@ -162,6 +162,17 @@ def test_choose_checkpoint_skips_a_damaged_one(
     assert names(checkpoints) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
 
 
+def test_choose_checkpoint_skips_one_with_foreign_weights(
+    checkpoints: Path, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, newest = write_checkpoint(checkpoints, 2), write_checkpoint(checkpoints, 3)
+    (newest / "notes.txt").write_text("the user's")
+    assert run.choose_checkpoint(resume=True) == newest
+    (newest / "pytorch_model.bin").write_text("another program's")  # transformers would load it
+    assert run.choose_checkpoint(resume=True) == expected
+    assert "pytorch_model.bin was not written by the run: move it away" in caplog.text
+
+
 def test_choose_checkpoint_skips_a_renamed_copy(checkpoints: Path, run: RunFolder) -> None:
     write_checkpoint(checkpoints, 2).rename(checkpoints / "checkpoint-7")
     expected = write_checkpoint(checkpoints, 3)
