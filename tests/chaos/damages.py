@@ -162,9 +162,7 @@ def harmless_cases() -> Iterator[Case]:
     )
     write: Damage = lambda path: path.write_text("the user's")  # noqa: E731
     for name in ("notes.txt", ".hidden", "extra.pt"):
-        yield Case(
-            name=f"the user's {name} in the checkpoint", damage=_at(f"{newest}/{name}", write), outcome="goes on"
-        )
+        yield Case(name=f"the user's {name}", damage=_at(f"{newest}/{name}", write), outcome="goes on")
     for name in ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json"):
         damage = _at(f"{newest}/{name}", write)
         yield Case(name=f"a foreign {name}", damage=damage, outcome="falls back", message=f"skipped .*{name} was not")
