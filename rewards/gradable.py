@@ -1,11 +1,12 @@
-"""Find the rows that the rewards of a recipe can read, before a run."""
+"""Find the rows and sources that the rewards of a recipe can read, before a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.rows import Row
+from rekatrain.data.rows import Row, Source
 from rekatrain.rewards.compose import RewardFunction
+from rekatrain.rewards.grader import check_columns
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +33,14 @@ def keep_gradable(functions: Sequence[RewardFunction], rows: Sequence[Row]) -> l
     if rows and not any(kept):
         raise InputError("no row is left whose columns the rewards can read")
     return kept
+
+
+def check_source_columns(functions: Sequence[RewardFunction], sources: Collection[Source]) -> None:
+    """Raise InputError if a reward judges no source, or needs a column that no source which it judges has."""
+    for function in functions:
+        judged = [source for source in sources if source.is_judged_by(function.name)]
+        if not judged:
+            raise InputError(
+                f"reward {function.name} judges no source: name it in the rewards of one, or take it out of the recipe"
+            )
+        check_columns([function], {column for source in judged for column in source.columns})

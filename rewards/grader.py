@@ -7,7 +7,8 @@ of each reward is logged with its traceback, and a run in which too many complet
 import logging
 import math
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -16,7 +17,6 @@ from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.ranges import Fraction, Seconds
-from rekatrain.data.rows import Source
 from rekatrain.rewards.calls import MAX_REWARD, Score, call_batch_functions
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
@@ -75,7 +75,19 @@ class _History:
 class Grader:
     """Scores batches of completions by `functions`; has worker processes if one of them is a scorer."""
 
-    def __init__(self, functions: Sequence[RewardFunction], config: ScoringConfig | None = None) -> None:
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        config: ScoringConfig | None = None,
+        *,
+        unbroken: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Prepare to score.
+
+        unbroken: makes the context in which work is sent to the workers. The queue to them has threads, so a signal's
+                  handler must not raise there.
+        """
+        self._unbroken = unbroken
         self.functions = list(functions)
         self.config = config or ScoringConfig()
         self._scorers = [function for function in self.functions if function.scorer is not None]
@@ -109,12 +121,15 @@ class Grader:
 
         judges: names of the rewards that judge it; None means all. The others get no job.
         """
-        return [
-            self._pool.submit(number, completion, {name: columns[name] for name in scorer.columns}, scorer.timeout)
-            if judges is None or scorer.name in judges
-            else None
-            for number, scorer in enumerate(self._scorers)
-        ]
+        jobs: list[Job | None] = []
+        for number, scorer in enumerate(self._scorers):
+            if judges is not None and scorer.name not in judges:
+                jobs.append(None)
+                continue
+            values = {name: columns[name] for name in scorer.columns}
+            with self._unbroken():
+                jobs.append(self._pool.submit(number, completion, values, scorer.timeout))
+        return jobs
 
     def score(
         self,
@@ -253,17 +268,6 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Collection[
                     f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
                     "add it to the data or take the reward out of the recipe"
                 )
-
-
-def check_source_columns(functions: Sequence[RewardFunction], sources: Collection[Source]) -> None:
-    """Raise InputError if a reward judges no source, or needs a column that no source which it judges has."""
-    for function in functions:
-        judged = [source for source in sources if source.is_judged_by(function.name)]
-        if not judged:
-            raise InputError(
-                f"reward {function.name} judges no source: name it in the rewards of one, or take it out of the recipe"
-            )
-        check_columns([function], {column for source in judged for column in source.columns})
 
 
 def total_reward(

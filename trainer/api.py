@@ -25,7 +25,7 @@ from rekatrain.trainer.terminal import set_up_terminal
 if TYPE_CHECKING:
     from rekatrain.trainer.intervals import Accuracy
     from rekatrain.trainer.reward_model.evaluate_pairs import RewardEvaluation
-    from rekatrain.trainer.rloo.rollouts import Group
+    from rekatrain.trainer.rloo.group import Group
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from rekatrain.trainer.held_out_prompts import EvaluateConfig, prepare_held_out
 from rekatrain.trainer.intervals import Accuracy, pass_rates, wilson_interval
 from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.rloo.rollouts import Group, sample_groups
+from rekatrain.trainer.rloo.group import Group
+from rekatrain.trainer.rloo.rollouts import sample_groups
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.data.ranges import Count, Temperature, Zero
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
-from rekatrain.rewards.grader import check_source_columns
+from rekatrain.rewards.gradable import check_source_columns
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 

@@ -2,22 +2,19 @@
 
 SIGTERM, SIGUSR1 and the first Ctrl-C let a step that trains finish; while a step samples or waits for rewards, its work
 is abandoned. A second signal ends the process at once. All ranks of a launch end after the same step, whichever of them
-is interrupted: `abandonable` and `is_agreed` exchange one number per step.
+is interrupted: they exchange one number per step, in `is_agreed` or after the rollouts (rloo/rollouts.py).
 """
 
 import os
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from types import FrameType
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -25,8 +22,6 @@ from rekatrain.data.errors import INTERRUPTED, RunInterrupted
 from rekatrain.trainer.process_failure import RESUME, end_if_a_rank_failed
 from rekatrain.trainer.ranks import ranks
 from rekatrain.trainer.time_limit import TimeLimit
-
-Result = TypeVar("Result")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Wakes a main thread that waits. Nothing else sends it, and it is ignored by default.
@@ -43,21 +38,23 @@ class Abandoned(KeyboardInterrupt):
     """Raised in the main thread to leave work that an interruption abandons; no grader catches it."""
 
 
-class _Phase(Enum):
+class Phase(Enum):
+    """The work of the main thread, by the effect of an interruption on it."""
+
     STARTING = auto()  # nothing is lost: end now
     SAMPLING = auto()  # abandon
     TRAINING = auto()  # finish
     ENDING = auto()  # the run ends already, or none has begun
 
 
-ABANDONED = (_Phase.STARTING, _Phase.SAMPLING)
+ABANDONED = (Phase.STARTING, Phase.SAMPLING)
 
 
 class Interruption:
     """The interruption of this process's run, if any. `cause` names it: a signal, or time_limit."""
 
     def __init__(self) -> None:
-        self._phase, self._is_unbroken = _Phase.ENDING, False
+        self.phase, self._is_unbroken = Phase.ENDING, False
         self._forget()
 
     def _forget(self) -> None:
@@ -73,7 +70,7 @@ class Interruption:
         """
         self._forget()
         self.time = TimeLimit(time_limit)
-        self._phase = _Phase.STARTING
+        self.phase = Phase.STARTING
         stopped = threading.Event()
         threading.Thread(target=self._watch, args=(stopped,), daemon=True).start()
         try:
@@ -83,35 +80,13 @@ class Interruption:
             raise self.end("before its first step: nothing is lost. Start it again with --resume") from None
         finally:
             stopped.set()
-            self._phase = _Phase.ENDING
+            self.phase = Phase.ENDING
 
     def begin_steps(self, accelerator: Accelerator) -> None:
         """Declare that the run is set up, and that a step which has begun is finished; every rank must call this."""
-        self._phase = _Phase.TRAINING
+        self.phase = Phase.TRAINING
         if self.is_agreed(accelerator):
             raise Abandoned
-
-    def abandonable(self, accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-        """Return the function's result; raise Abandoned on every rank if an interruption comes first on any rank.
-
-        Every rank must call this. The function must contain no collective, and must leave no trace but random states,
-        which are restored.
-        """
-        states, results = _random_states(), []
-        try:
-            try:
-                self._phase = _Phase.SAMPLING
-                if self.cause is not None:
-                    raise Abandoned
-                results.append(function())
-            finally:
-                self._phase = _Phase.TRAINING
-        except Abandoned:  # the handler raises it anywhere, after the last line of `try` too
-            pass
-        if _any_rank(accelerator, not results):
-            _set_random_states(states)
-            raise Abandoned
-        return results[0]
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
@@ -141,7 +116,7 @@ class Interruption:
 
         what: after which step, and what is saved, as text
         """
-        self._phase = _Phase.ENDING
+        self.phase = Phase.ENDING
         here, cause = ranks(), self.cause
         if here is not None:
             with suppress(RuntimeError):  # the launcher has ended
@@ -191,7 +166,7 @@ class Interruption:
     def _abandon(self) -> None:
         """Raise Abandoned where work is abandoned; again after a while, as a callback may have swallowed the first."""
         here, now = ranks(), time.monotonic()
-        is_left = self._phase in ABANDONED and not self._is_unbroken
+        is_left = self.phase in ABANDONED and not self._is_unbroken
         if self.cause is None or not is_left or (here is not None and here.is_ending):
             return
         if now - self._raised_at > RAISE_SECONDS:
@@ -202,7 +177,7 @@ class Interruption:
         """Read the numbers of signals as they come."""
         first = None
         while number := os.read(reader, 1):
-            if number[0] not in SIGNALS or self._phase is _Phase.ENDING:
+            if number[0] not in SIGNALS or self.phase is Phase.ENDING:
                 continue
             received, here = signal.Signals(number[0]), ranks()
             if received == signal.SIGTERM and here is not None:
@@ -226,10 +201,10 @@ class Interruption:
             if here is not None and self.cause is not None:
                 here.interrupt(self.cause)
         known = time.monotonic()
-        while self._phase is not _Phase.ENDING and not stopped.is_set():
-            if self._phase in ABANDONED:  # not while files are written
+        while self.phase is not Phase.ENDING and not stopped.is_set():
+            if self.phase in ABANDONED:  # not while files are written
                 signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
-            if self._phase is _Phase.STARTING and time.monotonic() - known > START_SECONDS:
+            if self.phase is Phase.STARTING and time.monotonic() - known > START_SECONDS:
                 _end_at_once(f"interrupted by {self.cause} before its first step. {RESUME}", INTERRUPTED)
             stopped.wait(POLL_SECONDS)
 
@@ -249,19 +224,6 @@ def _any_rank(accelerator: Accelerator, is_here: bool) -> bool:
         return is_here
     count = torch.tensor([int(is_here)], device=accelerator.device)
     return bool(accelerator.reduce(count, "sum").item())
-
-
-def _random_states() -> tuple[Any, ...]:  # as each library has them
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if states[3]:
-        torch.cuda.set_rng_state_all(states[3])
 
 
 def _end_at_once(message: str, status: int) -> None:

@@ -7,7 +7,8 @@ import pytest
 from rekatrain.data.errors import InputError
 from rekatrain.data.rows import Source
 from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
+from rekatrain.rewards.gradable import check_source_columns
+from rekatrain.rewards.grader import Grader, ScoringConfig
 
 MODULE = """
 def gold(completion, *, gold):

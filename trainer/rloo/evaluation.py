@@ -23,7 +23,8 @@ from rekatrain.trainer.interruption import INTERRUPTION, Abandoned
 from rekatrain.trainer.intervals import wilson_interval
 from rekatrain.trainer.models import Policy
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
-from rekatrain.trainer.rloo.rollouts import Group, sample_groups
+from rekatrain.trainer.rloo.group import Group
+from rekatrain.trainer.rloo.rollouts import abandonable, sample_groups
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.rloo.setup import RunSetup
 
@@ -56,7 +57,7 @@ class Evaluation:
         assert held_out is not None, "the recipe is checked for eval_dataset"
         try:
             with self._weights():
-                answers, failure = INTERRUPTION.abandonable(self._accelerator, partial(self._try_to_answer, held_out))
+                answers, failure = abandonable(self._accelerator, partial(self._try_to_answer, held_out))
         except Abandoned:
             return {}
         failures = [text for text in gather_object([failure]) if text is not None]
@@ -85,7 +86,7 @@ class Evaluation:
             dtype=torch.bfloat16 if self._setup.config.bf16 else None,
         )
         # Graders have counts and metrics of their own: those of training stay as they are.
-        with Grader(held_out.rewards, self._setup.scoring) as grader:
+        with Grader(held_out.rewards, self._setup.scoring, unbroken=INTERRUPTION.unbroken) as grader:
             groups = sample_groups(
                 sampler,
                 grader,

@@ -7,8 +7,8 @@ from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
 from rekatrain.data.chat import FinishReason
+from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.microbatch import MicroBatch
-from rekatrain.trainer.rloo.rollouts import Group
 
 RolloutRecord = dict[str, Any]
 RATIO_NAMES = {FinishReason.STOP: "stop_ratio", FinishReason.EOS: "eos_ratio", FinishReason.LENGTH: "clipped_ratio"}

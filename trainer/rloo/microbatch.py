@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
 from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
 from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs
-from rekatrain.trainer.rloo.rollouts import Group
 
 
 @dataclass(kw_only=True, eq=False)

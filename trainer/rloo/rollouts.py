@@ -1,11 +1,11 @@
 """Rollouts: the groups of one step, sampled and scored. A completion is scored as soon as it has ended."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,47 +13,21 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
-from rekatrain.rewards.scorers.text import overlong_penalty
 from rekatrain.rewards.workers.pool import Job
-from rekatrain.trainer.interruption import INTERRUPTION
+from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, Phase
 from rekatrain.trainer.prompts import Prompt
-from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
+from rekatrain.trainer.rloo.group import Group, apply_length_penalties
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
 
+Result = TypeVar("Result")
+
 # Called with the name of a phase of a step that has just ended.
 Lap = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Group:
-    """One prompt of a step with its scored completions.
-
-    prompt_index:    index of the prompt in the step; a replacement's is `prompts_per_step` higher per round
-    rewards:         weighted sum for each completion, nan where it cannot be scored
-    rewards_by_name: values of each reward function, None where it does not apply or has failed
-    reward_errors:   for each completion, the rewards that failed, with the error
-    is_in_loss:      for each completion, True where it has a term in the loss
-    """
-
-    prompt_index: int
-    prompt: Prompt
-    completions: list[Completion]
-    texts: list[str]
-    rewards: list[float]
-    rewards_by_name: Mapping[str, Sequence[float | None]]
-    reward_errors: Sequence[Mapping[str, str]]
-    is_in_loss: list[bool]
-
-    @property
-    def is_idle(self) -> bool:
-        """True where all advantages are 0 without a KL: equal rewards (with penalties), or nothing in the loss."""
-        return len({reward for reward in self.rewards if not math.isnan(reward)}) <= 1 or not any(self.is_in_loss)
 
 
 class GroupSampler(Protocol):
@@ -95,7 +69,31 @@ class InProcessRollouts:
         """Sample and score this process's groups of `step`; raise Abandoned if the run is interrupted meanwhile."""
         rollouts = partial(roll_out, self._sampler, self._setup, self._prompt_indices, step, lap)
         with self._weights():
-            return INTERRUPTION.abandonable(self._accelerator, rollouts)
+            return abandonable(self._accelerator, rollouts)
+
+
+def abandonable(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """Return the function's result; raise Abandoned on every rank if the run is interrupted meanwhile, on any rank.
+
+    Every rank must call this. The function must contain no collective, and must leave no trace but random states, which
+    are restored.
+    """
+    states, results = _random_states(), []
+    try:
+        try:
+            INTERRUPTION.phase = Phase.SAMPLING
+            if INTERRUPTION.cause is not None:
+                raise Abandoned
+            results.append(function())
+        finally:
+            INTERRUPTION.phase = Phase.TRAINING
+    except Abandoned:  # a signal's handler raises it anywhere, after the last line of `try` too
+        pass
+    num_abandoned = accelerator.reduce(torch.tensor([not results], dtype=torch.int, device=accelerator.device), "sum")
+    if num_abandoned.item():
+        _set_random_states(states)
+        raise Abandoned
+    return results[0]
 
 
 def roll_out(
@@ -197,18 +195,16 @@ def sample_groups(
     jobs: dict[int, list[Job | None]] = {}
 
     def start_scoring(index: int, completion: Completion) -> None:
-        with INTERRUPTION.unbroken():  # the queue of the workers has threads of its own
-            texts[index] = decode_completion(completion.ids, tokenizer)
-            jobs[index] = grader.submit(
-                texts[index], {name: values[index] for name, values in columns.items()}, judges[index]
-            )
+        texts[index] = decode_completion(completion.ids, tokenizer)
+        of_row = {name: values[index] for name, values in columns.items()}
+        jobs[index] = grader.submit(texts[index], of_row, judges[index])
 
     keys = [(1, seed, step, index) for index in prompt_indices]  # 1: not the streams that order the prompts
     sampled = sampler.sample([prompt.ids for prompt in prompts], keys, num_generations, start_scoring)
     flat = [completion for completions in sampled for completion in completions]
     for index, completion in enumerate(flat):
-        if index not in jobs:
-            start_scoring(index, completion)
+        if index not in texts:
+            texts[index] = decode_completion(completion.ids, tokenizer)
     lap("sample")
 
     scores = grader.score(
@@ -238,34 +234,6 @@ def sample_groups(
     return groups
 
 
-def apply_length_penalties(group: Group, config: RLOOConfig) -> Group:
-    """Add penalties on long and truncated completions to the rewards, each under its name, or drop the latter."""
-    lengths = [len(completion.ids) for completion in group.completions]
-    is_truncated = [completion.finish_reason is FinishReason.LENGTH for completion in group.completions]
-    penalties: dict[str, list[float]] = {}
-    if config.overlong_buffer is not None:
-        penalties["overlong_penalty"] = [
-            config.overlong_penalty
-            * overlong_penalty(length, max_length=config.max_completion_length, buffer=config.overlong_buffer)
-            for length in lengths
-        ]
-    if config.truncated_completions == "penalize":
-        penalties["truncation_penalty"] = [-config.truncation_penalty if is_cut else 0.0 for is_cut in is_truncated]
-    rewards = [math.fsum(parts) for parts in zip(group.rewards, *penalties.values(), strict=True)]
-    if config.truncated_completions == "drop_from_group":
-        rewards = [math.nan if is_cut else reward for reward, is_cut in zip(rewards, is_truncated, strict=True)]
-    is_dropped = config.truncated_completions in ("drop_from_loss", "drop_from_group")
-    return replace(
-        group,
-        rewards=rewards,
-        rewards_by_name={**group.rewards_by_name, **penalties},
-        is_in_loss=[
-            not math.isnan(reward) and not (is_dropped and is_cut)
-            for reward, is_cut in zip(rewards, is_truncated, strict=True)
-        ],
-    )
-
-
 def count_informative(accelerator: Accelerator, groups: Sequence[Group]) -> int:
     """Count the groups that have advantages other than 0 without a KL, over all processes."""
     count = torch.tensor([sum(not group.is_idle for group in groups)], device=accelerator.device)
@@ -276,3 +244,16 @@ def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Columns of the rows as reward functions take them: one list per column, None where a row lacks it."""
     names = sorted({name for row in rows for name in row.columns})
     return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def _random_states() -> tuple[Any, ...]:  # as each library has them
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3]:
+        torch.cuda.set_rng_state_all(states[3])

@@ -7,8 +7,9 @@ import torch
 
 from rekatrain.trainer.models import load_policy
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.group import Group, apply_length_penalties
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages
-from rekatrain.trainer.rloo.rollouts import Group, apply_length_penalties, sample_groups, step_prompts
+from rekatrain.trainer.rloo.rollouts import sample_groups, step_prompts
 from rekatrain.trainer.rloo.setup import prepare
 
 

@@ -12,10 +12,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import is_shuffled
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
-from rekatrain.rewards.gradable import keep_gradable
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_source_columns
+from rekatrain.rewards.gradable import check_source_columns, keep_gradable
+from rekatrain.rewards.grader import Grader, ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
+from rekatrain.trainer.interruption import INTERRUPTION
 from rekatrain.trainer.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.prompts import Prompt, load_prompts
@@ -53,7 +54,7 @@ class RunSetup:
     @cached_property
     def grader(self) -> Grader:
         """The grader that runs the rewards; it has worker processes from its first completion on."""
-        return Grader(self.rewards, self.scoring)
+        return Grader(self.rewards, self.scoring, unbroken=INTERRUPTION.unbroken)
 
     def prompt_indices(self, accelerator: Accelerator) -> range:
         """Indices in each step of the prompts that this process samples."""

@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, PackedCompletions, make_reference
 from rekatrain.trainer.rloo.metrics import Clock
-from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.step import Run, take_step
 from tests.helpers.rloo import (
     TEXTS,

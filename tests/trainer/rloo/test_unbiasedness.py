@@ -17,6 +17,7 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.kernels.cpu import PassCost
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
 from rekatrain.trainer.rloo.loss import (
@@ -30,7 +31,6 @@ from rekatrain.trainer.rloo.loss import (
     set_advantages,
 )
 from rekatrain.trainer.rloo.microbatch import make_microbatches
-from rekatrain.trainer.rloo.rollouts import Group
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from tests.helpers.loss import centered, doubles, gradient, loss_on_policy
 from tests.helpers.rloo import distance, perturb

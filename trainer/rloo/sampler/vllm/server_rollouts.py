@@ -28,9 +28,10 @@ from accelerate.utils import gather_object
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
-from rekatrain.trainer.interruption import INTERRUPTION, Abandoned
+from rekatrain.trainer.interruption import Abandoned
 from rekatrain.trainer.models import Policy
-from rekatrain.trainer.rloo.rollouts import Group, Lap, roll_out
+from rekatrain.trainer.rloo.group import Group
+from rekatrain.trainer.rloo.rollouts import Lap, abandonable, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampler
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
@@ -88,7 +89,7 @@ class ServerRollouts:
 
     def _unless_interrupted(self, function: Callable[[], Rolled]) -> Rolled:
         try:
-            return INTERRUPTION.abandonable(self._accelerator, function)
+            return abandonable(self._accelerator, function)
         except Abandoned:
             self._is_abandoned = True
             self.sampler.cancel()
