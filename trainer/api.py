@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.places import check_new_file, check_parent
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe, build_recipe, load_recipe
+from rekatrain.trainer.run.places import check_new_file, check_parent
 from rekatrain.trainer.terminal import set_up_terminal
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def train(
     """
     checked = check_recipe(recipe, *overrides)
     run = Path(checked.output_dir)
-    from rekatrain.trainer.models import check_not_adapter
+    from rekatrain.trainer.models.load import check_not_adapter
     from rekatrain.trainer.plan.plan import check_fits
 
     check_parent(run, "output_dir")
@@ -68,9 +68,9 @@ def train(
 
         show(checked, resume=resume)
         return run
-    from rekatrain.trainer.agreement import agree_on_recipe
-    from rekatrain.trainer.interruption import INTERRUPTION
-    from rekatrain.trainer.process_failure import end_with_the_others
+    from rekatrain.trainer.processes.agreement import agree_on_recipe
+    from rekatrain.trainer.processes.failure import end_with_the_others
+    from rekatrain.trainer.processes.interruption import INTERRUPTION
 
     if checked.stage == "sft":
         from rekatrain.trainer.sft import train as run_stage

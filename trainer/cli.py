@@ -74,7 +74,7 @@ def _fail(message: str, status: int, *, details: str = "") -> NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         print(f"rekatrain: {message}", file=sys.stderr)
     else:
-        from rekatrain.trainer.process_failure import print_failure
+        from rekatrain.trainer.processes.failure import print_failure
 
         print_failure(message, status, details=details)
     sys.exit(status)

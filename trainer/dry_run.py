@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rekatrain.data.chat import IGNORED_LABEL, render_completion
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
-from rekatrain.trainer.run_folder import RunFolder
+from rekatrain.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,9 +36,9 @@ def dry_run(recipe: Recipe, *, resume: bool) -> None:
 
 
 def _check_trl_start(recipe: Recipe, folder: RunFolder, task: "SFTTask | RewardTask", *, resume: bool) -> None:
-    from rekatrain.trainer.models import check_trainable
-    from rekatrain.trainer.origin import check_origin
-    from rekatrain.trainer.trl_resharding import check_resumable
+    from rekatrain.trainer.models.load import check_trainable
+    from rekatrain.trainer.resume.origin import check_origin
+    from rekatrain.trainer.trl_stages.resharding import check_resumable
 
     config: TrainingArguments = task.config
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
@@ -49,9 +49,9 @@ def _check_trl_start(recipe: Recipe, folder: RunFolder, task: "SFTTask | RewardT
 
 
 def _check_rloo_start(recipe: Recipe, task: "RunSetup", folder: RunFolder, *, resume: bool) -> None:
-    from rekatrain.trainer.launch import read_launch
-    from rekatrain.trainer.models import check_trainable
-    from rekatrain.trainer.origin import check_origin
+    from rekatrain.trainer.models.load import check_trainable
+    from rekatrain.trainer.processes.launch import read_launch
+    from rekatrain.trainer.resume.origin import check_origin
     from rekatrain.trainer.rloo.checkpoint import check_layout
     from rekatrain.trainer.rloo.distributed import check_dtype, make_accelerator, zero_stage
 

@@ -17,7 +17,7 @@ import torch
 from rekatrain.rewards.grader import Grader, ScoringConfig
 from rekatrain.trainer.held_out_prompts import EvaluateConfig, prepare_held_out
 from rekatrain.trainer.intervals import Accuracy, pass_rates, wilson_interval
-from rekatrain.trainer.models import check_attention, check_model, load_model, load_model_tokenizer
+from rekatrain.trainer.models.load import check_attention, check_model, load_model, load_model_tokenizer
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.rollouts import sample_groups

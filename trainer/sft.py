@@ -21,14 +21,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rekatrain.data.chat import EncodedRow
 from rekatrain.data.mixture import load_mixture
 from rekatrain.data.training_rows import encode_rows
-from rekatrain.trainer.agreement import Repeatable
-from rekatrain.trainer.held_out import measure_held_out
-from rekatrain.trainer.models import check_model, load_model_tokenizer, load_policy
+from rekatrain.trainer.models.load import check_model, load_model_tokenizer, load_policy
+from rekatrain.trainer.models.probe import choose_texts
+from rekatrain.trainer.processes.agreement import Repeatable
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run_folder import RunFolder
-from rekatrain.trainer.training_probe import choose_texts
-from rekatrain.trainer.trl_guards import GuardedTrainer
-from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
+from rekatrain.trainer.run.folder import RunFolder
+from rekatrain.trainer.trl_stages.guards import GuardedTrainer
+from rekatrain.trainer.trl_stages.held_out import measure_held_out
+from rekatrain.trainer.trl_stages.run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rekatrain.data.chat import check_messages, parse_completion, parse_prompt, render_completion, render_prompt
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import MANIFEST_FILE, find_fault, read_manifest, seal
+from rekatrain.trainer.run.checkpoints import MANIFEST_FILE, find_fault, read_manifest, seal
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
 FEW = settings(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from transformers import LlamaForSequenceClassification
 
-from rekatrain.trainer.checkpoints import seal
+from rekatrain.trainer.run.checkpoints import seal
 from tests.conftest import tiny_config, tiny_llama, tiny_tokenizer
 
 FOLDER = Path(__file__).parent

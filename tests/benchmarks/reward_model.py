@@ -25,7 +25,7 @@ from rekatrain.data.sources import load_rows
 from rekatrain.data.stop import decode_completion
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.rewards.models.local import RewardModel
-from rekatrain.trainer.models import load_model
+from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 PROJECT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runs import Setting
 
-from rekatrain.trainer.checkpoints import MANIFEST_FILE
+from rekatrain.trainer.run.checkpoints import MANIFEST_FILE
 
 Damage = Callable[[Path], object]
 RESULTS = ("falls back", "goes on", "reports", "one line")

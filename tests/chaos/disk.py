@@ -18,7 +18,7 @@ from pathlib import Path
 from processes import Process, fork_run
 from runs import all_settings, differences, scratch_folder, write_model, write_workspace
 
-from rekatrain.trainer.checkpoints import find_fault, numbered_checkpoints
+from rekatrain.trainer.run.checkpoints import find_fault, numbered_checkpoints
 
 
 def mount(folder: Path, size: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from rekatrain.trainer.run_folder import LOCK_FILE, METRICS_FILE, ROLLOUTS_FILE  # noqa: E402
+from rekatrain.trainer.run.folder import LOCK_FILE, METRICS_FILE, ROLLOUTS_FILE  # noqa: E402
 from tests.conftest import tiny_llama, tiny_tokenizer  # noqa: E402  # after the path
 
 STEPS = 4

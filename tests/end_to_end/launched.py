@@ -23,9 +23,9 @@ def run(case: dict[str, Any]) -> None:
     from trl.trainer.sft_config import SFTConfig
 
     from rekatrain.trainer.cli import main
-    from rekatrain.trainer.models import load_policy
+    from rekatrain.trainer.models.load import load_policy
     from rekatrain.trainer.recipe.load import load_recipe
-    from rekatrain.trainer.trl_run import make_config
+    from rekatrain.trainer.trl_stages.run import make_config
 
     # Stage rloo destroys the process group at the end of its run; gloo cannot make a second one.
     torch.distributed.destroy_process_group = lambda *_: None

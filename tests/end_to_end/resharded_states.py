@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
 
-from rekatrain.trainer.resharding import restore_converted
-from rekatrain.trainer.saved_optimizer import MOMENTS, read_optimizer, saved_layout
+from rekatrain.trainer.resume.resharding import restore_converted
+from rekatrain.trainer.resume.saved_optimizer import MOMENTS, read_optimizer, saved_layout
 
 STEP = 7
 

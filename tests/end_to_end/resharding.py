@@ -126,7 +126,7 @@ class Difference:
 
 def difference(one: Path, other: Path, keys: Mapping[str, str]) -> Difference:
     """Compare weights and moments; the counts of AdamW's updates and the names of trained parameters must be equal."""
-    from rekatrain.trainer.saved_optimizer import MOMENTS, WEIGHT, read_optimizer
+    from rekatrain.trainer.resume.saved_optimizer import MOMENTS, WEIGHT, read_optimizer
 
     ours, theirs = (read_optimizer(checkpoint, keys) for checkpoint in (one, other))
     assert ours.step == theirs.step > 0
@@ -143,8 +143,8 @@ def trained_keys(kind: str, model: Path) -> dict[str, str]:
     """Return the names of the trained parameters, in the order of the optimizer's groups, and their keys in files."""
     from transformers import AutoModelForCausalLM, Trainer
 
-    from rekatrain.trainer.models import add_adapter
-    from rekatrain.trainer.resharding import keys_in_weights
+    from rekatrain.trainer.models.load import add_adapter
+    from rekatrain.trainer.resume.resharding import keys_in_weights
 
     policy: Any = AutoModelForCausalLM.from_pretrained(model)
     if KINDS[kind].get("lora"):

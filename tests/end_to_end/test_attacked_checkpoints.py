@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import read_manifest, seal
-from rekatrain.trainer.safe_load import FORCED, tensors_only
+from rekatrain.trainer.resume.safe_load import FORCED, tensors_only
+from rekatrain.trainer.run.checkpoints import read_manifest, seal
 from tests.end_to_end.small_runs import PROJECT, rloo_recipe, start, write_data, write_recipe
 
 

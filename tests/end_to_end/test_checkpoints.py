@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
-from rekatrain.trainer import run_folder
 from rekatrain.trainer.cli import main
+from rekatrain.trainer.run import folder as run_folder
 from tests.end_to_end.small_runs import LORA, records, rloo_recipe, weights, write_data, write_recipe
 
 STAGES = ["sft", "rloo"]

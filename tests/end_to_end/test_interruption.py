@@ -11,12 +11,14 @@ import psutil
 import pytest
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer import run_folder, sft, trl_guards
+from rekatrain.trainer import sft
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.rloo import step as rloo_step
 from rekatrain.trainer.rloo import train as rloo_stage
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
+from rekatrain.trainer.run import folder as run_folder
+from rekatrain.trainer.trl_stages import guards as trl_guards
 from tests.end_to_end.small_runs import LORA, OPTIONS, rloo_recipe, start, write_data, write_recipe
 from tests.end_to_end.test_checkpoints import assert_equal_runs
 

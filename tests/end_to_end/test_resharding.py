@@ -13,8 +13,8 @@ from deepspeed.checkpoint import ds_to_universal
 from torch.optim import AdamW
 
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.resharding import restore_converted
-from rekatrain.trainer.saved_optimizer import MOMENTS, read_optimizer, saved_layout
+from rekatrain.trainer.resume.resharding import restore_converted
+from rekatrain.trainer.resume.saved_optimizer import MOMENTS, read_optimizer, saved_layout
 from tests.end_to_end.resharded_states import NAMES, STEP, Model, groups, write_plain
 from tests.end_to_end.resharding import launch, trained_keys
 from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe

@@ -9,8 +9,8 @@ import torch
 
 import rekatrain
 from rekatrain import InputError, evaluate, export, load_recipe, sample, train
-from rekatrain.trainer.records import read_records
-from rekatrain.trainer.run_folder import METRICS_FILE
+from rekatrain.trainer.run.folder import METRICS_FILE
+from rekatrain.trainer.run.records import read_records
 from tests.package.processes import finish, write_recipes
 
 # Without a guard: the top level runs again if a child process imports it.

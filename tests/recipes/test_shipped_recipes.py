@@ -7,11 +7,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.plan.machine import current_launch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import load_recipe
+from rekatrain.trainer.run.checkpoints import STATE_FILE
 from tests.conftest import tiny_llama
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "smollm2"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.run_folder import RECIPE_FILE
+from rekatrain.trainer.run.folder import RECIPE_FILE
 from tests.trainer.small_recipes import ROWS, STAGES, write_rows
 
 # The good recipe: each recipe below differs from it in the mistake alone

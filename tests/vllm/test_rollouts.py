@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.records import read_records
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm import server_pool
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader
+from rekatrain.trainer.run.records import read_records
 from tests.helpers.rloo import open_reasoning
 from tests.vllm.stand_in import StandIn, one_thread
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rekatrain.trainer.records import read_records
+from rekatrain.trainer.run.records import read_records
 from tests.helpers.rloo import open_reasoning
 
 PROJECT = Path(__file__).parents[2]

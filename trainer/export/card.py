@@ -7,11 +7,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rekatrain.data.locations import names_path
 from rekatrain.data.mixture import source_paths
-from rekatrain.trainer.checkpoints import checkpoint_step
-from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe
-from rekatrain.trainer.records import read_records
-from rekatrain.trainer.run_folder import METRICS_FILE
+from rekatrain.trainer.run.checkpoints import checkpoint_step
+from rekatrain.trainer.run.folder import METRICS_FILE
+from rekatrain.trainer.run.records import read_records
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The metrics of one step are noise: the card shows means over the last recorded steps before the checkpoint.

@@ -25,11 +25,11 @@ from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
 from rekatrain.trainer.export.probe import probe_logprobs, verify_logprobs
 from rekatrain.trainer.export.publish import publish, written_aside
-from rekatrain.trainer.model_source import Source, find_source
-from rekatrain.trainer.models import load_model
+from rekatrain.trainer.models.load import load_model
+from rekatrain.trainer.models.probe import PROBE_FILE, find_difference, read_probe, run_probe
+from rekatrain.trainer.models.source import Source, find_source
 from rekatrain.trainer.recipe.load import load_recipe
-from rekatrain.trainer.run_folder import RECIPE_FILE
-from rekatrain.trainer.training_probe import PROBE_FILE, find_difference, read_probe, run_probe
+from rekatrain.trainer.run.folder import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 

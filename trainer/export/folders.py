@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rekatrain.trainer.adapter_scales import fold_scales
-from rekatrain.trainer.model_source import Source
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.adapter_scales import fold_scales
+from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.source import Source
 
 logger = logging.getLogger(__name__)
 

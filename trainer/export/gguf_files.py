@@ -16,7 +16,7 @@ from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
 from rekatrain.trainer.export.probe import verify_logprobs
 from rekatrain.trainer.export.publish import final_name
-from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models.source import Source
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rekatrain.trainer.checkpoints import PARTIAL_SUFFIX, write_failures
 from rekatrain.trainer.export.card import write_card
 from rekatrain.trainer.export.serving import write_serving
-from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.run.checkpoints import PARTIAL_SUFFIX, write_failures
 
 logger = logging.getLogger(__name__)
 

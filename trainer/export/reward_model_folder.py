@@ -20,7 +20,7 @@ from rekatrain.rewards.models.classifier import RewardModelCard, classify, conte
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish, written_aside
-from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
 from rekatrain.trainer.reward_model.model import load_reward_model

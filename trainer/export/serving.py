@@ -11,8 +11,8 @@ from string import Template
 from transformers import AutoConfig
 
 from rekatrain.rewards.models.classifier import read_card
-from rekatrain.trainer.adapter_scales import largest_rank
-from rekatrain.trainer.model_source import Source
+from rekatrain.trainer.models.adapter_scales import largest_rank
+from rekatrain.trainer.models.source import Source
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rekatrain.data.chat import render_prompt
 from rekatrain.data.tokenizer import check_tokenizer
 from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
-from rekatrain.trainer.training_probe import compare, find_difference, read_probe, run_probe
+from rekatrain.trainer.models.probe import compare, find_difference, read_probe, run_probe
 
 
 def main() -> None:

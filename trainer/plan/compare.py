@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.quantization import check_quantization
 from rekatrain.trainer.plan.advice import LORA, QUANTIZATION
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.report import table
-from rekatrain.trainer.quantization import check_quantization
 from rekatrain.trainer.recipe.load import Recipe
 
 NUM_GPUS = (1, 2, 4, 8, 16, 64)

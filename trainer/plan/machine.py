@@ -13,7 +13,7 @@ import torch
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_type
 from rekatrain.data.ranges import Count
-from rekatrain.trainer.launch import read_launch
+from rekatrain.trainer.processes.launch import read_launch
 from rekatrain.trainer.recipe.yaml_text import parse_yaml
 
 GB = 1e9
@@ -29,8 +29,8 @@ ENGINES: dict[str, Literal["single", "ddp", "deepspeed"]] = {
 class PlannedLaunch:
     """The processes of a run and the memory that each of them has.
 
-    `trainer.launch.Launch` is the engine that the launcher of this process requested. `PlannedLaunch` is any launch,
-    running or not, and also has the memory, the nodes, the offload and the sequence parallelism.
+    `trainer.processes.launch.Launch` is the engine that the launcher of this process requested. `PlannedLaunch` is any
+    launch, running or not, and also has the memory, the nodes, the offload and the sequence parallelism.
 
     engine:             single (one process), ddp (a whole model in each process), deepspeed
     zero_stage:         DeepSpeed's ZeRO stage: 0 shards nothing, 1 the optimizer, 2 also gradients, 3 also parameters

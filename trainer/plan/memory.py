@@ -14,13 +14,13 @@ from functools import cached_property
 from transformers import PretrainedConfig
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.quantization import check_quantization
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.model_size import ModelShape, model_of
 from rekatrain.trainer.plan.passes import sample_peak, score_peak, train_peak
 from rekatrain.trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
 from rekatrain.trainer.plan.workload import Workload, checkpoints_activations, make_workload, uses_bf16
-from rekatrain.trainer.quantization import check_quantization
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 

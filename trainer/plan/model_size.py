@@ -26,10 +26,10 @@ from transformers import (
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.model_config import check_config, check_numbers
-from rekatrain.trainer.model_source import base_revision, find_source
-from rekatrain.trainer.model_weights import readable
-from rekatrain.trainer.models import Policy, add_adapter
+from rekatrain.trainer.models.config import check_config, check_numbers
+from rekatrain.trainer.models.load import Policy, add_adapter
+from rekatrain.trainer.models.source import base_revision, find_source
+from rekatrain.trainer.models.weights import readable
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)

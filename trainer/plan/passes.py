@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, extrapolate_layers, fake_tensors
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.plan.workload import Workload

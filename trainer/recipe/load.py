@@ -30,7 +30,7 @@ class Recipe:
     stage:        the stage that `train` runs
     output_dir:   the run folder
     seed:         the source of every random choice of the run
-    model:        keywords of `trainer.models.load_model`
+    model:        keywords of `trainer.models.load.load_model`
     lora:         keywords of `peft.LoraConfig`; without it all weights are trained
     chat:         keywords of `data.training_rows.encode_rows`; in stage reward those of
                   `trainer.reward_model.pairs.encode_pairs`
@@ -47,7 +47,7 @@ class Recipe:
     on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run
                          folder and end the run; skip: go on without the update
     max_nonfinite_skips: number of skipped updates after which the run stops anyway
-    stop_if:             keywords of `trainer.guards.StopConfig`: bounds of metrics beyond which the run stops
+    stop_if:             keywords of `trainer.run.guards.StopConfig`: bounds of metrics beyond which the run stops
     time_limit:          time after which the run has saved and ended, with status 75: seconds, `3h50m` or `03:50:00`
     """
 

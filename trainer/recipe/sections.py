@@ -76,11 +76,11 @@ def _check_wandb(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe) -> None:
-    from rekatrain.trainer.models import load_model
+    from rekatrain.trainer.models.load import load_model
 
     check_keywords("model", recipe.model, load_model)
     if recipe.stop_if:
-        from rekatrain.trainer.guards import StopConfig, check_stop_if
+        from rekatrain.trainer.run.guards import StopConfig, check_stop_if
 
         check_keywords("stop_if", recipe.stop_if, StopConfig)
         check_stop_if(recipe)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.places import check_parent
+from rekatrain.trainer.run.places import check_parent
 
 # They belong to a checkout: its set-up, and a picture of its README.
 CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "quickstart.png", "__pycache__")

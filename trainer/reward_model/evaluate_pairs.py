@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.models.classifier import classify
 from rekatrain.trainer.intervals import Accuracy, wilson_interval
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs

@@ -9,10 +9,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
-from rekatrain.trainer.lora_targets import check_targets
-from rekatrain.trainer.model_config import build_skeleton
-from rekatrain.trainer.model_source import base_revision, commit_of, find_source
-from rekatrain.trainer.model_weights import (
+from rekatrain.trainer.models.config import build_skeleton
+from rekatrain.trainer.models.load import Policy, add_adapter, describe
+from rekatrain.trainer.models.lora_targets import check_targets
+from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
+from rekatrain.trainer.models.source import base_revision, commit_of, find_source
+from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
+from rekatrain.trainer.models.weights import (
     check_finite,
     check_report,
     check_tensors,
@@ -20,10 +23,7 @@ from rekatrain.trainer.model_weights import (
     quiet_transformers,
     readable,
 )
-from rekatrain.trainer.models import Policy, add_adapter, describe
-from rekatrain.trainer.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.weight_files import check_weight_files, local_folder
 
 logger = logging.getLogger(__name__)
 

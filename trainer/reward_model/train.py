@@ -20,14 +20,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from rekatrain.trainer.agreement import Repeatable
+from rekatrain.trainer.processes.agreement import Repeatable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
-from rekatrain.trainer.run_folder import RunFolder
-from rekatrain.trainer.trl_guards import GuardedTrainer
-from rekatrain.trainer.trl_run import check_start, is_finished, make_config, run_trainer
+from rekatrain.trainer.run.folder import RunFolder
+from rekatrain.trainer.trl_stages.guards import GuardedTrainer
+from rekatrain.trainer.trl_stages.run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 

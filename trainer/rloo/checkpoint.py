@@ -1,10 +1,10 @@
 """Checkpoints of the RLOO stage: weights as transformers or PEFT load them, optimizer, schedule and every RNG.
 
 Prompts and draws are functions of (seed, step), so the number of finished steps is the whole state of the data. The
-folder is written aside and then moved (../checkpoints.py): it appears whole or not at all.
+folder is written aside and then moved (../run/checkpoints.py): it appears whole or not at all.
 
 A run resumes on any number of processes and at any stage of ZeRO: an optimizer that is saved in another layout is
-converted (../resharding.py).
+converted (../resume/resharding.py).
 """
 
 import json
@@ -23,15 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.checkpoints import STATE_FILE, checkpoint_step, write_failures
-from rekatrain.trainer.launch import read_launch
-from rekatrain.trainer.models import Policy
-from rekatrain.trainer.resharding import restore_converted
+from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.probe import run_probe
+from rekatrain.trainer.processes.launch import read_launch
+from rekatrain.trainer.resume.resharding import restore_converted
+from rekatrain.trainer.resume.safe_load import tensors_only
+from rekatrain.trainer.resume.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
-from rekatrain.trainer.run_folder import RunFolder
-from rekatrain.trainer.safe_load import tensors_only
-from rekatrain.trainer.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
-from rekatrain.trainer.training_probe import run_probe
+from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, write_failures
+from rekatrain.trainer.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Checkpointer:
     """Saves and restores the state of an `Accelerator`, with the weights in a form that other programs load.
 
     states: further objects whose states are part of a checkpoint, by a name for each
-    texts:  token ids of texts whose log-probabilities are part of a checkpoint (../training_probe.py)
+    texts:  token ids of texts whose log-probabilities are part of a checkpoint (../models/probe.py)
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch import adapt_to_device, check_engine, prepare_deepspeed, read_launch
+from rekatrain.trainer.processes.launch import adapt_to_device, check_engine, prepare_deepspeed, read_launch
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.gather import gathered
 

@@ -19,9 +19,9 @@ from torch import nn
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.grader import Grader
 from rekatrain.trainer.held_out_prompts import EvaluateConfig, HeldOut
-from rekatrain.trainer.interruption import INTERRUPTION, Abandoned
 from rekatrain.trainer.intervals import wilson_interval
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.rollouts import abandonable, sample_groups

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import frozen, zero_stage
 from rekatrain.trainer.rloo.kernels.cpu import PassCost

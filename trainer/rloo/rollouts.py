@@ -17,7 +17,7 @@ from rekatrain.data.rows import Row
 from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.workers.pool import Job
-from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, Phase
+from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned, Phase
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
 from rekatrain.trainer.rloo.group import Group, apply_length_penalties

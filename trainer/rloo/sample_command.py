@@ -5,7 +5,7 @@ from statistics import fmean, pstdev
 
 import torch
 
-from rekatrain.trainer.models import load_policy
+from rekatrain.trainer.models.load import load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.group import Group, apply_length_penalties
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages

@@ -16,9 +16,9 @@ from rekatrain.rewards.gradable import check_source_columns, keep_gradable
 from rekatrain.rewards.grader import Grader, ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
-from rekatrain.trainer.interruption import INTERRUPTION
-from rekatrain.trainer.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
-from rekatrain.trainer.models import Policy, check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.models.load import Policy, check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.processes.interruption import INTERRUPTION
+from rekatrain.trainer.processes.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig

@@ -16,14 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
 
-from rekatrain.trainer.agreement import Repeatable, agree_on_start
-from rekatrain.trainer.checkpoints import checkpoint_step
-from rekatrain.trainer.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
-from rekatrain.trainer.interruption import INTERRUPTION, Abandoned, describe_end
-from rekatrain.trainer.launch import announce, read_launch
-from rekatrain.trainer.models import Policy, check_trainable, load_policy
-from rekatrain.trainer.origin import check_origin
+from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
+from rekatrain.trainer.models.probe import choose_texts
+from rekatrain.trainer.processes.agreement import Repeatable, agree_on_start
+from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned, describe_end
+from rekatrain.trainer.processes.launch import announce, read_launch
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.resume.origin import check_origin
 from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layout, load_weights
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import (
@@ -43,10 +42,11 @@ from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.server_rollouts import ServerRollouts
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
-from rekatrain.trainer.run_folder import ROLLOUTS_FILE, RunFolder
-from rekatrain.trainer.run_log import RunLog
-from rekatrain.trainer.schedule import follow_new_length, make_schedule
-from rekatrain.trainer.training_probe import choose_texts
+from rekatrain.trainer.run.checkpoints import checkpoint_step
+from rekatrain.trainer.run.folder import ROLLOUTS_FILE, RunFolder
+from rekatrain.trainer.run.guards import NonFiniteGuard, StopGuard, UnscorableGuard, check_finite_weights
+from rekatrain.trainer.run.log import RunLog
+from rekatrain.trainer.run.schedule import follow_new_length, make_schedule
 
 logger = logging.getLogger(__name__)
 

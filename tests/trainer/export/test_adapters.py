@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rekatrain.trainer.adapter_scales import fold_scales, largest_rank
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.probe import probe_logprobs
-from rekatrain.trainer.training_probe import read_probe
+from rekatrain.trainer.models.adapter_scales import fold_scales, largest_rank
+from rekatrain.trainer.models.probe import read_probe
 from tests.conftest import tiny_llama
 from tests.helpers.exports import write_sft_recipe
 

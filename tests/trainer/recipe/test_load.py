@@ -15,7 +15,7 @@ from rekatrain.trainer.recipe.load import Recipe, dump_recipe, flatten, load_rec
 from rekatrain.trainer.recipe.sections import check_sections
 from rekatrain.trainer.recipe.trl_keys import TRL_RESERVED
 from rekatrain.trainer.recipe.upstream import check_sft
-from rekatrain.trainer.run_folder import RECIPE_FILE, RunFolder
+from rekatrain.trainer.run.folder import RECIPE_FILE, RunFolder
 
 ROOT = Path(__file__).parents[3]
 # recipes/accelerate holds launch files, which are Accelerate's.

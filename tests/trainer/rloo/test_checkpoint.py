@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rekatrain.trainer.checkpoints import seal
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.checkpoint import RUN_STATE_FILE
+from rekatrain.trainer.run.checkpoints import seal
 from tests.end_to_end.small_runs import rloo_recipe, write_data
 
 

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import attend_groups
 
 NAME = "rekatrain_groups"

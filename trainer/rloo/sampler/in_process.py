@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.draw import draw

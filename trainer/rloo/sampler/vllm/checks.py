@@ -12,7 +12,7 @@ from rekatrain.data.chat import encode_text
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS
 from rekatrain.rewards.models.endpoint import Json
-from rekatrain.trainer.model_source import find_source
+from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.adapter_scales import largest_rank
 from rekatrain.trainer.export.serving import MAX_RANKS
-from rekatrain.trainer.model_source import base_revision, find_source
+from rekatrain.trainer.models.adapter_scales import largest_rank
+from rekatrain.trainer.models.source import base_revision, find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed
 from rekatrain.trainer.rloo.setup import RunSetup, prepare

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.models.endpoint import Json
+from rekatrain.trainer.models.probe import TrainingProbe, find_difference
 from rekatrain.trainer.rloo.sampler.vllm.client import ServerClient
-from rekatrain.trainer.training_probe import TrainingProbe, find_difference
 
 
 async def check_served(client: ServerClient, probe: TrainingProbe, *, model: str | None) -> None:

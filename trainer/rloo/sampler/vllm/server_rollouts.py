@@ -28,8 +28,9 @@ from accelerate.utils import gather_object
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
-from rekatrain.trainer.interruption import Abandoned
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.probe import choose_texts, run_probe
+from rekatrain.trainer.processes.interruption import Abandoned
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.rollouts import Lap, abandonable, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -37,7 +38,6 @@ from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampl
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
 from rekatrain.trainer.rloo.setup import RunSetup
-from rekatrain.trainer.training_probe import choose_texts, run_probe
 
 # Groups to train on, and groups that dynamic sampling replaced.
 Rolled = tuple[list[Group], list[Group]]

@@ -22,13 +22,13 @@ from peft import PeftModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.models.endpoint import Json
-from rekatrain.trainer.adapter_scales import fold_scales
-from rekatrain.trainer.models import Policy
+from rekatrain.trainer.models.adapter_scales import fold_scales
+from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.probe import TrainingProbe
 from rekatrain.trainer.rloo.distributed import trained_weights
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
 from rekatrain.trainer.rloo.sampler.vllm.served_probe import check_served
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
-from rekatrain.trainer.training_probe import TrainingProbe
 
 WEIGHTS_FOLDER = "served"  # in the run's folder: the weights that the servers have, or load next
 # Seconds for requests that a server carries out at once.

@@ -1,0 +1,90 @@
+"""The files of a model: from a name in a recipe to the folders that hold its tokenizer, weights and adapter."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from rekatrain.data.errors import InputError
+from rekatrain.data.locations import names_path
+from rekatrain.trainer.run.folder import RECIPE_FILE, newest_checkpoint
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the files of a model are.
+
+    folder:   folder or hub id of the tokenizer
+    base:     folder or hub id of the weights
+    adapter:  folder of a LoRA adapter on them, or None
+    revision: commit of the base that the adapter was trained on, where its config names one
+    """
+
+    folder: str
+    base: str
+    adapter: str | None
+    revision: str | None = None
+
+
+def base_revision(source: Source, requested: str | None) -> str | None:
+    """Return the revision of the base to load: the adapter's, or else the requested one (`model.revision`).
+
+    Raises InputError for a requested revision that nothing would use.
+    """
+    if requested is not None and (source.revision or (source.adapter is None and Path(source.base).exists())):
+        base = f", an adapter on {source.base!r} at revision {source.revision}" if source.revision else ""
+        raise InputError(
+            f"model.revision is {requested}, which is for models of the hub, and {source.folder!r} is a folder{base}: "
+            "remove it"
+        )
+    return source.revision or requested
+
+
+def commit_of(base: str, revision: str | None) -> str | None:
+    """Return the commit that a revision of a hub's model names now; None for a folder."""
+    return (
+        None if Path(base).exists() else extract_commit_hash(cached_file(base, "config.json", revision=revision), None)
+    )
+
+
+def find_source(pretrained_model_name_or_path: str) -> Source:
+    """Return the source of a run folder (its newest checkpoint), an adapter folder, a model folder or a hub id.
+
+    Raises InputError for a path that does not exist and for a run without a checkpoint.
+    """
+    path = Path(pretrained_model_name_or_path)
+    if (path / RECIPE_FILE).exists():
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise InputError(f"the run {str(path)!r} has no checkpoint yet")
+        path = checkpoint
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{pretrained_model_name_or_path!r} is a file: name the folder that holds the model")
+    elif not path.exists() and names_path(pretrained_model_name_or_path):
+        raise InputError(f"no model folder at {pretrained_model_name_or_path!r}")
+    if (path / ADAPTER_CONFIG).exists():
+        config = _read_adapter_config(path)
+        base = str(config.base_model_name_or_path)
+        if names_path(base) and not Path(base).is_dir():
+            raise InputError(f"{str(path)!r} is an adapter on {base!r}, which is no folder here: move the base back")
+        return Source(folder=str(path), base=base, adapter=str(path), revision=config.revision)
+    return Source(folder=str(path), base=str(path), adapter=None)
+
+
+def _read_adapter_config(folder: Path) -> LoraConfig:
+    """Return the config of a LoRA adapter's folder; InputError for one that is damaged or of another kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about keys of another version or kind, which the check below names
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT lets out errors of JSON, of look-ups and of its classes' constructors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{str(folder / ADAPTER_CONFIG)!r} cannot be read: {reason}") from error
+    if not isinstance(config, LoraConfig) or not config.base_model_name_or_path:
+        kind = "names no base model" if isinstance(config, LoraConfig) else f"is a {config.peft_type} adapter, not LoRA"
+        raise InputError(f"{str(folder / ADAPTER_CONFIG)!r} {kind}: use the folder of a LoRA adapter or a whole model")
+    return config

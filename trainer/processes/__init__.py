@@ -1,0 +1,1 @@
+"""The processes of a launch: their agreement, interruption and failure."""

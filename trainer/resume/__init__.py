@@ -1,0 +1,1 @@
+"""What a run that continues must have in common with its checkpoint."""
