@@ -65,21 +65,16 @@ class Part:
     def faults(self, max_slope: float) -> list[str]:
         """Return what grows: files, threads and processes at all, memory faster than `max_slope` MB per 1,000 steps.
 
-        Parts of less than 300 steps are too short for the memory.
+        Parts of less than 300 steps are too short for a trend.
         """
+        if self.last_step - self.first_step < 300:
+            return []
         where = f"steps {self.first_step} to {self.last_step}"
-        faults = [
-            f"{where}: {name} grow by {self.growth(name):.0f}"
-            for name in ("files", "threads", "processes")
-            if self.growth(name) > 1
+        counts = [name for name in ("files", "threads", "processes") if self.growth(name) > 1]
+        memory = [name for name in ("own", "workers") if self.slope(name) > max_slope]
+        return [f"{where}: {name} grow by {self.growth(name):.0f}" for name in counts] + [
+            f"{where}: memory ({name}) grows by {self.slope(name):.1f} MB per 1,000 steps" for name in memory
         ]
-        if self.last_step - self.first_step >= 300:
-            faults += [
-                f"{where}: memory ({name}) grows by {self.slope(name):.1f} MB per 1,000 steps"
-                for name in ("own", "workers")
-                if self.slope(name) > max_slope
-            ]
-        return faults
 
     def values(self, name: str) -> list[float]:
         """Return one value of each late sample."""
