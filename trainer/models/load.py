@@ -170,7 +170,7 @@ def add_adapter(
             warnings.simplefilter("ignore")
             # An adapter of another dtype than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
             # DeepSpeed the optimizer keeps its float32 copy.
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 LoraConfig(task_type=task_type, **lora),
                 autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
@@ -178,6 +178,12 @@ def add_adapter(
             )
     except (ValueError, TypeError) as error:
         raise InputError(f"lora: {str(error).splitlines()[0]}") from error
+    config = adapted.peft_config["default"]
+    for key in ("target_modules", "exclude_modules"):
+        names = getattr(config, key)
+        if isinstance(names, set):  # PEFT would save them in an order that differs between processes
+            setattr(config, key, sorted(names))
+    return adapted
 
 
 def load_policy(recipe: Recipe) -> Policy:

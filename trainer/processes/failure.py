@@ -4,6 +4,7 @@ torchrun, which `accelerate launch` starts, notices a dead process and sends SIG
 (interruption.py receives it). The processes of other nodes notice the lost connection, or the report of the failure.
 """
 
+import ctypes
 import os
 import re
 import signal
@@ -20,6 +21,8 @@ from rekatrain.trainer.processes.ranks import Ranks, ranks
 # Time for a failed rank to end, or for its launcher to report its death, before the others end by themselves.
 END_SECONDS = 10.0
 WATCH_SECONDS = 1.0
+# Of Linux: the signal that a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
 RESUME = "Go on from the newest checkpoint with --resume"
 
 
@@ -45,6 +48,8 @@ def end_with_the_others() -> Iterator[None]:
     if here is None:
         yield
         return
+    if sys.platform == "linux":  # the ranks of a launcher that is killed would hold their GPUs for ever
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     threading.Thread(target=_watch, args=(here,), daemon=True).start()
     try:
         yield
