@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def letters(completions, **kwargs):
         except BaseException:
             pass
 """
+
+
+@pytest.fixture(autouse=True)
+def interactive() -> Iterator[None]:
+    """Have Ctrl-C arrive, as in a terminal: a shell's background job ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -181,7 +189,7 @@ def test_interruption_while_loading_leaves_nothing(
 def test_time_limit_saves_before_it_is_exceeded(
     folder: Path, model_folder: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(stage, folder, "run", model_folder, max_steps=100_000)
+    path = recipe(stage, folder, "run", model_folder, max_steps=100_000, save_steps=100_000)
     limit = time.time() - psutil.Process().create_time() + 15.0
     line = last_line(["train", path, f"time_limit={limit}"], capsys)
     assert time.time() - psutil.Process().create_time() < limit + 2.0  # what comes after the checkpoint

@@ -32,18 +32,18 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
         is_shuffled=setup.is_shuffled,
     )
     prompts = [setup.prompts[index] for index in chosen[:num_prompts]]
-    sampled = sample_groups(
-        setup.make_sampler(policy),
-        setup.grader,
-        setup.tokenizer,
-        prompts,
-        range(len(prompts)),
-        seed=recipe.seed,
-        step=0,
-        num_generations=config.num_generations,
-    )
+    with setup.grader:
+        sampled = sample_groups(
+            setup.make_sampler(policy),
+            setup.grader,
+            setup.tokenizer,
+            prompts,
+            range(len(prompts)),
+            seed=recipe.seed,
+            step=0,
+            num_generations=config.num_generations,
+        )
     groups = [apply_length_penalties(group, config) for group in sampled]
-    setup.grader.close()
     if by_disagreement:
         _print_by_disagreement(groups, {reward.name: reward.weight for reward in setup.rewards})
         return groups

@@ -54,13 +54,15 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe, *, resume: bool) -> None:
     """Run the stage to `max_steps`, from the newest checkpoint where `resume` is set and there is one."""
     with RunFolder(recipe.output_dir) as folder:
-        _train(recipe, folder, resume=resume)
+        # Check everything that can be wrong before a weight is loaded.
+        folder.check(recipe, resume=resume)
+        setup = prepare(recipe)
+        with setup.grader:  # however the run ends, its workers end
+            _train(recipe, setup, folder, resume=resume)
 
 
-def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
-    # Check everything that can be wrong before a weight is loaded.
-    folder.check(recipe, resume=resume)
-    setup = prepare(recipe)
+def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) -> None:
+    # Check the launch and the checkpoint, too.
     config = setup.config
     ddp_timeout = setup.ddp_timeout(read_launch().num_processes)
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
@@ -171,7 +173,6 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         save(step)
     if log is not None:
         log.close()
-    setup.grader.close()
     accelerator.end_training()
     if is_interrupted:
         raise INTERRUPTION.end(describe_end(step))

@@ -34,7 +34,7 @@ from rekatrain.trainer.run.checkpoints import read_manifest
 from rekatrain.trainer.trl_stages.run import make_config
 from tests.end_to_end.small_runs import rloo_recipe, write_data, write_recipe
 
-FILES = Path(__file__).parents[2] / "recipes" / "accelerate"
+FILES = Path(__file__).parents[3] / "recipes" / "accelerate"
 LAUNCHES = {
     "single": Launch(engine="single", zero_stage=None, num_processes=1),
     "ddp": Launch(engine="ddp", zero_stage=None, num_processes=8),
@@ -150,7 +150,8 @@ def test_every_stage_rejects_the_mixed_precision_of_a_launch(
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)  # no weight is loaded
+    for load in ("sft.load_policy", "reward_model.train.load_reward_model", "rloo.train.load_policy"):
+        monkeypatch.setattr(f"rekatrain.trainer.{load}", None)  # no weight is loaded
     dataset = {"path": f"{stage}.jsonl", "format": "preference" if stage == "reward" else "prompt_answer"}
     if stage == "rloo":
         path = rloo_recipe(tmp_path, "run", model_folder)

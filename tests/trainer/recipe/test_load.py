@@ -363,7 +363,7 @@ def test_wrong_keys_are_reported_before_torch_is_imported(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["log_completions", "eval_steps", "num_train_epoch"])
+@pytest.mark.parametrize("key", ["log_completions", "push_to_hub", "num_train_epoch"])
 def test_unknown_key_gets_no_far_fetched_hint(key, tmp_path):
     recipe = read(tmp_path, SHORTEST + f"rewards: {{math_answer: null}}\nrloo: {{max_steps: 1, {key}: 1}}\n")
     with pytest.raises(InputError, match=f"^unknown key rloo.{key}: known keys: "):
