@@ -25,7 +25,9 @@ def main() -> None:
     from matplotlib import pyplot
 
     lines = (options.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    metrics = [record for record in records if "reward" in record]
+    held_out = [record for record in records if record.get("eval/accuracy") is not None]
     steps = [metric["step"] for metric in metrics]
     names = [name for name in metrics[0] if name.startswith("rewards/") and name.endswith("/mean")]
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
@@ -33,6 +35,14 @@ def main() -> None:
         values = [metric[name] for metric in metrics]
         axes.plot(steps, values, ".", color=f"C{color}", alpha=0.4)
         axes.plot(steps, smooth(values, options.window), color=f"C{color}", label=name)
+    if held_out:
+        values = [record["eval/accuracy"] for record in held_out]
+        spans = [
+            [record["eval/accuracy"] - record["eval/accuracy_low"] for record in held_out],
+            [record["eval/accuracy_high"] - record["eval/accuracy"] for record in held_out],
+        ]
+        at = [record["step"] for record in held_out]
+        axes.errorbar(at, values, spans, fmt="ks", capsize=3, label="held-out accuracy, 95 %")
     axes.set(xlabel="step", ylabel="mean over the completions of a step", title=accuracies(options.run.parent))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
