@@ -57,6 +57,7 @@ class Ranks:
         store, *_ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=CONNECT_SECONDS))))
         self._store: Store = PrefixStore(f"rekatrain/{attempt}", store)
         self.is_ending = False
+        self._num_agreements = 0
         self._siblings: dict[int, int] | None = None
         self._store.set(f"process/{rank}", json.dumps([self.host, os.getpid()]))
         if attempt != "0":
@@ -72,6 +73,8 @@ class Ranks:
 
     def agree(self, name: str, facts: Mapping[str, str]) -> None:
         """Raise InputError on a rank whose facts differ from those of rank 0; return when all have agreed."""
+        self._num_agreements += 1  # a script may make several runs in one launch
+        name = f"{self._num_agreements}/{name}"
         self._store.set(f"facts/{name}/{self.rank}", json.dumps([self.host, dict(facts)]))
         self.wait_for_all(f"facts/{name}")
         host, first = json.loads(self._store.get(f"facts/{name}/0"))
