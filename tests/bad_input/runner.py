@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a case ended: `kind` is as expected, or what is wrong with it."""
+    """The end of a case: `kind` is as expected, or names the fault."""
 
     kind: str
     detail: str
@@ -114,7 +114,7 @@ def run_case(case: Case, folder: Path, models: Path) -> Outcome:
 
 
 def run_group(path: Path, folder: Path, models: Path) -> list[tuple[Case, Outcome]]:
-    """Run all cases of a file, each in a folder of its own below `folder`."""
+    """Run all cases of a file, each in a separate folder below `folder`."""
     outcomes = []
     for number, case in enumerate(read_group(path)):
         workspace = folder / f"{path.stem}-{number}"

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: forked from a warm server, by the command, or by the launcher on two processes.
+"""Runs in separate processes: forked from a warm server, by the command, or by the launcher on two processes.
 
 A forked run starts in milliseconds instead of seconds: the server has imported what a run imports (warm.py), has no
 threads, and has computed nothing. The ranks of a forked launch have the environment that Accelerate's launcher makes.

@@ -1,4 +1,4 @@
-"""Runs of the chaos scripts: small recipes in folders of their own, and the exact comparison of two run folders.
+"""Runs of the chaos scripts: small recipes in separate folders, and the exact comparison of two run folders.
 
 A run takes four steps with a checkpoint after each, and keeps the last two: it writes and deletes all the time.
 """

@@ -18,7 +18,7 @@ def run(name: str, tmp_path: Path, *arguments: str) -> str:
     command = [sys.executable, str(FOLDER / name), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    # The scripts keep their folder if something is wrong. Libraries of killed processes leave folders of their own.
+    # The scripts keep their folder if something is wrong. Libraries of killed processes leave folders, too.
     assert not list(tmp_path.glob("rekatrain-chaos-*"))
     return result.stdout
 

@@ -116,4 +116,4 @@ def test_dockerfile_has_the_tested_versions() -> None:
     assert f"(Python {version})" in constraints.splitlines()[0]
     assert f'"Programming Language :: Python :: {version}"' in (PROJECT / "pyproject.toml").read_text()
     assert "--constraint tests/constraints.txt" in text and "torch==" in constraints
-    assert "==" not in text  # no pin of its own, which could differ
+    assert "==" not in text  # no further pin, which could differ

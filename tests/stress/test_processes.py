@@ -55,4 +55,4 @@ def test_ddp_timeout_ends_a_run_with_one_line(tmp_path: Path, model_folder: Path
     assert [line["step"] for line in records(tmp_path / "run")] == [1]
     ours = [line for line in stderr.splitlines() if "rekatrain: " in line]
     assert len(ours) == 1 and "time limit of 12 s" in ours[0] and "ddp_timeout" in ours[0]
-    assert "[rank0]: Traceback" not in stderr  # the launcher prints one of its own
+    assert "[rank0]: Traceback" not in stderr  # the launcher prints another one

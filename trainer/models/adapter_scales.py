@@ -1,7 +1,7 @@
 """One scale for a whole LoRA adapter, which is all that vLLM reads.
 
 PEFT scales each module by alpha / rank (rsLoRA, arXiv 2312.03732: alpha / sqrt(rank)), and `rank_pattern` and
-`alpha_pattern` give modules values of their own. vLLM scales every module by the config's `lora_alpha` and `r`.
+`alpha_pattern` give modules separate values. vLLM scales every module by the config's `lora_alpha` and `r`.
 """
 
 import json

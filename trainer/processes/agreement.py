@@ -51,7 +51,7 @@ def agree_on_start(recipe: Recipe, rows: Iterable[Sequence[object]], checkpoint:
         "the base weights": prints.base_weights[:SHOWN_DIGITS],
         **{f"the code of reward {name}": digest[:SHOWN_DIGITS] for name, digest in prints.rewards.items()},
         **{f"the file of reward {name}": digest[:SHOWN_DIGITS] for name, digest in prints.files.items()},
-        **prints.environment,
+        **{name: value for name, value in prints.environment.items() if name != "device"},  # nodes may have other cards
     }
     if checkpoint is not None:
         facts[checkpoint.name] = _describe(checkpoint)

@@ -93,7 +93,7 @@ class Ranks:
         """Report that this rank ends with `message`, and print it if this is the lowest rank that ends with it.
 
         It is printed with rank and host, unless all ranks have it or `names_rank` is False. `details` follow in lines
-        of their own.
+        below it.
         """
         self.is_ending = True
         try:

@@ -51,7 +51,7 @@ def bf16_default() -> bool:
 
 
 def _by_section(recipe: Recipe) -> dict[str, Any]:
-    """Return the sections that a recipe has, each reward as a section of its own."""
+    """Return the sections that a recipe has, each reward as a separate section."""
     tree = {key: value for key, value in asdict(recipe).items() if value is not None}
     rewards = {f"rewards.{name}": options or {} for name, options in tree.pop("rewards").items()}
     return {**tree, **rewards}

@@ -1,6 +1,6 @@
 """Parse the YAML of a recipe or of an override into plain values, within limits of size, depth and aliases.
 
-A few hundred bytes of aliases stand for gigabytes ("billion laughs"), and an alias inside of its own anchor for a tree
+A few hundred bytes of aliases stand for gigabytes ("billion laughs"), and an alias inside its anchor for a tree
 without an end; both would be copied later. So the parser's events are counted first, which makes no objects.
 """
 
@@ -53,7 +53,7 @@ def _check_size(text: str, where: str) -> None:
                 sizes[anchor] = num_values - before
         elif isinstance(event, AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_anchors):
-                raise InputError(f"{where}: the alias *{event.anchor} stands inside of its own anchor: remove it")
+                raise InputError(f"{where}: the alias *{event.anchor} stands inside its anchor: remove it")
             num_values += sizes.get(event.anchor, 1)
         elif isinstance(event, NodeEvent):
             if isinstance(event, CollectionStartEvent):

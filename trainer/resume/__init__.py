@@ -1,1 +1,1 @@
-"""What a run that continues must have in common with its checkpoint."""
+"""The properties that a run and the checkpoint that it continues must share."""

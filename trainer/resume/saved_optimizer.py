@@ -27,7 +27,7 @@ PLAIN_FILES = ("optimizer.bin", "optimizer.pt")  # Accelerate's name, and that o
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How an optimizer's state is split.
+    """The split of an optimizer's state.
 
     zero_stage: 1 to 3; 0 for one piece
     num_shards: number of processes that hold parts of it; 1 for one piece

@@ -85,7 +85,7 @@ class Evaluation:
             batch_size=config.per_device_generation_batch_size,
             dtype=torch.bfloat16 if self._setup.config.bf16 else None,
         )
-        # Graders have counts and metrics of their own: those of training stay as they are.
+        # Each grader has separate counts and metrics: those of training stay as they are.
         with Grader(held_out.rewards, self._setup.scoring, unbroken=INTERRUPTION.unbroken) as grader:
             groups = sample_groups(
                 sampler,
