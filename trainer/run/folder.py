@@ -146,10 +146,10 @@ class RunFolder:
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
+        # A kill may have interrupted the last rotation, which deletes in `partial`.
+        rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best_step(self.checkpoint(step)))
         if self.partial.is_dir() and not self.partial.is_symlink():
             shutil.rmtree(self.partial)
-        # A kill may have interrupted the last rotation.
-        rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best_step(self.checkpoint(step)))
         # Each step of RLOO has records; the other stages log every few steps, and no rollouts.
         sealed = read_manifest(self.checkpoint(step)).get("records", {}) if self.checkpoint(step).exists() else {}
         for name, file in self._records.items():
