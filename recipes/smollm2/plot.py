@@ -45,7 +45,7 @@ def main() -> None:
         axes.errorbar(at, values, spans, fmt="ks", capsize=3, label="held-out accuracy, 95 %")
     axes.set(xlabel="step", ylabel="mean over the completions of a step", title=accuracies(options.run.parent))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", fontsize="small")
     figure.savefig(options.out, dpi=120)
     print(f"written: {options.out}")
 
