@@ -50,7 +50,9 @@ def end_with_the_others() -> Iterator[None]:
         return
     if sys.platform == "linux":  # the ranks of a launcher that is killed would hold their GPUs for ever
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    threading.Thread(target=_watch, args=(here,), daemon=True).start()
+    stopped = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(here, stopped), daemon=True)
+    watcher.start()
     try:
         yield
     except RuntimeError as error:
@@ -65,6 +67,10 @@ def end_with_the_others() -> Iterator[None]:
             end_if_a_rank_failed(here)
             time.sleep(WATCH_SECONDS)
         _end(here, f"the connection to another rank is lost ({cause}). {RESUME}")
+    finally:
+        # A thread that is in a call of the store when Python ends aborts the process.
+        stopped.set()
+        watcher.join(END_SECONDS)
 
 
 def end_if_a_rank_failed(here: Ranks) -> None:
@@ -76,15 +82,15 @@ def end_if_a_rank_failed(here: Ranks) -> None:
         _end(here, f"another process died: {dead}; its output or the kernel's log may say why. {RESUME}")
 
 
-def _watch(here: Ranks) -> None:
+def _watch(here: Ranks, stopped: threading.Event) -> None:
     """End this process some time after another rank has failed, in case it waits for that rank."""
     try:
         while not here.num_failed():
-            time.sleep(WATCH_SECONDS)
+            if stopped.wait(WATCH_SECONDS):
+                return
     except RuntimeError:  # the store has ended with the launcher of rank 0
         return
-    if not here.is_ending:
-        time.sleep(END_SECONDS)
+    if not here.is_ending and not stopped.wait(END_SECONDS):
         os._exit(1)
 
 

@@ -30,6 +30,7 @@ POLL_SECONDS = 0.5
 # A scheduler and a launcher may both deliver a signal: within this time they count once. Ctrl-C counts each time.
 REPEAT_SECONDS = 1.0
 RAISE_SECONDS = 3.0
+JOIN_SECONDS = 10.0
 # Time for the start of a run to leave a call of C, such as the connection of the processes.
 START_SECONDS = 10.0
 
@@ -72,7 +73,8 @@ class Interruption:
         self.time = TimeLimit(time_limit)
         self.phase = Phase.STARTING
         stopped = threading.Event()
-        threading.Thread(target=self._watch, args=(stopped,), daemon=True).start()
+        watcher = threading.Thread(target=self._watch, args=(stopped,), daemon=True)
+        watcher.start()
         try:
             with self._signal_handlers():
                 yield
@@ -81,6 +83,7 @@ class Interruption:
         finally:
             stopped.set()
             self.phase = Phase.ENDING
+            watcher.join(JOIN_SECONDS)  # a thread that is in a call of the store when Python ends aborts the process
 
     def begin_steps(self, accelerator: Accelerator) -> None:
         """Declare that the run is set up, and that a step which has begun is finished; every rank must call this."""
