@@ -40,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give each test its own sys.path, and forget modules of a test's folder (my_rewards.py): the next has another."""
+    """Give each test its own sys.path without folders of other tests, and forget the modules (my_rewards.py) of those.
+
+    A fixture of a module or session runs before this one: what it put into sys.path is removed here too.
+    """
 
     def forget() -> None:
         for name, module in list(sys.modules.items()):
@@ -48,8 +51,8 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
                 del sys.modules[name]
 
     folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    forget()  # imported by a fixture of a module
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(folder)])
+    forget()
     yield
     forget()
 

@@ -78,8 +78,11 @@ def test_scorers_read_hostile_texts_in_linear_time() -> None:
     assert {name for name, _ in scorers()} >= set(CHECKS)
     slow = []
     for name, scorer in scorers():
-        for text in hostile_texts():
+        for text in [r"\boxed{42}", "answer is .5", *hostile_texts()]:
             completion = ParsedCompletion(reasoning="Hm.", answer=text, finish_reason=FinishReason.STOP)
+            if len(text) < 20:  # the first calls import SymPy and compile patterns: not measured
+                scorer(completion)
+                continue
             started = time.process_time()
             try:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 2 * SECONDS)
