@@ -37,6 +37,7 @@ def dry_run(recipe: Recipe, *, resume: bool) -> None:
 
 def _check_trl_start(recipe: Recipe, folder: RunFolder, task: "SFTTask | RewardTask", *, resume: bool) -> None:
     from rekatrain.trainer.models.load import check_trainable
+    from rekatrain.trainer.resume.fingerprints import take_fingerprints
     from rekatrain.trainer.resume.origin import check_origin
     from rekatrain.trainer.trl_stages.resharding import check_resumable
 
@@ -45,12 +46,13 @@ def _check_trl_start(recipe: Recipe, folder: RunFolder, task: "SFTTask | RewardT
     checkpoint = folder.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         check_resumable(checkpoint, recipe.stage, config)
-        check_origin(recipe, task.trained_rows(), checkpoint)
+        check_origin(recipe, take_fingerprints(recipe, task.trained_rows()), checkpoint)
 
 
 def _check_rloo_start(recipe: Recipe, task: "RunSetup", folder: RunFolder, *, resume: bool) -> None:
     from rekatrain.trainer.models.load import check_trainable
     from rekatrain.trainer.processes.launch import read_launch
+    from rekatrain.trainer.resume.fingerprints import take_fingerprints
     from rekatrain.trainer.resume.origin import check_origin
     from rekatrain.trainer.rloo.checkpoint import check_layout
     from rekatrain.trainer.rloo.distributed import check_dtype, make_accelerator, zero_stage
@@ -62,7 +64,7 @@ def _check_rloo_start(recipe: Recipe, task: "RunSetup", folder: RunFolder, *, re
     checkpoint = folder.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         check_layout(accelerator, checkpoint, restarts_optimizer=task.config.restart_optimizer)
-        check_origin(recipe, task.trained_rows(), checkpoint)
+        check_origin(recipe, take_fingerprints(recipe, task.trained_rows()), checkpoint)
 
 
 def _show_sft(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:

@@ -23,7 +23,6 @@ from rekatrain.data.mixture import load_mixture
 from rekatrain.data.training_rows import encode_rows
 from rekatrain.trainer.models.load import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.models.probe import choose_texts
-from rekatrain.trainer.processes.agreement import Repeatable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.folder import RunFolder
 from rekatrain.trainer.trl_stages.guards import GuardedTrainer
@@ -93,7 +92,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    checkpoint = check_start(run, recipe, task.config, Repeatable(task.trained_rows), resume=resume)
+    checkpoint = check_start(run, recipe, task.config, task.trained_rows(), resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)

@@ -4,27 +4,16 @@ Otherwise a node with another copy of the data trains other steps, or waits in o
 ends the run without a reason.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rekatrain.trainer.processes.ranks import ranks
 from rekatrain.trainer.recipe.load import Recipe, flatten
-from rekatrain.trainer.resume.fingerprints import take_fingerprints
+from rekatrain.trainer.resume.fingerprints import Fingerprints
 from rekatrain.trainer.run.checkpoints import read_manifest
 
 # Digits of a hash that a message shows.
 SHOWN_DIGITS = 12
-
-
-@dataclass(frozen=True)
-class Repeatable:
-    """Rows that are made anew each time they are read, so that no copy of them is held."""
-
-    make: Callable[[], Iterator[Sequence[object]]]
-
-    def __iter__(self) -> Iterator[Sequence[object]]:
-        return self.make()
 
 
 def agree_on_recipe(recipe: Recipe, *, resume: bool) -> None:
@@ -35,16 +24,15 @@ def agree_on_recipe(recipe: Recipe, *, resume: bool) -> None:
         here.agree("recipe", {**facts, "--resume": "given" if resume else "not given"})
 
 
-def agree_on_start(recipe: Recipe, rows: Iterable[Sequence[object]], checkpoint: Path | None) -> None:
+def agree_on_start(prints: Fingerprints, checkpoint: Path | None) -> None:
     """Raise InputError on a rank that reads other rows, model, rewards, versions or checkpoint than rank 0.
 
-    rows:       the parts of each trained row
+    prints:     of this rank
     checkpoint: the one that rank 0 has chosen
     """
     here = ranks()
     if here is None:
         return
-    prints = take_fingerprints(recipe, rows)
     facts = {
         "rows": f"{prints.num_rows:,} of hash {prints.rows[:SHOWN_DIGITS]}",
         "the model's config.json": prints.architecture[:SHOWN_DIGITS],

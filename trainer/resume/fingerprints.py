@@ -7,11 +7,14 @@ import hashlib
 import inspect
 import json
 import platform
+import sysconfig
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -43,7 +46,7 @@ class Fingerprints:
     rows:         of their ids and, in stage rloo, of the columns for the rewards: also another tokenizer changes it
     architecture: of the base model's config.json
     base_weights: of each file's size and of the first, middle and last 4 KiB of each tensor; for the hub, the commit
-    rewards:      name of a reward -> of the file with its code
+    rewards:      name of a reward -> of the file with its code, and of files beside it that it imports
     files:        `NAME.OPTION` of a reward -> of the file or the model that the option names
     environment:  versions, launch and device
     """
@@ -136,12 +139,33 @@ def _tensors(file: Path) -> list[tuple[int, int]]:
 
 
 def _fingerprint_code(name: str) -> str:
-    """Return the fingerprint of the file with the code of a reward; an empty text for one without, such as C."""
+    """Return the fingerprint of the code of a reward; an empty text for one without a source file, such as C."""
+    function = find(name)
     try:
-        file = inspect.getsourcefile(find(name))
+        file = inspect.getsourcefile(function)
     except TypeError:
         file = None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    if file is None:
+        return ""
+    digest = hashlib.sha256()
+    for path in _with_imports(Path(file), inspect.getmodule(function)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _with_imports(file: Path, module: ModuleType | None) -> list[Path]:
+    """Return the file of a user's module, and the user's files that it imports, directly or not; they are not run.
+
+    An installed module is covered by the versions of the environment: its file alone is returned.
+    """
+    installed = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
+    if module is None or module.__name__.startswith("rekatrain.") or any(file.is_relative_to(at) for at in installed):
+        return [file]
+    depth = module.__name__.count(".") + (file.name == "__init__.py")
+    finder = ModuleFinder(path=[str(file.parents[depth])])
+    finder.import_hook(module.__name__)
+    found = [Path(part.__file__) for part in finder.modules.values() if part.__file__]
+    return [file, *sorted(path for path in found if path != file)]
 
 
 def _fingerprint_options(recipe: Recipe) -> Iterator[tuple[str, str]]:

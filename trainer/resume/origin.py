@@ -7,7 +7,7 @@ are a warning: fixing a reward is a usual reason to stop, and nobody can tell wh
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe, build_recipe
 from rekatrain.trainer.resume.changes import EXPORT, Change, check_changes, find_changes, report_changes
-from rekatrain.trainer.resume.fingerprints import Fingerprints, take_fingerprints
+from rekatrain.trainer.resume.fingerprints import Fingerprints
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.run.checkpoints import checkpoint_step
 from rekatrain.trainer.run.folder import ORIGIN_FILE
@@ -23,14 +23,13 @@ from rekatrain.trainer.run.folder import ORIGIN_FILE
 logger = logging.getLogger(__name__)
 
 
-def check_origin(recipe: Recipe, rows: Iterable[Sequence[object]], checkpoint: Path | None) -> dict[str, Any]:
+def check_origin(recipe: Recipe, now: Fingerprints, checkpoint: Path | None) -> dict[str, Any]:
     """Return the origin of the checkpoints of this run, after comparing it with that of the one it continues.
 
     Raises InputError if what is learned would change; logs other changes.
 
-    rows: the parts of each trained row
+    now: what this run reads
     """
-    now = take_fingerprints(recipe, rows)
     if checkpoint is not None:
         if not (checkpoint / ORIGIN_FILE).exists():
             raise InputError(

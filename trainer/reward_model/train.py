@@ -20,7 +20,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from rekatrain.trainer.processes.agreement import Repeatable
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
@@ -76,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
 def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     run.check(recipe, resume=resume)
     task = prepare(recipe)
-    checkpoint = check_start(run, recipe, task.config, Repeatable(task.trained_rows), resume=resume)
+    checkpoint = check_start(run, recipe, task.config, task.trained_rows(), resume=resume)
     if checkpoint and is_finished(run, recipe, checkpoint, task.config):
         return
     set_seed(recipe.seed)  # the new head, and an adapter, start from the same random weights on every process

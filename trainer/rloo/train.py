@@ -18,10 +18,11 @@ from torch.optim import AdamW
 
 from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
 from rekatrain.trainer.models.probe import choose_texts
-from rekatrain.trainer.processes.agreement import Repeatable, agree_on_start
+from rekatrain.trainer.processes.agreement import agree_on_start
 from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned, describe_end
 from rekatrain.trainer.processes.launch import announce, read_launch
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.resume.fingerprints import take_fingerprints
 from rekatrain.trainer.resume.origin import check_origin
 from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layout, load_weights
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -68,9 +69,9 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
-    rows = Repeatable(setup.trained_rows)
-    agree_on_start(recipe, rows, checkpoint)
-    folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
+    prints = take_fingerprints(recipe, setup.trained_rows())
+    agree_on_start(prints, checkpoint)
+    folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, prints))
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint and first_step == config.max_steps:
         if accelerator.is_main_process:

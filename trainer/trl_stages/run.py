@@ -38,6 +38,7 @@ from rekatrain.trainer.processes.launch import (
 )
 from rekatrain.trainer.recipe.defaults import bf16_default
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.resume.fingerprints import take_fingerprints
 from rekatrain.trainer.resume.origin import check_origin
 from rekatrain.trainer.resume.safe_load import tensors_only
 from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, write_failures
@@ -119,14 +120,15 @@ def check_start(
 
     Raises InputError if the launched engine cannot train the recipe's model, or cannot go on from the checkpoint.
 
-    rows: the parts of each trained row; read more than once
+    rows: the parts of each trained row
     """
     check_trainable(recipe, is_deepspeed=config.deepspeed_plugin is not None, bf16=config.bf16)
     checkpoint = run.choose_checkpoint(resume=resume)
     if checkpoint is not None:
         check_resumable(checkpoint, recipe.stage, config)
-    agree_on_start(recipe, rows, checkpoint)
-    run.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, rows))
+    prints = take_fingerprints(recipe, rows)
+    agree_on_start(prints, checkpoint)
+    run.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, prints))
     return checkpoint
 
 

@@ -42,7 +42,7 @@ def checkpoint(recipe: Recipe, tmp_path: Path) -> Path:
     """A folder with the origin of the recipe's run after three steps."""
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
-    write(folder, check_origin(recipe, ROWS, None))
+    write(folder, check_origin(recipe, take_fingerprints(recipe, ROWS), None))
     return folder
 
 
@@ -58,11 +58,13 @@ def change_tensor(folder: Path, name: str) -> None:
 
 
 def test_the_same_run_is_no_change(recipe: Recipe, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert check_origin(recipe, ROWS, checkpoint) == json.loads((checkpoint / ORIGIN_FILE).read_text())
+    assert check_origin(recipe, take_fingerprints(recipe, ROWS), checkpoint) == json.loads(
+        (checkpoint / ORIGIN_FILE).read_text()
+    )
     (Path("model") / "config.json").write_text(
         json.dumps({**json.loads((Path("model") / "config.json").read_text()), "transformers_version": "6.0.0"})
     )
-    check_origin(recipe, iter(ROWS), checkpoint)
+    check_origin(recipe, take_fingerprints(recipe, iter(ROWS)), checkpoint)
     assert caplog.messages == []
 
 
@@ -84,14 +86,14 @@ def test_other_base_weights_matter_below_an_adapter_or_a_kl(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = replace(recipe, **sections)
-    write(checkpoint, check_origin(recipe, ROWS, None))
+    write(checkpoint, check_origin(recipe, take_fingerprints(recipe, ROWS), None))
     change_tensor(Path("model"), "model.norm.weight")
     if part is None:
-        check_origin(recipe, ROWS, checkpoint)
+        check_origin(recipe, take_fingerprints(recipe, ROWS), checkpoint)
         assert caplog.messages == ["changed since the checkpoint: the weights of model; the run continues with its own"]
     else:
         with pytest.raises(InputError, match=f"'model' has other weights than those of the checkpoint's {part}"):
-            check_origin(recipe, ROWS, checkpoint)
+            check_origin(recipe, take_fingerprints(recipe, ROWS), checkpoint)
 
 
 def test_fingerprint_notices_a_change_of_any_tensor(recipe: Recipe) -> None:
@@ -116,10 +118,10 @@ def test_fingerprint_of_the_hub_is_the_commit(recipe: Recipe, tmp_path: Path) ->
 def test_file_of_a_reward_may_move_but_not_change(recipe: Recipe, checkpoint: Path) -> None:
     Path("schema.json").rename("moved.json")
     moved = replace(recipe, rewards={"json_schema": {"schema": "moved.json"}})
-    check_origin(moved, ROWS, checkpoint)
+    check_origin(moved, take_fingerprints(moved, ROWS), checkpoint)
     Path("moved.json").write_text(json.dumps({"type": "array"}))
     with pytest.raises(InputError) as error:
-        check_origin(moved, ROWS, checkpoint)
+        check_origin(moved, take_fingerprints(moved, ROWS), checkpoint)
     assert str(error.value).startswith(
         "--resume: other content in rewards.json_schema.schema; rewards.json_schema.schema was 'schema.json' and is "
         "'moved.json'. Set it back"
@@ -146,13 +148,38 @@ def test_versions_and_code_of_rewards_are_one_warning(
     origin = json.loads((checkpoint / ORIGIN_FILE).read_text())
     change(origin["fingerprints"])
     write(checkpoint, origin)
-    check_origin(recipe, ROWS, checkpoint)
+    check_origin(recipe, take_fingerprints(recipe, ROWS), checkpoint)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert re.match(f"changed since the checkpoint: {warning}", record.getMessage())
 
 
+def test_code_that_a_reward_imports_belongs_to_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint() -> str:
+        return take_fingerprints(replace(recipe, rewards={"ours.rewards:brevity": None}), ROWS).rewards[
+            "ours.rewards:brevity"
+        ]
+
+    monkeypatch.syspath_prepend(".")
+    files = {
+        "ours/__init__.py": "",
+        "ours/rewards.py": "import torch\nfrom . import limits\ndef brevity(completion):\n    return limits.LIMIT\n",
+        "ours/limits.py": "from other import LIMIT\n",
+        "other.py": "LIMIT = 1.0\n",
+        "unused.py": "LIMIT = 1.0\n",
+    }
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    seen = {"before": fingerprint()}
+    for name in files:
+        Path(name).write_text(f"{files[name]}\n# changed\n")
+        seen[name] = fingerprint()
+    assert seen.pop("unused.py") == seen["other.py"]
+    assert len({*seen.values()}) == len(files)
+
+
 def test_checkpoint_without_an_origin_is_rejected(recipe: Recipe, checkpoint: Path) -> None:
     (checkpoint / ORIGIN_FILE).unlink()
     with pytest.raises(InputError, match="has no origin.json: a version before 0.2.0 saved it"):
-        check_origin(recipe, ROWS, checkpoint)
+        check_origin(recipe, take_fingerprints(recipe, ROWS), checkpoint)
