@@ -1,140 +1,175 @@
-"""Call the reward functions that score a whole batch, and read the values that reward functions return.
+"""Call the reward functions that score a whole batch.
 
 A plain function runs on the main thread, as in TRL, and cannot be interrupted there: one that hangs ends the process
 and prints the stack of every thread. Coroutine functions run together, each under its time limit. A function that fails
-gives errors, never values.
+gives errors, never values. What it changes is its own: it gets copies, and cannot end or move the process (shield.py).
 """
 
 import asyncio
 import faulthandler
 import inspect
+import logging
 import reprlib
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rekatrain.data.errors import InputError
+from rekatrain.data.errors import InputError, TrainingStopped
 from rekatrain.rewards.errors import RewardError, describe_error
+from rekatrain.rewards.outcome import Outcome, read_value
+from rekatrain.rewards.progress import Progress
+from rekatrain.rewards.registry import REWARDS
+from rekatrain.rewards.shield import shielded
+from rekatrain.rewards.trl_arguments import WRONG_FORM, Reports, make_arguments, read_form, trainer_state
 
 if TYPE_CHECKING:  # compose.py imports the workers, which import this file
     from rekatrain.rewards.compose import RewardFunction
 
+logger = logging.getLogger(__name__)
+
 STDERR = 2
-MAX_REWARD = 3.4028234663852886e38  # the largest float32
+# Whatever a grader raises is its failure; sys.exit() too. A signal's handler raises KeyboardInterrupt.
+FAILURES = (Exception, SystemExit)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """The result of one reward for one completion.
+class BatchCaller:
+    """Calls one batch function; remembers whether it takes completions as text or as messages.
 
-    value:     the reward; None if it does not apply or has failed
-    error:     one line if the grader failed; else ""
-    traceback: of that failure, if there is one
-    seconds:   time in the grader
-    is_late:   True if the grader reached its time limit
-    is_input:  True if the grader says that the recipe or the row is wrong
+    timeout: seconds per batch
     """
 
-    value: float | None = None
-    error: str = ""
-    traceback: str = ""
-    seconds: float = 0.0
-    is_late: bool = False
-    is_input: bool = False
+    def __init__(self, reward: "RewardFunction", timeout: float) -> None:
+        self.reward = reward
+        # An outage of a server counts separately.
+        self.timeout = timeout + float(getattr(reward.function, "outage_seconds", 0.0))
+        self._as_messages = reward.conversational
+        if self._as_messages is None:
+            self._as_messages = False if reward.name in REWARDS else read_form(reward.function)
+        called = reward.function
+        # For an object, its method __call__ decides.
+        self.is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(
+            getattr(called, "__call__", None)  # noqa: B004
+        )
+
+    def call(self, arguments: Mapping[str, Any], size: int) -> list[Outcome]:
+        """Score a batch by a plain function."""
+        started = time.perf_counter()
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=STDERR)
+        try:
+            with shielded():
+                returned, reports = _drive(self._call_in_its_form(arguments))
+        except FAILURES as error:
+            return _failures(error, size, time.perf_counter() - started)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return self._read(returned, reports, size, time.perf_counter() - started)
+
+    async def call_async(self, arguments: Mapping[str, Any], size: int) -> list[Outcome]:
+        """Score a batch by a coroutine function."""
+        started = time.perf_counter()
+        limit = asyncio.timeout(self.timeout)
+        try:
+            async with limit:
+                returned, reports = await self._call_in_its_form(arguments)
+        except FAILURES as error:
+            timed_out = RewardError(f"no result after {self.timeout:g} seconds")
+            return _failures(timed_out if limit.expired() else error, size, time.perf_counter() - started)
+        return self._read(returned, reports, size, time.perf_counter() - started)
+
+    async def _call_in_its_form(self, arguments: Mapping[str, Any]) -> tuple[Any, Reports]:
+        """Call the function with text or messages; try both, once, if nothing says which it takes."""
+        try:
+            result = await self._call_once(arguments, as_messages=self._as_messages is True)
+        except WRONG_FORM as error:
+            if self._as_messages is not None:
+                raise
+            try:
+                result = await self._call_once(arguments, as_messages=True)
+            except FAILURES:
+                raise error from None
+            self._as_messages = True
+            logger.info(
+                "reward %s takes completions as messages: it failed on text (%s). Set rewards.%s.conversational to fix "
+                "the form",
+                self.reward.name,
+                describe_error(error),
+                self.reward.name,
+            )
+            return result
+        self._as_messages = self._as_messages is True
+        return result
+
+    async def _call_once(self, arguments: Mapping[str, Any], *, as_messages: bool) -> tuple[Any, Reports]:
+        reports = Reports()
+        own = make_arguments(arguments, reports, as_messages=as_messages)
+        returned = self.reward.function(**own)
+        if self.is_async and isinstance(returned, Awaitable):
+            returned = await returned
+        return returned, reports
+
+    def _read(self, returned: Any, reports: Reports, size: int, seconds: float) -> list[Outcome]:
+        """Read the returned values, whatever they are; arrays and tensors of one dimension are lists too.
+
+        Raises InputError if there is not one value per completion.
+        """
+        name = self.reward.name
+        expected = f"expected a list of {size}, one finite number or None per completion"
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
+        if len(values) != size:
+            raise InputError(f"reward {name} returned {len(values)} values; {expected}")
+        return reports.add_to(name, [read_value(value, seconds=seconds / size) for value in values])
 
 
 def call_batch_functions(
-    functions: Sequence["RewardFunction"], arguments: Mapping[str, Any], size: int
-) -> dict[str, list[Score]]:
-    """Return for each function a score of each of `size` completions.
+    callers: Sequence[BatchCaller], arguments: Mapping[str, Any], size: int, progress: Progress
+) -> dict[str, list[Outcome]]:
+    """Return for each function an outcome of each of `size` completions.
 
-    Plain functions are called first, one by one, then all coroutine functions at once. Each has its timeout in seconds.
-    Raises InputError if a function does, or if it does not return one value per completion.
+    Plain functions are called first, one by one, then all coroutine functions at once. Raises InputError if a function
+    does, or if it does not return one value per completion, and TrainingStopped for a server that is away too long.
     """
-    scores = {function.name: _call(function, arguments, size) for function in functions if not _is_async(function)}
-    waiting = [function for function in functions if _is_async(function)]
+    if any(caller.reward.name not in REWARDS for caller in callers):  # the import is in no time limit
+        arguments = {**arguments, "trainer_state": trainer_state(progress)}
+    outcomes = {caller.reward.name: caller.call(arguments, size) for caller in callers if not caller.is_async}
+    waiting = [caller for caller in callers if caller.is_async]
     if waiting:
-        scores.update(asyncio.run(_call_together(waiting, arguments, size)))
-    return scores
-
-
-def _is_async(function: "RewardFunction") -> bool:
-    # For an object, its method __call__ decides.
-    called = function.function
-    return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(getattr(called, "__call__", None))  # noqa: B004
-
-
-def _call(function: "RewardFunction", arguments: Mapping[str, Any], size: int) -> list[Score]:
-    assert function.timeout is not None
-    started = time.perf_counter()
-    faulthandler.dump_traceback_later(function.timeout, exit=True, file=STDERR)
-    try:
-        returned = function.function(**arguments)
-    except Exception as error:  # whatever a grader raises is its failure
-        return _failures(error, size, time.perf_counter() - started)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    return _read(function.name, returned, size, time.perf_counter() - started)
+        with shielded():
+            outcomes.update(asyncio.run(_call_together(waiting, arguments, size)))
+    return outcomes
 
 
 async def _call_together(
-    functions: Sequence["RewardFunction"], arguments: Mapping[str, Any], size: int
-) -> dict[str, list[Score]]:
-    async def call(function: "RewardFunction") -> list[Score]:
-        started = time.perf_counter()
-        limit = asyncio.timeout(function.timeout)
-        try:
-            async with limit:
-                returned = await function.function(**arguments)
-        except Exception as error:  # whatever a grader raises is its failure
-            timed_out = RewardError(f"no result after {function.timeout:g} seconds")
-            return _failures(timed_out if limit.expired() else error, size, time.perf_counter() - started)
-        return _read(function.name, returned, size, time.perf_counter() - started)
-
-    results = await asyncio.gather(*[call(function) for function in functions])
-    return {function.name: scores for function, scores in zip(functions, results, strict=True)}
+    callers: Sequence[BatchCaller], arguments: Mapping[str, Any], size: int
+) -> dict[str, list[Outcome]]:
+    results = await asyncio.gather(*[caller.call_async(arguments, size) for caller in callers])
+    return {caller.reward.name: outcomes for caller, outcomes in zip(callers, results, strict=True)}
 
 
-def _failures(error: Exception, size: int, seconds: float) -> list[Score]:
-    """Return the failure of a whole batch as one error per completion; raise an InputError instead."""
-    if isinstance(error, InputError):
+def set_up(name: str, setup: Callable[[], object]) -> None:
+    """Call the `setup` of a batch function; raise RewardError if it ends the process."""
+    try:
+        with shielded():
+            setup()
+    except SystemExit as error:
+        raise RewardError(f"reward {name}: its setup called sys.exit({error.code!r})") from error
+
+
+def _drive(call: Any) -> Any:
+    """Run a coroutine that never waits, as the call of a plain function is one, without an event loop."""
+    try:
+        call.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a plain function never waits")
+
+
+def _failures(error: BaseException, size: int, seconds: float) -> list[Outcome]:
+    """Return the failure of a whole batch as one error per completion; raise an error that ends the run instead."""
+    if isinstance(error, InputError | TrainingStopped):
         raise error
     text = "".join(traceback.format_exception(error))
-    score = Score(error=describe_error(error), traceback=text, seconds=seconds / max(size, 1))
-    return [score] * size
-
-
-def _read(name: str, returned: Any, size: int, seconds: float) -> list[Score]:  # Any: whatever a function returns
-    """Read the returned values; arrays and tensors of one dimension are lists too."""
-    expected = f"expected a list of {size}, one finite number or None per completion"
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
-    if len(values) != size:
-        raise InputError(f"reward {name} returned {len(values)} values; {expected}")
-    return [_read_value(value, seconds / size) for value in values]
-
-
-def _read_value(value: Any, seconds: float) -> Score:
-    try:
-        if isinstance(value, Exception):
-            return Score(error=describe_error(value), seconds=seconds)
-        number = check_number(value)
-    except Exception as error:  # not a number, or one of no finite size
-        return Score(error=describe_error(error), seconds=seconds)
-    return Score(value=number, seconds=seconds)
-
-
-def check_number(value: Any) -> float | None:  # Any: whatever a user's function returns
-    """Return a number as a float and None as it is; raise RewardError for any other value.
-
-    numpy's and torch's scalars are numbers. A number must also be finite in float32, in which advantages are computed.
-    """
-    if value is None:
-        return None
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(number, int | float) or not abs(number) <= MAX_REWARD:
-        raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
-    return float(number)
+    outcome = Outcome(error=describe_error(error), traceback=text, seconds=seconds / max(size, 1))
+    return [outcome] * size

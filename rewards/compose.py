@@ -8,12 +8,15 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type, check_types, did_you_mean
-from rekatrain.data.ranges import Seconds, SignedWeight
-from rekatrain.rewards.registry import Signature, Spec, Unresolved, read_signature
+from rekatrain.data.ranges import CountOrZero, Seconds, SignedWeight
+from rekatrain.rewards.progress import Schedule
+from rekatrain.rewards.registry import Signature, Spec, Unresolved, find, read_signature
 from rekatrain.rewards.workers.pool import LiftedScorer
 
 logger = logging.getLogger(__name__)
@@ -23,12 +26,14 @@ logger = logging.getLogger(__name__)
 class OwnKeys:
     """The keys that every reward has beside the options of its function."""
 
-    weight: SignedWeight = 1.0
+    weight: SignedWeight | Mapping[int, float] = 1.0
     timeout: Seconds | None = None
     requires: str | list[str] = field(default_factory=list)
     on_timeout: Literal["error", "zero"] = "error"
+    conversational: bool | None = None
 
 
+WeightByStep = Annotated[dict[CountOrZero, SignedWeight], MinLen(1)]
 OWN_KEYS = tuple(key.name for key in fields(OwnKeys))
 
 
@@ -37,7 +42,8 @@ class RewardFunction:
     """One reward of the recipe.
 
     name:     its key in the recipe
-    weight:   its factor in the total; a reward of weight 0 is only logged
+    weight:   its factor in the total at the first step; a reward of weight 0 is only logged
+    schedule: its factor by the number of steps; None: `weight` at every step
     function: a function in TRL's convention, `(prompts, completions, completion_ids, **columns) -> list[float | None]`
     columns:  columns that the rows must have
     scorer:   for a scorer, the name and options by which a worker makes it; None for a batch function
@@ -45,6 +51,8 @@ class RewardFunction:
     requires: rewards that must give 1.0 for this one to count in the total
     on_timeout: "error", or "zero" for a scorer whose time limit is part of the task
     check_row: raises InputError for the columns of a row that it cannot read; None if it reads any
+    conversational: True if a batch function takes completions as messages, False as text, None if it is to be found out
+    gold:     makes a right answer from the columns of a row (gold.py); None if the reward has none
     """
 
     name: str
@@ -56,6 +64,18 @@ class RewardFunction:
     requires: tuple[str, ...] = ()
     on_timeout: Literal["error", "zero"] = "error"
     check_row: Callable[..., None] | None = None
+    schedule: Schedule | None = None
+    conversational: bool | None = None
+    gold: Callable[..., str | None] | None = None
+
+    def weight_at(self, step: int) -> float:
+        """Return its factor in the total after `step` steps."""
+        return self.weight if self.schedule is None else self.schedule.at(step)
+
+    @property
+    def is_counted(self) -> bool:
+        """True if it has a weight other than 0 at some step."""
+        return bool(self.weight) if self.schedule is None else not self.schedule.is_zero
 
 
 def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> list[RewardFunction]:
@@ -64,7 +84,7 @@ def build_reward_functions(specs: Mapping[str, Mapping[str, Any] | None]) -> lis
     >>> build_reward_functions({"math_answer": None, "my_rewards:brevity": {"weight": 0.1, "limit": 50}})
     """
     functions = [_build(name, {} if spec is None else spec, specs) for name, spec in specs.items()]
-    if not any(function.weight for function in functions):
+    if not any(function.is_counted for function in functions):
         weights = {function.name: function.weight for function in functions}
         raise InputError(
             f"rewards: at least one reward must have a weight other than 0; the recipe has {weights or None}"
@@ -88,10 +108,17 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
             f"rewards.{name}.on_timeout is {own.on_timeout!r}, but {name} scores a whole batch: its time limit is no "
             "fault of one completion; take the key out"
         )
+    if own.conversational is not None and signature.is_scorer:
+        raise InputError(
+            f"rewards.{name}.conversational is {own.conversational}, but {name} is a scorer, which gets a "
+            "ParsedCompletion: take the key out"
+        )
     timeout = own.timeout or getattr(made, "timeout", None)
+    schedule = Schedule.read(own.weight)
     return RewardFunction(
         name=name,
-        weight=float(own.weight),
+        weight=schedule.at(0),
+        schedule=None if schedule.is_constant else schedule,
         function=LiftedScorer(maker, signature.columns, timeout) if signature.is_scorer else made,
         columns=(*signature.columns, *getattr(made, "columns", ())),  # an option may name a column, too
         scorer=maker if signature.is_scorer else None,
@@ -99,6 +126,8 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         requires=_find_required(name, own.requires, specs),
         on_timeout=own.on_timeout,
         check_row=getattr(made, "check_row", None),
+        conversational=own.conversational,
+        gold=getattr(made, "gold", None) or getattr(find(name), "gold", None),
     )
 
 
@@ -112,7 +141,9 @@ def _check_options(name: str, spec: Mapping[str, Any], signature: Signature) -> 
         if key in signature.columns and key not in signature.options:
             raise InputError(f"{prefix}{key} is a column of the rows and not an option; take it out of the recipe")
     check_keys(prefix, spec, [*OWN_KEYS, *signature.options], required=signature.required)
-    check_types(prefix, {key: value for key, value in spec.items() if key in OWN_KEYS}, OwnKeys)
+    weight = spec.get("weight", 1.0)
+    check_type(f"{prefix}weight", weight, WeightByStep if isinstance(weight, Mapping) else SignedWeight)
+    check_types(prefix, {key: value for key, value in spec.items() if key in OWN_KEYS and key != "weight"}, OwnKeys)
     for key, value in spec.items():
         is_default = value is None and key in signature.optional  # `limit: int = None` is not annotated with None
         if key in signature.options and not is_default:

@@ -5,11 +5,10 @@ of each reward is logged with its traceback, and a run in which too many complet
 """
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
@@ -17,9 +16,12 @@ from pydantic import FiniteFloat
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.ranges import Fraction, Seconds
-from rekatrain.rewards.calls import MAX_REWARD, Score, call_batch_functions
+from rekatrain.rewards.calls import BatchCaller, call_batch_functions, set_up
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.outcome import Outcome
+from rekatrain.rewards.progress import Progress
+from rekatrain.rewards.scores import Scores, combine
 from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
 
 logger = logging.getLogger(__name__)
@@ -46,20 +48,6 @@ class ScoringConfig:
     memory_limit_gb: Annotated[FiniteFloat, Gt(0), Le(10**6)] = 4.0
     max_error_share: Fraction = 0.2
     environment: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The rewards of a batch of completions.
-
-    by_name: for each reward, one value per completion, without its weight; None if it does not apply or has failed
-    total:   the weighted sum per completion; nan if every reward with a weight is None or one has failed
-    errors:  for each completion, the rewards that failed: name -> the error as one line
-    """
-
-    by_name: dict[str, list[float | None]]
-    total: list[float]
-    errors: list[dict[str, str]]
 
 
 @dataclass(kw_only=True)
@@ -92,7 +80,7 @@ class Grader:
         self.config = config or ScoringConfig()
         self._scorers = [function for function in self.functions if function.scorer is not None]
         self._batches = [
-            replace(function, timeout=function.timeout or self.config.batch_timeout)
+            BatchCaller(function, function.timeout or self.config.batch_timeout)
             for function in self.functions
             if function.scorer is None
         ]
@@ -140,12 +128,14 @@ class Grader:
         columns: dict[str, list[Any]],
         judges: Sequence[Collection[str] | None] | None = None,
         submitted: Mapping[int, list[Job | None]] | None = None,
+        progress: Progress | None = None,
     ) -> Scores:
         """Score each completion by each reward, or by those that `judges` names for it; the others do not apply.
 
         All lists, also those of `columns`, have one entry per completion. `submitted` maps the index of a completion
-        whose scoring has been started to its jobs. Raises InputError for a missing column, or if a reward raises it
-        before it has scored any row, and RewardError if a reward has failed too often.
+        whose scoring has been started to its jobs. `progress` decides weights that have a schedule.
+        Raises InputError for a missing column, or if a reward raises it before it has scored any row, and RewardError
+        if a reward has failed too often.
         """
         judges = judges or [None] * len(completions)
         judged = {
@@ -158,26 +148,17 @@ class Grader:
             or self.submit(text, {name: columns[name][index] for name in columns}, judges[index])
             for index, text in enumerate(completions)
         ]
-        arguments: dict[str, list[Any]] = {"prompts": prompts, "completions": completions, **columns}
-        arguments["completion_ids"] = completion_ids
+        # TRL leaves a column of such a name out, too.
+        arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        progress = progress or Progress()
         self._set_up()
-        scores = self._score_batches(arguments, judged)
+        outcomes = self._score_batches(arguments, judged, progress)
         for number, scorer in enumerate(self._scorers):
             of_scorer = [of_completion[number] for of_completion in jobs]
-            scores[scorer.name] = [Score() if job is None else self._result(scorer, job) for job in of_scorer]
+            outcomes[scorer.name] = [Outcome() if job is None else self._result(scorer, job) for job in of_scorer]
         for function in self.functions:
-            self._watch(function.name, [scores[function.name][index] for index in judged[function.name]])
-
-        by_name = {function.name: [score.value for score in scores[function.name]] for function in self.functions}
-        errors = [
-            {name: of_reward[index].error for name, of_reward in scores.items() if of_reward[index].error}
-            for index in range(len(completions))
-        ]
-        total = [
-            total_reward(self.functions, {name: values[index] for name, values in by_name.items()}, errors[index])
-            for index in range(len(completions))
-        ]
-        return Scores(by_name=by_name, total=total, errors=errors)
+            self._watch(function.name, [outcomes[function.name][index] for index in judged[function.name]])
+        return combine(self.functions, outcomes, len(completions), progress.step)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics since the last call: seconds of each reward over all completions, and batch classes' own."""
@@ -201,49 +182,50 @@ class Grader:
         self.close()
 
     def _score_batches(
-        self, arguments: Mapping[str, list[Any]], judged: Mapping[str, list[int]]
-    ) -> dict[str, list[Score]]:
+        self, arguments: Mapping[str, list[Any]], judged: Mapping[str, list[int]], progress: Progress
+    ) -> dict[str, list[Outcome]]:
         """Call the batch functions on the completions that each judges; functions with the same ones together."""
         size = len(arguments["completions"])
-        scores: dict[str, list[Score]] = {}
-        for indices in dict.fromkeys(tuple(judged[function.name]) for function in self._batches):
-            together = [function for function in self._batches if tuple(judged[function.name]) == indices]
+        outcomes: dict[str, list[Outcome]] = {}
+        for indices in dict.fromkeys(tuple(judged[caller.reward.name]) for caller in self._batches):
+            together = [caller for caller in self._batches if tuple(judged[caller.reward.name]) == indices]
             some = {name: [values[index] for index in indices] for name, values in arguments.items()}
-            called = call_batch_functions(together, some, len(indices)) if indices else {}
-            for function in together:
-                scores[function.name] = [Score()] * size
-                for index, score in zip(indices, called.get(function.name, ()), strict=True):
-                    scores[function.name][index] = score
-        return scores
+            called = call_batch_functions(together, some, len(indices), progress) if indices else {}
+            for name in (caller.reward.name for caller in together):
+                outcomes[name] = [Outcome()] * size
+                for index, outcome in zip(indices, called.get(name, ()), strict=True):
+                    outcomes[name][index] = outcome
+        return outcomes
 
-    def _result(self, scorer: RewardFunction, job: Job) -> Score:
-        """Return the score of a job; 0 for one that is late, where the recipe says so."""
-        score = self._pool.result(job)
-        return Score(value=0.0, seconds=score.seconds) if score.is_late and scorer.on_timeout == "zero" else score
+    def _result(self, scorer: RewardFunction, job: Job) -> Outcome:
+        """Return the outcome of a job; 0 for one that is late, where the recipe says so."""
+        outcome = self._pool.result(job)
+        is_zero = outcome.is_late and scorer.on_timeout == "zero"
+        return Outcome(value=0.0, seconds=outcome.seconds) if is_zero else outcome
 
     def _set_up(self) -> None:
         if not self._is_set_up:
-            for function in self._batches:
-                setup = getattr(function.function, "setup", None)
+            for caller in self._batches:
+                setup = getattr(caller.reward.function, "setup", None)
                 if setup is not None:
-                    setup()
+                    set_up(caller.reward.name, setup)
             self._is_set_up = True
 
-    def _watch(self, name: str, scores: Sequence[Score]) -> None:
+    def _watch(self, name: str, outcomes: Sequence[Outcome]) -> None:
         """Count the failures; log the first; raise RewardError if too many of the last completions failed, or all."""
         history = self._history[name]
-        history.seconds += sum(score.seconds for score in scores)
-        failures = [score for score in scores if score.error]
-        history.has_scored |= len(failures) < len(scores)
+        history.seconds += sum(outcome.seconds for outcome in outcomes)
+        failures = [outcome for outcome in outcomes if outcome.error]
+        history.has_scored |= len(failures) < len(outcomes)
         if not history.has_scored:
             # It has never scored a row: the recipe is wrong, or all of the data.
-            for score in failures:
-                if score.is_input:
-                    raise InputError(score.error)
+            for outcome in failures:
+                if outcome.is_input:
+                    raise InputError(outcome.error)
         is_first = bool(failures) and not history.first_traceback
         if is_first:
             history.first_traceback = (failures[0].traceback or failures[0].error).rstrip()
-        history.failed.extend(bool(score.error) for score in scores)
+        history.failed.extend(bool(outcome.error) for outcome in outcomes)
         num_failed, num_scored = sum(history.failed), len(history.failed)
         is_too_much = num_scored >= ERROR_MINIMUM and num_failed > self.config.max_error_share * num_scored
         is_all = num_failed == num_scored and self.config.max_error_share < 1
@@ -268,29 +250,3 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Collection[
                     f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
                     "add it to the data or take the reward out of the recipe"
                 )
-
-
-def total_reward(
-    functions: Sequence[RewardFunction], values: Mapping[str, float | None], failed: Collection[str]
-) -> float:
-    """Return the weighted sum of one completion's rewards, or nan if the completion cannot be scored.
-
-    A completion cannot be scored if no reward with a weight applies, or if one with a weight, or one that it requires,
-    has failed. A reward counts 0 if one that it requires gives less than 1.0; a required one that does not apply is no
-    obstacle.
-    """
-    terms = []
-    for function in functions:
-        if function.weight and any(name in failed for name in (function.name, *function.requires)):
-            return math.nan
-        value = values[function.name]
-        if function.weight and value is not None:
-            gates = [values[name] for name in function.requires]
-            is_open = all(gate is None or gate >= 1.0 for gate in gates)
-            terms.append(function.weight * value if is_open else 0.0)
-    total = math.fsum(terms) if terms else math.nan
-    if abs(total) > MAX_REWARD:
-        raise RewardError(
-            f"the weighted rewards {terms} of a completion add up to {total:g}, which float32 cannot hold"
-        )
-    return total

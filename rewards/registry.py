@@ -39,7 +39,7 @@ REWARDS: dict[str, str] = {
 }
 
 # The arguments that TRL passes to every reward function besides the columns.
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
 
 @dataclass(frozen=True, kw_only=True)

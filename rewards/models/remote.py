@@ -21,9 +21,9 @@ from pydantic import FiniteFloat
 from rekatrain.data.chat import Message, parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.reward_model_input import RewardModelInput, break_markup, render_text
-from rekatrain.rewards.calls import MAX_REWARD
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, RejectedError, Retries, Seconds
+from rekatrain.rewards.outcome import MAX_REWARD
 
 Route = Literal["classify", "pooling", "score", "http"]
 ServedTemplate = Literal["reka", "answer", "chat_template"]

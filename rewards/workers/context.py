@@ -21,7 +21,7 @@ CHANGED = ("PYTHONPATH", "PYTHONSAFEPATH")
 EXECUTE = (
     "import os, sys; path, names = sys.argv[1], sys.argv[2].split(','); "
     "environment = {name: os.environ[name] for name in names if name in os.environ}; "
-    "os.execve(path, sys.argv[4:], {**environment, 'PYTHONPATH': sys.argv[3], 'PYTHONSAFEPATH': '1'})"
+    "os.setsid(); os.execve(path, sys.argv[4:], {**environment, 'PYTHONPATH': sys.argv[3], 'PYTHONSAFEPATH': '1'})"
 )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.calls import Score
 from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.outcome import Outcome
 from rekatrain.rewards.registry import REWARDS, Spec
 from rekatrain.rewards.workers.context import WorkerContext, read_environment
 from rekatrain.rewards.workers.environment import read_passed
@@ -23,6 +23,9 @@ from rekatrain.rewards.workers.process import OUT_OF_MEMORY, do_nothing, score_c
 
 # A worker that is not killed and replaced this long after its time limit never will be.
 GRACE_SECONDS = 60.0
+SLOW_START = (
+    ": its first call may load something. Do that in setup() of a class, whose time does not count, or raise timeout"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class WorkerPool:
         self.limits = limits
         self._pool: ProcessPool | None = None
         self._num_open = 0
+        self._have_answered: set[int] = set()
 
     def warm_up(self) -> None:
         """Start the workers without waiting for them: their imports take seconds."""
@@ -71,7 +75,7 @@ class WorkerPool:
         future = self._schedule(score_completion, (scorer, text, columns), timeout)
         return Job(scorer=scorer, text=text, columns=columns, timeout=timeout, future=future)
 
-    def result(self, job: Job, *, is_last_try: bool = False) -> Score:
+    def result(self, job: Job, *, is_last_try: bool = False) -> Outcome:
         """Wait for the score, not longer than the time limits of all open jobs."""
         wait = GRACE_SECONDS + self._num_open * job.timeout / self.num_workers
         try:
@@ -79,10 +83,12 @@ class WorkerPool:
         except TimeoutError as error:
             if not job.future.done():
                 raise RewardError(f"the reward workers have not answered for {wait:.0f} seconds") from error
-            score = Score(error=f"no result after {job.timeout:g} seconds", seconds=job.timeout, is_late=True)
+            hint = "" if job.scorer in self._have_answered else SLOW_START
+            message = f"no result after {job.timeout:g} seconds{hint}"
+            score = Outcome(error=message, seconds=job.timeout, is_late=True)
         except ProcessExpired as error:
             is_memory = error.exitcode == OUT_OF_MEMORY
-            score = Score(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")
+            score = Outcome(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")
         except BrokenProcessPool as error:
             # pebble closes a pool if a worker dies at a moment that cannot be assigned to a completion.
             if is_last_try:
@@ -90,7 +96,9 @@ class WorkerPool:
             return self.result(self.submit(job.scorer, job.text, job.columns, job.timeout), is_last_try=True)
         finally:
             self._num_open -= 1
-        return Score(error=score, is_input=True) if isinstance(score, str) else score
+        if not isinstance(score, str) and not score.is_late:
+            self._have_answered.add(job.scorer)
+        return Outcome(error=score, is_input=True) if isinstance(score, str) else score
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""

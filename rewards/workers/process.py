@@ -17,9 +17,10 @@ from typing import Any
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.calls import Score, check_number
 from rekatrain.rewards.errors import describe_error
+from rekatrain.rewards.outcome import MAX_WORKER_NOTES, Outcome, read_value
 from rekatrain.rewards.registry import Spec
+from rekatrain.rewards.shield import CLOSING, shielded
 from rekatrain.rewards.workers.environment import set_environment
 
 # If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
@@ -27,12 +28,13 @@ MAX_TRACEBACK = 2_000
 OUT_OF_MEMORY = 77  # exit code of a worker
 
 
-# The scorers of this worker. For one that cannot be made: the message of an InputError, or the Score of its failure.
-_scorers: list[Callable[..., Any] | str | Score] = []
+# The scorers of this worker. For one that cannot be made: the message of an InputError, or the Outcome of its failure.
+_scorers: list[Callable[..., Any] | str | Outcome] = []
 
 
 def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
     """Set the limits and make the scorers. This time counts for no completion."""
+    os.setsid()  # os.killpg(0, ...) in a scorer must not reach the training process
     os.chdir(folder)
     set_environment(environment)
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core, and numpy's threads reserve memory for each core
@@ -59,7 +61,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _make(spec: Spec) -> Callable[..., Any] | str | Score:
+def _make(spec: Spec) -> Callable[..., Any] | str | Outcome:
     try:
         scorer = spec.make()
         setup = getattr(scorer, "setup", None)
@@ -76,23 +78,24 @@ def do_nothing() -> None:
     """Return None: a first job, with which a pool starts its workers."""
 
 
-def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Score | str:
+def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Outcome | str:
     """Return the score, or the message of an InputError: plain values, whatever the scorer does."""
     scorer = _scorers[number]
     if not callable(scorer):
         return scorer
     started = time.perf_counter()
     try:
-        value = check_number(scorer(parse_completion(text), **columns))
+        with shielded(CLOSING):
+            value = scorer(parse_completion(text), **columns)
     except InputError as error:
         return str(error)[:MAX_TRACEBACK]
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # how much memory is still held is unknown: a fresh worker goes on
     except BaseException as error:  # whatever a grader raises is its failure, sys.exit() too
         return _failure(error, time.perf_counter() - started)
-    return Score(value=value, seconds=time.perf_counter() - started)
+    return read_value(value, seconds=time.perf_counter() - started, max_notes=MAX_WORKER_NOTES)
 
 
-def _failure(error: BaseException, seconds: float) -> Score:
+def _failure(error: BaseException, seconds: float) -> Outcome:
     text = "".join(traceback.format_exception(error))
-    return Score(error=describe_error(error), traceback=text[-MAX_TRACEBACK:], seconds=seconds)
+    return Outcome(error=describe_error(error), traceback=text[-MAX_TRACEBACK:], seconds=seconds)

@@ -1,0 +1,63 @@
+"""A shield around the code of rewards, which runs in a process that must outlive it.
+
+A reward that calls `sys.exit`, `os._exit`, `os.killpg(0, ...)` or `os.close` on a descriptor that it did not open, or
+that changes the current folder, has a mistake. It costs the reward's value, never the run. This is no sandbox: calls of
+C are not shielded, and neither are the processes that a reward starts.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rekatrain.rewards.errors import RewardError
+
+ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
+CLOSING = ("close", "closerange")
+
+
+@contextmanager
+def shielded(names: Collection[str] = ENDING + CLOSING) -> Iterator[None]:
+    """Make a context in which functions of `os` raise RewardError where they would harm this process.
+
+    The context also restores the current folder. It holds for the thread that enters it and for those that start
+    within; other threads of the process, and processes forked within, are not affected.
+    """
+    process, thread = os.getpid(), threading.get_ident()
+    others = {other.ident for other in threading.enumerate()} - {thread}
+    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    ours = {int(name) for name in os.listdir("/proc/self/fd")}
+    originals = {name: getattr(os, name) for name in names}
+
+    def is_harmful(name: str, arguments: tuple[Any, ...]) -> bool:
+        if os.getpid() != process or threading.get_ident() in others:
+            return False
+        if name == "kill":
+            return bool(arguments[1:]) and arguments[1] != 0 and arguments[0] in (process, 0, -1, -os.getpgrp())
+        if name == "killpg":
+            return arguments[:1] in ((0,), (os.getpgrp(),)) and arguments[1:] != (0,)
+        if name == "close":
+            return arguments[:1] and arguments[0] in ours
+        if name == "closerange":
+            return len(arguments) == 2 and any(arguments[0] <= number < arguments[1] for number in ours)
+        return True
+
+    def guard(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any, **keywords: Any) -> Any:
+            if is_harmful(name, (*arguments, *keywords.values())):
+                shown = ", ".join(map(str, arguments))[:100]
+                raise RewardError(f"the reward called os.{name}({shown}), which would harm the process that runs it")
+            return original(*arguments, **keywords)
+
+        return guarded
+
+    for name, original in originals.items():
+        setattr(os, name, guard(name, original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+        os.fchdir(folder)
+        os.close(folder)
