@@ -8,7 +8,8 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx2
@@ -27,6 +28,7 @@ MASK = "***"
 _BACK_OFF = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
 
 Json = dict[str, Any]  # Any: a JSON value, not yet checked
+Post = Callable[[str, Json], Awaitable[Json | RewardError]]
 Count = Annotated[int, Ge(1)]
 Retries = Annotated[int, Ge(0)]
 Seconds = Annotated[FiniteFloat, Gt(0)]
@@ -65,21 +67,29 @@ class Endpoint:
 
     async def post_all(self, path: str, bodies: Sequence[Json]) -> list[Json | RewardError]:
         """Return the server's JSON objects in the order of `bodies`; an error for a request that failed."""
+        async with self.connect() as post:
+            return list(await asyncio.gather(*[post(path, body) for body in bodies]))
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Post]:
+        """Yield a function that posts a body to a path and returns the server's JSON object, or the request's error."""
         key = _read_key(self._api_key_env) if self._api_key_env else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self._concurrency)
         in_flight = asyncio.Semaphore(self._concurrency)
         async with httpx2.AsyncClient(headers=headers, timeout=self._request_timeout, limits=limits) as client:
 
-            async def post(body: Json) -> Json | RewardError:
+            async def post(path: str, body: Json) -> Json | RewardError:
+                url = f"{self.url}{path}"
                 async with in_flight:
                     try:
-                        return await self._post_with_retries(client, f"{self.url}{path}", body, key)
+                        return await self._post_with_retries(client, url, body, key)
                     except RewardError as error:
                         return type(error)(_mask(str(error), key))
+                    except Exception as error:  # one that no one has foreseen: the others of the batch count
+                        return RewardError(_mask(f"the request to {url} failed: {type(error).__name__}: {error}", key))
 
-            results = await asyncio.gather(*[post(body) for body in bodies], return_exceptions=True)
-        return [_only_its_own(result, f"{self.url}{path}", key) for result in results]
+            yield post
 
     async def _post_with_retries(self, client: httpx2.AsyncClient, url: str, body: Json, key: str | None) -> Json:
         attempts = AsyncRetrying(
@@ -122,15 +132,6 @@ class Endpoint:
         if not isinstance(answer, dict):
             raise RewardError(f"{url} answered no JSON object: {shorten(text)}")
         return answer
-
-
-def _only_its_own(result: Json | RewardError | BaseException, url: str, key: str | None) -> Json | RewardError:
-    """Return a failure that no one has foreseen as the error of its request: the others of the batch count."""
-    if isinstance(result, dict | RewardError):
-        return result
-    if not isinstance(result, Exception):
-        raise result  # the run is being ended
-    return RewardError(_mask(f"the request to {url} failed: {type(result).__name__}: {result}", key))
 
 
 class RejectedError(RewardError):
