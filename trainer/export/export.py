@@ -5,7 +5,8 @@
     --as gguf      one file per type: for llama.cpp
 
 Every form also holds a model card (README.md) and serving/ with start scripts and plugins. The folder is written as
-.OUT.rekatrain-partial, loaded and compared by a fresh process, and only then renamed to OUT.
+.OUT.rekatrain-partial, loaded and compared by a fresh process, and only then renamed to OUT. No process holds a whole
+model: tensors are read, merged, written and run one layer at a time (lazy_weights.py).
 """
 
 import logging
@@ -14,18 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import Message, encode_text, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
+from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import probe_logprobs, verify_logprobs
 from rekatrain.trainer.export.publish import publish, written_aside
-from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.models.probe import PROBE_FILE, find_difference, read_probe, run_probe
 from rekatrain.trainer.models.source import Source, find_source
 from rekatrain.trainer.recipe.load import load_recipe
@@ -34,8 +33,6 @@ from rekatrain.trainer.run.folder import RECIPE_FILE
 logger = logging.getLogger(__name__)
 
 Form = Literal["merged", "adapter", "gguf"]
-# Merging is W + B A in float32; an error beyond rounding is a wrong merge.
-MERGE_TOLERANCE = 1e-3
 PROBE_MESSAGES: list[Message] = [{"role": "user", "content": "What is 2+2? Explain in one sentence why 1,234 is even."}]
 
 
@@ -96,21 +93,21 @@ def _write(
 ) -> None:
     """Write the weights into `folder` and verify them in a fresh process."""
     probe = torch.tensor([encode_text(render_prompt(PROBE_MESSAGES), tokenizer)])
-    model = load_model(source.folder, dtype="float32").eval()
-    _check_training(model, Path(source.folder))
+    weights = LazyWeights(source)
+    _check_training(weights, Path(source.folder))
+    stored = weights.rounded(torch.float32 if form == "adapter" else getattr(torch, stored_dtype))
+    with streaming(stored) as model:
+        logprobs = probe_logprobs(model, probe)
     if form == "adapter":
-        write_adapter(folder, source, model, tokenizer)
-        verify_logprobs(folder, probe, probe_logprobs(model, probe), checkpoint=Path(source.folder))
-        return
-    merged = _merged(model, probe).to(getattr(torch, stored_dtype))
-    logprobs = probe_logprobs(merged, probe)
-    if form == "merged":
-        write_merged(folder, merged, tokenizer, max_shard_size=max_shard_size)
-        verify_logprobs(folder, probe, logprobs, checkpoint=Path(source.folder))
+        write_adapter(folder, source, weights.model.config, tokenizer)
+    elif form == "merged":
+        write_merged(folder, stored, tokenizer, max_shard_size=max_shard_size)
     else:
         from rekatrain.trainer.export.gguf_files import write_gguf_files
 
-        write_gguf_files(folder, merged, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs)
+        write_gguf_files(folder, stored, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs)
+        return
+    verify_logprobs(folder, probe, logprobs, checkpoint=Path(source.folder))
 
 
 def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None) -> None:
@@ -135,7 +132,7 @@ def _check_reward_model(form: Form, quantize: list[str] | None) -> None:
         raise InputError("--quantize applies to GGUF files; a reward model has none: leave it out")
 
 
-def _check_training(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
+def _check_training(weights: LazyWeights, checkpoint: Path) -> None:
     """Raise InputError if the loaded model is another than the one in training: such as one on a changed base."""
     probe = read_probe(checkpoint)
     if probe is None:
@@ -143,20 +140,10 @@ def _check_training(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Non
             "%s has no %s: the export is compared with its own files, not with training", checkpoint, PROBE_FILE
         )
         return
-    difference = find_difference(probe, run_probe(model, [ids.tolist() for ids in probe.ids]))
+    with streaming(weights) as model:
+        difference = find_difference(probe, run_probe(model, [ids.tolist() for ids in probe.ids]))
     if difference:
         raise InputError(
             f"{str(checkpoint)!r}, as it is loaded here, is not the model that was trained: {difference}. Restore the "
             "files of its base model"
         )
-
-
-def _merged(model: PreTrainedModel | PeftModel, probe: Tensor) -> PreTrainedModel:
-    """Merge the adapter, if there is one; assert that no log-probability moves by more than rounding."""
-    if not isinstance(model, PeftModel):
-        return model
-    before = probe_logprobs(model, probe)
-    merged = model.merge_and_unload(safe_merge=True)
-    error = (probe_logprobs(merged, probe) - before).abs().max().item()
-    assert error < MERGE_TOLERANCE, f"merging the adapter moved a log-probability by {error}"
-    return merged

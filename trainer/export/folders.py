@@ -5,46 +5,80 @@ import logging
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from rekatrain.trainer.models.adapter_scales import fold_scales
-from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.export.lazy_weights import LazyWeights
+from rekatrain.trainer.models.adapter_scales import CONFIG_FILE, WEIGHTS_FILE, fold_scales
 from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.vllm_limits import find_vllm_limit
+from rekatrain.trainer.models.weight_files import INDEX
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 def write_merged(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_shard_size: str
+    folder: Path, weights: LazyWeights, tokenizer: PreTrainedTokenizerBase, *, max_shard_size: str
 ) -> None:
-    """Write sharded safetensors, config, generation config and tokenizer."""
-    model.config.pad_token_id = tokenizer.pad_token_id  # TRL's trainer writes its own into a config without one
-    model.generation_config = _generation_config(model.config, tokenizer)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    """Write sharded safetensors, config, generation config and tokenizer; one shard at a time is in memory."""
+    model = weights.model
+    set_ids(model.config, tokenizer)
+    write_model(folder, weights, max_shard_size=max_shard_size)
+    _generation_config(model.config, tokenizer).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
-def write_adapter(folder: Path, source: Source, model: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the checkpoint's adapter with one scale, and the tokenizer; a local base is named by its absolute path."""
+def write_model(folder: Path, weights: LazyWeights, *, max_shard_size: str) -> None:
+    """Write sharded safetensors and the config.
+
+    A base that transformers converted while it loaded it is converted back by transformers' own `save_pretrained`.
+    """
+    model = weights.model
+    model.config.dtype = weights.dtype
+    if not weights.is_streamed:
+        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size=max_shard_size)
+        return
+    folder.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    plan = split_torch_state_dict_into_shards(weights.without_data(), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def set_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a config the tokenizer's special ids.
+
+    A base may name more eos ids than its tokenizer, such as one for the end of a turn in its own chat format. A server
+    would end an answer there, and training did not.
+    """
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def write_adapter(folder: Path, source: Source, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the checkpoint's adapter with one scale, and the tokenizer; a local base is named by its absolute path.
+
+    config: the base's
+    """
     folder.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(Path(source.folder) / name, folder / name)
-    config_file = folder / "adapter_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file = folder / CONFIG_FILE
+    adapter = json.loads(config_file.read_text(encoding="utf-8"))
     if Path(source.base).exists():
-        config["base_model_name_or_path"] = str(Path(source.base).resolve())
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        adapter["base_model_name_or_path"] = str(Path(source.base).resolve())
+    config_file.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
     fold_scales(folder)
-    for key in ("use_dora", "modules_to_save", "alora_invocation_tokens"):
-        if config.get(key):
-            logger.warning(
-                "the adapter has %s %s, which PEFT loads but vLLM rejects; for vLLM, export --as merged",
-                key,
-                config[key],
-            )
-    _generation_config(model.config, tokenizer).save_pretrained(folder)
+    rejected = find_vllm_limit(adapter)
+    if rejected:
+        logger.warning("the adapter is for PEFT alone: vLLM does not load %s; for vLLM, export --as merged", rejected)
+    _generation_config(config, tokenizer).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import save_tokenizer
 from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
+from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import verify_logprobs
 from rekatrain.trainer.export.publish import final_name
 from rekatrain.trainer.models.source import Source
@@ -42,7 +43,7 @@ def check_convertible(source: Source, quantize: list[str]) -> None:
 
 def write_gguf_files(
     folder: Path,
-    model: PreTrainedModel,
+    weights: LazyWeights,
     tokenizer: PreTrainedTokenizerBase,
     types: list[str],
     probe: Tensor,
@@ -57,11 +58,11 @@ def write_gguf_files(
     folder.mkdir(parents=True)
     save_tokenizer(tokenizer, folder)
     for file_type in types:
-        size = model.config.intermediate_size
+        size = weights.model.config.intermediate_size
         if "_k" in file_type and padded_size(size) != size:
             logger.info("%s: intermediate size %d padded with zeros to %d", file_type, size, padded_size(size))
             size = padded_size(size)
         file = folder / f"model-{file_type}.gguf"
         name = final_name(folder)
-        write_gguf(file, model, tokenizer, file_type=file_type, name=name, intermediate_size=size)
+        write_gguf(file, weights, tokenizer, file_type=file_type, name=name, intermediate_size=size)
         verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")

@@ -9,7 +9,7 @@ The layout is llama.cpp's `llama` architecture. Two things differ from the trans
   silu(0) * 0 = 0 and have zero weights, so the function is the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -17,11 +17,12 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.export.gguf_tokenizer import add_tokenizer
 from rekatrain.trainer.export.gguf_types import llama_file_type, quantize, tensor_type
+from rekatrain.trainer.export.lazy_weights import LazyWeights
 
 K_QUANT_BLOCK = 256
 
@@ -51,20 +52,20 @@ def padded_size(intermediate_size: int) -> int:
 
 def write_gguf(
     file: Path,
-    model: PreTrainedModel,
+    weights: LazyWeights,
     tokenizer: PreTrainedTokenizerBase,
     *,
     file_type: str,
     name: str,
     intermediate_size: int,
 ) -> None:
-    """Write the model to `file`, converting one tensor at a time.
+    """Write the weights to `file`, reading and converting one tensor at a time.
 
     file_type:         one of GGUF_TYPES
     name:              the model's name, which servers show
     intermediate_size: the model's or larger; the difference is filled with zeros
     """
-    config = model.config
+    config = weights.model.config
     writer = GGUFWriter(file, "llama")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(name)
@@ -84,11 +85,9 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     add_tokenizer(writer, tokenizer, config.vocab_size)
 
-    # Two passes, because the header holds all shapes and a second copy of a 21B model would not fit in memory.
-    state = model.state_dict()
-    shapes = {key: tensor.to("meta") for key, tensor in state.items()}
+    # Two passes, because the header holds all shapes and a whole 21B model would not fit in memory.
     kinds = {}
-    for key, tensor in _converted(shapes, config, intermediate_size):
+    for key, tensor in _converted(weights.without_data(), config, intermediate_size):
         shape = tuple(tensor.shape)
         kinds[key] = kind = tensor_type(
             key, shape, file_type, num_layers=config.num_hidden_layers, is_tied=config.tie_word_embeddings
@@ -98,13 +97,13 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for key, tensor in _converted(state, config, intermediate_size):
+    for key, tensor in _converted(weights, config, intermediate_size):
         writer.write_tensor_data(quantize(tensor.float().cpu().numpy(), kinds[key]))
     writer.close()
 
 
 def _converted(
-    state: dict[str, Tensor], config: PretrainedConfig, intermediate_size: int
+    state: Mapping[str, Tensor], config: PretrainedConfig, intermediate_size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield llama.cpp's name and value of each tensor, always in the same order."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

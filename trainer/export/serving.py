@@ -11,8 +11,8 @@ from string import Template
 from transformers import AutoConfig
 
 from rekatrain.rewards.models.classifier import read_card
-from rekatrain.trainer.models.adapter_scales import largest_rank
 from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.vllm_limits import MAX_RANKS, find_vllm_limit, largest_rank
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"
@@ -32,8 +32,6 @@ FILES = {
     },
 }
 MAX_LENGTH = 32_768
-# The LoRA ranks for which vLLM has kernels.
-MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None:
@@ -68,8 +66,11 @@ def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None
         }
     serving = folder / "serving"
     serving.mkdir()
-    for template, target in FILES[form].items():
+    files = dict(FILES[form])
+    if form == "adapter" and find_vllm_limit(adapter):
+        del files["vllm_adapter.sh"], files["client.py"]
+    for template, target in files.items():
         text = (TEMPLATES / template).read_text(encoding="utf-8")
         (serving / target).write_text(Template(text).substitute(values), encoding="utf-8")
-    if form in ("merged", "adapter"):
+    if "vllm.sh" in files.values() and form != "reward":
         (serving / PARSER).write_text((TEMPLATES / PARSER).read_text(encoding="utf-8"), encoding="utf-8")

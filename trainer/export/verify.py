@@ -6,17 +6,21 @@ training process.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 
 from rekatrain.data.chat import render_prompt
 from rekatrain.data.tokenizer import check_tokenizer
+from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
 from rekatrain.trainer.models.probe import compare, find_difference, read_probe, run_probe
+from rekatrain.trainer.models.source import find_source
+from rekatrain.trainer.models.weights import check_tensors
+
+TOLERANCE = 1e-4
 
 
 def main() -> None:
@@ -32,31 +36,22 @@ def main() -> None:
     assert generation["eos_token_id"] == tokenizer.eos_token_id and "stop_strings" not in generation, generation
 
     reference = load_file(reference_file)
-    model = _load(Path(folder))
-    error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
-    # Same weights, same arithmetic: only the order of sums may differ.
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    assert error <= tolerance, f"a log-probability differs by {error} from the training model's"
-    training = read_probe(Path(checkpoint))
-    by = ""
-    if training is not None:
-        exported = run_probe(model, [ids.tolist() for ids in training.ids])
-        difference = find_difference(training, exported)
-        assert difference is None, difference
-        by = f"; within {compare(training, exported.logprobs)[0]:.1e} of the training process"
+    source = find_source(folder)
+    weights = LazyWeights(source)
+    assert weights.model.config.eos_token_id == tokenizer.eos_token_id or source.adapter, weights.model.config
+    check_tensors(source, source.revision, weights.model)  # transformers and PEFT find each tensor in the files
+    training, by = read_probe(Path(checkpoint)), ""
+    with streaming(weights) as model:
+        error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()
+        # The same weights in the same arithmetic, and only the order of sums may differ.
+        assert error <= TOLERANCE, f"a log-probability differs by {error} from that of the exporting process"
+        if training is not None:
+            exported = run_probe(model, [ids.tolist() for ids in training.ids])
+            stored = "float32" if source.adapter else str(AutoConfig.from_pretrained(folder).dtype)
+            difference = find_difference(training, replace(exported, dtype=stored.removeprefix("torch.")))
+            assert difference is None, difference
+            by = f"; within {compare(training, exported.logprobs)[0]:.1e} of the training process"
     print(f"verified in a fresh process: tokenizer, template, stop, log-probabilities within {error:.1e}{by}")
-
-
-def _load(folder: Path) -> PreTrainedModel | PeftModel:
-    if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    # The reference of an adapter is the training model in float32. PEFT loads all kinds; transformers, given the
-    # adapter's folder, ignores the base's revision and drops DoRA's magnitudes.
-    config = PeftConfig.from_pretrained(str(folder))
-    base = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision, dtype=torch.float32
-    )
-    return PeftModel.from_pretrained(base, str(folder))
 
 
 if __name__ == "__main__":

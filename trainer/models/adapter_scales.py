@@ -7,20 +7,13 @@ PEFT scales each module by alpha / rank (rsLoRA, arXiv 2312.03732: alpha / sqrt(
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA_B = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?B(\.weight)?")
-
-
-def largest_rank(lora: Mapping[str, Any]) -> int:
-    """Return the largest rank of any module of a LoRA config."""
-    return max(int(lora.get("r", 8)), *(int(rank) for rank in (lora.get("rank_pattern") or {}).values()), 0)
 
 
 def fold_scales(folder: Path) -> None:

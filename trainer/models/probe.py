@@ -76,10 +76,11 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
     was_training = model.training
     model.eval()
     parameter = next(model.parameters())
+    device = torch.device("cpu") if parameter.is_meta else parameter.device  # an export runs without weights in memory
     ids, logprobs = [torch.tensor(text) for text in texts], []
     with torch.no_grad():
         for text in ids:
-            logits = model(input_ids=text[None].to(parameter.device)).logits[0, :-1].float()
+            logits = model(input_ids=text[None].to(device)).logits[0, :-1].float()
             chosen = logits.gather(1, text[1:, None].to(logits.device))[:, 0]
             logprobs.append((chosen - logits.logsumexp(1)).cpu())
     model.train(was_training)

@@ -15,9 +15,16 @@ from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.recipe.upstream import check_lora, check_quantization_section, check_reward, check_sft
+from rekatrain.trainer.recipe.upstream import (
+    check_lora,
+    check_quantization_section,
+    check_reward,
+    check_rollout_adapter,
+    check_sft,
+)
 from rekatrain.trainer.recipe.values import check_secrets, check_values
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.synthesis.config import check_synthesis
 
 
 def check_sections(recipe: Recipe) -> None:
@@ -31,6 +38,8 @@ def check_sections(recipe: Recipe) -> None:
     _check_held_out(recipe)
     if recipe.lora is not None:
         check_lora(recipe.lora)
+        if recipe.stage == "rloo" and recipe.rloo.get("vllm_server_base_url"):
+            check_rollout_adapter(recipe.lora)
     check_dataset("dataset", recipe.dataset, recipe.rewards)
     if recipe.eval_dataset is not None:
         deciding = recipe.evaluate.get("reward", "math_answer")
@@ -41,6 +50,10 @@ def check_sections(recipe: Recipe) -> None:
         RLOOConfig(**recipe.rloo)
     if recipe.stage == "rloo" or recipe.rewards:
         build_reward_functions(recipe.rewards)
+    if recipe.generate is not None:
+        check_synthesis("generate", recipe.generate, recipe.rewards)
+    if recipe.filter is not None:
+        check_synthesis("filter", recipe.filter, recipe.rewards)
     _check_wandb(recipe)
     _check_model(recipe)
     _check_chat(recipe)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type
+from rekatrain.trainer.models.vllm_limits import find_vllm_limit
 from rekatrain.trainer.recipe import lora_keys, trl_keys
 
 # Stages that measure held-out rows while they train.
@@ -97,6 +98,13 @@ def check_lora(section: Mapping[str, Any]) -> None:
             "lora.layers_to_transform needs a list in lora.target_modules, such as [q_proj, v_proj]: a text selects "
             "the layers on its own"
         )
+
+
+def check_rollout_adapter(section: Mapping[str, Any]) -> None:
+    """Raise InputError for an adapter that vLLM servers of rollouts do not load."""
+    rejected = find_vllm_limit(section)
+    if rejected is not None:
+        raise InputError(f"{rejected} is not supported for rollouts by vLLM, which loads plain LoRA: remove it")
 
 
 def check_quantization_section(section: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.probe import probe_logprobs
-from rekatrain.trainer.models.adapter_scales import fold_scales, largest_rank
+from rekatrain.trainer.models.adapter_scales import fold_scales
 from rekatrain.trainer.models.probe import read_probe
+from rekatrain.trainer.models.vllm_limits import largest_rank
 from tests.conftest import tiny_llama
 from tests.helpers.exports import write_sft_recipe
 

@@ -16,8 +16,10 @@ from rekatrain.data.errors import InputError
 from rekatrain.trainer.export.gguf_model import check_architecture, padded_size, write_gguf
 from rekatrain.trainer.export.gguf_tokenizer import find_pre_tokenizer
 from rekatrain.trainer.export.gguf_types import quantize, tensor_type
+from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import probe_logprobs
 from rekatrain.trainer.export.verify_gguf import start_server
+from rekatrain.trainer.models.source import find_source
 from tests.helpers.exports import servable_llama
 
 
@@ -66,9 +68,11 @@ def test_write_gguf_pads_without_changing_the_function(
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages }}")  # all tests share the tokenizer
     ids = encode_text("human: What is 2+2? <sep> assistant:", tokenizer)
     expected = probe_logprobs(model, torch.tensor([ids]))[-1]
+    model.save_pretrained(tmp_path / "model")
     for size in (96, 256):
         file = tmp_path / f"{size}.gguf"
-        write_gguf(file, model, tokenizer, file_type="f32", name="tiny", intermediate_size=size)
+        weights = LazyWeights(find_source(str(tmp_path / "model")))
+        write_gguf(file, weights, tokenizer, file_type="f32", name="tiny", intermediate_size=size)
         shapes = {tensor.name: tensor.shape.tolist() for tensor in gguf.GGUFReader(file).tensors}
         assert shapes["blk.0.ffn_down.weight"] == [size, 128] and shapes["blk.1.ffn_up.weight"] == [128, size]
         server = start_server(file, n_ctx=64)

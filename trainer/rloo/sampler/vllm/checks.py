@@ -17,7 +17,6 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed, request_filters
-from rekatrain.trainer.rloo.sampler.vllm.serve import check_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +30,8 @@ def check_servers(recipe: Recipe, config: RLOOConfig, tokenizer: PreTrainedToken
 
     longest_prompt: number of tokens of the run's longest prompt
     """
-    if config.vllm_server_urls and recipe.lora is not None:
-        check_adapter(recipe.lora)
-        if config.vllm_weight_transfer == "nccl":
-            raise InputError("rloo.vllm_weight_transfer nccl moves whole models; with a lora: section set it to folder")
+    if config.vllm_server_urls and recipe.lora is not None and config.vllm_weight_transfer == "nccl":
+        raise InputError("rloo.vllm_weight_transfer nccl moves whole models; with a lora: section set it to folder")
 
     async def check_all() -> None:
         for url in config.vllm_server_urls:

@@ -9,22 +9,20 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import torch
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.export.serving import MAX_RANKS
-from rekatrain.trainer.models.adapter_scales import largest_rank
 from rekatrain.trainer.models.source import base_revision, find_source
+from rekatrain.trainer.models.vllm_limits import MAX_RANKS, largest_rank
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.upstream import check_rollout_adapter
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
 # The environment variable with the Python of an environment that has vLLM, where that is not the trainer's.
 VLLM_PYTHON = "VLLM_PYTHON"
-UNSERVED_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
 
 
 def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parallel_size: int, print_only: bool) -> None:
@@ -84,22 +82,9 @@ def server_command(
     # Runtime adapters and weight versions need vLLM's development mode: do not expose the port to the network.
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
     if recipe.lora is not None:
-        check_adapter(recipe.lora)
+        check_rollout_adapter(recipe.lora)
         rank = largest_rank(recipe.lora)
         flags.append("--enable-lora")
         options |= {"max-lora-rank": min(size for size in MAX_RANKS if size >= rank), "max-loras": 1}
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     return [*flags, *(text for name, value in options.items() for text in (f"--{name}", str(value)))], environment
-
-
-def check_adapter(lora: Mapping[str, object]) -> None:
-    """Raise InputError for an adapter that vLLM does not load."""
-    for key in UNSERVED_LORA:
-        if lora.get(key):
-            raise InputError(f"lora.{key} is not supported for rollouts by vLLM, which loads plain LoRA: remove it")
-    if lora.get("bias", "none") != "none":
-        raise InputError(f"lora.bias {lora['bias']} is not supported for rollouts by vLLM: set it to none")
-    if largest_rank(lora) > max(MAX_RANKS):
-        raise InputError(
-            f"lora: rank {largest_rank(lora)} is more than vLLM serves: set it to at most {max(MAX_RANKS)}"
-        )
