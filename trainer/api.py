@@ -123,6 +123,22 @@ def sample(
     return sample_policy(checked, num_prompts=num_prompts, by_disagreement=by_disagreement)
 
 
+def generate(recipe: str | Path | Recipe, *overrides: str) -> Path:
+    """Sample, score and keep completions as the recipe's `generate:` says; return the file of SFT rows."""
+    checked = check_recipe(recipe, *overrides)
+    from rekatrain.trainer.synthesis.generate import generate as generate_rows
+
+    return generate_rows(checked)
+
+
+def filter_prompts(recipe: str | Path | Recipe, *overrides: str) -> Path:
+    """Keep the prompts whose pass rate lies in the range of the recipe's `filter:`; return the file of their rows."""
+    checked = check_recipe(recipe, *overrides)
+    from rekatrain.trainer.synthesis.filter import filter_prompts as filter_rows
+
+    return filter_rows(checked)
+
+
 def export(
     run: str | Path,
     out: str | Path,

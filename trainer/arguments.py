@@ -30,6 +30,21 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a model: run the recipe's stage (sft, reward or rloo)"))
     _add_plan(commands.add_parser("plan", help="print the memory and the time that a run needs; load no weights"))
     _add_sample(commands.add_parser("sample", help="roll out a few prompts and print their rewards; train nothing"))
+    for name, help, description in (
+        (
+            "generate",
+            "write SFT rows: sample, score by the rewards, keep",
+            "Sample completions of the recipe's prompts from its model or a server, score them by its rewards, and "
+            "write those that the section generate: keeps as SFT rows. A second start goes on and asks nothing twice.",
+        ),
+        (
+            "filter",
+            "keep the prompts whose pass rate lies in a range",
+            "Sample completions of the recipe's prompts from its model or a server, and write the prompts whose pass "
+            "rate lies in the range of the section filter:. A second start goes on and asks nothing twice.",
+        ),
+    ):
+        _add_recipe(commands.add_parser(name, help=help, description=description))
     _add_serve(commands.add_parser("serve-rollouts", help="start a vLLM server that samples for an rloo run"))
     _add_evaluate(commands.add_parser("evaluate", help="measure accuracy on eval_dataset, with a 95 %% interval"))
     _add_export(commands.add_parser("export", help="write a run's weights for transformers, vLLM or llama.cpp"))

@@ -170,6 +170,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     api.evaluate(options.recipe, *options.overrides, out=options.out)
 
 
+def _generate(options: argparse.Namespace) -> None:
+    api.generate(options.recipe, *options.overrides)
+
+
+def _filter(options: argparse.Namespace) -> None:
+    api.filter_prompts(options.recipe, *options.overrides)
+
+
 def _export(options: argparse.Namespace) -> None:
     api.export(
         options.run_folder,
@@ -191,6 +199,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "plan": _plan,
     "sample": _sample,
+    "generate": _generate,
+    "filter": _filter,
     "serve-rollouts": _serve_rollouts,
     "evaluate": _evaluate,
     "export": _export,

@@ -42,6 +42,8 @@ class Recipe:
     rewards:      name of a reward -> its weight and options (rewards/README.md)
     scoring:      keywords of `rewards.grader.ScoringConfig`
     evaluate:     keywords of `trainer.held_out_prompts.EvaluateConfig`
+    generate:     keywords of `trainer.synthesis.config.GenerateConfig`
+    filter:       keywords of `trainer.synthesis.config.FilterConfig`
     wandb:        keywords of `wandb.init`; without it nothing is tracked outside the run folder
 
     on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run
@@ -65,6 +67,8 @@ class Recipe:
     rewards: dict[str, Section | None] = field(default_factory=dict)
     scoring: Section = field(default_factory=dict)
     evaluate: Section = field(default_factory=dict)
+    generate: Section | None = None
+    filter: Section | None = None
     wandb: Section | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: Annotated[int, Ge(0)] = 10

@@ -62,6 +62,7 @@ _LOSS = "it changes the loss"
 RULES = (
     Rule(FREE, "-", "output_dir", "a run folder may be moved"),
     Rule(FREE, "-", "eval_dataset eval_dataset.* evaluate.* wandb wandb.*", _RECORDS),
+    Rule(FREE, "-", "generate generate.* filter filter.*", "other commands read it"),
     Rule(FREE, "-", "on_nonfinite max_nonfinite_skips stop_if.* time_limit", _ENDS),
     Rule(FREE, _ALL, "max_steps", _LENGTH),
     Rule(FREE, _TRL, "num_train_epochs", _LENGTH),
