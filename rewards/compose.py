@@ -15,6 +15,7 @@ from annotated_types import MinLen
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type, check_types, did_you_mean
 from rekatrain.data.ranges import CountOrZero, Seconds, SignedWeight
+from rekatrain.rewards.gold import GOLDS
 from rekatrain.rewards.progress import Schedule
 from rekatrain.rewards.registry import Signature, Spec, Unresolved, find, read_signature
 from rekatrain.rewards.workers.pool import LiftedScorer
@@ -127,7 +128,7 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         on_timeout=own.on_timeout,
         check_row=getattr(made, "check_row", None),
         conversational=own.conversational,
-        gold=getattr(made, "gold", None) or getattr(find(name), "gold", None),
+        gold=getattr(made, "gold", None) or getattr(find(name), "gold", None) or GOLDS.get(name),
     )
 
 

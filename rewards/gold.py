@@ -14,7 +14,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Gold = Callable[..., str | None]
 
 # Columns with a solution, as data sets name them.
-SOLUTIONS = ("canonical_solution", "solution", "solutions", "code", "response")
+SOLUTIONS = ("canonical_solution", "solution", "solutions", "code")
 
 
 def has_gold(build: Gold) -> Callable[[Function], Function]:
@@ -65,6 +65,11 @@ def solution_code(response: Any = None, **columns: Any) -> str | None:
     return None
 
 
+def answer_of_entry(reasoning_gym_entry: Mapping[str, Any]) -> str | None:
+    """Return the answer of an entry of reasoning_gym; None for a task that has none."""
+    return first_text(reasoning_gym_entry.get("answer"))
+
+
 def _python_of(value: Any) -> str | None:
     """Return the code in a column: text, a list of texts, or CodeContests' `{language: [...], solution: [...]}`."""
     if isinstance(value, Mapping) and isinstance(value.get("solution"), list):
@@ -79,3 +84,7 @@ def _python_of(value: Any) -> str | None:
         return None
     fences = find_fences(value)
     return (fences[-1].code if fences else value).strip("\n")
+
+
+# Golds of the built-in rewards that run code.
+GOLDS: dict[str, Gold] = {"code_tests": solution_code, "reasoning_gym": answer_of_entry}

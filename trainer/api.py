@@ -23,6 +23,7 @@ from rekatrain.trainer.run.places import check_new_file, check_parent
 from rekatrain.trainer.terminal import set_up_terminal
 
 if TYPE_CHECKING:
+    from rekatrain.rewards.check.check import RewardCheck
     from rekatrain.trainer.intervals import Accuracy
     from rekatrain.trainer.reward_model.evaluate_pairs import RewardEvaluation
     from rekatrain.trainer.rloo.group import Group
@@ -123,6 +124,20 @@ def sample(
     return sample_policy(checked, num_prompts=num_prompts, by_disagreement=by_disagreement)
 
 
+def report(*runs: str | Path, out: str | Path, max_completions: int = 100_000) -> Path:
+    """Write one HTML file about runs and evaluations, print a line about it, and return its path.
+
+    runs:            run folders, running ones too, and files that `evaluate` wrote
+    max_completions: of more, the file has an even sample of whole groups
+    """
+    set_up_terminal()
+    check_new_file(Path(out), "--out")
+    from rekatrain.trainer.report.report import write_report
+
+    print(write_report([Path(run) for run in runs], Path(out), max_completions=max_completions))
+    return Path(out)
+
+
 def generate(recipe: str | Path | Recipe, *overrides: str) -> Path:
     """Sample, score and keep completions as the recipe's `generate:` says; return the file of SFT rows."""
     checked = check_recipe(recipe, *overrides)
@@ -137,6 +152,20 @@ def filter_prompts(recipe: str | Path | Recipe, *overrides: str) -> Path:
     from rekatrain.trainer.synthesis.filter import filter_prompts as filter_rows
 
     return filter_rows(checked)
+
+
+def check_rewards(
+    recipe: str | Path | Recipe, *overrides: str, num_rows: int | None = None, num_wrong: int = 200
+) -> RewardCheck:
+    """Score the right answer of every row by the recipe's own rewards, and wrong ones; print the result and return it.
+
+    num_rows:  rows to check, evenly spread over the data set; None: all of them
+    num_wrong: rows of each source and reward to which wrong answers are made
+    """
+    checked = check_recipe(recipe, *overrides)
+    from rekatrain.trainer.check_rewards import check_rewards as check
+
+    return check(checked, num_rows=num_rows, num_wrong=num_wrong)
 
 
 def export(

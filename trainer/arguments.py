@@ -46,7 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         _add_recipe(commands.add_parser(name, help=help, description=description))
     _add_serve(commands.add_parser("serve-rollouts", help="start a vLLM server that samples for an rloo run"))
+    _add_check_rewards(
+        commands.add_parser(
+            "check-rewards", help="score the right answer of every row by its own rewards, and wrong ones"
+        )
+    )
     _add_evaluate(commands.add_parser("evaluate", help="measure accuracy on eval_dataset, with a 95 %% interval"))
+    _add_report(commands.add_parser("report", help="write one HTML file: curves, recipe and completions of runs"))
     _add_export(commands.add_parser("export", help="write a run's weights for transformers, vLLM or llama.cpp"))
     recipes = commands.add_parser("recipes", help="write the shipped recipes and launch files into a new folder")
     recipes.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
@@ -120,9 +126,47 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--print", action="store_true", help="print the command that starts the server, and stop")
 
 
+def _add_check_rewards(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Score the gold of every row of dataset by the recipe's own rewards, and wrong answers made from golds. Exit "
+        "status 1 if a reward gives no gold of a source more than 0. Loads no model."
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--num-rows", type=_positive, metavar="N", help="rows to check, evenly spread (default: the whole data set)"
+    )
+    command.add_argument(
+        "--num-wrong",
+        type=_positive,
+        default=200,
+        metavar="N",
+        help="rows of each source and reward to which wrong answers are made (default 200)",
+    )
+
+
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="write the result and every answer to a JSON file")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folders, running ones too, and files of rekatrain evaluate --out",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the file to write (default report.html)"
+    )
+    command.add_argument(
+        "--max-completions",
+        type=_positive,
+        default=100_000,
+        metavar="N",
+        help="take an even sample of more completions (default 100000); all stay in rollouts.jsonl",
+    )
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:

@@ -151,6 +151,13 @@ def _sample(options: argparse.Namespace) -> None:
     )
 
 
+def _check_rewards(options: argparse.Namespace) -> None:
+    check = api.check_rewards(
+        options.recipe, *options.overrides, num_rows=options.num_rows, num_wrong=options.num_wrong
+    )
+    sys.exit(0 if check.is_sound else 1)
+
+
 def _serve_rollouts(options: argparse.Namespace) -> None:
     recipe = api.check_recipe(options.recipe, *options.overrides)
     if recipe.stage != "rloo":
@@ -168,6 +175,10 @@ def _serve_rollouts(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     api.evaluate(options.recipe, *options.overrides, out=options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    api.report(*options.runs, out=options.out, max_completions=options.max_completions)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -201,8 +212,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sample": _sample,
     "generate": _generate,
     "filter": _filter,
+    "check-rewards": _check_rewards,
     "serve-rollouts": _serve_rollouts,
     "evaluate": _evaluate,
+    "report": _report,
     "export": _export,
     "recipes": _recipes,
 }

@@ -98,6 +98,7 @@ def _show_reward(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
 
 
 def _show_rloo(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
+    from rekatrain.trainer.check_rewards import describe_sample
     from rekatrain.trainer.rloo.setup import prepare
 
     task = prepare(recipe)
@@ -109,6 +110,7 @@ def _show_rloo(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         f"{num_completions} completions; {config.max_steps} steps pass over the prompts "
         f"{config.max_steps * config.prompts_per_step / len(task.prompts):.2f} times"
     )
+    print(describe_sample(task.rewards, [prompt.row for prompt in task.prompts], task.scoring))
     first = task.prompts[0]
     print(f"# the first prompt\n{first.text}{TRAINED[0]} ...a completion, sampled by the policy{TRAINED[1]}")
     response = first.row.messages[-1]

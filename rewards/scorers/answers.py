@@ -17,6 +17,7 @@ from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.gold import first_text, has_gold
 from rekatrain.rewards.scorers.boxes import find_boxes
 from rekatrain.rewards.scorers.fences import find_fences
 
@@ -42,6 +43,7 @@ def final_answer(text: str) -> str:
     return text[marks[-1].end() :].strip().partition("\n")[0] if marks else text.strip()
 
 
+@has_gold(first_text)
 def exact_match(
     completion: ParsedCompletion, *, answer: str | float | list[Any] | None, ignore_case: bool = True
 ) -> float | None:
@@ -57,6 +59,7 @@ def exact_match(
     return float(_normalize(final_answer(completion.answer), ignore_case) in golds)
 
 
+@has_gold(first_text)
 def numeric_close(
     completion: ParsedCompletion,
     *,
@@ -79,6 +82,7 @@ def numeric_close(
     return float(math.isclose(numbers[-1], golds[0], rel_tol=rel_tol, abs_tol=abs_tol))
 
 
+@has_gold(lambda choice: first_text(choice))
 def multiple_choice(completion: ParsedCompletion, *, choice: str | None) -> float | None:
     """Return 1.0 if the final answer names the option of the column `choice`, a letter, and no other one, else 0.0.
 

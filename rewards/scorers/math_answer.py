@@ -8,6 +8,7 @@ from typing import Any
 
 from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.gold import boxed, has_gold
 from rekatrain.rewards.scorers import math_prose, math_text
 from rekatrain.rewards.scorers.boxes import locate_boxes
 from rekatrain.rewards.scorers.math_reading import read, read_text
@@ -23,6 +24,7 @@ MAX_BOXES = 50  # of one answer
 LATEX = re.compile(r"\\[A-Za-z]+|[\\{}$\[\]]")
 
 
+@has_gold(boxed)
 def math_answer(completion: ParsedCompletion, *, answer: str | float | None) -> float | None:
     """Return 1.0 if the completion's answer equals the column `answer` mathematically, else 0.0.
 
