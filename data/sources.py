@@ -4,17 +4,17 @@ The keys of a recipe's `dataset:` section are the arguments of `load_rows`; `dat
 the file and line of a bad row. Nothing is unpickled, and code that comes with a dataset is never run.
 """
 
-import dataclasses
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, get_args
+from functools import partial, wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ParamSpec, get_args
 
 from rekatrain.data.errors import InputError, first_line
 from rekatrain.data.files import Located, find_files, is_local, read_file
-from rekatrain.data.filters import check_only, keeps
-from rekatrain.data.finish import FinishOptions, ForgedTurns, finish_row, unread_tags
+from rekatrain.data.filters import check_only
+from rekatrain.data.finish import FinishOptions, ForgedTurns
 from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
 from rekatrain.data.layouts import reasoning_gym_row
 from rekatrain.data.oasst import read_threads
@@ -22,10 +22,11 @@ from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_
 from rekatrain.data.ranges import PositiveWeight
 from rekatrain.data.rows import BadRows, LongRows, Row, Source
 from rekatrain.data.splits import read_split
+from rekatrain.data.stream import RowStream, log_report
 from rekatrain.data.tool_text import ToolTurns
 from rekatrain.data.turns import OUR_ROLES, OUR_TURN_KEYS, TurnOptions
 
-logger = logging.getLogger(__name__)
+Options = ParamSpec("Options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class LoadedRows:
     skipped: list[str]
 
 
-def load_rows(
+def open_rows(
     path: str | list[str],
     *,
     format: Format | None = None,
@@ -64,8 +65,9 @@ def load_rows(
     weight: PositiveWeight | None = None,
     rewards: list[str] | None = None,
     task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has its own options
-) -> LoadedRows:
-    """Load and check the rows of local files, a Hugging Face dataset or a reasoning_gym task.
+    streaming: bool = False,
+) -> RowStream:
+    """Open the rows of local files, a Hugging Face dataset or a reasoning_gym task.
 
     path:         a file, a folder, a pattern such as `data/*.jsonl.zst`, or a list of those (`files.FILE_SUFFIXES`);
                   `reasoning_gym:<task>`; otherwise a dataset of the hub
@@ -86,10 +88,11 @@ def load_rows(
     forged_turns: "refuse" makes a row with a literal `<sep>` a bad row; "neutralize" breaks the `<sep>` by a space
     source:       name of the source in metrics, which have none without it
     weight, rewards: share of the rows in a mixture, and the rewards that judge its rows (`data/mixture.py`)
+    streaming:    rows are read while stage sft trains, and not before; the other commands reject it
     size, seed, task: number of rows (None means 1000), seed (None means 0) and options of a reasoning_gym task
 
-    Raises InputError where an option does not apply to the kind of path, where the source cannot be read, and where no
-    good row is left.
+    The rows are read and checked as the stream is iterated. Raises InputError where an option does not apply to the
+    kind of path; the stream raises it where the source cannot be read, and where no good row is left.
     """
     check_choice("format", format or "messages", get_args(Format))
     check_choice("bad_rows", bad_rows, get_args(BadRows))
@@ -116,14 +119,19 @@ def load_rows(
     if isinstance(path, str) and path.startswith(PROCEDURAL_PREFIX):
         _reject_options(title, "a procedural task", for_dataset | for_layout)
         records: Iterator[Located] = generate_entries(path, size or 1000, seed or 0, task or {})
+        contents: Callable[[], object] = partial(version, "reasoning-gym")
         to_row: Callable[[Any], Row] = partial(reasoning_gym_row, path.removeprefix(PROCEDURAL_PREFIX))
     else:
         if isinstance(path, str) and not is_local(path):
             _reject_options(title, "a Hugging Face dataset", for_task)
-            records = _read_dataset(path, name, cut.of or "train", revision)
+            dataset = _open_dataset(path, name, cut.of or "train", revision, streaming=streaming)
+            records = ((f"{path}:{number}", record) for number, record in enumerate(dataset, start=1))
+            contents = partial(getattr, dataset, "_fingerprint", None)
         else:
             _reject_options(title, "a local file", for_dataset | for_task)
-            records = _read_files([path] if isinstance(path, str) else path)
+            files = _find_files([path] if isinstance(path, str) else path)
+            records = (located for file in files for located in read_file(file))
+            contents = partial(_stat_files, files)
         layout = format or "messages"
         if layout not in TURN_FORMATS:
             _reject_options(f"format {layout}", "a format without turns", for_turns)
@@ -139,61 +147,47 @@ def load_rows(
         weight=weight,
         rewards=None if rewards is None else tuple(rewards),
     )
-    finishing = FinishOptions(system=system, forged_turns=forged_turns, reasoning_tags=reasoning_tags)
-    rows: list[Row] = []
-    skipped: list[str] = []
-    num_left_out = 0
-    for where, record in records:
-        try:
-            row = finish_row(to_row(record), finishing)
-        except InputError as error:
-            message = f"{where}: {error}"
-            if bad_rows == "refuse":
-                raise InputError(message) from error
-            skipped.append(message)
-            continue
-        if not keeps(row, only or {}):
-            num_left_out += 1
-            continue
-        if not cut.holds(row):
-            continue
-        origin.columns.update(row.columns)
-        rows.append(dataclasses.replace(row, source=origin, where=where))
-        if len(rows) == limit:
-            break
-    if skipped:
-        logger.warning("%s: %d bad rows skipped; the first: %s", title, len(skipped), skipped[0])
-    if num_left_out:
-        logger.info("%s: only %s leaves out %d rows, and keeps %d", title, dict(only or {}), num_left_out, len(rows))
-    if not rows:
-        part = f" in the {cut.part} part of its split" if cut.fraction else ""
-        part += f" that only keeps: {dict(only)} leaves out {num_left_out}" if only and num_left_out else ""
-        raise InputError(f"{title} has no good row{part}" + (f"; the first bad one: {skipped[0]}" if skipped else ""))
-    _warn_of_tags(title, rows)
-    return LoadedRows(rows=rows, skipped=skipped)
+    return RowStream(
+        title=title,
+        records=records,
+        to_row=to_row,
+        origin=origin,
+        finishing=FinishOptions(system=system, forged_turns=forged_turns, reasoning_tags=reasoning_tags),
+        only=only or {},
+        cut=cut,
+        limit=limit,
+        contents=contents,
+    )
 
 
-def _warn_of_tags(title: str, rows: Sequence[Row]) -> None:
-    tagged, tags = unread_tags(rows)
-    if tagged:
-        logger.warning(
-            "%s: %d of %d rows have %s in an answer, first %s; it is trained as text of the answer. To read it as "
-            "reasoning: reasoning_tags: [%s]",
-            title,
-            len(tagged),
-            len(rows),
-            tags[0],
-            tagged[0].where,
-            ", ".join(f'"{tag}"' for tag in tags),
-        )
+def _loaded(opened: Callable[Options, RowStream]) -> Callable[Options, LoadedRows]:
+    @wraps(opened)
+    def load(*arguments: Options.args, **keywords: Options.kwargs) -> LoadedRows:
+        if keywords.get("streaming"):
+            raise InputError("streaming is for the dataset of stage sft: remove it")
+        stream = opened(*arguments, **keywords)
+        rows = list(stream)
+        log_report(stream.report())
+        return LoadedRows(rows=rows, skipped=stream.skipped)
+
+    return load
 
 
-def _read_files(paths: Sequence[str]) -> Iterator[Located]:
+# Loads all rows of `open_rows` into memory.
+load_rows = _loaded(open_rows)
+
+
+def _find_files(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not is_local(path):
             raise InputError(f"{path} is no local file: a list under path holds files, folders and patterns alone")
-    for file in [file for path in paths for file in find_files(path)]:
-        yield from read_file(file)
+    return [file for path in paths for file in find_files(path)]
+
+
+def _stat_files(files: Sequence[str]) -> list[list[object]]:
+    """Return what changes with a file's content: its size, its place on the disk and its times, in nanoseconds."""
+    stats = [(Path(file).expanduser().resolve(), Path(file).expanduser().stat()) for file in files]
+    return [[str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
 
 
 def _check_texts(
@@ -223,15 +217,17 @@ def _check_texts(
         )
 
 
-def _read_dataset(path: str, name: str | None, split: str, revision: str | None) -> Iterator[Located]:
+def _open_dataset(
+    path: str, name: str | None, split: str, revision: str | None, *, streaming: bool
+) -> Iterable[object]:
     import datasets
 
+    options = {"streaming": True} if streaming else {}
     try:
-        dataset = datasets.load_dataset(path, name, split=split, revision=revision)
+        dataset: Iterable[object] = datasets.load_dataset(path, name, split=split, revision=revision, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"the dataset {path!r} could not be loaded: {first_line(error)}") from error
-    for number, record in enumerate(dataset, start=1):
-        yield f"{path}:{number}", record
+    return dataset
 
 
 def _reject_options(path: str, kind: str, options: Mapping[str, object]) -> None:

@@ -32,6 +32,7 @@ from rekatrain.trainer.resume.changes import (
 )
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.run.guards import StopConfig
+from rekatrain.trainer.synthesis.config import FilterConfig, GenerateConfig
 
 SECTIONS = {
     "model": inspect.signature(load_model).parameters,
@@ -44,6 +45,8 @@ SECTIONS = {
     "rloo": [field.name for field in fields(RLOOConfig)],
     "scoring": [field.name for field in fields(ScoringConfig)],
     "evaluate": [field.name for field in fields(EvaluateConfig)],
+    "generate": [field.name for field in fields(GenerateConfig)],
+    "filter": [field.name for field in fields(FilterConfig)],
     "stop_if": [field.name for field in fields(StopConfig)],
     "wandb": ["project", "mode"],
     **{
@@ -73,7 +76,7 @@ KEYS = {
         "model": "pretrained_model_name_or_path revision",
         **{
             name: " ".join({*SECTIONS[name]} - ({"order", "rewards"} if name == "dataset" else set()))
-            for name in ("dataset", "eval_dataset", "chat", "scoring", "evaluate", "stop_if")
+            for name in ("dataset", "eval_dataset", "chat", "scoring", "evaluate", "generate", "filter", "stop_if")
         },
         "wandb": "project mode",
         **{f"rewards.{name}": "timeout" for name in [*REWARDS, "my_rewards:brevity"]},
@@ -94,7 +97,11 @@ KEYS = {
     },
 }
 # Sections as a whole, which one of two recipes may lack.
-WHOLE = {"lora": REFUSED, "dataset": FREE, "eval_dataset": FREE, "wandb": FREE, "rewards.math_answer": REFUSED}
+WHOLE = {
+    "lora": REFUSED,
+    **dict.fromkeys(("dataset", "eval_dataset", "generate", "filter", "wandb"), FREE),
+    "rewards.math_answer": REFUSED,
+}
 
 RECIPE = Recipe(
     stage="rloo",
