@@ -32,10 +32,17 @@ CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host",
 READY_SECONDS = 600
 
 
-def servable_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def servable_llama(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaForCausalLM:
     """Return a random Llama with heads of 64, for which vLLM has kernels, and sizes that 256 does not divide."""
-    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return tiny_llama(tokenizer, intermediate_size=96, max_position_embeddings=2048, initializer_range=0.1, **heads)
+    sizes: dict[str, object] = {
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+    }
+    return tiny_llama(tokenizer, **(sizes | changes))
 
 
 def write_sft_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

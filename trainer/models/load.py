@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.models.config import build_skeleton, check_config
-from rekatrain.trainer.models.lora_targets import check_targets
+from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source
 from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
@@ -111,6 +111,8 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     if recipe.lora is not None:
         policy = adapted = add_adapter(skeleton, recipe.lora)
         check_targets(adapted, recipe.lora)
+        if recipe.model.get("quantization_config") is not None:
+            check_quantized_targets(adapted)
     logger.info("model: %s", describe(policy, source.base))
     return config
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedModel
 
 from rekatrain.data.errors import InputError
@@ -40,11 +42,32 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if layer >= num_layers:
             raise InputError(f"lora.layers_to_transform names layer {layer}; the model has {num_layers}, from 0 on")
-    _check_tied(base, targeted)
+    _check_embeddings(base, targeted)
 
 
-def _check_tied(base: PreTrainedModel, targeted: Collection[str]) -> None:
-    if not base.config.get_text_config().tie_word_embeddings or not base.can_generate():
+def check_quantized_targets(adapted: PeftModel) -> None:
+    """Raise InputError for a layer of `lora.modules_to_save` that `model.quantization_config` would pack."""
+    base = adapted.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    for name, module in base.named_modules():
+        is_head = base.can_generate() and module is base.get_output_embeddings()
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear) and not is_head:
+            raise InputError(
+                f"lora.modules_to_save includes {name}, whose weight model.quantization_config packs: name it in "
+                "lora.target_modules"
+            )
+
+
+def _check_embeddings(base: PreTrainedModel, targeted: Collection[str]) -> None:
+    if not base.can_generate():
+        return
+    if not base.config.get_text_config().tie_word_embeddings:
+        heads = [name for name in targeted if base.get_submodule(name) is base.get_output_embeddings()]
+        if heads:
+            raise InputError(
+                f"lora.target_modules includes {heads[0]}, the output layer, whose weight the losses read without an "
+                f"adapter: take it out, or train the whole weight: modules_to_save: [{heads[0]}]"
+            )
         return
     for name in sorted(targeted):
         if name.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "embed_out"):

@@ -34,6 +34,11 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
         raise InputError(f"{NAME} quantizes nothing: set load_in_4bit: true (QLoRA), or remove it")
     if recipe.lora is None:
         raise InputError(f"{NAME} needs a lora: section: quantized weights cannot be trained, an adapter on them can")
+    if recipe.lora.get("target_parameters"):
+        raise InputError(
+            f"{NAME} packs weights, so that lora.target_parameters has nothing to adapt: name layers in "
+            "lora.target_modules"
+        )
     if not has_gpu:
         raise InputError(f"{NAME} needs a GPU, and there is none: remove it to train a plain adapter here")
     if zero_stage == 3:

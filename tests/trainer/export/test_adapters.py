@@ -1,7 +1,6 @@
 """Adapters are served as they were trained: one scale for vLLM, the base's revision, all kinds that PEFT loads."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rekatrain.trainer.models.adapter_scales import fold_scales
 from rekatrain.trainer.models.probe import read_probe
 from rekatrain.trainer.models.vllm_limits import largest_rank
 from tests.conftest import tiny_llama
+from tests.helpers.adapters import load_with_one_scale
 from tests.helpers.exports import write_sft_recipe
 
 PROBE = torch.arange(5, 45)[None]
@@ -40,18 +40,6 @@ def make_adapter(folder: Path, base: LlamaForCausalLM, **lora: Any) -> PeftModel
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(str(folder))
     return model.eval()
-
-
-def load_with_one_scale(folder: Path, base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Add scale * B A to the weights with vLLM's scale: the config's alpha over its r, or over sqrt(r) with rsLoRA."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    tensors, modules = load_file(folder / "adapter_model.safetensors"), dict(base.named_modules())
-    for name in tensors:
-        if ".lora_A." in name:
-            module = modules[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")]
-            module.weight.data += scale * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
-    return base
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
