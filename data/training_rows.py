@@ -5,9 +5,10 @@ has reasoning: it is trained with it, and later turns are trained without it, as
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from itertools import islice
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,70 +17,118 @@ from rekatrain.data.chat import (
     EncodedRow,
     EndOfTurn,
     answers_only,
-    encode_row,
-    encode_text,
+    encode_texts,
+    join_row,
     render_completion,
     render_prompt,
+    row_texts,
     split_turn,
 )
 from rekatrain.data.errors import InputError
 from rekatrain.data.rows import LongRows, Row
-
-logger = logging.getLogger(__name__)
+from rekatrain.data.stream import log_report
 
 TrainedTurns = Literal["all", "last"]
 NUM_NAMED = 10  # rows that a message names
+# Conversations whose texts are encoded together.
+BATCH_ROWS = 256
+
+# An encoding under way: it yields the texts that it needs, and receives their ids.
+Encoding = Generator[list[str], list[list[int]], list[EncodedRow]]
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
     end_of_turn: EndOfTurn = "sep",
     turns: TrainedTurns = "all",
 ) -> list[EncodedRow]:
-    """Encode rows of at most `max_length` tokens, as `encode_conversation` does.
+    """Encode rows of at most `max_length` tokens, as `RowEncoder` does, all in memory."""
+    encoder = RowEncoder(tokenizer, max_length, end_of_turn=end_of_turn, turns=turns)
+    encoded = [row for made in encoder.encode(rows) for row in made]
+    log_report(encoder.report())
+    return encoded
+
+
+class RowEncoder:
+    """Encodes conversations as training rows, and counts those that are left out or cut.
 
     Rows that cannot be trained and rows that are too long are rejected, left out or cut, as their source says
-    (`bad_rows`, `long_rows`). Raises InputError, which names the rows, and where none is left.
+    (`bad_rows`, `long_rows`).
     """
-    encoded: list[EncodedRow] = []
-    bad: list[str] = []
-    long: dict[LongRows, dict[str, int]] = {"refuse": {}, "skip": {}, "truncate": {}}
-    for row in rows:
-        try:
-            made = encode_conversation(row, tokenizer, end_of_turn=end_of_turn, turns=turns)
-        except InputError as error:
-            message = f"{row.where}: {error}"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        end_of_turn: EndOfTurn = "sep",
+        turns: TrainedTurns = "all",
+    ) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._end_of_turn, self._turns = end_of_turn, turns
+        self._bad: list[str] = []
+        self._long: dict[LongRows, dict[str, int]] = {"refuse": {}, "skip": {}, "truncate": {}}
+        self._num_rows, self._num_encoded = 0, 0
+
+    def encode(self, rows: Iterable[Row]) -> Iterator[list[EncodedRow]]:
+        """Yield the training rows of each conversation: none where it is left out.
+
+        Raises InputError, which names the rows, for a row that its source refuses, and at the end where none is left.
+        """
+        for batch in _batches(rows):
+            made = encode_conversations(batch, self._tokenizer, end_of_turn=self._end_of_turn, turns=self._turns)
+            for row, result in zip(batch, made, strict=True):
+                self._num_rows += 1
+                kept = self._without_bad(row, result)
+                self._num_encoded += len(kept)
+                yield kept
+        self._check()
+
+    def report(self) -> Iterator[tuple[int, str]]:
+        """Yield a level of logging and a message for each kind of row that was left out or cut."""
+        if self._bad:
+            yield logging.WARNING, f"{len(self._bad)} rows that cannot be trained skipped; the first: {self._bad[0]}"
+        for done, policy in (("skipped", "skip"), ("cut after the last trained turn that fits", "truncate")):
+            if named := self._long[cast(LongRows, policy)]:
+                counts = f"{len(named)} of {self._num_rows} rows"
+                yield logging.WARNING, f"{counts} are {self._limit}; {done}: {_list_some(named)}"
+
+    @property
+    def _limit(self) -> str:
+        return f"longer than {self._max_length} tokens (the smaller of sft.max_length and the model's context)"
+
+    def _without_bad(self, row: Row, made: list[EncodedRow] | InputError) -> list[EncodedRow]:
+        if isinstance(made, InputError):
+            message = f"{row.where}: {made}"
             if row.source.bad_rows == "refuse":
-                raise InputError(message) from error
-            bad.append(message)
-            continue
+                raise InputError(message) from made
+            self._bad.append(message)
+            return []
+        kept: list[EncodedRow] = []
         for one in made:
-            if len(one.input_ids) <= max_length:
-                encoded.append(one)
+            if len(one.input_ids) <= self._max_length:
+                kept.append(one)
                 continue
             # TRL would cut off the end of the row, and with it the stop: the model would learn not to stop.
-            cut = cut_row(one, max_length) if row.source.long_rows == "truncate" else None
-            encoded += [cut] if cut else []
+            cut = cut_row(one, self._max_length) if row.source.long_rows == "truncate" else None
+            kept += [cut] if cut else []
             policy = "skip" if row.source.long_rows == "truncate" and not cut else row.source.long_rows
-            long[policy][row.where] = len(one.input_ids)
-    if bad:
-        logger.warning("%d rows that cannot be trained skipped; the first: %s", len(bad), bad[0])
-    limit = f"longer than {max_length} tokens (the smaller of sft.max_length and the model's context)"
-    too_long = long["refuse"] or (not encoded and (long["skip"] or long["truncate"]))
-    if too_long:
-        raise InputError(
-            f"{len(too_long)} of {len(rows)} rows are {limit}: {_list_some(too_long)}; raise sft.max_length, or set "
-            "dataset.long_rows to skip or truncate"
-        )
-    if not encoded:
-        raise InputError(f"no row can be trained; the first: {bad[0]}")
-    for done, named in (("skipped", long["skip"]), ("cut after the last trained turn that fits", long["truncate"])):
-        if named:
-            logger.warning("%d of %d rows are %s; %s: %s", len(named), len(rows), limit, done, _list_some(named))
-    return encoded
+            self._long[policy][row.where] = len(one.input_ids)
+        return kept
+
+    def _check(self) -> None:
+        long = self._long
+        too_long = long["refuse"] or (not self._num_encoded and (long["skip"] or long["truncate"]))
+        if too_long:
+            raise InputError(
+                f"{len(too_long)} of {self._num_rows} rows are {self._limit}: {_list_some(too_long)}; raise "
+                "sft.max_length, or set dataset.long_rows to skip or truncate"
+            )
+        if not self._num_encoded:
+            raise InputError(f"no row can be trained; the first: {self._bad[0]}")
 
 
 def encode_conversation(
@@ -91,6 +140,37 @@ def encode_conversation(
     shares a row with later ones only where it has no reasoning and ends with `<sep>`, as in their context.
     Raises InputError where there is no turn to train, or where one has no answer.
     """
+    (made,) = encode_conversations([row], tokenizer, end_of_turn=end_of_turn, turns=turns)
+    if isinstance(made, InputError):
+        raise made
+    return made
+
+
+def encode_conversations(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, end_of_turn: EndOfTurn, turns: TrainedTurns
+) -> list[list[EncodedRow] | InputError]:
+    """Return for each conversation what `encode_conversation` returns or raises; their texts are encoded together."""
+    results: dict[int, list[EncodedRow] | InputError] = {}
+    running = {index: _conversation(row, tokenizer, end_of_turn, turns) for index, row in enumerate(rows)}
+    ids: dict[int, list[list[int]] | None] = dict.fromkeys(running)
+    while running:
+        wanted: dict[int, list[str]] = {}
+        for index, encoding in running.items():
+            try:
+                wanted[index] = encoding.send(ids[index])
+            except StopIteration as done:
+                results[index] = done.value
+            except InputError as error:
+                results[index] = error
+        encoded = iter(encode_texts([text for texts in wanted.values() for text in texts], tokenizer))
+        ids = {index: [next(encoded) for _ in texts] for index, texts in wanted.items()}
+        running = {index: running[index] for index in wanted}
+    return [results[index] for index in range(len(rows))]
+
+
+def _conversation(
+    row: Row, tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn, turns: TrainedTurns
+) -> Encoding:
     if row.tokens is not None:
         _check_ids(row.tokens, len(tokenizer))
         return [row.tokens]
@@ -106,7 +186,7 @@ def encode_conversation(
             raise InputError("the assistant message to train has no answer")
         shared.append(index)
         if reasoning is not None or end_of_turn != "sep" or index == trained[-1]:
-            encoded += _encode_turns(row, shared, tokenizer, end_of_turn)
+            encoded += yield from _turns(row, shared, tokenizer, end_of_turn)
             shared = []
     return encoded
 
@@ -122,27 +202,37 @@ def cut_row(row: EncodedRow, max_length: int) -> EncodedRow | None:
     return EncodedRow(input_ids=row.input_ids[: ends[-1]], labels=row.labels[: ends[-1]]) if ends else None
 
 
-def _encode_turns(
-    row: Row, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn
-) -> list[EncodedRow]:
+def _turns(row: Row, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_of_turn: EndOfTurn) -> Encoding:
     """Encode one row with a span for each turn, or a row for each where the ids of the spans would differ."""
     *earlier, last = indices
-    encoded = encode_row(row.messages[: last + 1], tokenizer, end_of_turn)
-    labels = list(encoded.labels)
-    ids: list[int] = []
-    text = ""
+    texts = list(row_texts(row.messages[: last + 1], end_of_turn))
+    before = ""
     for index in earlier:
         prompt = render_prompt(answers_only(row.messages[:index]))
         completion = render_completion(None, split_turn(row.messages[index])[1])
-        ids += encode_text(prompt.removeprefix(text), tokenizer)
-        start = len(ids)
-        ids += encode_text(completion, tokenizer)
-        labels[start : len(ids)] = ids[start:]
-        text = prompt + completion
+        texts += [prompt.removeprefix(before), completion]
+        before = prompt + completion
+    prompt_ids, completion_ids, *parts = yield texts
+    encoded = join_row(prompt_ids, completion_ids, tokenizer, end_of_turn)
+    labels = list(encoded.labels)
+    ids: list[int] = []
+    for between, span in zip(parts[::2], parts[1::2], strict=True):
+        ids += between
+        labels[len(ids) : len(ids) + len(span)] = span
+        ids += span
     # The whole prompt is encoded as one text. A tokenizer that merges over the end of a turn gives it other ids.
     if encoded.input_ids[: len(ids)] == ids:
         return [replace(encoded, labels=labels)]
-    return [*(encode_row(row.messages[: index + 1], tokenizer, end_of_turn) for index in earlier), encoded]
+    apart = [row_texts(row.messages[: index + 1], end_of_turn) for index in earlier]
+    parts = yield [text for pair in apart for text in pair]
+    rows = zip(parts[::2], parts[1::2], strict=True)
+    return [*(join_row(prompt, completion, tokenizer, end_of_turn) for prompt, completion in rows), encoded]
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    remaining = iter(rows)
+    while batch := list(islice(remaining, BATCH_ROWS)):
+        yield batch
 
 
 def _check_ids(row: EncodedRow, num_ids: int) -> None:
