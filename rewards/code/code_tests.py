@@ -1,7 +1,6 @@
 """The reward `code_tests`: runs generated code, with unit tests that call it or as programs with input and output."""
 
 import re
-import time
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -9,11 +8,10 @@ from annotated_types import Ge, Gt
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
+from rekatrain.rewards.code.launcher import Isolation, Limits
 from rekatrain.rewards.code.outputs import ask_checker, is_right
 from rekatrain.rewards.code.packages import find_packages
 from rekatrain.rewards.code.sandbox import (
-    Isolation,
-    Limits,
     check_isolation,
     check_memory,
     run_program,
@@ -25,10 +23,12 @@ from rekatrain.rewards.scorers.fences import find_fences
 
 LANGUAGE = re.compile(r"[\w+-]*")
 LANGUAGES = ("", "python", "python3", "py")
-# Time to start a sandbox on a busy machine: the pool's time limit must not expire before the sandbox's.
-START_SECONDS = 5.0
-# The total time limit of a row, where the recipe sets none.
-TOTAL_PER_TEST = 10
+# Time to start sandboxes on a busy machine: the pool's time limit must not expire before those of the code.
+POOL_SECONDS = 30.0
+# The total time limit of a row, where the recipe sets none: `time_limit` for each test, but at least this many times.
+# Once a program was late, no more than that: wrong code that hangs on each test would hold a worker for minutes.
+LEAST_TESTS = 10
+MOST_SECONDS = 600.0
 
 
 class CodeTests:
@@ -61,9 +61,9 @@ class CodeTests:
         """Check by a trial run that this machine can provide the isolation, and Python in that memory.
 
         time_limit:       seconds of each program, or of each statement
-        total_time_limit: seconds of all tests of a row; None: ten times `time_limit`
-        memory_limit_mb:  address space of each process, in MiB
-        max_processes:    processes and threads of a sandbox at the same time
+        total_time_limit: seconds of all tests of a row; None: `time_limit` for each, at least ten times it, at most 600
+        memory_limit_mb:  address space of the code, and of the tests, in MiB
+        max_processes:    threads of the code at the same time; it can start no processes
         tolerance:        compare the words of outputs, and numbers by this difference; None: compare lines
         partial_credit:   score the fraction of tests that pass, instead of 1.0 for all of them
         isolation:        namespaces or rlimits, see rewards/README.md
@@ -72,12 +72,10 @@ class CodeTests:
         self.isolation = isolation
         self.partial_credit = partial_credit
         self.tolerance = tolerance
-        self.total = total_time_limit or TOTAL_PER_TEST * time_limit
-        self.limits = Limits(
-            seconds=time_limit, total=self.total, memory=memory_limit_mb << 20, processes=max_processes
-        )
+        self.total = total_time_limit
+        self.limits = Limits(seconds=time_limit, memory=memory_limit_mb << 20, processes=max_processes)
         check_memory(memory_limit_mb, isolation)
-        self.timeout = self.total + START_SECONDS
+        self.timeout = (total_time_limit or MOST_SECONDS) + POOL_SECONDS
 
     def check_row(self, *, tests: Any) -> None:
         """Raise InputError for tests in no known layout."""
@@ -105,31 +103,32 @@ class CodeTests:
                 "prefix": tests.prefix,
                 "entry_point": tests.entry_point,
             },
-            limits=self.limits,
+            limits=replace(self.limits, total=self._total(len(tests.asserts))),
             isolation=self.isolation,
-            visible=find_packages([code, tests.prefix, tests.setup, *tests.asserts]),
+            paths=find_packages([code, tests.prefix, tests.setup, *tests.asserts]),
         )
 
     def _run_programs(self, code: str, tests: Programs) -> list[bool]:
         """Return a verdict per program, or up to the first that fails where that decides.
 
         The total time limit is for programs that each keep their own. If they need more together, no verdict is known.
+        The start of a sandbox counts against no limit.
         """
-        deadline = time.monotonic() + self.total
-        limits = replace(self.limits, total=None)
-        visible = find_packages([code])
-        passed: list[bool] = []
+        total, seconds = self._total(len(tests.cases)), 0.0
+        total_if_late = self.total or LEAST_TESTS * self.limits.seconds
+        paths = find_packages([code])
         was_late = False
+        passed: list[bool] = []
         for text, expected in tests.cases:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                if was_late:
-                    return passed + [False] * (len(tests.cases) - len(passed))
+            if was_late and seconds >= total_if_late:
+                return passed + [False] * (len(tests.cases) - len(passed))
+            if seconds >= total:
                 raise RewardError(
-                    f"the {len(tests.cases)} programs of a row need more than total_time_limit ({self.total:g} s) "
+                    f"the {len(tests.cases)} programs of a row need more than total_time_limit ({total:g} s) "
                     "together, but none more than time_limit: raise total_time_limit"
                 )
-            outcome = run_program(code, stdin=text.encode(), limits=limits, isolation=self.isolation, visible=visible)
+            outcome = run_program(code, stdin=text.encode(), limits=self.limits, isolation=self.isolation, paths=paths)
+            seconds += outcome.seconds
             was_late |= outcome.ending == "time"
             passed.append(
                 outcome.ending == "exited"
@@ -140,11 +139,14 @@ class CodeTests:
                 break
         return passed
 
+    def _total(self, num_tests: int) -> float:
+        return self.total or min(max(num_tests, LEAST_TESTS) * self.limits.seconds, MOST_SECONDS)
+
     def _is_right(self, output: bytes, text: str, expected: str, checker: str) -> bool:
         if not checker:
             return is_right(output, expected.encode(), tolerance=self.tolerance)
         texts = (text, expected, output.decode(errors="replace"))
-        return ask_checker(checker, texts, limits=replace(self.limits, total=None), isolation=self.isolation)
+        return ask_checker(checker, texts, limits=self.limits, isolation=self.isolation)
 
 
 def extract_code(answer: str) -> str:

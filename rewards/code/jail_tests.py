@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 Handle: Any = importlib.import_module("jail_handle").Handle
@@ -26,14 +26,16 @@ class CannotRun(Exception):
 class Link:
     """The pipes to the solution, and the objects of both sides."""
 
-    def __init__(self, answers: TextIO, calls: TextIO, named: set[str]) -> None:
-        self.answers, self.calls, self.named = answers, calls, named
+    def __init__(self, answers: TextIO, calls: TextIO, named: set[str], report_use: Callable[[], Any]) -> None:
+        self.answers, self.calls, self.named, self.report_use = answers, calls, named, report_use
         self.local: list[Any] = []  # objects of the tests that the solution has
         self.errors: dict[str, type[Exception]] = {}
         self.num_requests = 0
 
     def request(self, *call: Any) -> Any:
         """Have the solution do something, and return the result; raise its exception."""
+        if self.num_requests == 0:
+            self.report_use()
         self.num_requests += 1
         changeable = []
         if call[0] == "call":
@@ -144,23 +146,23 @@ class Names(dict):
 
 
 def run_tests(job: dict[str, Any], answers: TextIO, calls: TextIO, verdicts: int) -> None:
-    """Write 1 for each statement of the tests that passes and 0 for one that does not.
+    """Write 1 for each statement of the tests that passes and 0 for one that does not; before, `c` at its first use.
 
     Writes `!` and the reason, and ends, if the tests cannot run, whatever the solution is.
     """
     try:
-        for verdict in judge(job, answers, calls):
+        for verdict in judge(job, answers, calls, lambda: os.write(verdicts, b"c")):
             os.write(verdicts, b"1" if verdict else b"0")
     except CannotRun as error:
         os.write(verdicts, f"!{error}".encode(errors="replace")[:1_000])
 
 
-def judge(job: dict[str, Any], answers: TextIO, calls: TextIO) -> Iterator[bool]:
+def judge(job: dict[str, Any], answers: TextIO, calls: TextIO, report_use: Callable[[], Any]) -> Iterator[bool]:
     """Yield True for each statement that passes; raise CannotRun if the tests are at fault."""
     sources = {"setup": job["setup"], **{f"test {index + 1}": test for index, test in enumerate(job["asserts"])}}
     compiled = {name: _compile(source, name) for name, source in sources.items()}
     called = set().union(*map(called_in, job["asserts"]))
-    link = Link(answers, calls, set().union(*map(names_of, sources.values())))
+    link = Link(answers, calls, set().union(*map(names_of, sources.values())), report_use)
     # Tests that call only `sum`, for instance, are tests of the solution's own `sum`.
     names = Names(link, called if all(hasattr(builtins, name) for name in called) else set())
     module = sys.modules["tests"] = type(sys)("tests")
@@ -181,14 +183,15 @@ def judge(job: dict[str, Any], answers: TextIO, calls: TextIO) -> Iterator[bool]
         before = link.num_requests
         try:
             exec(code, names)
-        except ImportError as error:
-            if link.num_requests == before:
+        except BaseException as error:  # sys.exit() too
+            if link.num_requests == before and isinstance(error, ImportError):
                 raise CannotRun(f"{name} needs a module: {error}") from error
-            yield False
-        except Exception:
-            yield False
+            if link.num_requests == before and not isinstance(error, Exception):
+                raise CannotRun(f"{name} raises {type(error).__name__} before it uses the code") from error
+            has_passed = False
         else:
-            yield True
+            has_passed = True
+        yield has_passed
 
 
 def _imported(link: Link, name: str) -> Any:
@@ -208,7 +211,7 @@ def _run(code: Any, names: Names, name: str, link: Link) -> None:
     """Run the setup or the prefix of the tests; what fails before it has used the solution is their fault."""
     try:
         exec(code, names)
-    except Exception as error:
+    except BaseException as error:  # sys.exit() too
         if link.num_requests == 0 or isinstance(error, ImportError):
             raise CannotRun(f"the {name} raises {type(error).__name__}: {error}") from error
         os._exit(0)  # the solution's fault: no test can pass

@@ -8,17 +8,20 @@ afterwards.
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import pickle
 import resource
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+jail_filter: Any = importlib.import_module("jail_filter")  # beside this file, which is in no package here
+libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4  # 0: no other process can trace this one or open its files in /proc
 READY = b"ready"
 MAX_REPLY = 1_000  # bytes
@@ -32,9 +35,9 @@ def run(job: dict[str, Any], channels: list[int]) -> None:
     A request is a line of JSON, {"task": ..., "size": ...}, and `size` bytes: a pickled pair of answer and entry, which
     the reward worker made. A reply is a line: `1` or `0` for the verdict, or `!` and the reason why there is none.
     """
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    sys.path.extend(job["paths"])
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # threads of numpy are not allowed here
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # reasoning_gym imports matplotlib, which insists on a folder for a cache, but works if it cannot write there.
+    os.environ["MPLCONFIGDIR"] = "/tmp"
     with os.fdopen(channels[0], "rb") as requests, os.fdopen(channels[1], "wb") as replies:
         try:
             import reasoning_gym  # noqa: F401
@@ -42,7 +45,7 @@ def run(job: dict[str, Any], channels: list[int]) -> None:
             send(replies, b"!" + describe(error))
             os._exit(1)
         send(replies, READY)
-        serve(job["seconds"], load_verifier, requests, replies)
+        serve(job, load_verifier, requests, replies)
     os._exit(0)
 
 
@@ -62,7 +65,7 @@ def load_verifier(task: str) -> Verifier:
     return verifier
 
 
-def serve(seconds: float, load_verifier: Callable[[str], Verifier], requests: BinaryIO, replies: BinaryIO) -> None:
+def serve(job: dict[str, Any], load_verifier: Callable[[str], Verifier], requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer each request of the pipe."""
     verifiers: dict[str, Verifier] = {}
     for line in requests:
@@ -73,19 +76,24 @@ def serve(seconds: float, load_verifier: Callable[[str], Verifier], requests: Bi
         except Exception as error:  # an unknown task, or one whose data set cannot be made
             send(replies, b"!" + describe(error))
         else:
-            send(replies, judge(verifier, content, seconds, (requests.fileno(), replies.fileno())))
+            send(replies, judge(verifier, content, job, (requests.fileno(), replies.fileno())))
 
 
-def judge(verifier: Verifier, content: bytes, seconds: float, private: tuple[int, ...]) -> bytes:
+def judge(verifier: Verifier, content: bytes, job: dict[str, Any], private: tuple[int, ...]) -> bytes:
     """Return the reply of a child that runs the verifier, without the files `private` and under a time limit."""
+    seconds, server = job["seconds"], os.getpid()
     verdict_out, verdict_in = os.pipe()
     pid = os.fork()
     if not pid:
         try:
             for descriptor in (verdict_out, *private):
                 os.close(descriptor)
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != server:
+                os._exit(1)  # it has ended before the kernel knew
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
             resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+            jail_filter.install(may_fork=False, same_user=job["same_user"])
             os.write(verdict_in, verify(verifier, *pickle.loads(content)))
         finally:
             os._exit(0)

@@ -1,23 +1,21 @@
 """Compare the output of a program with the expected one: line by line, by its numbers, or by a checker program."""
 
-import json
 import math
 
-from rekatrain.rewards.code.sandbox import Isolation, Limits, run_program
+from rekatrain.rewards.code.launcher import Isolation, Limits
+from rekatrain.rewards.code.sandbox import run_program
 from rekatrain.rewards.errors import RewardError
 
+NAMES = ("input.txt", "expected.txt", "output.txt")
 # Runs a checker: a function check(input, expected, output), or a program that is given the three as files, as
 # open-r1/codeforces has them, and prints 1, true or points, or ends with the exit code 0.
 RUN_CHECKER = """
-import json, sys
-texts = json.load(sys.stdin)
+import sys
 names = {"__name__": "__main__"}
-sys.argv = ["checker.py", "input.txt", "expected.txt", "output.txt"]
-for name, text in zip(sys.argv[1:], texts):
-    with open(name, "w") as file:
-        file.write(text)
+sys.argv = ["checker.py", *NAMES]
 exec(compile(SOURCE, "checker.py", "exec"), names)
 if callable(names.get("check")):
+    texts = [open(name).read() for name in NAMES]
     print("1" if names["check"](*texts) else "0")
 """
 
@@ -50,8 +48,9 @@ def _is_near(word: bytes, want: bytes, tolerance: float) -> bool:
 
 def ask_checker(source: str, texts: tuple[str, str, str], *, limits: Limits, isolation: Isolation) -> bool:
     """Return the verdict of a checker on input, expected output and output; raise RewardError if it has none."""
-    program = f"SOURCE = {source!r}\n{RUN_CHECKER}"
-    outcome = run_program(program, stdin=json.dumps(texts).encode(), limits=limits, isolation=isolation)
+    program = f"NAMES = {NAMES!r}\nSOURCE = {source!r}\n{RUN_CHECKER}"
+    files = dict(zip(NAMES, texts, strict=True))
+    outcome = run_program(program, stdin=b"", limits=limits, isolation=isolation, files=files)
     words = outcome.output.split()
     if outcome.ending != "exited" or (outcome.code != 0 and not words):
         raise RewardError(f"the checker of the row gave no verdict: {outcome.ending}, exit code {outcome.code}")

@@ -1,9 +1,21 @@
 """Read what a sandbox writes, within limits of time and size."""
 
+import fcntl
 import os
 import select
 import time
+from dataclasses import dataclass
 from typing import Literal
+
+CALLED, FAULT = b"c", b"!"  # beside 0 and 1, the verdicts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """The verdicts up to the first test that has none; `fault`: why the tests, not the solution, are to blame."""
+
+    passed: list[bool]
+    fault: str = ""
 
 
 def read(
@@ -30,20 +42,38 @@ def read(
 
 
 def memory_file(name: str, content: bytes) -> int:
-    descriptor = os.memfd_create(name)
+    """Return a file in memory, at its start, that nobody can change."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with os.fdopen(os.dup(descriptor), "wb") as file:
         file.write(content)
     os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
 
 
-def read_verdicts(descriptor: int, num_tests: int, *, seconds: float, total: float) -> bytes:
-    """Read a verdict per test, each within its time limit; or fewer and `!` with the reason why there are no more."""
+def read_verdicts(descriptor: int, num_tests: int, *, seconds: float, total: float) -> Verdicts:
+    """Read a verdict per test, each within its time limit.
+
+    Tests that need longer before they have used the solution are at fault. So is the total limit if no test was late.
+    """
     deadline = time.monotonic() + total
     data = b""
-    while len(data) < num_tests or b"!" in data:
-        part, ending = read(descriptor, 1_000, min(seconds, deadline - time.monotonic()), at_once=True)
+    while True:
+        left = deadline - time.monotonic()
+        part, ending = read(descriptor, 1_000, min(seconds, left), at_once=True)
         data += part
-        if ending != "more":
+        verdicts, is_fault, reason = data.partition(FAULT)
+        passed = [verdict == ord("1") for verdict in verdicts.replace(CALLED, b"")]
+        if is_fault and ending == "more":
+            continue  # until the reason is complete
+        if is_fault:
+            return Verdicts(passed=passed, fault=reason.decode(errors="replace"))
+        if ending != "more" or len(passed) >= num_tests:
             break
-    return data
+    if ending == "time" and not verdicts:
+        return Verdicts(passed=[], fault=f"they have not used the code within {min(seconds, total):g} s")
+    if ending == "time" and left < seconds and total > seconds:
+        fault = f"{num_tests} need more than total_time_limit ({total:g} s) together: raise total_time_limit"
+        return Verdicts(passed=passed, fault=fault)
+    return Verdicts(passed=passed)

@@ -1,93 +1,76 @@
-"""The sandbox for generated code, from outside: start it, feed it, and end it at a limit.
+"""The sandbox for generated code, from outside: run a program, or a solution with its tests, and end it at a limit.
 
-`isolation="namespaces"`: the code sees the interpreter's files, read only, and a fresh folder in memory; it has no
-network, sees no process but its own and cannot signal another. `isolation="rlimits"`: limits only, for machines whose
-kernel or container forbids namespaces; the code can read the files and use the network of its user. rewards/README.md
-says against which attacks neither protects.
+`isolation="namespaces"`: the code sees the interpreter's files, read only, and a fresh folder in memory; it sees no
+process but its own. `isolation="rlimits"`, where the kernel or a container forbids namespaces: Landlock hides all files
+but the interpreter's, and the code can write none. In both, a filter of system calls leaves it no network, no processes,
+no memory outside its address space and no way to signal others. SECURITY.md says what was tested.
 """
 
-import itertools
-import json
 import os
 import resource
-import select
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.code.launcher import Isolation, Limits, start_sandbox
 from rekatrain.rewards.code.pipes import memory_file, read, read_verdicts
 from rekatrain.rewards.errors import RewardError
 
-Isolation = Literal["namespaces", "rlimits"]
-
-JAIL = Path(__file__).with_name("jail.py")
-_numbers = itertools.count(os.getpid() * 1_000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The limits of one run, in bytes and seconds.
-
-    seconds:   wall-clock time of a program, or of one of the tests
-    total:     seconds of all the tests together; None: as `seconds`
-    memory:    address space of each process
-    processes: processes and threads of a sandbox at the same time
-    output:    standard output; a program that writes more is ended
-    files:     all files in its folder together
-    """
-
-    seconds: float = 5.0
-    total: float | None = None
-    memory: int = 1 << 30
-    processes: int = 1
-    output: int = 16 << 20
-    files: int = 16 << 20
+# Written and run by a program that shows that this machine can make a sandbox.
+TRIAL = "import threading\nt = threading.Thread(target=print, args=(6 * 7,))\nt.start()\nt.join()"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The end of a run, and its standard output up to there.
 
-    ending: exited on its own, or ended at the limit of its time or its output
-    code:   exit code if it exited; negative or above 128 for a signal
+    ending:  exited on its own, or ended at the limit of its time or its output
+    code:    exit code if it exited; negative or above 128 for a signal
+    seconds: from the start of the code, without that of its sandbox
     """
 
     ending: Literal["exited", "time", "output"]
     code: int
     output: bytes
+    seconds: float
 
 
 def run_program(
-    source: str, *, stdin: bytes, limits: Limits, isolation: Isolation, visible: Sequence[str] = ()
+    source: str,
+    *,
+    stdin: bytes,
+    limits: Limits,
+    isolation: Isolation,
+    paths: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run a Python program on the input `stdin`; raise RewardError if the sandbox could not be made.
 
-    visible: folders of packages that it can import beside the standard library
+    paths: folders of packages that it can import beside the standard library
+    files: texts that it can open by these names
     """
     input_file = memory_file("stdin", stdin)
     output_out, output_in = os.pipe()
+    job = {"kind": "program", "source": source, "files": dict(files or {})}
     with (
         os.fdopen(output_out, "rb", buffering=0),
-        start_sandbox(
-            {"kind": "program", "source": source, "paths": list(visible)},
-            limits,
-            isolation,
-            stdio=(input_file, output_in),
-            visible=visible,
-        ) as sandbox,
+        start_sandbox(job, limits, isolation, stdio=(input_file, output_in), paths=paths) as sandbox,
     ):
+        sandbox.wait_until_started()
+        started = time.monotonic()
         output, ending = read(output_out, limits.output, limits.seconds)
-        if ending == "time" or ending == "output":
-            return Outcome(ending=ending, code=-signal.SIGKILL, output=output)
-        return Outcome(ending="exited", code=sandbox.exit_code(), output=output)
+        seconds = time.monotonic() - started
+        code = sandbox.exit_code(limits.seconds - seconds) if ending == "closed" else None
+        seconds = time.monotonic() - started
+    if code is not None:
+        return Outcome(ending="exited", code=code, output=output, seconds=seconds)
+    ended: Literal["time", "output"] = "output" if ending == "output" else "time"
+    return Outcome(ending=ended, code=-signal.SIGKILL, output=output, seconds=seconds)
 
 
 def run_tests(
@@ -96,7 +79,7 @@ def run_tests(
     *,
     limits: Limits,
     isolation: Isolation,
-    visible: Sequence[str] = (),
+    paths: Sequence[str] = (),
 ) -> list[bool]:
     """Return for each of `tests["asserts"]` whether the first of `solutions` that is valid Python passes it.
 
@@ -108,36 +91,42 @@ def run_tests(
     answers_out, answers_in = os.pipe()
     verdicts_out, verdicts_in = os.pipe()
     num_tests = len(tests["asserts"])
-    paths = {"paths": list(visible)}
-    solution_job = {"kind": "solution", "sources": solutions, **paths}
-    tests_job = {"kind": "tests", **tests, **paths}
     with (
         os.fdopen(verdicts_out, "rb", buffering=0),
-        start_sandbox(solution_job, limits, isolation, channels=(calls_out, answers_in), visible=visible) as solution,
         start_sandbox(
-            tests_job, limits, isolation, channels=(answers_out, calls_in, verdicts_in), visible=visible
+            {"kind": "solution", "sources": solutions},
+            limits,
+            isolation,
+            channels=(calls_out, answers_in),
+            paths=paths,
+        ) as solution,
+        start_sandbox(
+            {"kind": "tests", **tests},
+            limits,
+            isolation,
+            channels=(answers_out, calls_in, verdicts_in),
+            paths=paths,
         ) as tester,
     ):
+        solution.wait_until_started()
+        tester.wait_until_started()
         verdicts = read_verdicts(verdicts_out, num_tests, seconds=limits.seconds, total=limits.total or limits.seconds)
-        if len(verdicts) < num_tests:
-            solution.check_made()
-            tester.check_made()
-    verdicts, fault, reason = verdicts.partition(b"!")
-    if fault:
-        raise RewardError(f"the tests cannot run: {reason.decode(errors='replace')}")
-    passed = [verdict == ord("1") for verdict in verdicts]
-    return passed + [False] * (num_tests - len(passed))
+    if verdicts.fault:
+        raise RewardError(f"the tests cannot run: {verdicts.fault}")
+    return [*verdicts.passed, *[False] * (num_tests - len(verdicts.passed))]
 
 
 def check_isolation(isolation: Isolation) -> None:
     """Raise InputError if this machine cannot provide that isolation."""
     problem = _problem(isolation)
     if problem:
-        raise InputError(
-            f"this machine cannot isolate generated code by {isolation}: {problem}; run as root or allow user "
-            "namespaces (in a container: --security-opt seccomp=unconfined), or set isolation: rlimits, which "
-            "limits time and memory but leaves files and network open to the code"
-        )
+        advice = {
+            "namespaces": "run as root or allow user namespaces (in a container: --security-opt seccomp=unconfined), "
+            "or set isolation: rlimits, which needs Landlock instead",
+            "rlimits": "it needs Landlock (Linux 5.13, in the kernel's list of security modules) and seccomp; "
+            "run on a machine that has them, or where isolation: namespaces works",
+        }
+        raise InputError(f"this machine cannot isolate generated code by {isolation}: {problem}; {advice[isolation]}")
 
 
 def check_memory(megabytes: int, isolation: Isolation) -> None:
@@ -167,98 +156,9 @@ def _problem(isolation: Isolation) -> str:
     """Return why the sandbox cannot be made here; "" if it can."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, not {sys.platform}"
+    limits = Limits(seconds=30, processes=2)
     try:
-        outcome = run_program("print(6 * 7)", stdin=b"", limits=Limits(seconds=30), isolation=isolation)
+        outcome = run_program(TRIAL, stdin=b"", limits=limits, isolation=isolation)
     except RewardError as error:
         return str(error)
     return "" if outcome.output == b"42\n" else f"a trial run returned {outcome}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sandbox:
-    """A running sandbox; `status` is a pipe that holds the reason if it could not be made."""
-
-    process: subprocess.Popen[bytes]
-    status: int
-
-    def check_made(self) -> None:
-        """Raise RewardError if the sandbox could not be made, so that its code never ran."""
-        problem = os.read(self.status, 1_000) if select.select([self.status], [], [], 0)[0] else b""
-        if problem:
-            raise RewardError(f"the sandbox could not be made: {problem.decode()}")
-
-    def exit_code(self) -> int:
-        """Return the exit code of a sandbox that has closed its output and so is about to end."""
-        code = self.process.wait()
-        self.check_made()
-        return code
-
-
-@contextmanager
-def start_sandbox(
-    job: dict[str, Any],
-    limits: Limits,
-    isolation: Isolation,
-    *,
-    channels: tuple[int, ...] = (),
-    stdio: tuple[int, int] = (subprocess.DEVNULL, subprocess.DEVNULL),
-    visible: Sequence[str] = (),
-) -> Iterator[Sandbox]:
-    """Yield a sandbox that runs `job` and owns `channels` and `stdio`; end it with all its processes on exit.
-
-    visible: absolute paths that the sandbox can read beside the interpreter's
-    """
-    status_out, status_in = os.pipe()
-    with _make_folder(job, isolation) as folder, os.fdopen(status_out, "rb", buffering=0):
-        settings = {
-            "isolation": isolation,
-            "folder": folder,
-            "folder_bytes": limits.files,
-            "visible": [*_visible(), *visible],
-            "number": next(_numbers),
-            "cpu_seconds": int(limits.total or limits.seconds) + 1,
-            "memory": limits.memory,
-            "processes": limits.processes,
-            "file_bytes": limits.files,
-        }
-        job_file = memory_file("job", json.dumps({**job, **settings}).encode())
-        inherited = (job_file, status_in, *channels)
-        try:
-            process = subprocess.Popen(
-                [os.path.realpath(sys.executable), "-I", "-S", "-B", str(JAIL), *map(str, inherited)],
-                stdin=stdio[0],
-                stdout=stdio[1],
-                stderr=subprocess.DEVNULL,
-                pass_fds=inherited,
-                env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
-                cwd="/",
-                start_new_session=True,
-            )
-        finally:
-            for descriptor in (*inherited, *stdio):
-                if descriptor >= 0:  # DEVNULL is not
-                    os.close(descriptor)
-        with process:
-            try:
-                yield Sandbox(process=process, status=status_out)
-            finally:
-                with suppress(ProcessLookupError):  # it has ended on its own
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-def _make_folder(job: Mapping[str, Any], isolation: Isolation) -> AbstractContextManager[str]:
-    """Return a context with a fresh folder on disk for a job that needs one, else with "".
-
-    In namespaces the folder is in memory. A verifier writes nothing, and would leave its folder behind when its worker
-    is killed.
-    """
-    if isolation == "namespaces" or job["kind"] == "verifier":
-        return nullcontext("")
-    return tempfile.TemporaryDirectory(prefix="sandbox-")
-
-
-@cache
-def _visible() -> list[str]:
-    """Return the paths of this machine that Python needs."""
-    paths = ["/usr", sys.base_prefix, "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path) and not os.path.islink(path)]

@@ -15,8 +15,9 @@ from annotated_types import Ge, Gt
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
+from rekatrain.rewards.code.launcher import Isolation, Limits, start_sandbox
 from rekatrain.rewards.code.packages import package_folders
-from rekatrain.rewards.code.sandbox import Isolation, Limits, check_isolation, start_sandbox
+from rekatrain.rewards.code.sandbox import check_isolation
 from rekatrain.rewards.errors import RewardError
 
 # Seconds for the imports of a new sandbox on a busy machine.
@@ -86,16 +87,16 @@ class VerifierServer:
         try:
             sandbox = self._resources.enter_context(
                 start_sandbox(
-                    {"kind": "verifier", "paths": paths, "seconds": self._limits.seconds},
+                    {"kind": "verifier", "seconds": self._limits.seconds, "same_user": self._isolation == "rlimits"},
                     self._limits,
                     self._isolation,
                     channels=(requests_out, replies_in),
-                    visible=paths,
+                    paths=paths,
                 )
             )
+            sandbox.wait_until_started()
             reply = self._read_line(IMPORT_SECONDS)
             if reply != "ready":
-                sandbox.check_made()
                 raise RewardError(f"reasoning_gym cannot be imported in the sandbox: {reply.removeprefix('!')}")
         except BaseException:
             self.close()
