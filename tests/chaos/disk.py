@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import Process, fork_run
+from processes import fork_run
 from runs import all_settings, differences, scratch_folder, write_model, write_workspace
 
 from rekatrain.trainer.run.checkpoints import find_fault, numbered_checkpoints
+from tests.helpers.forks import Process
 
 
 def mount(folder: Path, size: int) -> bool:

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.helpers.forks import kill_tree  # noqa: E402  # after the path
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Events with a path, and the index of its folder's descriptor among their arguments.
@@ -83,16 +84,6 @@ def kill_from_inside(scope: Scope) -> None:
         os.kill(root, signal.SIGKILL)
         return
     os.kill(own, signal.SIGKILL)
-
-
-def kill_tree(root: int, spared: int | None = None) -> None:
-    """Kill a process and its descendants, but one."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(root)
-        for each in (process, *process.children(recursive=True)):
-            if each.pid != spared:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
 
 
 def _path_of(event: str, arguments: tuple[Any, ...]) -> str:

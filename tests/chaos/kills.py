@@ -17,8 +17,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kill_points import KillPoint, Scope, kill_tree
-from processes import Process, fork_run, orphans, start_command
+from kill_points import KillPoint, Scope
+from processes import fork_run, orphans, start_command
 from runs import (
     Setting,
     all_settings,
@@ -29,6 +29,8 @@ from runs import (
     write_own_files,
     write_workspace,
 )
+
+from tests.helpers.forks import Process, kill_tree
 
 MAX_DELAY = 0.02  # seconds: a checkpoint of the tiny model is written in less
 SHARES = {"launch": 0.04, "forked launch": 0.12, "command": 0.08}  # the other kills are of forks

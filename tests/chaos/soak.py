@@ -22,10 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from kill_points import kill_tree
-from processes import Process, orphans, start_command
+from processes import orphans, start_command
 from runs import Setting, scratch_folder, write_model, write_workspace
 from samples import Part, last_step, look
+
+from tests.helpers.forks import Process, kill_tree
 
 ENDINGS = ("SIGKILL of all", "SIGKILL of one", "SIGTERM")
 STATUSES = {"finished": 0, "SIGTERM": 75}  # SIGTERM ends a run after a checkpoint

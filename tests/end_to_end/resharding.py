@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,8 @@ PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from tests.conftest import tiny_llama, tiny_tokenizer  # noqa: E402
-from tests.end_to_end.small_runs import LORA, records, rloo_recipe, start, write_data, write_recipe  # noqa: E402
+from tests.end_to_end.small_runs import LORA, records, rloo_recipe, write_data, write_recipe  # noqa: E402
+from tests.helpers.forks import Launch, start_forked  # noqa: E402
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 ROWS = 6  # rows, or prompts, of a step; it divides by the numbers of processes
@@ -86,34 +86,16 @@ def copy_run(folder: Path, name: str, copy: str, step: int) -> None:
 
 
 def launch(folder: Path, cases: Sequence[tuple[int, list[str]]], num_processes: int) -> list[str]:
-    """Run command lines, each at a stage of ZeRO, on some processes; return the lines of their standard error."""
+    """Run command lines, each at a stage of ZeRO, on some processes; return the lines of their output."""
     path = folder / f"cases-{num_processes}.json"
-    path.write_text(
-        json.dumps([{"environment": environment(zero), "arguments": arguments} for zero, arguments in cases])
-    )
-    if num_processes == 1:
-        process = start(folder, "-c", ONE, str(path))
-    else:
-        config = str(PROJECT / "recipes" / "accelerate" / "zero3.yaml")
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes), "--config_file", config]
-        process = start(folder, *launcher, str(LAUNCHED), str(path))
-    try:
-        _, stderr = process.communicate(timeout=1800)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, stderr.decode()[-8000:]
-    return stderr.decode().splitlines()
-
-
-# Without a launcher: the environment of one process has none of its variables.
-ONE = """
-import json, sys
-from pathlib import Path
-from rekatrain.trainer.cli import main
-for case in json.loads(Path(sys.argv[1]).read_text()):
-    main(case["arguments"])
-"""
+    ranks = Launch(num_processes=num_processes) if num_processes > 1 else None
+    # Without a launcher the environment of one process has none of its variables.
+    listed = [{"environment": environment(zero) if ranks else {}, "arguments": words} for zero, words in cases]
+    path.write_text(json.dumps(listed))
+    process = start_forked(folder, str(LAUNCHED), str(path), launch=ranks)
+    status, output = process.wait(1800), process.output()
+    assert status == 0, output[-8000:]
+    return output.splitlines()
 
 
 @dataclass(frozen=True, kw_only=True)

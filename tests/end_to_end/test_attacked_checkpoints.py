@@ -10,7 +10,8 @@ import torch
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.resume.safe_load import FORCED, tensors_only
 from rekatrain.trainer.run.checkpoints import read_manifest, seal
-from tests.end_to_end.small_runs import PROJECT, rloo_recipe, start, write_data, write_recipe
+from tests.end_to_end.small_runs import rloo_recipe, write_data, write_recipe
+from tests.helpers.forks import Launch, start_forked
 
 
 class Attack:
@@ -53,11 +54,9 @@ def test_resume_runs_no_code_of_a_sharded_checkpoint(
         recipe = write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
 
     def train(*options: str) -> tuple[int, str]:
-        file = str(PROJECT / "recipes" / "accelerate" / f"zero{zero}.yaml")
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file", file]
-        process = start(tmp_path, *launcher, "-m", "rekatrain", "train", str(recipe), *options)
-        _, errors = process.communicate(timeout=300)
-        return process.returncode, errors.decode()
+        launch = Launch(num_processes=1, file=f"zero{zero}.yaml")
+        process = start_forked(tmp_path, "-m", "rekatrain", "train", str(recipe), *options, launch=launch)
+        return process.wait(300), process.output()
 
     assert train()[0] == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"

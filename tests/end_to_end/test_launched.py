@@ -1,7 +1,7 @@
 """Tests of real launches with the shipped launch files: any sharding takes the steps of one process.
 
 The start of processes costs more than the runs, so all runs on two processes share one launch (launched.py), and so do
-all runs on four.
+all runs on four, which are forks.
 """
 
 import json
@@ -32,6 +32,8 @@ from tests.end_to_end.small_runs import (
     write_data,
     write_recipe,
 )
+from tests.helpers import forks
+from tests.helpers.forks import start_forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
 
@@ -130,9 +132,9 @@ def recipe(folder: Path, name: str, model: Path, *, stage: str, kind: str, num_p
     return str(write_recipe(folder, name, model, **sections))
 
 
-def launch(folder: Path, file: str, *command: str, num_processes: int = 2) -> subprocess.Popen[bytes]:
-    """Start `accelerate launch` with a shipped launch file."""
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+def launch(folder: Path, file: str, *command: str) -> subprocess.Popen[bytes]:
+    """Start `accelerate launch` of two processes with a shipped launch file."""
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     return start(folder, *launcher, "--config_file", str(PROJECT / "recipes" / "accelerate" / file), *command)
 
 
@@ -178,14 +180,15 @@ def launched(alone: Path, model_folder: Path, request: pytest.FixtureRequest) ->
     cases.append({"environment": sharded, "load": loaded, "report": str(folder / f"held-of-{num_processes}")})
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [str(LAUNCHED), str(folder / "cases.json")]
-    process = launch(folder, "zero3.yaml", *command, num_processes=num_processes)
-    try:
-        _, stderr = process.communicate(timeout=900)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, stderr.decode()[-8000:]
-    return Launch(folder=folder, num_processes=num_processes, lines=stderr.decode().splitlines())
+    if num_processes == 2:
+        process = launch(folder, "zero3.yaml", *command)
+        output = process.communicate(timeout=900)[1].decode()
+        status = process.returncode
+    else:
+        forked = start_forked(folder, *command, launch=forks.Launch(num_processes=num_processes))
+        status, output = forked.wait(900), forked.output()
+    assert status == 0, output[-8000:]
+    return Launch(folder=folder, num_processes=num_processes, lines=output.splitlines())
 
 
 in_two_and_four = pytest.mark.parametrize("launched", RUNS, indirect=True)

@@ -2,9 +2,9 @@
 
 import json
 import operator
+import os
 import signal
 import stat
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ from rekatrain.data.chat import STOP, encode_text, render_prompt
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import dump_recipe, load_recipe
 from tests.end_to_end.small_runs import LORA, OPTIONS, records, rloo_recipe, start, weights, write_data, write_recipe
+from tests.helpers.forks import Process, start_forked
 
 
 @pytest.fixture
@@ -108,9 +109,9 @@ def test_resume_after_a_kill_is_bitwise_equal(
     main(["train", str(whole)])
 
     killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo=rloo)
-    process = start(folder, "-m", "rekatrain", "train", str(killed))
+    process = start_forked(folder, "-m", "rekatrain", "train", str(killed))
     wait_for(lambda: (folder / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists(), process)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     main(["train", str(killed), "--resume"])
 
@@ -164,10 +165,10 @@ def test_torchrun_with_two_processes_equals_one(folder: Path, model_folder: Path
     assert all(torch.allclose(expected[name], actual[name], atol=1e-5) for name in expected)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, seconds: float = 120) -> None:
     """Wait until the condition holds; fail when the process ends or the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert process.poll() is None, process.output()
         assert time.monotonic() < deadline, f"the condition does not hold after {seconds} s"
         time.sleep(0.02)

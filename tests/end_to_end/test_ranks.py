@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
+from tests.helpers.forks import Launch, start_forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
 
@@ -34,11 +35,11 @@ def launch(folder: Path, *command: str, options: tuple[str, ...] = ()) -> subpro
 
 def failure(folder: Path, *cases: dict[str, Any]) -> tuple[int, list[str]]:
     """Run two ranks that end with a failure -> the exit status, and what follows `rekatrain: ` in the lines."""
-    process = launch(folder, str(BY_RANK), json.dumps(cases))
-    stderr = process.communicate(timeout=200)[1].decode()
-    lines = [line.removeprefix("rekatrain: ") for line in stderr.splitlines() if line.startswith("rekatrain: ")]
-    assert stderr.count("Traceback") == any(case.get("breaks", False) for case in cases), stderr[-4000:]
-    return process.returncode, lines
+    process = start_forked(folder, str(BY_RANK), json.dumps(cases), launch=Launch(num_processes=2, file="ddp.yaml"))
+    status, output = process.wait(200), process.output()
+    lines = [line.removeprefix("rekatrain: ") for line in output.splitlines() if line.startswith("rekatrain: ")]
+    assert output.count("Traceback") == any(case.get("breaks", False) for case in cases), output[-4000:]
+    return status, lines
 
 
 @pytest.fixture

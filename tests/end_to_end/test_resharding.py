@@ -17,7 +17,8 @@ from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.saved_optimizer import MOMENTS, read_optimizer, saved_layout
 from tests.end_to_end.resharded_states import NAMES, STEP, Model, groups, write_plain
 from tests.end_to_end.resharding import launch, trained_keys
-from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, start, weights, write_data, write_recipe
+from tests.end_to_end.small_runs import LORA, records, rloo_recipe, weights, write_data, write_recipe
+from tests.helpers.forks import Launch, start_forked
 
 ROWS = 6
 KINDS = {"rloo-lora": LORA, "sft-full": None, "sft-lora": LORA}
@@ -78,12 +79,9 @@ def test_resume_under_other_launches_keeps_the_optimizer(
 @pytest.mark.launched
 def test_every_stage_of_zero_holds_the_saved_state_bitwise(tmp_path: Path) -> None:
     write_plain(tmp_path / "plain")
-    config = str(PROJECT / "recipes" / "accelerate" / "zero1.yaml")
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "3", "--config_file", config]
     worker = str(Path(__file__).with_name("resharded_states.py"))
-    process = start(tmp_path, *launcher, worker, str(tmp_path))
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr.decode()[-8000:]
+    process = start_forked(tmp_path, worker, str(tmp_path), launch=Launch(num_processes=3, file="zero1.yaml"))
+    assert process.wait(300) == 0, process.output()[-8000:]
     expected = read_optimizer(tmp_path / "plain", dict(zip(NAMES, NAMES, strict=True)))
     checkpoints = sorted(tmp_path.glob("*-?"))
     assert len(checkpoints) == 10

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,14 +27,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402  # after the environment
 from tabulate import tabulate  # noqa: E402
 
-from tests.end_to_end.small_runs import records, start, weights  # noqa: E402
+from tests.end_to_end.small_runs import records, weights  # noqa: E402
+from tests.helpers.forks import Launch, start_forked  # noqa: E402
 from tests.stress.cases import Case, draw_case, long_case, total_tokens, write_case, write_files  # noqa: E402
 
 ENGINES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 TOLERANCE = 1e-5
 LAUNCH_SECONDS = 1800
 # Parts of the names of metrics that depend on the clock.
-CLOCKS = ("time/", "tokens_per_second", "/seconds")
+CLOCKS = ("time/", "tokens_per_second", "/seconds", "memory/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def launch(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _launch_once(folder: Path, runs: Sequence[Run]) -> tuple[int, str]:
-    """Run one after the other until one fails -> the number of those that ended well, and the standard error."""
+    """Run one after the other until one fails -> the number of those that ended well, and the output."""
     listed = [
         {
             "environment": {
@@ -92,17 +92,15 @@ def _launch_once(folder: Path, runs: Sequence[Run]) -> tuple[int, str]:
     (folder / "cases.json").write_text(json.dumps(listed))
     report = folder / "done"
     report.write_text("")
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(runs[0].num_processes)]
-    launch_file = str(PROJECT / "recipes" / "accelerate" / "zero3.yaml")
     worker = str(Path(__file__).with_name("worker.py"))
-    process = start(folder, *launcher, "--config_file", launch_file, worker, "cases.json", "done")
+    launch = Launch(num_processes=runs[0].num_processes)
+    process = start_forked(folder, worker, "cases.json", "done", launch=launch)
     try:
-        stderr = process.communicate(timeout=LAUNCH_SECONDS)[1].decode()
-    except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends its processes
-        stderr = process.communicate()[1].decode() + f"\nno end after {LAUNCH_SECONDS} s"
+        status, late = process.wait(LAUNCH_SECONDS), ""
+    except TimeoutError as error:
+        status, late = -9, f"\n{error}"
     done = len(report.read_text().splitlines())
-    return (len(runs) if process.returncode == 0 else done), stderr
+    return (len(runs) if status == 0 else done), process.output() + late
 
 
 def _cause(stderr: str) -> str:
