@@ -25,7 +25,7 @@ from rekatrain.trainer.terminal import set_up_terminal
 if TYPE_CHECKING:
     from rekatrain.rewards.check.check import RewardCheck
     from rekatrain.trainer.intervals import Accuracy
-    from rekatrain.trainer.reward_model.evaluate_pairs import RewardEvaluation
+    from rekatrain.trainer.reward_model.measures import RewardEvaluation
     from rekatrain.trainer.rloo.group import Group
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,7 @@ def export(
     run: str | Path,
     out: str | Path,
     *,
+    checkpoint: str | None = None,
     form: Literal["merged", "adapter", "gguf"] = "merged",
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: list[str] | None = None,
@@ -179,6 +180,7 @@ def export(
 ) -> Path:
     """Write a run's newest weights, or one checkpoint's, as a folder that serves, verify it, and return the folder.
 
+    checkpoint:     of the run folder: "best", or a step; the newest by default
     form:           merged, for transformers and vLLM; adapter, the LoRA adapter alone; gguf, for llama.cpp
     dtype:          of the stored weights; the recipe's by default
     quantize:       types of GGUF files to write, such as ["q8_0"]
@@ -187,6 +189,8 @@ def export(
     set_up_terminal()
     check_parent(Path(out), "OUT")
     from rekatrain.trainer.export.export import export as export_run
+    from rekatrain.trainer.run.best import resolve_checkpoint
 
-    export_run(Path(run), Path(out), form=form, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
+    source = Path(run) if checkpoint is None else resolve_checkpoint(Path(run), checkpoint)
+    export_run(source, Path(out), form=form, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
     return Path(out)

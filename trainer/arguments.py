@@ -173,6 +173,11 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or one checkpoint of it")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
     command.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="which checkpoint of RUN: best (by metric_for_best_model), or a step (default: the newest)",
+    )
+    command.add_argument(
         "--as",
         dest="form",
         choices=["merged", "adapter", "gguf"],

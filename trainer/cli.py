@@ -193,6 +193,7 @@ def _export(options: argparse.Namespace) -> None:
     api.export(
         options.run_folder,
         options.out,
+        checkpoint=options.checkpoint,
         form=options.form,
         dtype=options.dtype,
         quantize=options.quantize,

@@ -47,7 +47,7 @@ RLOO = {
 SFT = {"per_device_train_batch_size": 2, "logging_steps": 1, "gradient_checkpointing": False}
 # Files of the user, which no run may touch.
 OWN_FILES = ("run/checkpoints/checkpoint-best/notes", "run/checkpoints/checkpoint-4-keep/notes", "run.partial/notes")
-TIMINGS = ("time", "tokens_per_second")
+TIMINGS = ("time", "tokens_per_second", "memory/host")
 
 
 @dataclass(frozen=True, kw_only=True)

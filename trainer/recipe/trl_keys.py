@@ -78,6 +78,9 @@ COMMON_ALLOWED: dict[str, Any] = {
     "eval_on_start": bool,
     "eval_accumulation_steps": Count | None,
     "per_device_eval_batch_size": Count,
+    "metric_for_best_model": str | None,
+    "greater_is_better": bool | None,
+    "early_stopping_patience": Count | None,  # of transformers' EarlyStoppingCallback
     "save_strategy": Literal["steps", "epoch"],
     "save_steps": Interval,
     "save_total_limit": Count | None,
@@ -148,7 +151,7 @@ COMMON_REFUSED: dict[str, str] = {
     **dict.fromkeys(("include_for_metrics", "batch_eval_metrics"), _EVALUATION),
     "save_on_each_node": "checkpoints are written to output_dir, which all nodes see",
     "enable_jit_checkpoint": "signals save a checkpoint already",
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _UNTESTED),
+    "load_best_model_at_end": "the best checkpoint is kept: rekatrain export RUN OUT --checkpoint best",
     "ignore_data_skip": "a resumed run would train on other rows than an unbroken one",
     "restore_callback_states_from_checkpoint": _PROGRAM,
     "full_determinism": "equal seeds give equal runs already, on the same machine",

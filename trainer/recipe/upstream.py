@@ -12,6 +12,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type
 from rekatrain.trainer.models.vllm_limits import find_vllm_limit
 from rekatrain.trainer.recipe import lora_keys, trl_keys
+from rekatrain.trainer.run.best import check_best
 
 # Stages that measure held-out rows while they train.
 EVALUATED_STAGES = ("sft", "reward")
@@ -126,6 +127,7 @@ def _check_trl_values(name: str, section: Mapping[str, Any]) -> None:
         for key in ("eval_steps", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size"):
             if section.get(key):
                 raise InputError(f"{name}.{key} without {name}.eval_strategy does nothing: set it, or remove {key}")
+    check_best(name, section, evaluates=section.get("eval_strategy", "no") != "no", key=f"{name}.eval_strategy")
     if section.get("gradient_checkpointing_kwargs") and section.get("gradient_checkpointing") is False:
         raise InputError(
             f"{name}.gradient_checkpointing_kwargs with gradient_checkpointing: false does nothing: remove it"

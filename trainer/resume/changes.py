@@ -69,6 +69,7 @@ RULES = (
     Rule(FREE, _ALL, "save_*", _RECORDS),
     Rule(FREE, _TRL, "logging_* per_device_eval_batch_size", _RECORDS),
     Rule(FREE, _ALL, "eval_*", _RECORDS),
+    Rule(FREE, _ALL, "metric_for_best_model greater_is_better early_stopping_patience", _ENDS),
     Rule(
         FREE,
         _TRL,

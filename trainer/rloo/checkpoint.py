@@ -30,6 +30,7 @@ from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.safe_load import tensors_only
 from rekatrain.trainer.resume.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
+from rekatrain.trainer.run.best import BestModel
 from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, write_failures
 from rekatrain.trainer.run.folder import RunFolder
 
@@ -55,6 +56,7 @@ class Checkpointer:
 
     states: further objects whose states are part of a checkpoint, by a name for each
     texts:  token ids of texts whose log-probabilities are part of a checkpoint (../models/probe.py)
+    best:   the best evaluation so far, which is part of a checkpoint
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Checkpointer:
         run: RunFolder,
         states: Mapping[str, Stateful],
         texts: Sequence[Sequence[int]],
+        best: BestModel,
     ) -> None:
         self._accelerator, self._policy, self._tokenizer, self._run = accelerator, policy, tokenizer, run
-        self._states, self._texts = dict(states), texts
+        self._states, self._texts, self._best = dict(states), texts, best
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -90,6 +93,7 @@ class Checkpointer:
             probe.save(partial)
             (partial / RUN_STATE_FILE).write_text(json.dumps(states), encoding="utf-8")
             self._tokenizer.save_pretrained(partial)
+            self._best.save(partial)
             (partial / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")
             self._run.publish(step, stage="rloo", launch=asdict(read_launch()), save_total_limit=save_total_limit)
         self._accelerator.wait_for_everyone()

@@ -19,6 +19,7 @@ from rekatrain.data.ranges import (
     Temperature,
     Weight,
 )
+from rekatrain.trainer.run.best import check_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,10 @@ class RLOOConfig:
     bf16:                               bfloat16 arithmetic over float32 weights
     eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
                                         (there is one at the end, too); evaluate before the first step
+    metric_for_best_model:              metric of the evaluations, such as eval/accuracy: the best checkpoint is saved
+                                        and kept
+    greater_is_better:                  null: True, except for a metric whose name ends in loss
+    early_stopping_patience:            evaluations in a row without a better one after which the run stops
     save_steps, save_total_limit:       steps between checkpoints (there is one at the end, too); checkpoints to keep
     ddp_timeout:                        seconds that a process waits for the others in an exchange, after which the run
                                         ends; null: longer than the run's own limits, see `RunSetup.ddp_timeout`
@@ -105,6 +110,9 @@ class RLOOConfig:
     eval_on_start: bool = False
     save_steps: Count = 50
     save_total_limit: Count | None = None
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    early_stopping_patience: Count | None = None
     ddp_timeout: Count | None = None
     restart_optimizer: bool = False
 
@@ -165,6 +173,7 @@ class RLOOConfig:
         self._check_servers()
 
     @property
+        check_best("rloo", vars(self), evaluates=self.eval_steps is not None, key="rloo.eval_steps")
     def vllm_server_urls(self) -> list[str]:
         """URLs of the servers that sample; none where the training processes sample."""
         urls = self.vllm_server_base_url or []

@@ -5,10 +5,8 @@ same at every step, so two steps differ by their weights alone, and training is 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.grader import Grader
-from rekatrain.trainer.held_out_prompts import EvaluateConfig, HeldOut
-from rekatrain.trainer.intervals import wilson_interval
+from rekatrain.trainer.evaluation_metrics import evaluation_metrics
+from rekatrain.trainer.held_out_prompts import HeldOut
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
@@ -110,30 +107,3 @@ def _answers(group: Group) -> list[dict[str, Any]]:
         }
         for index, completion in enumerate(group.completions)
     ]
-
-
-def evaluation_metrics(answers: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> dict[str, float | None]:
-    """Return the metrics of all answers.
-
-    eval/accuracy:           fraction of first answers whose deciding reward is exactly 1.0, of those that it grades
-    eval/accuracy_low, _high: its Wilson 95 % interval
-    eval/rewards/NAME/mean:  mean over all answers that have the reward
-    eval/completions/mean_length, .../clipped_ratio: tokens; fraction of answers at the token limit
-    """
-    deciding = [answer["rewards"][config.reward] for answer in answers if answer["is_first"]]
-    graded = [value for value in deciding if value is not None]
-    metrics: dict[str, float | None] = {"eval/accuracy": None, "eval/accuracy_low": None, "eval/accuracy_high": None}
-    if graded:
-        accuracy = wilson_interval(num_right=graded.count(1.0), num_graded=len(graded))
-        metrics = {
-            "eval/accuracy": accuracy.accuracy,
-            "eval/accuracy_low": accuracy.low,
-            "eval/accuracy_high": accuracy.high,
-        }
-    for name in answers[0]["rewards"]:
-        values = [answer["rewards"][name] for answer in answers if answer["rewards"][name] is not None]
-        metrics[f"eval/rewards/{name}/mean"] = fmean(values) if values else None
-    metrics["eval/completions/mean_length"] = fmean(answer["length"] for answer in answers)
-    num_cut = sum(answer["finish_reason"] == FinishReason.LENGTH.value for answer in answers)
-    metrics["eval/completions/clipped_ratio"] = num_cut / len(answers)
-    return metrics

@@ -7,6 +7,7 @@ from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
 from rekatrain.data.chat import FinishReason
+from rekatrain.data.rows import Row
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.microbatch import MicroBatch
 
@@ -56,6 +57,7 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
         "row": group.prompt.row.where,
         "source": group.prompt.row.source.name,
         "prompt": group.prompt.text,
+        "gold": gold_of(group.prompt.row),
         "completion": group.texts[index],
         "completion_ids": completion.ids,
         "num_forced": len(completion.forced),
@@ -69,6 +71,25 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
 
 
 def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | None]:
+def gold_of(row: Row) -> Any:  # a JSON value
+    """Return the right answer of a row: its column `answer`, or the answer of its reference response; else None."""
+    if row.columns.get("answer") is not None:
+        return row.columns["answer"]
+    is_answered = bool(row.messages) and row.messages[-1]["role"] == "assistant"
+    return row.messages[-1]["content"] if is_answered else None
+
+
+def _reported(group: Group, index: int) -> dict[str, Any]:
+    """Return metrics and notes of a completion's rewards, and its scaled reward, where there are any."""
+    scaled = None if group.scaled_rewards is None else _finite(group.scaled_rewards[index])
+    values = {
+        "reward_metrics": dict(group.reward_metrics[index]) if group.reward_metrics else {},
+        "reward_notes": dict(group.reward_notes[index]) if group.reward_notes else {},
+        "scaled_reward": scaled,
+    }
+    return {name: value for name, value in values.items() if value not in ({}, None)}
+
+
     """Metrics of a step from the records of all its completions, whichever process they come from.
 
     reward/SOURCE:                   the mean of the total over the completions of one source that has a name

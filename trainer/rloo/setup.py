@@ -15,6 +15,7 @@ from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns, keep_gradable
 from rekatrain.rewards.grader import Grader, ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
+from rekatrain.trainer.evaluation_metrics import metric_names
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
 from rekatrain.trainer.models.load import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.processes.interruption import INTERRUPTION
@@ -24,6 +25,7 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
+from rekatrain.trainer.run.best import BestModel
 
 # Seconds per token of the longest completion of a batch, in process: a 21B model takes 20 to 50 ms.
 SECONDS_PER_TOKEN = 0.1
@@ -50,6 +52,10 @@ class RunSetup:
         """Return the ids of each prompt and all that its rewards read, which a fingerprint is taken of."""
         rows = ((prompt.ids, prompt.row) for prompt in self.prompts)
         return ((ids, row.messages, row.columns, row.source.rewards) for ids, row in rows)
+
+    def best_model(self) -> BestModel:
+        """Return the best evaluation of a run that has not begun."""
+        return make_best(self.config, self.held_out)
 
     @cached_property
     def grader(self) -> Grader:
@@ -104,6 +110,18 @@ class RunSetup:
 
 
 def prepare(recipe: Recipe) -> RunSetup:
+def make_best(config: RLOOConfig, held_out: HeldOut | None) -> BestModel:
+    """Return the best evaluation of a run that has not begun; InputError for a metric that its evaluations lack."""
+    best = BestModel(
+        metric=config.metric_for_best_model,
+        greater_is_better=config.greater_is_better,
+        patience=config.early_stopping_patience,
+    )
+    if held_out is not None:
+        best.check_metric("rloo.metric_for_best_model", metric_names(held_out))
+    return best
+
+
     """Check the recipe against its data, its rewards and its model's config; raise InputError for what is wrong."""
     config = RLOOConfig(**recipe.rloo)
     check_mixed_precision(recipe.stage, bf16=config.bf16)
@@ -124,6 +142,7 @@ def prepare(recipe: Recipe) -> RunSetup:
     is_evaluated = config.eval_steps is not None
     held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=False) if is_evaluated else None
     return RunSetup(
+    make_best(config, held_out)  # checks the metric
         config=config,
         tokenizer=tokenizer,
         prompts=prompts,

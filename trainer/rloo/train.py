@@ -73,7 +73,9 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     agree_on_start(prints, checkpoint)
     folder.open(recipe, checkpoint, resume=resume, origin=partial(check_origin, recipe, prints))
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
-    if checkpoint and first_step == config.max_steps:
+    best = setup.best_model()
+    best.restore(checkpoint)
+    if checkpoint and (first_step == config.max_steps or best.is_exhausted):
         if accelerator.is_main_process:
             folder.start(recipe, first_step)  # deletes what a kill after the last step has left
         logger.info("%s is finished: %s is its last checkpoint", recipe.output_dir, checkpoint.name)
@@ -108,7 +110,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
 
     # Restore the checkpoint.
     texts = choose_texts(setup.tokenizer, [prompt.ids for prompt in setup.prompts])
-    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states, texts)
+    checkpointer = Checkpointer(accelerator, policy, setup.tokenizer, folder, states, texts, best)
     if checkpoint and keeps_optimizer:
         checkpointer.restore(checkpoint)
         follow_new_length(scheduler, config.max_steps)
@@ -127,10 +129,11 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
 
     evaluation = Evaluation(accelerator, prepared, policy, setup)
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> dict[str, float | None]:
         measured = evaluation(step)
         if log is not None and measured:
             log.step(step, measured, headline=EVALUATED)
+        return measured
 
     def save(step: int) -> None:
         check_finite_weights(prepared, step)
@@ -165,11 +168,13 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
             folder.append(ROLLOUTS_FILE, records)
             log.step(step + 1, {**metrics, **own, **setup.grader.metrics()}, headline=HEADLINE)
         check_bounds(step + 1, metrics)
-        if evaluation.is_due(step + 1):
-            evaluate(step + 1)
-        if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+        is_best = evaluation.is_due(step + 1) and best.update(step + 1, evaluate(step + 1))
+        is_last = step + 1 == config.max_steps or best.is_exhausted
+        if (step + 1) % config.save_steps == 0 or is_best or is_last:
             save(step + 1)
             last_saved = step + 1
+        if is_last:
+            break
     if is_interrupted and step > last_saved:
         save(step)
     if log is not None:

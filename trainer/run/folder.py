@@ -3,6 +3,7 @@
 recipe.yaml      the resolved recipe
 metrics.jsonl    one line per step
 rollouts.jsonl   one line per completion (stage rloo)
+checkpoints/best            a link to the best checkpoint, with `metric_for_best_model` (best.py)
 checkpoints/checkpoint-N/   weights as transformers or PEFT load them, and the whole state that step N + 1 depends on
                             (checkpoints.py)
 run.lock         locked by the main process of the run that writes to the folder
@@ -21,11 +22,11 @@ from filelock import FileLock, Timeout
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe, dump_recipe, load_recipe
 from rekatrain.trainer.resume.changes import check_changes, find_changes
+from rekatrain.trainer.run.best import best_step, link_best
 from rekatrain.trainer.run.checkpoints import (
     MANIFEST_FILE,
     PARTIAL_SUFFIX,
     STATE_FILE,
-    checkpoint_step,
     find_fault,
     numbered_checkpoints,
     publish,
@@ -147,7 +148,9 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
         # A kill may have interrupted the last rotation, which deletes in `partial`.
-        rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best_step(self.checkpoint(step)))
+        best = best_step(self.checkpoint(step))
+        link_best(self.checkpoints, best)
+        rotate(self.checkpoints, _save_total_limit(recipe), newest=step, best=best)
         if self.partial.is_dir() and not self.partial.is_symlink():
             shutil.rmtree(self.partial)
         # Each step of RLOO has records; the other stages log every few steps, and no rollouts.
@@ -167,19 +170,20 @@ class RunFolder:
         """Return the path at which the checkpoint after `step` steps is written."""
         return self.partial / f"checkpoint-{step}"
 
-    def publish(
-        self, step: int, *, stage: str, launch: Mapping[str, Any], save_total_limit: int | None, best: int | None = None
-    ) -> None:
+    def publish(self, step: int, *, stage: str, launch: Mapping[str, Any], save_total_limit: int | None) -> None:
         """Complete the checkpoint in `partial_checkpoint(step)`, then delete the oldest ones beyond the limit.
 
+        The best one (best.py) is kept anyway.
+
         launch: the launch that a resumed run must have; it is kept in the manifest
-        best:   the step of a checkpoint that is kept anyway
         """
         partial = self.partial_checkpoint(step)
         records = {name: file.seal() for name, file in self._records.items() if file.path.exists()}
         (partial / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=1, default=str) + "\n", encoding="utf-8")
         seal(partial, step=step, stage=stage, launch=launch, records=records)
         publish(partial, self.checkpoint(step))
+        best = best_step(self.checkpoint(step))
+        link_best(self.checkpoints, best)
         rotate(self.checkpoints, save_total_limit, newest=step, best=best)
         with suppress(OSError):
             self.partial.rmdir()
@@ -257,14 +261,6 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     if unverified:
         logger.warning("%s was saved without a %s: its files cannot be verified", unverified, MANIFEST_FILE)
     return unverified
-
-
-def best_step(checkpoint: Path) -> int | None:
-    """Return the step of the best checkpoint so far, if the checkpoint names one."""
-    if not (checkpoint / STATE_FILE).exists():
-        return None
-    best = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("best_model_checkpoint")
-    return checkpoint_step(Path(best)) if best else None
 
 
 def _save_total_limit(recipe: Recipe) -> int | None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import resource
 import secrets
 import shutil
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import wandb
 from accelerate.tracking import WandBTracker
 from tqdm import tqdm
@@ -72,7 +74,7 @@ class RunLog:
         metrics = {
             name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()
         }
-        self._run.append(METRICS_FILE, [{"step": step, **metrics, "time": time.time()}])
+        self._run.append(METRICS_FILE, [{"step": step, **metrics, **_peak_memory(), "time": time.time()}])
         seconds_per_step = (time.monotonic() - self._started) / max(step - self._first_step, 1)
         eta = f"eta {_duration(seconds_per_step * (self._max_steps - step))}"
         count = f"step {step}/{self._max_steps}"
@@ -103,6 +105,12 @@ class RunLog:
         except Exception as error:
             logger.warning("wandb stopped: %s; metrics go on in %s", error, METRICS_FILE)
             self._tracker = None
+
+
+def _peak_memory() -> dict[str, float]:
+    """Return the peak memory of this process so far, in GB: of the host, and of its GPU if it has one."""
+    peak = {"memory/host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}  # Linux counts in KiB
+    return peak | ({"memory/gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
 
 
 def progress_text(metrics: Metrics, headline: list[str], eta: str, room: int) -> str:

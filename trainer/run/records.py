@@ -33,7 +33,8 @@ class RecordFile:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write records to the end of the file."""
-        lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
+        # A lone surrogate, as a row's JSON may hold one, has no UTF-8: it stays the escape that JSON has for it.
+        lines = [json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for record in records]
         with self.path.open("ab") as file:
             file.writelines(lines)
         self._count(lines)

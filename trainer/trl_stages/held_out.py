@@ -42,6 +42,12 @@ def measure_held_out(
     return metrics
 
 
+def metric_names(sources: Sequence[str]) -> list[str]:
+    """Return the names of the metrics of held-out rows from these sources."""
+    prefixes = ["eval", *(f"eval_{name}" for name in sources if len(sources) > 1)]
+    return [name for prefix in prefixes for name in _means(prefix, torch.ones(3))]
+
+
 def batches(
     rows: Sequence[EncodedRow], process: int, num_processes: int, batch_size: int
 ) -> Iterator[list[tuple[EncodedRow, bool]]]:

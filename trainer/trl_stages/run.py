@@ -41,11 +41,13 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.resume.fingerprints import take_fingerprints
 from rekatrain.trainer.resume.origin import check_origin
 from rekatrain.trainer.resume.safe_load import tensors_only
+from rekatrain.trainer.run.best import KEYS, BestModel
 from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, write_failures
 from rekatrain.trainer.run.folder import ORIGIN_FILE, RunFolder
 from rekatrain.trainer.run.guards import NonFiniteGuard, StopGuard
 from rekatrain.trainer.run.log import RunLog
 from rekatrain.trainer.run.schedule import follow_new_length
+from rekatrain.trainer.trl_stages.best import KeepBest, make_best
 from rekatrain.trainer.trl_stages.guards import GuardedTrainer, NonFiniteCallback, StopCallback
 from rekatrain.trainer.trl_stages.interruption import InterruptionCallback
 from rekatrain.trainer.trl_stages.resharding import SaveBatch, check_resumable, restore_other_launch
@@ -78,7 +80,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
                 raise InputError(f"{name}.{key} is {section[key]!r}, but dataset.order keeps an order: remove one")
     # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
     # written the whole of the new one.
-    section = defaults | dict(section) | {"save_total_limit": None}
+    section = defaults | {key: value for key, value in section.items() if key not in KEYS} | {"save_total_limit": None}
     check_mixed_precision(name, bf16=bool(section["bf16"]), fp16=bool(section.get("fp16")))
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
@@ -133,7 +135,7 @@ def check_start(
 
 
 def is_finished(run: RunFolder, recipe: Recipe, checkpoint: Path, config: TrainingArguments) -> bool:
-    """Return True if the run has taken its last step: transformers' Trainer, resumed there, would take one more.
+    """Return True if the run has ended, early or not: transformers' Trainer, resumed there, would take one more step.
 
     A finished run gets what a kill after its last step has cut off.
     """
@@ -146,6 +148,9 @@ def is_finished(run: RunFolder, recipe: Recipe, checkpoint: Path, config: Traini
         is_over = state["global_step"] >= state["max_steps"]
     else:
         is_over = state["epoch"] >= config.num_train_epochs
+    best = make_best(recipe)
+    best.restore(checkpoint)
+    is_over = is_over or best.is_exhausted
     if not is_over:
         return False
     if PartialState().is_main_process:
@@ -177,7 +182,10 @@ def run_trainer(
     trainer.add_callback(SaveBatch(run))
     if texts:
         trainer.add_callback(SaveProbe(run, texts))
-    trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe))
+    best = make_best(recipe)
+    best.restore(checkpoint)
+    trainer.add_callback(KeepBest(best))
+    trainer.add_callback(_CompleteCheckpoint(tokenizer, run, recipe, best))
     trainer.add_callback(_AnnounceEngine(trainer.accelerator))
     if checkpoint is not None:
         trainer.add_callback(_FollowSchedule())
@@ -225,26 +233,21 @@ class _FollowSchedule(TrainerCallback):
 class _CompleteCheckpoint(TrainerCallback):
     """Replaces TRL's tokenizer, which has a pad token, by ours, and publishes the checkpoint in the run folder."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder, recipe: Recipe) -> None:
-        self._tokenizer, self._run, self._stage = tokenizer, run, recipe.stage
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: RunFolder, recipe: Recipe, best: BestModel) -> None:
+        self._tokenizer, self._run, self._stage, self._best = tokenizer, run, recipe.stage, best
         self._save_total_limit: int | None = getattr(recipe, recipe.stage).get("save_total_limit")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its part, and the trainer does not wait for them
-        folder, best = self._run.partial_checkpoint(state.global_step), None
-        if state.best_model_checkpoint is not None:
-            best = checkpoint_step(Path(state.best_model_checkpoint))
-            state.best_model_checkpoint = str(self._run.checkpoint(best))  # where it is from now on
+        folder = self._run.partial_checkpoint(state.global_step)
         if state.is_world_process_zero:
-            if best is not None:
-                state.save_to_json(str(folder / STATE_FILE))
+            self._best.save(folder)
             self._tokenizer.save_pretrained(folder)
             self._run.publish(
                 state.global_step,
                 stage=self._stage,
                 launch=asdict(read_launch()),
                 save_total_limit=self._save_total_limit,
-                best=best,
             )
         PartialState().wait_for_everyone()  # none looks for the checkpoint before it is there
 

@@ -41,7 +41,7 @@ def recipe(stage: str, folder: Path, model: Path, **options: Any) -> str:
 def test_resume_between_two_records_repeats_the_records(stage: str, folder: Path, model_folder: Path) -> None:
     options = {"max_steps": 8, "logging_steps": 2, "save_steps": 3, "gradient_accumulation_steps": 2}
     path, run = recipe(stage, folder, model_folder, **options), folder / "run"
-    timings = {"time", "tokens_per_second"}
+    timings = {"time", "tokens_per_second", "memory/host"}
 
     def train(*arguments: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         main(["train", path, *arguments])

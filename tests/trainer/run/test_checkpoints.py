@@ -110,7 +110,9 @@ def test_start_completes_the_last_rotation(checkpoints: Path, run: RunFolder) ->
     seal(state.parent, step=4, stage="rloo", launch={})
     recipe = Recipe(stage="sft", output_dir=str(run.path), model={}, dataset={}, sft={"save_total_limit": 1})
     run.start(recipe, 4)
-    assert {path.name for path in checkpoints.iterdir()} == {f"checkpoint-{number}" for number in (1, 2, 4, 5)}
+    kept = {f"checkpoint-{number}" for number in (1, 2, 4, 5)}
+    assert {path.name for path in checkpoints.iterdir()} == {*kept, "best"}
+    assert (checkpoints / "best").readlink() == Path("checkpoint-2")
     assert names(checkpoints / "checkpoint-1") == ["notes.txt"]
 
 

@@ -70,6 +70,7 @@ def take_two_steps(log: RunLog, workspace: Path) -> None:
     log.close()
     records = read_records(workspace / "run" / METRICS_FILE)
     times = [record.pop("time") for record in records]
+    assert all(0.05 < record.pop("memory/host") < 1000 for record in records)  # GB
     assert records == [{"step": 1, "reward": 0.5, "kl": None}, {"step": 2, "reward": 1.0, "kl": None}]
     assert 0 <= times[1] - times[0] < 60 and abs(times[0] - time.time()) < 600
 
