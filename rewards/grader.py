@@ -85,7 +85,7 @@ class Grader:
             if function.scorer is None
         ]
         self._history = {function.name: _History() for function in self.functions}
-        self._is_set_up = False
+        self._is_set_up, self._progress = False, Progress()
         self._pool = WorkerPool(
             [function.scorer for function in self._scorers if function.scorer is not None],
             num_workers=self.config.num_workers or num_workers_here(),
@@ -150,7 +150,7 @@ class Grader:
         ]
         # TRL leaves a column of such a name out, too.
         arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        progress = progress or Progress()
+        progress = self._progress = progress or Progress()
         self._set_up()
         outcomes = self._score_batches(arguments, judged, progress)
         for number, scorer in enumerate(self._scorers):
@@ -161,11 +161,13 @@ class Grader:
         return combine(self.functions, outcomes, len(completions), progress.step)
 
     def metrics(self) -> dict[str, float]:
-        """Return metrics since the last call: seconds of each reward over all completions, and batch classes' own."""
+        """Return metrics since the last call: seconds of each reward, weights on a schedule, and batch classes' own."""
         metrics = {}
         for function in self.functions:
             metrics[f"rewards/{function.name}/seconds"] = self._history[function.name].seconds
             self._history[function.name].seconds = 0.0
+            if function.schedule is not None:
+                metrics[f"rewards/{function.name}/weight"] = function.weight_at(self._progress.step)
             if function.scorer is None and hasattr(function.function, "metrics"):
                 own = function.function.metrics()
                 metrics.update({f"rewards/{function.name}/{key}": float(value) for key, value in own.items()})

@@ -17,6 +17,14 @@ ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
 CLOSING = ("close", "closerange")
 
 
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:  # it was that of the listing
+        return False
+    return True
+
+
 @contextmanager
 def shielded(names: Collection[str] = ENDING + CLOSING) -> Iterator[None]:
     """Make a context in which functions of `os` raise RewardError where they would harm this process.
@@ -27,20 +35,22 @@ def shielded(names: Collection[str] = ENDING + CLOSING) -> Iterator[None]:
     process, thread = os.getpid(), threading.get_ident()
     others = {other.ident for other in threading.enumerate()} - {thread}
     folder = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    ours = {int(name) for name in os.listdir("/proc/self/fd")}
+    ours = {number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)}
     originals = {name: getattr(os, name) for name in names}
 
     def is_harmful(name: str, arguments: tuple[Any, ...]) -> bool:
         if os.getpid() != process or threading.get_ident() in others:
             return False
         if name == "kill":
-            return bool(arguments[1:]) and arguments[1] != 0 and arguments[0] in (process, 0, -1, -os.getpgrp())
+            # A signal to this process alone is delivered: the run listens for some.
+            is_ours = arguments[:1] in ((0,), (-1,), (-os.getpgrp(),))
+            return is_ours and arguments[1:] != (0,)
         if name == "killpg":
             return arguments[:1] in ((0,), (os.getpgrp(),)) and arguments[1:] != (0,)
         if name == "close":
-            return arguments[:1] and arguments[0] in ours
+            return bool(arguments) and arguments[0] in ours
         if name == "closerange":
-            return len(arguments) == 2 and any(arguments[0] <= number < arguments[1] for number in ours)
+            return len(arguments) == 2 and any(int(arguments[0]) <= number < int(arguments[1]) for number in ours)
         return True
 
     def guard(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

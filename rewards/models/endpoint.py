@@ -13,66 +13,79 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx2
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import FiniteFloat
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.models.outage import Request, ServerAway, Servers, TransientError
 
 # Worth another attempt: overload, or a failure of a proxy or of the server itself.
 TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-LONGEST_WAIT = 60.0
+# A proxy's answers for a server that is not there.
+AWAY_STATUS = {502, 503, 504}
+PROBE_SECONDS = 5.0
 SHOWN_CHARACTERS = 200
 MASK = "***"
-_BACK_OFF = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
 
 Json = dict[str, Any]  # Any: a JSON value, not yet checked
 Post = Callable[[str, Json], Awaitable[Json | RewardError]]
 Count = Annotated[int, Ge(1)]
 Retries = Annotated[int, Ge(0)]
 Seconds = Annotated[FiniteFloat, Gt(0)]
+Minutes = Annotated[FiniteFloat, Ge(0), Le(10_000)]
 
 
 class Endpoint:
-    """Posts JSON to one server; `num_requests` and `num_retries` count the requests since they were last reset."""
+    """Posts JSON to one server, or to several in turn; `num_requests` and `num_retries` count since the last reset."""
 
     def __init__(
-        self, url: str, *, api_key_env: str | None, concurrency: Count, request_timeout: Seconds, max_retries: Retries
+        self,
+        url: str | Sequence[str],
+        *,
+        api_key_env: str | None,
+        concurrency: Count,
+        request_timeout: Seconds,
+        max_retries: Retries,
+        outage_timeout: Minutes = 0.0,
     ) -> None:
-        """Check the URL and that the key is set; nothing is sent.
+        """Check the URLs and that the key is set; nothing is sent.
 
-        url:             http or https, without a user, a password or a query: those could hold a secret
+        url:             http or https, without a user, a password or a query: those could hold a secret; or a list of
+                         equal servers, which are asked in turn; another one takes over where one is away
         api_key_env:     name of the environment variable with the bearer token
         concurrency:     requests in flight
         request_timeout: seconds for one attempt, from its start to its whole answer
         max_retries:     further attempts after a transient failure: no connection, no answer in time, 429, 5xx
+        outage_timeout:  minutes for which requests wait and ask again if no server is there, beyond the retries; then
+                         ServerAway is raised
         """
-        try:
-            parsed = httpx2.URL(url)
-        except httpx2.InvalidURL:
-            raise InputError("the URL cannot be parsed; write it as http://host:port/v1") from None
-        if parsed.userinfo or parsed.query or parsed.fragment:
-            raise InputError(
-                "the URL holds a user, a query or a fragment; secrets come from the environment, see api_key_env"
-            )
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InputError(f"the URL must begin with http:// or https:// and a host, not {url!r}")
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls:
+            raise InputError("the list of URLs is empty; write at least one, such as http://host:port/v1")
+        for one in urls:
+            _check_url(one)
         if api_key_env is not None:
             _read_key(api_key_env)
-        self.url = url.rstrip("/")
+        self._servers = Servers([one.rstrip("/") for one in urls], outage_seconds=60 * outage_timeout)
+        self.url = ", ".join(self._servers.urls)
         self.num_requests = self.num_retries = 0
         self._api_key_env, self._concurrency = api_key_env, concurrency
-        self._request_timeout, self._max_retries = request_timeout, max_retries
+        self._request_timeout = request_timeout
+        self._max_retries = max(max_retries, len(urls) - 1)
 
     async def post_all(self, path: str, bodies: Sequence[Json]) -> list[Json | RewardError]:
-        """Return the server's JSON objects in the order of `bodies`; an error for a request that failed."""
+        """Return the servers' JSON objects in the order of `bodies`; an error for a request that failed.
+
+        Raises ServerAway if no server answers for `outage_timeout` minutes.
+        """
         async with self.connect() as post:
             return list(await asyncio.gather(*[post(path, body) for body in bodies]))
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Post]:
-        """Yield a function that posts a body to a path and returns the server's JSON object, or the request's error."""
+        """Yield a function that posts a body to a path and returns a server's JSON object, or the request's error."""
         key = _read_key(self._api_key_env) if self._api_key_env else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self._concurrency)
@@ -80,29 +93,46 @@ class Endpoint:
         async with httpx2.AsyncClient(headers=headers, timeout=self._request_timeout, limits=limits) as client:
 
             async def post(path: str, body: Json) -> Json | RewardError:
-                url = f"{self.url}{path}"
                 async with in_flight:
                     try:
-                        return await self._post_with_retries(client, url, body, key)
+                        return await self._post_with_retries(client, path, body, key)
                     except RewardError as error:
                         return type(error)(_mask(str(error), key))
+                    except ServerAway:
+                        raise
                     except Exception as error:  # one that no one has foreseen: the others of the batch count
-                        return RewardError(_mask(f"the request to {url} failed: {type(error).__name__}: {error}", key))
+                        shown = f"the request to {self.url}{path} failed: {type(error).__name__}: {error}"
+                        return RewardError(_mask(shown, key))
 
             yield post
 
-    async def _post_with_retries(self, client: httpx2.AsyncClient, url: str, body: Json, key: str | None) -> Json:
+    async def _post_with_retries(self, client: httpx2.AsyncClient, path: str, body: Json, key: str | None) -> Json:
+        request = Request(self._servers, self._max_retries)
         attempts = AsyncRetrying(
-            retry=retry_if_exception_type(_TransientError),
-            wait=_wait,
-            stop=stop_after_attempt(1 + self._max_retries),
+            retry=retry_if_exception_type(TransientError),
+            wait=request.seconds_to_wait,
+            stop=request.is_given_up,
             reraise=True,
         )
         async for attempt in attempts:
             with attempt:
                 self.num_requests += 1
                 self.num_retries += attempt.retry_state.attempt_number > 1
-                return await self._post(client, url, body, key)
+                url = self._servers.choose()
+                try:
+                    answer = await self._post(client, f"{url}{path}", body, key)
+                except TransientError as error:
+                    self._servers.failed(url, error)
+                    is_last = attempt.retry_state.attempt_number > self._max_retries
+                    may_wait = is_last and error.is_away and self._servers.outage_seconds > 0
+                    if may_wait and await _is_there(client, url):
+                        self._servers.answered(url)  # it is this request that it does not answer
+                    raise
+                except RewardError:
+                    self._servers.answered(url)
+                    raise
+                self._servers.answered(url)
+                return answer
         raise AssertionError("reraise leaves no other way out")
 
     async def _post(self, client: httpx2.AsyncClient, url: str, body: Json, key: str | None) -> Json:
@@ -112,17 +142,19 @@ class Endpoint:
             async with asyncio.timeout(self._request_timeout):
                 response = await client.post(url, json=body)
         except TimeoutError:
-            raise _TransientError(f"{url} gave no answer within {self._request_timeout:g} s") from None
+            raise TransientError(f"{url} gave no answer within {self._request_timeout:g} s", is_away=True) from None
         except httpx2.TransportError as error:
-            raise _TransientError(f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
+            message = f"{url} cannot be reached: {type(error).__name__} {error}".rstrip()
+            raise TransientError(message, is_away=True) from None
         except httpx2.DecodingError as error:
-            raise _TransientError(f"{url} sent a body that cannot be decoded: {error}") from None
+            raise TransientError(f"{url} sent a body that cannot be decoded: {error}") from None
         text = _mask(response.text, key)
         if response.status_code != 200:
             message = f"{url} answered {response.status_code}: {shorten(text)}"
             if response.status_code not in TRANSIENT_STATUS:
                 raise RejectedError(message)
-            raise _TransientError(message, wait=_seconds(response.headers.get("retry-after")))
+            wait = _seconds(response.headers.get("retry-after"))
+            raise TransientError(message, wait=wait, is_away=response.status_code in AWAY_STATUS)
         try:
             answer = json.loads(text)
             if key is not None:  # also where the server has escaped its letters
@@ -134,27 +166,35 @@ class Endpoint:
         return answer
 
 
+async def _is_there(client: httpx2.AsyncClient, url: str) -> bool:
+    """Return True if the server answers a GET, whatever it says."""
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            return (await client.get(url)).status_code not in AWAY_STATUS
+    except (TimeoutError, httpx2.HTTPError):
+        return False
+
+
 class RejectedError(RewardError):
     """The server rejects this request, however often it is sent."""
-
-
-class _TransientError(RewardError):
-    """A failure that may be over at the next attempt; `wait` are the seconds of the server's Retry-After."""
-
-    def __init__(self, message: str, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait = wait
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    retry_after = error.wait if isinstance(error, _TransientError) else 0.0
-    return max(min(retry_after, LONGEST_WAIT), _BACK_OFF(state))
 
 
 def _seconds(retry_after: str | None) -> float:
     """Return the seconds of a Retry-After header; 0 for none and for a date, where the back-off decides."""
     return float(retry_after) if retry_after and re.fullmatch(r"\d{1,6}(\.\d+)?", retry_after) else 0.0
+
+
+def _check_url(url: str) -> None:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise InputError("the URL cannot be parsed; write it as http://host:port/v1") from None
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise InputError(
+            "the URL holds a user, a query or a fragment; secrets come from the environment, see api_key_env"
+        )
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"the URL must begin with http:// or https:// and a host, not {url!r}")
 
 
 def _read_key(name: str) -> str:

@@ -11,24 +11,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from annotated_types import Ge, Len, MinLen
+from annotated_types import Ge, Le, Len, MinLen
 from pydantic import FiniteFloat, JsonValue
 
 from rekatrain.data.chat import parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, Retries, Seconds
+from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, Minutes, Retries, Seconds
 from rekatrain.rewards.models.judge_cache import JudgeCache
-from rekatrain.rewards.models.judge_prompt import (
-    pairwise_messages,
-    pairwise_schema,
-    read_score,
-    read_winner,
-    rubric_messages,
-    rubric_schema,
-)
+from rekatrain.rewards.models.judge_forms import Form, PairwiseForm, RubricForm, TemplateForm
 
 MILLION = 1e6
+SHORT_REPLY, LONG_REPLY = 256, 2048  # tokens
 MAX_TOKENS = 10**9  # of one reply; a server's larger number is none
 Text = Annotated[str, MinLen(1)]
 Price = Annotated[FiniteFloat, Ge(0)]
@@ -44,16 +38,21 @@ class Judge:
     def __init__(
         self,
         *,
-        base_url: str,
+        base_url: str | list[str],
         model: Text,
-        rubric: Text,
+        rubric: Text | None = None,
+        template: Text | None = None,
+        verdict: Text | None = None,
+        verdict_scores: dict[str, Annotated[FiniteFloat, Ge(0), Le(1)]] | None = None,
+        thoughts: bool = False,
         reference: Text | None = None,
         scale: Annotated[list[FiniteFloat], Len(2, 2)] | None = None,
         api_key_env: Text | None = None,
         concurrency: Count = 16,
         request_timeout: Seconds = 60.0,
         max_retries: Retries = 4,
-        max_tokens: Count = 256,
+        outage_timeout: Minutes = 10.0,
+        max_tokens: Count | None = None,
         json_schema: bool = True,
         extra_body: dict[str, JsonValue] | None = None,
         cache: Text | None = None,
@@ -62,23 +61,48 @@ class Judge:
     ) -> None:
         """Check the options; nothing is sent.
 
-        base_url, model:       of the endpoint; requests go to base_url/chat/completions at temperature 0
+        base_url, model:       of the endpoint, or of several; requests go to base_url/chat/completions at temperature 0
         rubric:                describes a good answer
+        template, verdict:     in place of a rubric: the user's own prompt, with fields such as {question} and {answer},
+                               and a pattern whose group holds the verdict in the reply (`judge_forms.TemplateForm`)
+        verdict_scores:        scores of verdicts that are words, such as {Yes: 1, No: 0}; else a number on `scale`
+        thoughts:              have the judge think in free text before its verdict. Tagged thoughts of a reasoning
+                               model (<think>) are left out in any case
         reference:             a column with an answer to compare with, in both orders: 1 wins, 0.5 ties, 0 loses
         scale:                 lowest and highest score on the rubric; default [1, 10]
         api_key_env:           name of the environment variable that holds the key
-        concurrency, request_timeout, max_retries: see `rekatrain.rewards.models.endpoint.Endpoint`
-        max_tokens:            longest reply
+        concurrency, request_timeout, max_retries, outage_timeout:
+                    see `rekatrain.rewards.models.endpoint.Endpoint`
+        max_tokens:            longest reply; default 256, or 2048 with thoughts or a template
         json_schema:           request replies that follow a JSON schema; false for a server that cannot enforce one
         extra_body:            further keys of the request; null removes one of ours
         cache:                 an SQLite file for the replies; None keeps them in memory
         prompt_price, completion_price: price of a million tokens, for the metric `cost`
         """
-        if not rubric.strip():
+        if rubric is not None and not rubric.strip():
             raise InputError("rubric is empty; describe a good answer")
-        self._low, self._high = scale or [1, 10]
-        if self._low >= self._high:
+        low, high = scale or [1, 10]
+        if low >= high:
             raise InputError(f"scale is {scale}; it should be the lowest and the highest score, as in [1, 10]")
+        self._form: Form
+        if template is not None:
+            if rubric is not None or thoughts or verdict is None:
+                raise InputError(
+                    "template goes with verdict, and not with rubric and thoughts, which are for our own prompt: it "
+                    "says itself what a good answer is, and how to reply"
+                )
+            own = TemplateForm(template, verdict, scores=verdict_scores, low=low, high=high)
+            if own.needs_reference != (reference is not None):
+                raise InputError(
+                    "template and reference do not fit: {reference}, {answer_a} and {answer_b} need the key"
+                )
+            self._form = own
+        elif rubric is None or verdict is not None or verdict_scores is not None:
+            raise InputError("rubric is missing: describe a good answer, or set template and verdict")
+        elif reference is not None:
+            self._form = PairwiseForm(rubric, thoughts=thoughts)
+        else:
+            self._form = RubricForm(rubric, low=low, high=high, thoughts=thoughts)
         if (prompt_price is None) != (completion_price is None):
             raise InputError("prompt_price and completion_price go together; set both or neither")
         self._endpoint = Endpoint(
@@ -87,13 +111,17 @@ class Judge:
             concurrency=concurrency,
             request_timeout=request_timeout,
             max_retries=max_retries,
+            outage_timeout=outage_timeout,
         )
+        self.outage_seconds = 60 * outage_timeout
         self.columns = (reference,) if reference else ()
-        self._rubric, self._reference, self._cache_path = rubric, reference, cache
-        schema = pairwise_schema() if reference else rubric_schema(self._low, self._high)
-        reply_format = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
-        settings: Json = {"model": model, "temperature": 0, "max_tokens": max_tokens}
-        settings |= {"response_format": reply_format if json_schema else None} | (extra_body or {})
+        self._reference, self._cache_path = reference, cache
+        verdict_schema = {"name": "verdict", "strict": True, "schema": self._form.schema}
+        reply_format = {"type": "json_schema", "json_schema": verdict_schema}
+        longest = max_tokens or (SHORT_REPLY if self._form.schema else LONG_REPLY)
+        settings: Json = {"model": model, "temperature": 0, "max_tokens": longest}
+        settings |= {"response_format": reply_format if json_schema and self._form.schema else None}
+        settings |= extra_body or {}
         self._settings = {key: value for key, value in settings.items() if value is not None}
         self._prices = (prompt_price, completion_price)
         self._num_cached = 0
@@ -135,32 +163,16 @@ class Judge:
 
     def _bodies(self, question: str, answer: str, reference: object) -> list[Json]:
         """Return the requests for one answer: one on a rubric, or two beside a reference, one in each order."""
-        if self._reference is None:
-            conversations = [
-                rubric_messages(rubric=self._rubric, question=question, answer=answer, low=self._low, high=self._high)
-            ]
-        else:
-            if not isinstance(reference, str):
-                raise InputError(
-                    f"reward judge: the column {self._reference} must be text, not {type(reference).__name__}"
-                )
-            pairs = [(answer, reference), (reference, answer)]
-            conversations = [
-                pairwise_messages(rubric=self._rubric, question=question, first=first, second=second)
-                for first, second in pairs
-            ]
+        if self._reference is not None and not isinstance(reference, str):
+            raise InputError(f"reward judge: the column {self._reference} must be text, not {type(reference).__name__}")
+        conversations = self._form.conversations(question, answer, None if reference is None else str(reference))
         return [{**self._settings, "messages": messages} for messages in conversations]
 
     def _verdict(self, replies: Sequence[str | RewardError]) -> float | RewardError:
         for reply in replies:
             if isinstance(reply, RewardError):
                 return reply
-        texts = [str(reply) for reply in replies]
-        if self._reference is None:
-            return read_score(texts[0], low=self._low, high=self._high)
-        as_first, as_second = map(read_winner, texts)
-        # Judges prefer the first or the second answer as such; both orders together cancel it (arXiv 2306.05685).
-        return ({"A": 1.0, "tie": 0.5, "B": 0.0}[as_first] + {"B": 1.0, "tie": 0.5, "A": 0.0}[as_second]) / 2
+        return self._form.combine([self._form.read(str(reply)) for reply in replies])
 
     async def _replies(self, bodies: Sequence[Json]) -> list[str | RewardError]:
         """Return the judge's reply to each request; only replies that hold a verdict are cached."""
@@ -198,10 +210,7 @@ class Judge:
     def _check(self, text: str) -> RewardError | None:
         """Return the error of a reply that holds no verdict."""
         try:
-            if self._reference is None:
-                read_score(text, low=self._low, high=self._high)
-            else:
-                read_winner(text)
+            self._form.read(text)
         except RewardError as error:
             return error
         return None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, MinLen
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import parse_completion, parse_prompt
@@ -22,6 +22,8 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.locations import names_path
 from rekatrain.data.reward_model_input import RewardModelInput, Template, check_template, encode_reward_model_input
 from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.models.ensemble import Ensemble, combine_members
+from rekatrain.rewards.outcome import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +39,8 @@ class RewardModel:
     def __init__(
         self,
         *,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | Annotated[list[str], MinLen(2)],
+        ensemble: Ensemble = "mean",
         revision: str | None = None,
         template: Template | None = None,
         reasoning: bool | None = None,
@@ -50,6 +53,8 @@ class RewardModel:
     ) -> None:
         """Check the options; no weight is read.
 
+        pretrained_model_name_or_path: a folder or a name on the hub; of an ensemble, a list of them
+        ensemble:           mean or minimum of the scaled scores of a list; the metric `uncertainty` is their deviation
         template:           reka (default), chat_template, pair or answer, see data/reward_model_input.py
         reasoning:          judge the reasoning too; the default is to judge the answer alone
         label:              name of the output whose probability is the score, of a classifier with several outputs
@@ -63,6 +68,21 @@ class RewardModel:
             raise InputError(f"mean and std go together, but mean is {mean} and std is {std}; set both or neither")
         if not DEVICE.fullmatch(device):
             raise InputError(f"device is {device!r}; it should be cpu, cuda or one GPU such as cuda:1")
+        self._ensemble = ensemble
+        self._members: list[RewardModel] = []
+        if isinstance(pretrained_model_name_or_path, list):
+            options: dict[str, Any] = {
+                "revision": revision,
+                "template": template,
+                "reasoning": reasoning,
+                "label": label,
+            }
+            options |= {"mean": mean, "std": std, "dtype": dtype, "device": device}
+            options["micro_batch_tokens"] = micro_batch_tokens
+            self._members = [
+                RewardModel(pretrained_model_name_or_path=member, **options) for member in pretrained_model_name_or_path
+            ]
+            return
         path = pretrained_model_name_or_path
         if names_path(path) and not Path(path).is_dir():
             raise InputError(f"pretrained_model_name_or_path: there is no reward model at {path!r}")
@@ -75,6 +95,10 @@ class RewardModel:
         """Load the classifier, log its memory, and fix the scale of its scores."""
         from rekatrain.rewards.models import classifier
 
+        for member in self._members:
+            member.setup()
+        if self._members:
+            return
         card = classifier.read_card(self._path)
         self._template = self._template or (card.template if card else "reka")
         self._reasoning = self._reasoning if self._reasoning is not None else bool(card and card.reasoning)
@@ -100,8 +124,11 @@ class RewardModel:
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> list[float | None | RewardError]:
+    ) -> Sequence[float | RewardError | Score]:
         """Return one normalized score per completion; an error if the score is not a finite number."""
+        if self._members:
+            members = [member(prompts, completions) for member in self._members]
+            return combine_members(members, self._ensemble)
         from rekatrain.rewards.models import classifier
 
         judged = [
@@ -132,6 +159,8 @@ class RewardModel:
 
     def metrics(self) -> dict[str, float]:
         """Return the number of answers since the last call whose beginning was cut off to fit the context."""
+        if self._members:
+            return {"num_cut": sum(member.metrics()["num_cut"] for member in self._members)}
         counted = {"num_cut": float(self._num_cut)}
         self._num_cut = 0
         return counted

@@ -22,7 +22,7 @@ from rekatrain.data.chat import Message, parse_completion, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.reward_model_input import RewardModelInput, break_markup, render_text
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, RejectedError, Retries, Seconds
+from rekatrain.rewards.models.endpoint import Count, Endpoint, Json, Minutes, RejectedError, Retries, Seconds
 from rekatrain.rewards.outcome import MAX_REWARD
 
 Route = Literal["classify", "pooling", "score", "http"]
@@ -36,7 +36,7 @@ class RemoteRewardModel:
     def __init__(
         self,
         *,
-        url: str,
+        url: str | list[str],
         route: Route,
         model: Annotated[str, MinLen(1)] | None = None,
         template: ServedTemplate | None = None,
@@ -50,10 +50,12 @@ class RemoteRewardModel:
         concurrency: Count = 8,
         request_timeout: Seconds = 60.0,
         max_retries: Retries = 4,
+        outage_timeout: Minutes = 10.0,
     ) -> None:
         """Check the options; nothing is sent.
 
-        url:        the server; /classify, /pooling or /score is added to it, and route http posts to it as it is
+        url:        the server, or several; /classify, /pooling or /score is added, and route http posts to it as it
+                    is
         model:      the name under which vLLM serves the model
         template:   the text of an answer for classify and pooling: reka (default), answer, or chat_template, which
                     sends messages for the server's own template, one request per completion. Route score sends the
@@ -65,7 +67,8 @@ class RemoteRewardModel:
         use_activation: vLLM's key: apply the model's activation, which is none for exported reward models, and a
                     sigmoid or a softmax for most others. Set it to false for decoders only: for encoders such as BERT
                     it also leaves out the tanh inside the model (vLLM 0.30)
-        api_key_env, concurrency, request_timeout, max_retries: see `rekatrain.rewards.models.endpoint.Endpoint`
+        api_key_env, concurrency, request_timeout, max_retries, outage_timeout:
+                    see `rekatrain.rewards.models.endpoint.Endpoint`
         """
         if template is not None and route not in ("classify", "pooling"):
             raise InputError(
@@ -79,7 +82,9 @@ class RemoteRewardModel:
             concurrency=concurrency,
             request_timeout=request_timeout,
             max_retries=max_retries,
+            outage_timeout=outage_timeout,
         )
+        self.outage_seconds = 60 * outage_timeout
         self._route, self._model, self._label, self._reasoning = route, model, label, reasoning
         self._use_activation = use_activation
         self._template: ServedTemplate = template or "reka"

@@ -70,6 +70,8 @@ class RLOOConfig:
                                         its denominator, but counted in the baseline; drop_from_group: neither
     overlong_buffer, overlong_penalty:  over the last overlong_buffer tokens before the cap, the reward falls linearly
                                         by up to overlong_penalty
+    advantage_scaling:                  per_reward: normalize each reward within its group before they are added up
+                                        (GDPO), see `scale_per_reward` in group.py; penalties are added as they are
     dynamic_sampling_rounds:            number of times that a prompt whose rewards (with penalties) are all equal is
                                         replaced by a new one
     grad_norm_quantile, grad_norm_window:  clip at this quantile of the gradient norms of so many recent updates, if
@@ -108,11 +110,11 @@ class RLOOConfig:
     bf16: bool = False
     eval_steps: Count | None = None
     eval_on_start: bool = False
-    save_steps: Count = 50
-    save_total_limit: Count | None = None
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     early_stopping_patience: Count | None = None
+    save_steps: Count = 50
+    save_total_limit: Count | None = None
     ddp_timeout: Count | None = None
     restart_optimizer: bool = False
 
@@ -127,6 +129,7 @@ class RLOOConfig:
     truncation_penalty: PositiveWeight = 1.0
     overlong_buffer: Count | None = None
     overlong_penalty: PositiveWeight = 1.0
+    advantage_scaling: Literal["none", "per_reward"] = "none"
     dynamic_sampling_rounds: CountOrZero = 0
     grad_norm_quantile: PositiveFraction | None = None
     grad_norm_window: Count = 100
@@ -170,10 +173,10 @@ class RLOOConfig:
             )
         if self.eval_on_start and self.eval_steps is None:
             raise InputError("rloo.eval_on_start needs rloo.eval_steps, the steps between two evaluations: set it")
+        check_best("rloo", vars(self), evaluates=self.eval_steps is not None, key="rloo.eval_steps")
         self._check_servers()
 
     @property
-        check_best("rloo", vars(self), evaluates=self.eval_steps is not None, key="rloo.eval_steps")
     def vllm_server_urls(self) -> list[str]:
         """URLs of the servers that sample; none where the training processes sample."""
         urls = self.vllm_server_base_url or []

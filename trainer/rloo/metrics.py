@@ -64,13 +64,13 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
         "finish_reason": completion.finish_reason.value,
         "rewards": {name: values[index] for name, values in group.rewards_by_name.items()},
         "reward_errors": dict(group.reward_errors[index]),
+        **_reported(group, index),
         "reward": None if math.isnan(reward) else reward,
         "sampler_logprob": sum(completion.logprobs),
         **trained,
     }
 
 
-def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | None]:
 def gold_of(row: Row) -> Any:  # a JSON value
     """Return the right answer of a row: its column `answer`, or the answer of its reference response; else None."""
     if row.columns.get("answer") is not None:
@@ -90,6 +90,7 @@ def _reported(group: Group, index: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in ({}, None)}
 
 
+def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | None]:
     """Metrics of a step from the records of all its completions, whichever process they come from.
 
     reward/SOURCE:                   the mean of the total over the completions of one source that has a name
@@ -97,6 +98,7 @@ def _reported(group: Group, index: int) -> dict[str, Any]:
     rewards/NAME/mean, .../std:      the same for one reward function
     rewards/NAME/not_applicable:     fraction of completions to which the reward does not apply (it returned None)
     rewards/NAME/errors:             fraction of completions on which the reward function failed
+    rewards/NAME/METRIC:             the mean of a metric that the reward reports, over the completions that have it
     rewards/NAME/length_correlation: Pearson correlation with the number of tokens; None where either is constant
     frac_reward_zero_std:            fraction of groups whose scorable rewards are all equal; they teach only the KL
     kl:                              mean over completions of the KL summed over tokens, nats; None without a reference
@@ -126,6 +128,9 @@ def _reported(group: Group, index: int) -> dict[str, Any]:
         values = [record["rewards"][name] for record in records]
         num_failed = sum(name in record["reward_errors"] for record in records)
         given = [(value, length) for value, length in zip(values, lengths, strict=True) if value is not None]
+        reported = [record.get("reward_metrics", {}).get(name, {}) for record in records]
+        for key in sorted({key for of_record in reported for key in of_record}):
+            metrics[f"rewards/{name}/{key}"] = _mean(of_record.get(key) for of_record in reported)
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = pstdev([value for value, _ in given]) if given else None
         metrics[f"rewards/{name}/not_applicable"] = (values.count(None) - num_failed) / len(records)

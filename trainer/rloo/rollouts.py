@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from rekatrain.data.rows import Row
 from rekatrain.data.stop import decode_completion
 from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.models.outage import ServerAway
+from rekatrain.rewards.progress import Progress
 from rekatrain.rewards.workers.pool import Job
 from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned, Phase
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.rloo.distributed import whole_weights, zero_stage
-from rekatrain.trainer.rloo.group import Group, apply_length_penalties
+from rekatrain.trainer.rloo.group import Group, shape_rewards
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.setup import RunSetup
 
@@ -87,6 +89,8 @@ def abandonable(accelerator: Accelerator, function: Callable[[], Result]) -> Res
             results.append(function())
         finally:
             INTERRUPTION.phase = Phase.TRAINING
+    except ServerAway as error:  # as an interruption: the step is abandoned, and what has been trained is saved
+        INTERRUPTION.cause = INTERRUPTION.cause or error.cause
     except Abandoned:  # a signal's handler raises it anywhere, after the last line of `try` too
         pass
     num_abandoned = accelerator.reduce(torch.tensor([not results], dtype=torch.int, device=accelerator.device), "sum")
@@ -132,11 +136,10 @@ def roll_out(
             seed=seed,
             step=step,
             num_generations=config.num_generations,
+            progress=Progress(step=step, max_steps=config.max_steps),
             lap=lap,
         )
-        if config.overlong_buffer is not None or config.truncated_completions != "keep":
-            sampled = [apply_length_penalties(group, config) for group in sampled]
-        groups.update(zip(indices, sampled, strict=True))
+        groups.update(zip(indices, [shape_rewards(group, config) for group in sampled], strict=True))
     return list(groups.values()), replaced
 
 
@@ -186,9 +189,13 @@ def sample_groups(
     seed: int,
     step: int,
     num_generations: int,
+    progress: Progress | None = None,
     lap: Lap = lambda phase: None,
 ) -> list[Group]:
-    """Sample and score a group for each prompt; draws follow from (seed, step, prompt index, index in group) alone."""
+    """Sample and score a group for each prompt; draws follow from (seed, step, prompt index, index in group) alone.
+
+    progress: of the run, for rewards whose weight depends on it
+    """
     rows = [prompt.row for prompt in prompts for _ in range(num_generations)]
     columns, judges = reward_columns(rows), [row.source.rewards for row in rows]
     texts: dict[int, str] = {}
@@ -214,6 +221,7 @@ def sample_groups(
         columns=columns,
         judges=judges,
         submitted=jobs,
+        progress=progress,
     )
     groups = []
     for number, (prompt_index, prompt, completions) in enumerate(zip(prompt_indices, prompts, sampled, strict=True)):
@@ -228,6 +236,9 @@ def sample_groups(
             rewards_by_name={name: values[members] for name, values in scores.by_name.items()},
             reward_errors=scores.errors[members],
             is_in_loss=[not math.isnan(reward) for reward in rewards],
+            reward_terms=scores.terms[members],
+            reward_metrics=scores.metrics[members],
+            reward_notes=scores.notes[members],
         )
         groups.append(group)
     lap("reward")

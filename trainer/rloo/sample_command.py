@@ -5,9 +5,10 @@ from statistics import fmean, pstdev
 
 import torch
 
+from rekatrain.rewards.progress import Progress
 from rekatrain.trainer.models.load import load_policy
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.rloo.group import Group, apply_length_penalties
+from rekatrain.trainer.rloo.group import Group, shape_rewards
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages
 from rekatrain.trainer.rloo.rollouts import sample_groups, step_prompts
 from rekatrain.trainer.rloo.setup import prepare
@@ -42,8 +43,9 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
             seed=recipe.seed,
             step=0,
             num_generations=config.num_generations,
+            progress=Progress(max_steps=config.max_steps),
         )
-    groups = [apply_length_penalties(group, config) for group in sampled]
+    groups = [shape_rewards(group, config) for group in sampled]
     if by_disagreement:
         _print_by_disagreement(groups, {reward.name: reward.weight for reward in setup.rewards})
         return groups
@@ -87,7 +89,7 @@ def _print_by_disagreement(groups: Sequence[Group], weights: Mapping[str, float]
 def _describe(group: Group, index: int) -> str:
     completion = group.completions[index]
     is_in_loss = group.is_in_loss[index]
-    advantage = leave_one_out_advantages(torch.tensor([group.rewards]))[0, index].item() if is_in_loss else 0.0
+    advantage = leave_one_out_advantages(torch.tensor([group.compared_rewards]))[0, index].item() if is_in_loss else 0.0
     values = [f"{name} {of_reward[index]}" for name, of_reward in group.rewards_by_name.items()]
     failed = [f"{name} failed: {error}" for name, error in group.reward_errors[index].items()]
     return (

@@ -89,6 +89,7 @@ class RunSetup:
         scorers = [reward for reward in self.rewards if reward.scorer is not None]
         num_workers = self.scoring.num_workers or num_workers_here()
         scoring = sum(reward.timeout or self.scoring.batch_timeout for reward in batch_functions)
+        scoring += sum(getattr(reward.function, "outage_seconds", 0.0) for reward in batch_functions)
         scoring += math.ceil(num_prompts * config.num_generations / num_workers) * sum(
             reward.timeout or self.scoring.timeout for reward in scorers
         )
@@ -109,7 +110,6 @@ class RunSetup:
         )
 
 
-def prepare(recipe: Recipe) -> RunSetup:
 def make_best(config: RLOOConfig, held_out: HeldOut | None) -> BestModel:
     """Return the best evaluation of a run that has not begun; InputError for a metric that its evaluations lack."""
     best = BestModel(
@@ -122,6 +122,7 @@ def make_best(config: RLOOConfig, held_out: HeldOut | None) -> BestModel:
     return best
 
 
+def prepare(recipe: Recipe) -> RunSetup:
     """Check the recipe against its data, its rewards and its model's config; raise InputError for what is wrong."""
     config = RLOOConfig(**recipe.rloo)
     check_mixed_precision(recipe.stage, bf16=config.bf16)
@@ -141,8 +142,8 @@ def make_best(config: RLOOConfig, held_out: HeldOut | None) -> BestModel:
     prompts = [prompt for prompt, is_kept in zip(prompts, gradable, strict=True) if is_kept]
     is_evaluated = config.eval_steps is not None
     held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=False) if is_evaluated else None
-    return RunSetup(
     make_best(config, held_out)  # checks the metric
+    return RunSetup(
         config=config,
         tokenizer=tokenizer,
         prompts=prompts,

@@ -10,7 +10,7 @@ import pytest
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.models import endpoint
+from rekatrain.rewards.models import endpoint, outage
 from rekatrain.rewards.models.endpoint import Endpoint
 
 KEY = "sk-a-very-secret-key"
@@ -27,7 +27,7 @@ def post(server: Endpoint, *bodies: dict) -> list:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_BACK_OFF", lambda state: 0.0)
+    monkeypatch.setattr(outage, "_BACK_OFF", lambda state: 0.0)
 
 
 def test_post_all_keeps_the_order_of_the_requests(serve) -> None:

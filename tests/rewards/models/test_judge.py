@@ -16,7 +16,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
-from rekatrain.rewards.models import endpoint
+from rekatrain.rewards.models import outage
 from rekatrain.rewards.models.judge import Judge
 from rekatrain.rewards.models.judge_prompt import read_score, read_winner, rubric_messages
 
@@ -29,7 +29,7 @@ FENCE = re.compile(
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_BACK_OFF", lambda state: 0.0)
+    monkeypatch.setattr(outage, "_BACK_OFF", lambda state: 0.0)
 
 
 def reply(text: object, tokens: tuple[int, int] = (100, 10)) -> tuple[int, dict]:

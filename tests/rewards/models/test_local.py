@@ -12,9 +12,13 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_model_input
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
+from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.models.classifier import CARD_FILE, classify, set_pad
+from rekatrain.rewards.models.ensemble import combine_members
 from rekatrain.rewards.models.local import RewardModel
 from tests.helpers.reward_models import rewards_of, save_decoder, save_encoder
+
+PROMPT = "human: What is 2+2? <sep> assistant:"
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +142,27 @@ def test_reward_model_rejects_other_folders_and_options(
             build_reward_functions({"reward_model": {"pretrained_model_name_or_path": str(decoder_folder)} | options})
     with pytest.raises(InputError, match="device is 'cuda:99', but this process sees"):
         rewards_of(decoder_folder, "", device="cuda:99")
+
+
+@pytest.mark.parametrize(("ensemble", "combine"), [("mean", lambda a, b: (a + b) / 2), ("minimum", min)])
+def test_reward_model_ensemble_combines_scaled_scores(decoder_folder: Path, tmp_path: Path, ensemble, combine) -> None:
+    texts = (" four <sep>", " five <sep>", " blue")
+    one = rewards_of(decoder_folder, *texts)
+    other = with_scale(decoder_folder, tmp_path / "other", mean=0.3, std=0.5, reasoning=False)
+    two = rewards_of(other, *texts)
+    options = {"pretrained_model_name_or_path": [str(decoder_folder), str(other)], "ensemble": ensemble}
+    with Grader(build_reward_functions({"reward_model": options})) as grader:
+        scores = grader.score(prompts=[PROMPT] * 3, completions=list(texts), completion_ids=[[]] * 3, columns={})
+    expected = [combine(a, b) for a, b in zip(one, two, strict=True)]
+    assert scores.by_name["reward_model"] == pytest.approx(expected, abs=1e-5)
+    uncertainty = [of_one["reward_model"]["uncertainty"] for of_one in scores.metrics]
+    assert uncertainty == pytest.approx([abs(a - b) / 2 for a, b in zip(one, two, strict=True)], abs=1e-5)
+    assert scores.notes[0]["reward_model"] == pytest.approx([one[0], two[0]], abs=1e-5)
+
+
+def test_reward_model_ensemble_is_checked_member_by_member(decoder_folder: Path) -> None:
+    for paths, message in ([["./nowhere", str(decoder_folder)], "no reward model at './nowhere'"], [[], "at least 2"]):
+        with pytest.raises(InputError, match=message):
+            build_reward_functions({"reward_model": {"pretrained_model_name_or_path": paths}})
+    values = combine_members([[1.0, RewardError("no score")], [2.0, 3.0]], "minimum")
+    assert values[0].value == 1.0 and isinstance(values[1], RewardError)

@@ -43,6 +43,16 @@ def dangerous(completion):
         os.kill(os.getpid(), 9)
     if text == "memory":
         bytearray(10 << 30)
+    if text == "close":
+        os.closerange(0, 1000)
+    if text == "close all by C":
+        import ctypes
+        for number in range(1000):
+            ctypes.CDLL(None).close(number)
+    if text == "killpg":
+        os.killpg(0, 9)
+    if text == "kill server":
+        os.killpg(os.getpgid(os.getppid()), 9)
     if text == "raise":
         raise KeyError("solution")
     if text == "system exit":
@@ -52,6 +62,12 @@ def dangerous(completion):
     if text == "text":
         return "0.5"
     return 1.0
+
+
+def here(completion, *, folder=os.getcwd()):
+    moved = os.getcwd() != folder
+    os.chdir("/")
+    return 0.0 if moved else 1.0
 
 
 def batch(completions, **kwargs):
@@ -122,6 +138,24 @@ def test_pool_failure_is_an_error_of_its_completion_alone():
             assert [math.isnan(total) for total in scores.total] == [answer != "fine" for answer in answers]
             assert scores.by_name["graders:length"] == [float(len(answer)) for answer in answers]
         assert grader.metrics()["rewards/graders:dangerous/seconds"] > 2 * 3 * 0.5
+
+
+def test_pool_scorer_can_neither_end_nor_move_the_run(tmp_path):
+    answers = ["fine", "close", "fine", "killpg", "fine", "close all by C", "fine", "kill server", "fine", "fine"]
+    functions = build_reward_functions({"graders:dangerous": {"timeout": 2.0}, "graders:here": {"weight": 0}})
+    with Grader(functions, ScoringConfig(num_workers=1, max_error_share=1.0)) as grader:
+        for answer in answers:
+            scores = grader.score(**batch([answer]))
+            assert scores.by_name["graders:dangerous"] == [1.0 if answer in ("fine", "kill server") else None], answer
+            assert scores.by_name["graders:here"] == [1.0], answer
+
+
+def test_pool_names_setup_where_a_first_call_is_late():
+    functions = build_reward_functions({"graders:dangerous": {"timeout": 0.5}})
+    with Grader(functions, ScoringConfig(num_workers=1, max_error_share=1.0)) as grader:
+        first, _, second = (grader.score(**batch([answer])).errors[0] for answer in ("sleep", "fine", "sleep"))
+    assert "setup()" in first["graders:dangerous"] and "raise timeout" in first["graders:dangerous"]
+    assert second["graders:dangerous"] == "no result after 0.5 seconds"
 
 
 def test_on_timeout_zero_scores_a_late_completion_0(tmp_path):

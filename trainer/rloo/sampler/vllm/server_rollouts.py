@@ -159,6 +159,11 @@ def _to_json(group: Group, indices: dict[int, int]) -> Json:
         "rewards_by_name": {name: list(values) for name, values in group.rewards_by_name.items()},
         "reward_errors": [dict(errors) for errors in group.reward_errors],
         "is_in_loss": group.is_in_loss,
+        "reward_metrics": [dict(metrics) for metrics in group.reward_metrics],
+        "reward_notes": [dict(notes) for notes in group.reward_notes],
+        "scaled_rewards": None
+        if group.scaled_rewards is None
+        else [None if math.isnan(reward) else reward for reward in group.scaled_rewards],
     }
 
 
@@ -169,10 +174,12 @@ def _from_json(stored: Json, setup: RunSetup) -> Group:
         )
         for fields in stored["completions"]
     ]
-    kept = ("prompt_index", "texts", "rewards_by_name", "reward_errors", "is_in_loss")
+    scaled = stored.get("scaled_rewards")
+    kept = ("prompt_index", "texts", "rewards_by_name", "reward_errors", "is_in_loss", "reward_metrics", "reward_notes")
     return Group(
         prompt=setup.prompts[stored["prompt"]],
         completions=completions,
         rewards=[math.nan if reward is None else reward for reward in stored["rewards"]],
-        **{name: stored[name] for name in kept},
+        scaled_rewards=None if scaled is None else [math.nan if reward is None else reward for reward in scaled],
+        **{name: stored[name] for name in kept if name in stored},
     )
