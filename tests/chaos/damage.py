@@ -1,6 +1,6 @@
 """Damage the newest checkpoint, the records and the recipe of a run in every way: each is repaired or reported.
 
-    python tests/chaos/damage.py
+    python -m tests.chaos.damage
 
 The run is killed after its third checkpoint of four. Each file of the checkpoint is truncated, emptied, deleted, and so
 on. A resume must do one of these:
@@ -21,9 +21,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from damages import NEWEST, RESULTS, Case, cases
-from processes import fork_run
-from runs import Setting, all_settings, differences, scratch_folder, write_model, write_workspace
+from tests.chaos.damages import NEWEST, RESULTS, Case, cases
+from tests.chaos.processes import fork_run
+from tests.chaos.runs import Setting, all_settings, differences, scratch_folder, write_model, write_workspace
 
 
 class Workshop:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import Setting
-
 from rekatrain.trainer.run.checkpoints import MANIFEST_FILE
+from tests.chaos.runs import Setting
 
 Damage = Callable[[Path], object]
 RESULTS = ("falls back", "goes on", "reports", "one line")

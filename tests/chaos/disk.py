@@ -1,6 +1,6 @@
 """Fill the disk while a run saves: one line, the older checkpoints stay whole, and with room the first resume works.
 
-    python tests/chaos/disk.py
+    python -m tests.chaos.disk
 
 The run folder is a small file system in memory, in several sizes: the run finds it full at its start, while it writes
 weights, optimizer or records, or not at all. Then it is enlarged, and the resume must end as the undamaged run, bit by
@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import fork_run
-from runs import all_settings, differences, scratch_folder, write_model, write_workspace
-
 from rekatrain.trainer.run.checkpoints import find_fault, numbered_checkpoints
+from tests.chaos.processes import fork_run
+from tests.chaos.runs import all_settings, differences, scratch_folder, write_model, write_workspace
 from tests.helpers.forks import Process
 
 

@@ -4,12 +4,10 @@ import json
 import os
 import sys
 
-sys.path.append(os.getcwd())  # as `python -m rekatrain` does
-
-from kill_points import KillPoint, install  # noqa: E402  # after the path
-from processes import POINT  # noqa: E402
+from tests.chaos.kill_points import POINT, KillPoint, install
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # as `python -m rekatrain` does
     install(KillPoint(**json.loads(os.environ[POINT])))
     from rekatrain.trainer.cli import main
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.helpers.forks import kill_tree
 
-from tests.helpers.forks import kill_tree  # noqa: E402  # after the path
-
+# Variable that holds the kill point of entry.py.
+POINT = "REKATRAIN_CHAOS_POINT"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Events with a path, and the index of its folder's descriptor among their arguments.
 EVENTS = {"open": None, "os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": None}

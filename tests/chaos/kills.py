@@ -1,6 +1,6 @@
 """Kill runs at random moments and at chosen file operations: the first resume must work, and end with the same bits.
 
-    python tests/chaos/kills.py --kills 100
+    python -m tests.chaos.kills --kills 100
 
 SFT and RLOO, full and LoRA, on one process (8 of 100 kills are of `python -m rekatrain`, the others of forks of a warm
 process) and under ZeRO-3 on two (4 of 100 by the real launcher, 12 in forks). Every fifth kill is double: the resume is
@@ -17,9 +17,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kill_points import KillPoint, Scope
-from processes import fork_run, orphans, start_command
-from runs import (
+from tests.chaos.kill_points import KillPoint, Scope
+from tests.chaos.processes import fork_run, orphans, start_command
+from tests.chaos.runs import (
     Setting,
     all_settings,
     differences,
@@ -29,7 +29,6 @@ from runs import (
     write_own_files,
     write_workspace,
 )
-
 from tests.helpers.forks import Process, kill_tree
 
 MAX_DELAY = 0.02  # seconds: a checkpoint of the tiny model is written in less

@@ -14,18 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from kill_points import KillPoint, install
-from runs import PROJECT
 
-from tests.helpers.forks import LAUNCH_FILES, Launch, Process, Program, fork
+from tests.chaos.kill_points import POINT, KillPoint, install
+from tests.helpers.forks import LAUNCH_FILES, PROJECT, Launch, Process, Program, fork
 
 HERE = Path(__file__).parent
 LAUNCH_FILE = LAUNCH_FILES / "zero3.yaml"
-POINT = "REKATRAIN_CHAOS_POINT"
 # Every start would otherwise plan its memory for a second.
 COMMAND = ["train", "recipe.yaml", "--skip-memory-check"]
-# A fork finds kill_points.py there.
-os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{PROJECT}"
 
 
 def fork_run(
@@ -63,7 +59,8 @@ def start_command(folder: Path, *arguments: str, point: KillPoint | None = None,
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--config_file", LAUNCH_FILE]
     program = [HERE / "entry.py"] if point else ["-m", "rekatrain"]
     command = [sys.executable, *(launcher if processes > 1 else []), *program, *COMMAND, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT / ".package"), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(PROJECT / ".package"), *([str(PROJECT)] if point else [])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     if point:
         environment[POINT] = json.dumps(asdict(point))
     with log.open("ab") as file:

@@ -6,17 +6,13 @@ A run takes four steps with a checkpoint after each, and keeps the last two: it 
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from rekatrain.trainer.run.folder import LOCK_FILE, METRICS_FILE, ROLLOUTS_FILE  # noqa: E402
-from tests.conftest import tiny_llama, tiny_tokenizer  # noqa: E402  # after the path
+from rekatrain.trainer.run.folder import LOCK_FILE, METRICS_FILE, ROLLOUTS_FILE
+from tests.conftest import tiny_llama, tiny_tokenizer
 
 STEPS = 4
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

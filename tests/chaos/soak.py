@@ -1,6 +1,6 @@
 """Train RLOO for long with failing graders, kills and resumes: memory and open files stay flat, no record is lost.
 
-    python tests/chaos/soak.py --steps 2000
+    python -m tests.chaos.soak --steps 2000
 
 The recipe is an adapter with eight completions per step and a scorer that fails at random: it raises, returns nan, ends
 its process, aborts, or hangs. The run is ended at random steps by SIGKILL (of the run, or of its main process alone) or
@@ -22,10 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from processes import orphans, start_command
-from runs import Setting, scratch_folder, write_model, write_workspace
-from samples import Part, last_step, look
 
+from tests.chaos.processes import orphans, start_command
+from tests.chaos.runs import Setting, scratch_folder, write_model, write_workspace
+from tests.chaos.samples import Part, last_step, look
 from tests.helpers.forks import Process, kill_tree
 
 ENDINGS = ("SIGKILL of all", "SIGKILL of one", "SIGTERM")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.small_runs import PROJECT, records, start, write_data, write_recipe
+from tests.end_to_end.small_runs import records, write_data, write_recipe
+from tests.helpers.forks import Launch, start_forked
 from tests.stress.processes import run_matrix, short_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
@@ -46,13 +47,12 @@ def test_ddp_timeout_ends_a_run_with_one_line(tmp_path: Path, model_folder: Path
         rewards={"slower_reward:slower": {"weight": 1.0}},
         rloo={"ddp_timeout": 12, "beta": 0.0, **sizes},
     )
-    launch_file = PROJECT / "recipes" / "accelerate" / "ddp.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file", str(launch_file)]
     began = time.monotonic()
-    process = start(tmp_path, *launcher, "-m", "rekatrain", "train", str(path))
-    stderr = process.communicate(timeout=300)[1].decode()
-    assert process.returncode != 0 and time.monotonic() - began < 100
+    launch = Launch(num_processes=2, file="ddp.yaml")
+    process = start_forked(tmp_path, "-m", "rekatrain", "train", str(path), launch=launch)
+    status, output = process.wait(300), process.output()
+    assert status != 0 and time.monotonic() - began < 100
     assert [line["step"] for line in records(tmp_path / "run")] == [1]
-    ours = [line for line in stderr.splitlines() if "rekatrain: " in line]
+    ours = [line for line in output.splitlines() if "rekatrain: " in line]
     assert len(ours) == 1 and "time limit of 12 s" in ours[0] and "ddp_timeout" in ours[0]
-    assert "[rank0]: Traceback" not in stderr  # the launcher prints another one
+    assert "Traceback" not in output
