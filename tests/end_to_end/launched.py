@@ -18,7 +18,6 @@ def run(case: dict[str, Any]) -> None:
     """Run one case in this process of the launch."""
     # Imported here because reward workers import this file and need none of it.
     import torch
-    from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from trl.trainer.sft_config import SFTConfig
 
@@ -30,7 +29,6 @@ def run(case: dict[str, Any]) -> None:
     # Stage rloo destroys the process group at the end of its run; gloo cannot make a second one.
     torch.distributed.destroy_process_group = lambda *_: None
     unset_hf_deepspeed_config()  # a separate process would start without it
-    AcceleratorState._reset_state()
     os.environ.update(case["environment"])
     if "load" in case:
         recipe = load_recipe(case["load"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
     """
     launch = read_launch()
     prepare_deepspeed(launch)
+    AcceleratorState._reset_state()  # of an earlier run in this process, which may have another `bf16`
     has_gpu, is_deepspeed = torch.cuda.is_available(), launch.engine == "deepspeed"
     backend = "gloo" if is_deepspeed and not has_gpu else "nccl"  # as Accelerate does otherwise: a CPU has gloo
     accelerator = Accelerator(

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from rekatrain.trainer.rloo.config import RLOOConfig
-from rekatrain.trainer.rloo.distributed import FIRST_NORMS, GradientClipper, update_weights
+from rekatrain.trainer.rloo.distributed import FIRST_NORMS, GradientClipper, make_accelerator, update_weights
 
 
 def make_clipper(**settings: float) -> GradientClipper:
@@ -34,6 +34,11 @@ def clip(clipper: GradientClipper, norm: float) -> tuple[float, float]:
     metrics = clipper.metrics()
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     return model.weight.grad.norm().item(), metrics["grad_norm_limit"]
+
+
+def test_later_run_of_a_process_has_its_own_precision() -> None:
+    for bf16, precision in ((False, "no"), (True, "bf16"), (False, "no")):
+        assert make_accelerator(bf16=bf16, ddp_timeout=60).mixed_precision == precision
 
 
 NORMS = [3.0, 1.0, 2.0, 8.0, 5.0, 0.5, 4.0, 2.5, 1.5, 6.0, 20.0, 1.0, 30.0, 2.0, 9.0]
