@@ -26,6 +26,7 @@ TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 # A proxy's answers for a server that is not there.
 AWAY_STATUS = {502, 503, 504}
 PROBE_SECONDS = 5.0
+MAX_REPLY, CHUNK = 64 << 20, 1 << 16  # bytes
 SHOWN_CHARACTERS = 200
 MASK = "***"
 
@@ -140,7 +141,8 @@ class Endpoint:
         try:
             # httpx's own limits are per read: a server that sends one byte at a time would never reach them.
             async with asyncio.timeout(self._request_timeout):
-                response = await client.post(url, json=body)
+                async with client.stream("POST", url, json=body) as response:
+                    content = await _read(response, url)
         except TimeoutError:
             raise TransientError(f"{url} gave no answer within {self._request_timeout:g} s", is_away=True) from None
         except httpx2.TransportError as error:
@@ -148,7 +150,7 @@ class Endpoint:
             raise TransientError(message, is_away=True) from None
         except httpx2.DecodingError as error:
             raise TransientError(f"{url} sent a body that cannot be decoded: {error}") from None
-        text = _mask(response.text, key)
+        text = _mask(content.decode(response.encoding or "utf-8", errors="replace"), key)
         if response.status_code != 200:
             message = f"{url} answered {response.status_code}: {shorten(text)}"
             if response.status_code not in TRANSIENT_STATUS:
@@ -173,6 +175,16 @@ async def _is_there(client: httpx2.AsyncClient, url: str) -> bool:
             return (await client.get(url)).status_code not in AWAY_STATUS
     except (TimeoutError, httpx2.HTTPError):
         return False
+
+
+async def _read(response: httpx2.Response, url: str) -> bytes:
+    """Return the body; raise RewardError if it is too long: a small one may unpack to many gigabytes."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes(CHUNK):
+        content += chunk
+        if len(content) > MAX_REPLY:
+            raise RewardError(f"{url} sent more than {MAX_REPLY >> 20} MiB")
+    return bytes(content)
 
 
 class RejectedError(RewardError):

@@ -1,9 +1,12 @@
 """Endpoints, against a real server: what is retried, what is bounded, and that no secret is shown or kept."""
 
 import asyncio
+import gzip
 import logging
+import resource
 import threading
 import time
+import zlib
 
 import pytest
 
@@ -184,3 +187,41 @@ def test_endpoint_limits_out_of_range_are_rejected(options: dict) -> None:
     judge = {"base_url": "http://host", "model": "judge", "rubric": "Be polite.", **options}
     with pytest.raises(InputError, match=f"rewards.judge.{key} is .*; it should be greater than"):
         build_reward_functions({"judge": judge})
+
+
+def bombs() -> dict[str, tuple]:
+    """Return replies that no client can use: status, body and headers by name."""
+    packed = {"content-encoding": "gzip"}
+    layers = zlib.compressobj(9, wbits=31)
+    bomb = b"".join(layers.compress(b"0" * (1 << 20)) for _ in range(1 << 10)) + layers.flush()  # 1 GiB
+    return {
+        "gzip bomb": (200, bomb, packed),
+        "cut gzip": (200, gzip.compress(b'{"n": 1}' * 1000)[:-20], packed),
+        "no gzip": (200, b'{"n": 1}', packed),
+        "unknown packing": (200, b"{}", {"content-encoding": "br, zstd"}),
+        "deep": (200, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        "deep list": (200, b"[" * 200_000),
+        "cut": (200, b'{"choices": [{"message": {"content": "{\\"score\\": 1'),
+        "cut character": (200, '{"n": "é'.encode()[:-1]),
+        "list": (200, b"[1]"),
+        "number": (200, b"7"),
+        "huge number": (200, b'{"n": ' + b"9" * 5000 + b"}"),
+        "empty": (200, b""),
+        "page": (200, b"<html>Welcome</html>"),
+        "utf-16": (200, '{"n": 1}'.encode("utf-16"), {"content-type": "application/json; charset=utf-7"}),
+    }
+
+
+@pytest.mark.parametrize("kind", bombs())
+def test_reply_that_nobody_can_use_costs_its_request(serve, kind: str) -> None:
+    answers = bombs()
+
+    def answer(path: str, body: dict | None) -> tuple:
+        return answers[body["kind"]] if body and body["kind"] in answers else (200, {"n": 1})
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results = post(make(serve(answer).url, max_retries=0), {"kind": "good"}, {"kind": kind}, {"kind": "good"})
+    assert results[0] == results[2] == {"n": 1}
+    if kind not in ("unknown packing",):
+        assert isinstance(results[1], RewardError), results[1]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # KiB
