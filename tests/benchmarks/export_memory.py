@@ -117,7 +117,8 @@ def main() -> None:
     peak.start()
     start = time.monotonic()
     shard = f"{SHARD_MB}MB"
-    export(options.work / "run/checkpoints/checkpoint-1", options.work / options.form, form=options.form, max_shard_size=shard)
+    checkpoint = options.work / "run" / "checkpoints" / "checkpoint-1"
+    export(checkpoint, options.work / options.form, form=options.form, max_shard_size=shard)
     seconds = time.monotonic() - start
     peak.is_over = True
     used = peak.peak_mb - peak.start_mb

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rekatrain.data.chat import Message, encode_text, render_prompt
+from rekatrain.data.chat import Message, encode_prompt, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import write_adapter, write_merged
@@ -76,7 +76,9 @@ def export(
     source = find_source(str(run))
     _check(source, form, dtype, quantize)
     tokenizer = load_tokenizer(source.folder)
-    tokenizer.chat_template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    # Servers add no bos token to a conversation: the template has it, where the model's family was trained with one.
+    tokenizer.chat_template = ("{{- bos_token -}}" if bos_ids(tokenizer) else "") + template
     with written_aside(out) as partial:
         _write(partial, form, source, tokenizer, stored_dtype, quantize, max_shard_size)
         publish(partial, out, form, recipe, recipe_file.parent, source)
@@ -92,7 +94,7 @@ def _write(
     max_shard_size: str,
 ) -> None:
     """Write the weights into `folder` and verify them in a fresh process."""
-    probe = torch.tensor([encode_text(render_prompt(PROBE_MESSAGES), tokenizer)])
+    probe = torch.tensor([encode_prompt(render_prompt(PROBE_MESSAGES), tokenizer)])
     weights = LazyWeights(source)
     _check_training(weights, Path(source.folder))
     stored = weights.rounded(torch.float32 if form == "adapter" else getattr(torch, stored_dtype))

@@ -4,7 +4,10 @@ The whole model is never in memory. PEFT's own layers merge: they are built with
 layer at a time. So every kind of adapter is merged as PEFT's `merge_and_unload` does it, bit for bit.
 """
 
+import ctypes
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -23,6 +26,8 @@ from rekatrain.trainer.export.stored_tensors import StoredTensors, open_tensors
 from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.models.weights import load_adapter, quiet_transformers, readable
 
+# A parameter of glibc's mallopt.
+M_MMAP_THRESHOLD = -3
 # Names that PEFT puts into those of the model.
 PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(?:base_layer|original_module|modules_to_save\.default)(?=\.|$)")
 
@@ -40,6 +45,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
         auto_class: transformers' class for the model; options: keywords of its config, such as num_labels
         """
+        _return_memory_at_once()
         self.dtype = torch.float32
         self._source = source
         with readable(source.base), quiet_transformers():
@@ -72,7 +78,8 @@ class LazyWeights(Mapping[str, Tensor]):
             tensor = self._stored[self._untied.get(name, name)].float()
         for layer in self._layers.get(name, []):
             tensor = _merge(layer, name.rpartition(".")[2], tensor)
-        if not bool(torch.isfinite(tensor).all()):
+        lowest, highest = torch.aminmax(tensor)  # NaN if one is; torch.isfinite would need two more tensors
+        if not math.isfinite(lowest) or not math.isfinite(highest):
             raise InputError(
                 f"{self._source.folder!r} has weights that are not finite, the first are in {name}: the model is "
                 "broken; use an earlier checkpoint, or copy it again"
@@ -122,6 +129,12 @@ def streaming(weights: LazyWeights) -> Iterator[PreTrainedModel]:
         yield model
     finally:
         remove_hook_from_submodules(model)
+
+
+def _return_memory_at_once() -> None:
+    """Let glibc give each tensor of 1 MB or more back when it is freed: it keeps tensors below 32 MB by default."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _empty(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:

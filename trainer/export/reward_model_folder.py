@@ -22,7 +22,8 @@ from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish, written_aside
 from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, describe_evaluation, evaluate_pairs
+from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, evaluate_pairs
+from rekatrain.trainer.reward_model.measures import describe_evaluation
 from rekatrain.trainer.reward_model.model import load_reward_model
 from rekatrain.trainer.reward_model.pairs import leave_out_trained, load_pairs
 

@@ -28,10 +28,11 @@ def main() -> None:
     folder, reference_file, checkpoint = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer)
+    bos = tokenizer.bos_token if bos_ids(tokenizer) else ""
     for messages in CONVERSATIONS:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert rendered == render_prompt(messages), f"the chat template renders {rendered!r}"
+        assert rendered == bos + render_prompt(messages), f"the chat template renders {rendered!r}"
     generation = json.loads((Path(folder) / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_token_id and "stop_strings" not in generation, generation
 

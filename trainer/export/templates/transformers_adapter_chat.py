@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = Path(__file__).parents[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -14,6 +14,8 @@ model = AutoModelForCausalLM.from_pretrained(
     adapter.base_model_name_or_path, revision=adapter.revision, dtype="auto", device_map="auto"
 )
 model = PeftModel.from_pretrained(model, str(folder))
+# The base may end at more ids than the adapter was trained with.
+model.generation_config = GenerationConfig.from_pretrained(folder)
 prompt = tokenizer.apply_chat_template(
     [{"role": "human", "content": sys.argv[1]}], add_generation_prompt=True, return_tensors="pt"
 ).to(model.device)
