@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rekatrain.data.errors import InputError as InputError
+    from rekatrain.trainer.api import compare as compare
     from rekatrain.trainer.api import evaluate as evaluate
     from rekatrain.trainer.api import export as export
+    from rekatrain.trainer.api import report as report
     from rekatrain.trainer.api import sample as sample
     from rekatrain.trainer.api import train as train
     from rekatrain.trainer.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.2.0"
-__all__ = ["InputError", "evaluate", "export", "load_recipe", "sample", "train"]
+__all__ = ["InputError", "compare", "evaluate", "export", "load_recipe", "report", "sample", "train"]
 
 # In a checkout this file is reached through the link .package/rekatrain/__init__.py: the packages are beside the file
 # itself, and `__main__`, which `python -m rekatrain` runs, is beside the link. In a wheel the two folders are one.
@@ -32,9 +34,11 @@ RECIPES = Path(__path__[0]) / "recipes"
 # Imported when they are used: `import rekatrain` imports no torch.
 _MODULES = {
     "InputError": "rekatrain.data.errors",
+    "compare": "rekatrain.trainer.api",
     "evaluate": "rekatrain.trainer.api",
     "export": "rekatrain.trainer.api",
     "load_recipe": "rekatrain.trainer.recipe.load",
+    "report": "rekatrain.trainer.api",
     "sample": "rekatrain.trainer.api",
     "train": "rekatrain.trainer.api",
 }

@@ -24,7 +24,8 @@ from rekatrain.trainer.terminal import set_up_terminal
 
 if TYPE_CHECKING:
     from rekatrain.rewards.check.check import RewardCheck
-    from rekatrain.trainer.intervals import Accuracy
+    from rekatrain.trainer.compare import Comparison
+    from rekatrain.trainer.evaluate import Evaluation
     from rekatrain.trainer.reward_model.measures import RewardEvaluation
     from rekatrain.trainer.rloo.group import Group
 
@@ -89,7 +90,7 @@ def train(
 
 def evaluate(
     recipe: str | Path | Recipe, *overrides: str, out: str | Path | None = None
-) -> Accuracy | RewardEvaluation:
+) -> Evaluation | RewardEvaluation:
     """Measure the recipe's model on `eval_dataset`, print the result and return it.
 
     The model may be a folder, a hub id, an export or a run folder. A recipe of stage `reward` gives a RewardEvaluation.
@@ -122,6 +123,20 @@ def sample(
     from rekatrain.trainer.rloo.sample_command import sample as sample_policy
 
     return sample_policy(checked, num_prompts=num_prompts, by_disagreement=by_disagreement)
+
+
+def compare(a: str | Path, b: str | Path, *, reward: str | None = None, out: str | Path | None = None) -> Comparison:
+    """Compare two files that `evaluate` wrote, print the paired difference, and return it.
+
+    reward: the deciding reward; that of A by default
+    out:    a JSON file for the result and all rows that changed
+    """
+    set_up_terminal()
+    if out is not None:
+        check_new_file(Path(out), "--out")
+    from rekatrain.trainer.compare import compare as compare_files
+
+    return compare_files(Path(a), Path(b), reward=reward, out=None if out is None else Path(out))
 
 
 def report(*runs: str | Path, out: str | Path, max_completions: int = 100_000) -> Path:

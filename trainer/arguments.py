@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
     )
     _add_evaluate(commands.add_parser("evaluate", help="measure accuracy on eval_dataset, with a 95 %% interval"))
+    _add_compare(commands.add_parser("compare", help="paired difference of two evaluations, and the rows that changed"))
     _add_report(commands.add_parser("report", help="write one HTML file: curves, recipe and completions of runs"))
     _add_export(commands.add_parser("export", help="write a run's weights for transformers, vLLM or llama.cpp"))
     recipes = commands.add_parser("recipes", help="write the shipped recipes and launch files into a new folder")
@@ -147,6 +148,15 @@ def _add_check_rewards(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="write the result and every answer to a JSON file")
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", type=Path, metavar="A", help="a file of rekatrain evaluate --out")
+    command.add_argument("b", type=Path, metavar="B", help="another one, of the same eval_dataset")
+    command.add_argument("--reward", metavar="NAME", help="the deciding reward (default: that of A)")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the result and all rows that changed to a JSON file"
+    )
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:

@@ -180,6 +180,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     api.report(*options.runs, out=options.out, max_completions=options.max_completions)
 
+def _compare(options: argparse.Namespace) -> None:
+    api.compare(options.a, options.b, reward=options.reward, out=options.out)
+
+
 
 def _generate(options: argparse.Namespace) -> None:
     api.generate(options.recipe, *options.overrides)
@@ -219,4 +223,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "report": _report,
     "export": _export,
     "recipes": _recipes,
+    "compare": _compare,
 }

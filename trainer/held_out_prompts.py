@@ -1,12 +1,14 @@
 """The held-out prompts of a recipe: its `eval_dataset`, without the prompts that are trained on, and `evaluate:`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+from pydantic import JsonValue
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.ranges import Count, Temperature, Zero
+from rekatrain.data.ranges import Count, CountOrZero, Seconds, Temperature, Zero
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns
 from rekatrain.trainer.prompts import Prompt, load_prompts
@@ -22,8 +24,19 @@ class EvaluateConfig:
     reward:                           the deciding reward: an answer is right if this reward is exactly 1.0
     max_completion_length:            number of tokens after which an answer is cut off
     temperature:                      sampling temperature; 0 takes the most likely token
-    num_generations:                  answers per prompt; more than one also gives pass@k
+    num_generations:                  answers per prompt; more than one also gives avg@k, pass@k and maj@k
     per_device_generation_batch_size: answers sampled at the same time
+    reasoning_budgets:                numbers of reasoning tokens after which an open `<reasoning>` is closed, each of
+                                      which is measured, such as [0, 256, 1024]; null among them: no budget. An
+                                      evaluation while a run trains has none
+
+    Answers of an OpenAI-compatible endpoint instead of the recipe's model, for the command alone:
+
+    base_url, model:  of the endpoint, http://HOST:PORT/v1, or a list of equal ones; the model's name in requests
+    format:           chat sends messages, and the server's template renders them; reka sends the rendered prompt as
+                      ids to /completions, for a server of a model with the recipe's tokenizer
+    reasoning_tags, extra_body, api_key_env: see `rekatrain.trainer.synthesis.config.ServerConfig`
+    concurrency, request_timeout, max_retries: see `rekatrain.rewards.models.endpoint.Endpoint`
     """
 
     reward: str = "math_answer"
@@ -31,6 +44,16 @@ class EvaluateConfig:
     temperature: Zero | Temperature = 0.0
     num_generations: Count = 1
     per_device_generation_batch_size: Count = 64
+    reasoning_budgets: list[CountOrZero | None] | None = None
+    base_url: str | list[str] | None = None
+    model: str | None = None
+    format: Literal["chat", "reka"] = "chat"
+    reasoning_tags: list[str] | None = None
+    extra_body: dict[str, JsonValue] = field(default_factory=dict)
+    api_key_env: str | None = None
+    concurrency: Count = 16
+    request_timeout: Seconds = 600.0
+    max_retries: CountOrZero = 4
 
     def __post_init__(self) -> None:
         if self.num_generations > 1 and self.temperature == 0:
@@ -38,6 +61,34 @@ class EvaluateConfig:
                 f"evaluate.num_generations {self.num_generations} at temperature 0 gives the same answer each time: "
                 "set evaluate.temperature"
             )
+        if (self.base_url is None) != (self.model is None):
+            raise InputError("evaluate.base_url and evaluate.model go together: set both or neither")
+        if self.base_url is None and (self.api_key_env or self.reasoning_tags or self.extra_body):
+            raise InputError("evaluate: api_key_env, reasoning_tags and extra_body need base_url: set it")
+        if self.reasoning_budgets is not None:
+            self._check_budgets(self.reasoning_budgets)
+
+    def _check_budgets(self, budgets: list[int | None]) -> None:
+        if not budgets or len(set(budgets)) < len(budgets):
+            raise InputError(
+                f"evaluate.reasoning_budgets is {budgets}: write different numbers, such as [0, 256, 1024]"
+            )
+        if max(budget or 0 for budget in budgets) >= self.max_completion_length:
+            raise InputError(
+                f"evaluate.reasoning_budgets is {budgets}: each must be smaller than evaluate.max_completion_length "
+                f"({self.max_completion_length}), which the answer needs a part of"
+            )
+        if self.base_url is not None and self.format != "reka":
+            raise InputError(
+                "evaluate.reasoning_budgets with base_url needs evaluate.format: reka, as the reasoning is closed in "
+                "the prompt"
+            )
+
+    @property
+    def base_urls(self) -> list[str]:
+        """URLs of the servers; none where the recipe's model answers."""
+        urls = self.base_url or []
+        return [urls] if isinstance(urls, str) else urls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +113,9 @@ def prepare_held_out(
     # The recipe's options for that reward hold here too.
     options = {config.reward: None, **recipe.rewards}
     rewards = build_reward_functions(options if all_rewards else {config.reward: options[config.reward]})
-    prompts = load_prompts(recipe.eval_dataset, tokenizer, model_config, config.max_completion_length, "eval_dataset")
+    # The context of a chat server's model is not known here.
+    length = config.max_completion_length if config.base_url is None or config.format == "reka" else 0
+    prompts = load_prompts(recipe.eval_dataset, tokenizer, model_config, length, "eval_dataset")
     prompts = _held_out(prompts, load_prompts(recipe.dataset, tokenizer, model_config, 0))
     sources = {prompt.row.source.name: prompt.row.source for prompt in prompts}.values()
     # The recipe's other rewards may judge sources that have no held-out rows.

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rekatrain.rewards.grader import Grader
-from rekatrain.trainer.evaluation_metrics import evaluation_metrics
+from rekatrain.trainer.evaluation.metrics import evaluation_metrics
 from rekatrain.trainer.held_out_prompts import HeldOut
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned
@@ -100,8 +100,11 @@ class Evaluation:
 def _answers(group: Group) -> list[dict[str, Any]]:
     return [
         {
-            "is_first": index == 0,
-            "length": len(completion.ids),
+            "prompt_index": group.prompt_index,
+            "index": index,
+            "source": group.prompt.row.source.name,
+            "num_tokens": len(completion.ids),
+            "num_thinking": 0,
             "finish_reason": completion.finish_reason.value,
             "rewards": {name: values[index] for name, values in group.rewards_by_name.items()},
         }

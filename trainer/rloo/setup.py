@@ -15,7 +15,7 @@ from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns, keep_gradable
 from rekatrain.rewards.grader import Grader, ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
-from rekatrain.trainer.evaluation_metrics import metric_names
+from rekatrain.trainer.evaluation.metrics import metric_names
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
 from rekatrain.trainer.models.load import Policy, check_attention, check_model, load_model_tokenizer
 from rekatrain.trainer.processes.interruption import INTERRUPTION
@@ -142,6 +142,11 @@ def prepare(recipe: Recipe) -> RunSetup:
     prompts = [prompt for prompt, is_kept in zip(prompts, gradable, strict=True) if is_kept]
     is_evaluated = config.eval_steps is not None
     held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=False) if is_evaluated else None
+    if held_out is not None and held_out.config.base_url is not None:
+        raise InputError(
+            "evaluate.base_url names another model, but rloo.eval_steps evaluates the policy in training: give the "
+            "server to rekatrain evaluate on the command line"
+        )
     make_best(config, held_out)  # checks the metric
     return RunSetup(
         config=config,

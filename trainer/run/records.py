@@ -20,6 +20,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _parse_lines(path) if record is not None]
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file up to the first line that is damaged or incomplete."""
+    objects: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            break
+        objects.append(record)
+    return objects
+
+
 class RecordFile:
     """A JSON-lines file that a run appends to.
 

@@ -59,7 +59,8 @@ TRL_FREE = """
     max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing
     gradient_checkpointing_kwargs torch_empty_cache_steps logging_strategy logging_steps logging_first_step
     eval_strategy eval_steps eval_on_start eval_accumulation_steps per_device_eval_batch_size save_strategy save_steps
-    save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory ddp_timeout
+    save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory ddp_timeout metric_for_best_model
+    greater_is_better early_stopping_patience
 """
 # The free and the warned keys; every other one is refused.
 KEYS = {
@@ -68,7 +69,7 @@ KEYS = {
         "sft": TRL_FREE,
         "reward": TRL_FREE,
         "rloo": """
-            max_steps eval_steps eval_on_start save_steps save_total_limit micro_batch_tokens
+            max_steps eval_steps eval_on_start metric_for_best_model greater_is_better early_stopping_patience save_steps save_total_limit micro_batch_tokens
             per_device_generation_batch_size
             gradient_checkpointing max_unscorable_steps ddp_timeout restart_optimizer vllm_server_base_url
             vllm_server_timeout vllm_request_timeout vllm_weight_transfer

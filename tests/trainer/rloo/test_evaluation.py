@@ -77,16 +77,19 @@ def test_evaluation_that_fails_does_not_end_the_run(
 
 
 def test_evaluation_metrics_count_first_answers_and_all_lengths() -> None:
-    def answer(reward: float | None, *, is_first: bool = True, length: int = 4, finish_reason: str = "stop") -> dict:
-        return {"is_first": is_first, "length": length, "finish_reason": finish_reason, "rewards": {"math": reward}}
+    def answer(prompt: int, reward: float | None, index: int = 0, **others: object) -> dict:
+        base = {"num_tokens": 4, "num_thinking": 0, "finish_reason": "stop", "source": "a"}
+        return {"prompt_index": prompt, "index": index, "rewards": {"math": reward}, **base, **others}
 
-    answers = [answer(1.0), answer(0.5), answer(None), answer(1.0), answer(1.0, is_first=False)]
-    answers.append(answer(0.0, is_first=False, length=10, finish_reason="length"))
+    answers = [answer(0, 1.0), answer(1, 0.5), answer(2, None), answer(3, 1.0, source="b"), answer(0, 1.0, 1)]
+    answers.append(answer(3, 0.0, 1, source="b", num_tokens=10, finish_reason="length"))
     metrics = evaluation_metrics(answers, EvaluateConfig(reward="math"))
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3)
-    assert metrics["eval/rewards/math/mean"] == pytest.approx(3.5 / 5)
+    assert (metrics["eval/a/accuracy"], metrics["eval/b/accuracy"]) == (0.5, 1.0)
+    low, mean, high = (metrics[f"eval/rewards/math/{key}"] for key in ("low", "mean", "high"))
+    assert mean == pytest.approx((1 + 0.5 + 0.5) / 3) and low < mean < high
     assert metrics["eval/completions/mean_length"] == 5 and metrics["eval/completions/clipped_ratio"] == 1 / 6
-    nothing = evaluation_metrics([answer(None)], EvaluateConfig(reward="math"))
+    nothing = evaluation_metrics([answer(0, None)], EvaluateConfig(reward="math"))
     assert nothing["eval/accuracy"] is None and nothing["eval/rewards/math/mean"] is None
 
 

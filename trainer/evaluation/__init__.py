@@ -1,0 +1,1 @@
+"""Evaluation on held-out prompts: answers, in process or of a server, and figures of them."""
