@@ -27,6 +27,7 @@ Format = Literal[
     "preference",
     "alpaca_preference",
     "hh",
+    "rewardbench",
     "verl",
     "oasst",
     "tokenized",
@@ -42,6 +43,7 @@ TURN_FORMATS: dict[str, Callable[[Record, TurnOptions], Row]] = {
     **TURN_LAYOUTS,
     **LIBRARY_TURN_LAYOUTS,
     **PREFERENCE_TURN_LAYOUTS,
+    "rewardbench": PREFERENCE_TURN_LAYOUTS["preference"],  # data/rewardbench.py makes pairs of each row
     "oasst": TURN_LAYOUTS["messages"],  # data/oasst.py makes messages of each tree
 }
 

@@ -20,6 +20,7 @@ from rekatrain.data.layouts import reasoning_gym_row
 from rekatrain.data.oasst import read_threads
 from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_entries
 from rekatrain.data.ranges import PositiveWeight
+from rekatrain.data.rewardbench import read_preferences
 from rekatrain.data.rows import BadRows, LongRows, Row, Source
 from rekatrain.data.splits import read_split
 from rekatrain.data.stream import RowStream, log_report
@@ -137,6 +138,8 @@ def open_rows(
             _reject_options(f"format {layout}", "a format without turns", for_turns)
         if layout == "oasst":
             records = read_threads(records)
+        if layout == "rewardbench":
+            records = read_preferences(records)
         turns = TurnOptions(roles=roles or {}, turn_keys=turn_keys or {}, tool_turns=tool_turns or "refuse")
         to_row = partial(lay_out, layout, columns or {}, turns)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from annotated_types import MinLen
+from annotated_types import Len, MinLen
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keys, check_type, check_types, did_you_mean
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 class OwnKeys:
     """The keys that every reward has beside the options of its function."""
 
-    weight: SignedWeight | Mapping[int, float] = 1.0
+    weight: SignedWeight | list[tuple[int, float]] = 1.0
     timeout: Seconds | None = None
     requires: str | list[str] = field(default_factory=list)
     on_timeout: Literal["error", "zero"] = "error"
     conversational: bool | None = None
 
 
-WeightByStep = Annotated[dict[CountOrZero, SignedWeight], MinLen(1)]
+WeightByStep = Annotated[list[Annotated[list[Any], Len(2, 2)]], MinLen(1)]
 OWN_KEYS = tuple(key.name for key in fields(OwnKeys))
 
 
@@ -116,6 +116,10 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         )
     timeout = own.timeout or getattr(made, "timeout", None)
     schedule = Schedule.read(own.weight)
+    if not schedule.is_increasing:
+        raise InputError(
+            f"rewards.{name}.weight is {own.weight}; write [step, weight] pairs in the order of their steps, each once"
+        )
     return RewardFunction(
         name=name,
         weight=schedule.at(0),
@@ -143,7 +147,13 @@ def _check_options(name: str, spec: Mapping[str, Any], signature: Signature) -> 
             raise InputError(f"{prefix}{key} is a column of the rows and not an option; take it out of the recipe")
     check_keys(prefix, spec, [*OWN_KEYS, *signature.options], required=signature.required)
     weight = spec.get("weight", 1.0)
-    check_type(f"{prefix}weight", weight, WeightByStep if isinstance(weight, Mapping) else SignedWeight)
+    if isinstance(weight, list):
+        check_type(f"{prefix}weight", weight, WeightByStep)
+        for number, (step, value) in enumerate(weight):
+            check_type(f"{prefix}weight.{number}.0", step, CountOrZero)
+            check_type(f"{prefix}weight.{number}.1", value, SignedWeight)
+    else:
+        check_type(f"{prefix}weight", weight, SignedWeight)
     check_types(prefix, {key: value for key, value in spec.items() if key in OWN_KEYS and key != "weight"}, OwnKeys)
     for key, value in spec.items():
         is_default = value is None and key in signature.optional  # `limit: int = None` is not annotated with None

@@ -1,6 +1,6 @@
 """Progress of a run, and the weight of a reward that depends on it."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,18 +19,22 @@ class Schedule:
 
     points: (step, weight), in the order of the steps
 
-    >>> Schedule.read({0: 1.0, 100: 0.5}).at(50)
+    >>> Schedule.read([[0, 1.0], [100, 0.5]]).at(50)
     0.75
     """
 
     points: tuple[tuple[int, float], ...]
 
     @classmethod
-    def read(cls, weight: float | Mapping[int, float]) -> "Schedule":
-        """Return the schedule of a recipe's `weight`: a number, or steps with weights."""
-        if isinstance(weight, Mapping):
-            return cls(tuple(sorted((int(step), float(value)) for step, value in weight.items())))
-        return cls(((0, float(weight)),))
+    def read(cls, weight: float | Sequence[Sequence[float]]) -> "Schedule":
+        """Return the schedule of a recipe's `weight`: a number, or pairs of a step and a weight."""
+        pairs = [(0, weight)] if isinstance(weight, int | float) else weight
+        return cls(tuple((int(step), float(value)) for step, value in pairs))
+
+    @property
+    def is_increasing(self) -> bool:
+        """True if the steps are in order, each once."""
+        return all(first < second for (first, _), (second, _) in pairwise(self.points))
 
     @property
     def is_zero(self) -> bool:

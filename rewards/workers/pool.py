@@ -135,10 +135,13 @@ class LiftedScorer:
         self._timeout = timeout
         self._pool = WorkerPool([spec], num_workers=num_workers_here(), limits=Limits())
 
-    def __call__(self, completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+    def __call__(
+        self, completions: Sequence[str | list[dict[str, str]]], **columns: Sequence[Any]
+    ) -> list[float | None]:
+        texts = [one if isinstance(one, str) else "".join(turn["content"] for turn in one) for one in completions]
         jobs = [
             self._pool.submit(0, text, {name: columns[name][index] for name in self._columns}, self._timeout)
-            for index, text in enumerate(completions)
+            for index, text in enumerate(texts)
         ]
         scores = [self._pool.result(job) for job in jobs]
         for score in scores:

@@ -20,7 +20,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import describe_error
 from rekatrain.rewards.outcome import MAX_WORKER_NOTES, Outcome, read_value
 from rekatrain.rewards.registry import Spec
-from rekatrain.rewards.shield import CLOSING, shielded
+from rekatrain.rewards.shield import CLOSING, open_descriptors, shielded
 from rekatrain.rewards.workers.environment import set_environment
 
 # If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
@@ -30,6 +30,7 @@ OUT_OF_MEMORY = 77  # exit code of a worker
 
 # The scorers of this worker. For one that cannot be made: the message of an InputError, or the Outcome of its failure.
 _scorers: list[Callable[..., Any] | str | Outcome] = []
+_kept: set[int] = set()  # descriptors that no scorer may close
 
 
 def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
@@ -43,6 +44,7 @@ def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: M
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _scorers[:] = [_make(spec) for spec in specs]
+    _kept.update(open_descriptors())
 
 
 def _die_with_parent() -> None:
@@ -85,7 +87,7 @@ def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Outc
         return scorer
     started = time.perf_counter()
     try:
-        with shielded(CLOSING):
+        with shielded(CLOSING, _kept):
             value = scorer(parse_completion(text), **columns)
     except InputError as error:
         return str(error)[:MAX_TRACEBACK]

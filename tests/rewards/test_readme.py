@@ -10,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from rekatrain.rewards import build_reward_functions
+from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.registry import REWARDS, read_signature
 from rekatrain.trainer.cli import main
 
@@ -63,20 +64,44 @@ def test_readme_script_runs_as_written(folder: Path) -> None:
 
 
 def test_readme_other_rewards_can_be_built(folder: Path) -> None:
-    _, brevity, starts, _ = blocks("## Write a reward", "python")
-    (folder / "my_rewards.py").write_text(f"from rekatrain.rewards import ParsedCompletion\n\n\n{brevity}\n\n{starts}")
-    functions = build_reward_functions({"my_rewards:brevity": {"limit": 1}, "my_rewards:Starts": {"pattern": "a"}})
-    assert [function.columns for function in functions] == [("language",), ()]
+    _, brevity, on_topic, starts, _ = blocks("## Write a reward", "python")
+    text = f"from rekatrain.rewards import ParsedCompletion\n\n\n{brevity}\n\n{on_topic}\n\n{starts}"
+    (folder / "my_rewards.py").write_text(text)
+    (golden,) = blocks("## Check rewards before a run", "python")
+    (folder / "my_golds.py").write_text(golden)
+    functions = build_reward_functions(
+        {
+            "my_rewards:brevity": {"limit": 1},
+            "my_rewards:on_topic": None,
+            "my_rewards:Starts": {"pattern": "a"},
+            "my_golds:names_color": None,
+        }
+    )
+    assert [function.columns for function in functions] == [("language",), ("topic",), (), ("color",)]
+    columns = {"language": ["en"], "topic": ["sea"], "color": ["blue"]}
+    with Grader(functions) as grader:
+        scores = grader.score(
+            prompts=["human: ? <sep> assistant:"],
+            completions=[" The sea is blue. It is vast. <sep>"],
+            completion_ids=[[1]],
+            columns=columns,
+        )
+    assert [of_one[0] for of_one in scores.by_name.values()] == [0.0, 0.5, 0.0, 1.0]
+    assert scores.metrics == [{"my_rewards:on_topic": {"sentences": 2.0}}]
+    assert scores.notes == [{"my_rewards:on_topic": {"off_topic": [" It is vast"]}}]
+    assert functions[-1].gold is not None and functions[-1].gold("red") == "It is red."
 
 
 def test_readme_model_rewards_can_be_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "x")
-    (folder / "exports" / "politeness").mkdir(parents=True)
-    rewards = {}
+    for name in ("politeness", "rm-1", "rm-2", "rm-3"):
+        (folder / "exports" / name).mkdir(parents=True)
+    names = []
     for text in blocks("## Rewards by a model", "yaml"):
-        rewards |= YAML(typ="safe", pure=True).load(text)["rewards"]
-    assert list(rewards) == ["reward_model", "remote_reward_model", "judge"]
-    build_reward_functions(rewards)
+        rewards = YAML(typ="safe", pure=True).load(text)["rewards"]
+        build_reward_functions(rewards)
+        names += rewards
+    assert names == ["reward_model", "reward_model", "remote_reward_model", "judge", "judge"]
 
 
 def test_readme_names_every_reward_and_option() -> None:

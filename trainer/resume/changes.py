@@ -93,7 +93,7 @@ RULES = (
     Rule(
         FREE,
         "rewards.judge rewards.remote_reward_model",
-        "url base_url api_key_env concurrency request_timeout max_retries batch_size cache prompt_price "
+        "url base_url api_key_env concurrency request_timeout max_retries outage_timeout batch_size cache prompt_price "
         "completion_price",
         "servers",
     ),
@@ -126,7 +126,7 @@ RULES = (
         REFUSED,
         "rloo",
         "beta num_iterations importance_sampling_* epsilon loss_type kl_placement truncated_completions "
-        "truncation_penalty overlong_*",
+        "truncation_penalty overlong_* advantage_scaling",
         _LOSS,
     ),
 )

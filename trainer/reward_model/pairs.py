@@ -24,6 +24,7 @@ class Pair:
     chosen, rejected: the encoded conversations, in the Reka format
     margin:           the least difference of scores that `chosen` should win by; None if no row has a margin
     where:            the row's file and line, for messages
+    source:           the row's `subset` if it has one, as in RewardBench, or else the name of its source
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Pair:
     rejected: RewardModelIds
     margin: float | None
     where: str
+    source: str = ""
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, reasoning: bool = False) -> list[Pair]:
@@ -60,6 +62,7 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, rea
                 rejected=_encode(rejected, tokenizer),
                 margin=None if margin is None else float(margin),
                 where=row.where,
+                source=str(row.columns.get("subset") or row.source.name),
             )
         )
     return pairs

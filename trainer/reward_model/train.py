@@ -21,7 +21,8 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs, show_evaluation
+from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs
+from rekatrain.trainer.reward_model.measures import show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
 from rekatrain.trainer.run.folder import RunFolder

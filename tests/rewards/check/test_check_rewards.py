@@ -1,13 +1,21 @@
 """check-rewards: golds earn full marks, wrong answers are made and counted, and a broken reward shows in the report."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from rekatrain.rewards.check.mutations import wrong_answers
 from rekatrain.trainer.api import check_rewards
 from rekatrain.trainer.cli import main
 
+PROJECT = Path(__file__).parents[3]
 MY_REWARDS = """
 import os, sys, time
 
@@ -139,3 +147,39 @@ def test_wrong_answers_of_each_mutation(gold, other, mutation, expected):
 @pytest.mark.parametrize("gold", ["0", "7", "B", CODE, "\\boxed{x}", "a"])
 def test_wrong_answers_never_contain_the_gold_itself(gold):
     assert gold not in wrong_answers(gold, gold).values()
+
+
+def test_dry_run_checks_a_sample_of_the_golds(recipe, model_folder, capsys):
+    rows = [{"prompt": f"{n}+{n}?", "answer": "none" if n == 99 else str(2 * n), "color": "red"} for n in range(100)]
+    path = recipe({"math_answer": None, "my_rewards:failing": {"weight": 0}}, rows)
+    model = f"model={{pretrained_model_name_or_path: {model_folder}, dtype: float32}}"
+    sizes = "rloo={max_steps: 1, num_generations: 2, max_completion_length: 4}"
+    main(["train", str(path), "--dry-run", model, sizes])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# golds of")]
+    assert line.startswith("# golds of 64 of 100 rows: math_answer of ours 64 of 64 are 1;")
+    assert "my_rewards:failing of ours 0 of 64 are 1 (64 None)" in line
+
+
+def test_check_rewards_ends_with_one_line_at_ctrl_c(recipe):
+    path = recipe({"my_rewards:failing": {"timeout": 30}}, colored(*["green"] * 50))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rekatrain", "check-rewards", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT / ".package")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not workers and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if len(child.children()) == 0 and len(children) > 2]
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "rekatrain: interrupted"), err
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive

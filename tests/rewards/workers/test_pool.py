@@ -234,6 +234,8 @@ def test_submit_does_not_change_the_scores():
 def test_lifted_scorer_is_a_trl_function():
     (function,) = build_reward_functions({"graders:length": None})
     assert function.function(prompts=["?"] * 2, completions=["ab <sep>", "c <sep>"], other=[1, 2]) == [2.0, 1.0]
+    messages = [[{"role": "assistant", "content": text}] for text in ("abc <sep>", "d")]  # TRL's other form
+    assert function.function(prompts=[[]] * 2, completions=messages) == [3.0, 1.0]
     (function,) = build_reward_functions({"graders:dangerous": {"timeout": 0.5}})
     with pytest.raises(RewardError, match="(?s)graders:dangerous failed: KeyError: 'solution'.*in dangerous"):
         function.function(completions=["raise <sep>"])

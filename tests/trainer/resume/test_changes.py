@@ -86,9 +86,12 @@ KEYS = {
         "rewards.reward_model": "timeout pretrained_model_name_or_path revision",
         "rewards.json_schema": "timeout schema",
         "rewards.judge": """
-            timeout base_url api_key_env concurrency request_timeout max_retries cache prompt_price completion_price
+            timeout base_url api_key_env concurrency request_timeout max_retries outage_timeout cache prompt_price
+            completion_price
         """,
-        "rewards.remote_reward_model": "timeout url api_key_env concurrency request_timeout max_retries batch_size",
+        "rewards.remote_reward_model": """
+            timeout url api_key_env concurrency request_timeout max_retries outage_timeout batch_size
+        """,
     },
     WARNED: {
         "model": "attn_implementation",

@@ -1,5 +1,6 @@
 """What a step makes of several rewards: scaled one by one (GDPO), weighted by the step, with metrics and notes."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from trl.trainer.utils import nanstd
 
+from rekatrain.data.errors import InputError
 from rekatrain.rewards import Score
-from rekatrain.rewards.compose import RewardFunction
+from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.progress import Schedule
+from rekatrain.trainer.api import check_recipe
 from rekatrain.trainer.rloo.group import scale_per_reward
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages
 from rekatrain.trainer.rloo.metrics import step_metrics
@@ -89,7 +92,7 @@ def test_step_trains_on_scaled_rewards_and_records_plain_ones(tokenizer):
 
 
 def test_step_weighs_rewards_by_their_schedule(tokenizer):
-    setup = two_rewards(make_setup(tokenizer, max_steps=9), weight=0.0, schedule=Schedule.read({0: 0.0, 4: 2.0}))
+    setup = two_rewards(make_setup(tokenizer, max_steps=9), weight=0.0, schedule=Schedule.read([[0, 0.0], [4, 2.0]]))
     records, _ = run_step(tiny_llama(tokenizer), setup)
     assert all(record["reward"] == record["rewards"]["large"] for record in records)
     assert setup.grader.metrics()["rewards/parity/weight"] == 0.0
@@ -98,14 +101,14 @@ def test_step_weighs_rewards_by_their_schedule(tokenizer):
 @pytest.mark.parametrize(
     ("points", "step", "weight"),
     [
-        ({0: 1.0, 500: 0.2}, 0, 1.0),
-        ({0: 1.0, 500: 0.2}, 250, 0.6),
-        ({0: 1.0, 500: 0.2}, 500, 0.2),
-        ({0: 1.0, 500: 0.2}, 10_000, 0.2),
-        ({100: 1.0, 200: 3.0}, 7, 1.0),
-        ({499: 1.0, 500: 0.0, 600: 1.0}, 499, 1.0),
-        ({499: 1.0, 500: 0.0, 600: 1.0}, 500, 0.0),
-        ({499: 1.0, 500: 0.0, 600: 1.0}, 550, 0.5),
+        ([[0, 1.0], [500, 0.2]], 0, 1.0),
+        ([[0, 1.0], [500, 0.2]], 250, 0.6),
+        ([[0, 1.0], [500, 0.2]], 500, 0.2),
+        ([[0, 1.0], [500, 0.2]], 10_000, 0.2),
+        ([[100, 1.0], [200, 3.0]], 7, 1.0),
+        ([[499, 1.0], [500, 0.0], [600, 1.0]], 499, 1.0),
+        ([[499, 1.0], [500, 0.0], [600, 1.0]], 500, 0.0),
+        ([[499, 1.0], [500, 0.0], [600, 1.0]], 550, 0.5),
         (0.3, 99, 0.3),
     ],
 )
@@ -122,3 +125,33 @@ def test_records_hold_metrics_and_notes_of_rewards(tokenizer):
     assert all(record["reward_notes"] == {"reward": {"first": record["completion_ids"][0]}} for record in records)
     lengths = [len(record["completion_ids"]) for record in records]
     assert step_metrics(records)["rewards/reward/ids"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("[[0, 1.0], [0, 2.0]]", "pairs in the order of their steps"),
+        ("[[9, 1.0], [3, 2.0]]", "pairs in the order of their steps"),
+        ("[]", "at least 1 item"),
+        ("[[0]]", "at least 2 items"),
+        ("[[-1, 1.0]]", "greater than or equal to 0"),
+        ("[[0.5, 1.0]]", "valid integer"),
+        ("[[0, high]]", "valid number"),
+    ],
+)
+def test_recipe_with_a_wrong_schedule_is_rejected(tmp_path, weight, message):
+    with pytest.raises(InputError, match=message):
+        check_recipe(tiny_recipe(tmp_path), f"rewards.reasoning_format.weight={weight}")
+
+
+def test_recipe_with_a_schedule_is_accepted(tmp_path):
+    recipe = check_recipe(tiny_recipe(tmp_path), "rewards.reasoning_format.weight=[[0, 1.0], [9, 0]]")
+    (function,) = build_reward_functions(recipe.rewards)
+    assert [function.weight_at(step) for step in (0, 3, 9, 99)] == pytest.approx([1.0, 2 / 3, 0.0, 0.0])
+
+
+def tiny_recipe(folder):
+    tree = {"stage": "rloo", "output_dir": str(folder / "run"), "model": {"pretrained_model_name_or_path": "x"}}
+    tree |= {"dataset": {"path": "x.jsonl"}, "rloo": {"max_steps": 1}, "rewards": {"reasoning_format": {}}}
+    (folder / "recipe.yaml").write_text(json.dumps(tree))
+    return folder / "recipe.yaml"
