@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from rekatrain.data.errors import InputError
+from rekatrain.data.families import bos_ids
 
 if TYPE_CHECKING:  # reward workers do not need it, and importing it takes over a second
     from transformers import PreTrainedTokenizerBase
@@ -199,6 +200,11 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids of a text from its start: a bos token, where the family has one (families.py), then the text's."""
+    return [*bos_ids(tokenizer), *encode_text(text, tokenizer)]
+
+
 def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the ids of each text, as `encode_text` does; a fast tokenizer encodes them on all cores."""
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
@@ -213,7 +219,7 @@ def encode_row(
     Raises InputError where there is no such turn, or where it has no answer.
     """
     prompt, completion = row_texts(messages, end_of_turn)
-    return join_row(encode_text(prompt, tokenizer), encode_text(completion, tokenizer), tokenizer, end_of_turn)
+    return join_row(encode_prompt(prompt, tokenizer), encode_text(completion, tokenizer), tokenizer, end_of_turn)
 
 
 def row_texts(messages: Sequence[Message], end_of_turn: EndOfTurn = "sep") -> tuple[str, str]:

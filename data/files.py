@@ -7,12 +7,13 @@ of `datasets` would unify the types of a column, and write a null for each missi
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,6 +29,8 @@ FILE_SUFFIXES = (
 )
 KINDS = f"{', '.join(PLAIN_SUFFIXES)} (also with .gz or .zst), {' or '.join(TABLE_SUFFIXES)} file"
 PATH_STARTS = (".", "/", "~")
+# Of the start and of the end of a file.
+SAMPLE_BYTES = 2**20
 # Keys under which a JSON object holds its rows.
 LIST_KEYS = ("data", "rows", "examples", "instances", "items")
 _GLOB = re.compile(r"[*?\[]")
@@ -89,6 +92,25 @@ def read_file(path: str) -> Iterator[Located]:
     # gzip raises the last two for a damaged file; the errors of pyarrow and of decoders are ValueErrors.
     except (OSError, ValueError, EOFError, zlib.error, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def stat_files(files: Sequence[str]) -> list[list[object]]:
+    """Return what changes with a file's content: its size, its place on the disk and its times, in nanoseconds."""
+    stats = [(Path(file).expanduser().resolve(), Path(file).expanduser().stat()) for file in files]
+    return [[str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
+
+
+def sample_files(files: Sequence[str]) -> list[list[object]]:
+    """Return the name, the size and a hash of the start and the end of each file, which a copy has too."""
+    samples: list[list[object]] = []
+    for path in (Path(file).expanduser() for file in files):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(file.read())
+        samples.append([path.name, size, digest.hexdigest()])
+    return samples
 
 
 def _is_rows(file: Path, folder: Path) -> bool:

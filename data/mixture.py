@@ -13,19 +13,21 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_keywords, check_type, did_you_mean
+from rekatrain.data.overlap import LEFT_OUT, check_overlap
 from rekatrain.data.rows import Row, Source
 from rekatrain.data.sources import load_rows
 
 logger = logging.getLogger(__name__)
 
 Section = Mapping[str, Any]
-
+Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 # By the values of a column: from the smallest to the largest.
 Order = Literal["shuffled", "as_is"] | dict[Literal["by"], str]
@@ -62,6 +64,10 @@ def check_dataset(name: str, section: Section | Sequence[Section], rewards: Coll
             check_type(f"{name}.order", part["order"], Order)
         is_whole = prefix == name  # the order of a list's sources is not that of one of them
         check_keywords(prefix, {key: value for key, value in part.items() if key != "order" or not is_whole}, load_rows)
+        if part.get("overlap") is not None:
+            for index, other in enumerate(check_overlap(part["overlap"])):
+                kept = {key: value for key, value in other.items() if key not in LEFT_OUT}
+                check_keywords(f"{prefix}.overlap.with.{index}", kept, load_rows)
         judges = part.get("rewards")
         if judges is not None and not judges:
             raise InputError(f"{prefix}.rewards is empty: name the rewards that judge the source, or remove the key")
@@ -101,30 +107,56 @@ def load_mixture(section: Section | Sequence[Section], name: str = "dataset") ->
     run. Without weights each row is used once.
     Raises InputError as `load_rows` does, for two sources with one name, and for an order that the rows do not allow.
     """
-    loaded: list[list[Row]] = []
+    loaded = [located(prefix, name, load_rows, keywords).rows for prefix, keywords in source_keywords(name, section)]
+    sources = [rows[0].source for rows in loaded]
+    check_sources(name, section, sources)
+    columns = sorted({column for source in sources for column in source.columns})
+    indices = shares(name, sources, [len(rows) for rows in loaded])
+    rows = [_with_columns(rows[index], columns) for rows, some in zip(loaded, indices, strict=True) for index in some]
+    order = section.get("order", "shuffled") if isinstance(section, Mapping) else "shuffled"
+    if isinstance(order, Mapping):
+        rows = sort_by(order["by"], rows, [row.columns.get(order["by"]) for row in rows], lambda row: row.where)
+    return Mixture(rows=rows, sources=sources, is_shuffled=order == "shuffled")
+
+
+def source_keywords(name: str, section: Section | Sequence[Section]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the dotted name of each source, and the keywords of `open_rows` for its rows."""
     for prefix, part in _parts(name, section):
         keywords = {key: value for key, value in part.items() if key != "order"}
         if prefix != name:
             keywords.setdefault("source", default_name(part["path"]))
-        try:
-            loaded.append(load_rows(**keywords).rows)
-        except InputError as error:
-            if prefix == name:
-                raise
-            raise InputError(f"{prefix}: {error}") from error
-    sources = [rows[0].source for rows in loaded]
+        yield prefix, keywords
+
+
+def located(prefix: str, name: str, function: Callable[..., Result], keywords: Mapping[str, Any]) -> Result:
+    """Call a function with a source's keywords; an InputError of one source of several names it."""
+    try:
+        return function(**keywords)
+    except InputError as error:
+        if prefix == name:
+            raise
+        raise InputError(f"{prefix}: {error}") from error
+
+
+def check_sources(name: str, section: Section | Sequence[Section], sources: Sequence[Source]) -> None:
+    """Raise InputError for two sources with one name, and for a weight of a single source."""
     twice = [one for one, count in Counter(source.name for source in sources).items() if count > 1]
     if twice:
         raise InputError(f"{name} has two sources with the name {twice[0]!r}: give one another name by the key source")
     if isinstance(section, Mapping) and "sources" not in section and sources[0].weight is not None:
         raise InputError(f"{name}.weight is for one source of several: remove it")
 
-    columns = sorted({column for source in sources for column in source.columns})
-    rows = [_with_columns(row, columns) for mixed in _mix(name, loaded) for row in mixed]
-    order = section.get("order", "shuffled") if isinstance(section, Mapping) else "shuffled"
-    if isinstance(order, Mapping):
-        rows = _sort(rows, order["by"])
-    return Mixture(rows=rows, sources=sources, is_shuffled=order == "shuffled")
+
+def sort_by(column: str, items: Sequence[Item], values: Sequence[Any], where: Callable[[Item], str]) -> list[Item]:
+    """Return items by the values of a column, from the smallest to the largest; equal ones keep their order."""
+    missing = next((item for item, value in zip(items, values, strict=True) if value is None), None)
+    if missing is not None:
+        raise InputError(f"{where(missing)}: order is by {column!r}, and the row has no such column")
+    try:
+        order = sorted(range(len(items)), key=lambda index: values[index])
+    except TypeError as error:
+        raise InputError(f"order is by {column!r}, whose values cannot be compared: {error}") from error
+    return [items[index] for index in order]
 
 
 def default_name(path: str | list[str]) -> str:
@@ -151,30 +183,34 @@ def _parts(name: str, section: Section | Sequence[Section]) -> list[tuple[str, S
     return [(f"{name}.{number}", part) for number, part in enumerate(section)]
 
 
-def _mix(name: str, loaded: list[list[Row]]) -> list[list[Row]]:
-    """Return the rows that each source gives to a pass."""
-    weights = [rows[0].source.weight for rows in loaded]
+def shares(name: str, sources: Sequence[Source], lengths: Sequence[int]) -> list[list[int] | range]:
+    """Return for each source the indices of the rows that it gives to a pass, by the weights.
+
+    lengths: number of rows of each source
+    Raises InputError where only some of the sources have a weight.
+    """
+    weights = [source.weight for source in sources]
     given = [weight for weight in weights if weight is not None]
-    if not given or len(loaded) == 1:
-        return loaded
+    if not given or len(sources) == 1:
+        return [range(length) for length in lengths]
     if len(given) < len(weights):
-        missing = loaded[weights.index(None)][0].source.name
+        missing = sources[weights.index(None)].name
         raise InputError(f"{name}: source {missing} has no weight, and another one has: give each a weight, or none")
-    num_rows = sum(len(rows) for rows in loaded)
-    mixed = []
-    for number, (rows, weight) in enumerate(zip(loaded, given, strict=True)):
+    num_rows = sum(lengths)
+    mixed: list[list[int] | range] = []
+    for number, (source, length, weight) in enumerate(zip(sources, lengths, given, strict=True)):
         num_given = max(1, round(num_rows * weight / sum(given)))
-        passes, rest = divmod(num_given, len(rows))
-        some = sorted(random.Random(number).sample(range(len(rows)), rest))
-        mixed.append(rows * passes + [rows[index] for index in some])
+        passes, rest = divmod(num_given, length)
+        some = sorted(random.Random(number).sample(range(length), rest))
+        mixed.append([*range(length)] * passes + some)
         logger.info(
             "%s: %s gives %d of %d rows (%.2f passes over its %d)",
             name,
-            rows[0].source.name,
+            source.name,
             num_given,
             num_rows,
-            num_given / len(rows),
-            len(rows),
+            num_given / length,
+            length,
         )
     return mixed
 
@@ -183,13 +219,3 @@ def _with_columns(row: Row, columns: Sequence[str]) -> Row:
     if len(row.columns) == len(columns):
         return row
     return replace(row, columns={column: row.columns.get(column) for column in columns})
-
-
-def _sort(rows: list[Row], column: str) -> list[Row]:
-    missing = next((row for row in rows if row.columns.get(column) is None), None)
-    if missing is not None:
-        raise InputError(f"{missing.where}: order is by {column!r}, and the row has no such column")
-    try:
-        return sorted(rows, key=lambda row: row.columns[column])
-    except TypeError as error:
-        raise InputError(f"order is by {column!r}, whose values cannot be compared: {error}") from error

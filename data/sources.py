@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, ParamSpec, get_args
 
 from rekatrain.data.errors import InputError, first_line
-from rekatrain.data.files import Located, find_files, is_local, read_file
+from rekatrain.data.files import Located, find_files, is_local, read_file, sample_files, stat_files
 from rekatrain.data.filters import check_only
 from rekatrain.data.finish import FinishOptions, ForgedTurns
 from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
 from rekatrain.data.layouts import reasoning_gym_row
 from rekatrain.data.oasst import read_threads
+from rekatrain.data.overlap import make_overlap
 from rekatrain.data.procedural import PROCEDURAL_PREFIX, check_choice, generate_entries
 from rekatrain.data.ranges import PositiveWeight
 from rekatrain.data.rewardbench import read_preferences
@@ -67,6 +67,7 @@ def open_rows(
     rewards: list[str] | None = None,
     task: Mapping[str, Any] | None = None,  # Any: each reasoning_gym task has its own options
     streaming: bool = False,
+    overlap: dict[str, Any] | None = None,  # Any: `with` holds sections of data sets
 ) -> RowStream:
     """Open the rows of local files, a Hugging Face dataset or a reasoning_gym task.
 
@@ -89,6 +90,7 @@ def open_rows(
     forged_turns: "refuse" makes a row with a literal `<sep>` a bad row; "neutralize" breaks the `<sep>` by a space
     source:       name of the source in metrics, which have none without it
     weight, rewards: share of the rows in a mixture, and the rewards that judge its rows (`data/mixture.py`)
+    overlap:      finds prompts that other data sets hold too, and leaves them out or reports them (`data/overlap.py`)
     streaming:    rows are read while stage sft trains, and not before; the other commands reject it
     size, seed, task: number of rows (None means 1000), seed (None means 0) and options of a reasoning_gym task
 
@@ -132,7 +134,7 @@ def open_rows(
             _reject_options(title, "a local file", for_dataset | for_task)
             files = _find_files([path] if isinstance(path, str) else path)
             records = (located for file in files for located in read_file(file))
-            contents = partial(_stat_files, files)
+            contents = partial(sample_files if streaming else stat_files, files)
         layout = format or "messages"
         if layout not in TURN_FORMATS:
             _reject_options(f"format {layout}", "a format without turns", for_turns)
@@ -150,6 +152,7 @@ def open_rows(
         weight=weight,
         rewards=None if rewards is None else tuple(rewards),
     )
+    compared = None if overlap is None else make_overlap(overlap, open_rows)
     return RowStream(
         title=title,
         records=records,
@@ -160,6 +163,7 @@ def open_rows(
         cut=cut,
         limit=limit,
         contents=contents,
+        overlap=compared,
     )
 
 
@@ -185,12 +189,6 @@ def _find_files(paths: Sequence[str]) -> list[str]:
         if not is_local(path):
             raise InputError(f"{path} is no local file: a list under path holds files, folders and patterns alone")
     return [file for path in paths for file in find_files(path)]
-
-
-def _stat_files(files: Sequence[str]) -> list[list[object]]:
-    """Return what changes with a file's content: its size, its place on the disk and its times, in nanoseconds."""
-    stats = [(Path(file).expanduser().resolve(), Path(file).expanduser().stat()) for file in files]
-    return [[str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
 
 
 def _check_texts(

@@ -10,6 +10,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.files import Located
 from rekatrain.data.filters import keeps
 from rekatrain.data.finish import FinishOptions, finish_row, unread_tags
+from rekatrain.data.overlap import Overlap
 from rekatrain.data.rows import Row, Source
 from rekatrain.data.splits import Split
 
@@ -27,6 +28,7 @@ class RowStream:
     only, cut: filters of rows
     limit:     number of good rows after which the stream ends; None: none
     contents:  describes what is read, for a fingerprint: files with sizes and times, or a commit; None: unknown
+    overlap:   compares the rows with those of other data sets, and leaves some out; None: nothing is compared
     skipped:   one message per bad row so far, such as "train.jsonl:17: prompt is empty"
     """
 
@@ -39,6 +41,7 @@ class RowStream:
     cut: Split
     limit: int | None
     contents: Callable[[], object]
+    overlap: Overlap | None = None
     skipped: list[str] = field(default_factory=list)
     num_rows: int = 0
     num_left_out: int = 0
@@ -62,7 +65,7 @@ class RowStream:
             if not keeps(row, self.only):
                 self.num_left_out += 1
                 continue
-            if not self.cut.holds(row):
+            if not self.cut.holds(row) or (self.overlap is not None and not self.overlap.keeps(row, where)):
                 continue
             self.origin.columns.update(row.columns)
             tagged, tags = unread_tags([row])
@@ -82,6 +85,8 @@ class RowStream:
         if self.num_left_out:
             kept = f"leaves out {self.num_left_out} rows, and keeps {self.num_rows}"
             yield logging.INFO, f"{self.title}: only {dict(self.only)} {kept}"
+        if self.overlap is not None:
+            yield logging.WARNING, f"{self.title}: {self.overlap.report()}"
         if self._first_tagged:
             where, tags = self._first_tagged
             quoted = ", ".join(f'"{tag}"' for tag in tags)
@@ -97,6 +102,8 @@ class RowStream:
         part = f" in the {self.cut.part} part of its split" if self.cut.fraction else ""
         if self.num_left_out:
             part += f" that only keeps: {dict(self.only)} leaves out {self.num_left_out}"
+        if self.overlap is not None and self.overlap.num_compared:
+            part += f" that overlap keeps: {self.overlap.report()}"
         first = f"; the first bad one: {self.skipped[0]}" if self.skipped else ""
         raise InputError(f"{self.title} has no good row{part}{first}")
 

@@ -5,13 +5,16 @@ other ids, no error, and a ruined run (huggingface/transformers#44254, #45812). 
 `tokenizer.json` alone, and a tokenizer with cl100k_base's vocabulary must give cl100k_base's ids.
 """
 
+import json
 import logging
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rekatrain.data.chat import END_OF_TEXT, encode_text
 from rekatrain.data.errors import InputError
+from rekatrain.data.families import adapt_backend, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,17 @@ CL100K_MARKS = {"assistant": 78191, "Ġassistant": 18328, "Ġreasoning": 33811}
 def load_tokenizer(pretrained_model_name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
     """Load and check the fast tokenizer of a folder or of a model on the hub.
 
-    Raises InputError where there is none, where it has no usable eos token, or where a cl100k_base tokenizer does not
-    give the golden ids. A tokenizer of another family is accepted, with a warning if the model is called Reka.
+    Raises InputError where there is none, where it has no usable eos token, where its ids do not give back their text
+    (families.py), or where a cl100k_base tokenizer does not give the golden ids. A tokenizer of another family is
+    accepted, with a warning if the model is called Reka.
     """
     tokenizer = _load(pretrained_model_name_or_path, revision)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if adapt_backend(backend):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+        logger.info("tokenizer of %s: it adds no space before a text here", pretrained_model_name_or_path)
     check_tokenizer(tokenizer)
+    check_texts(tokenizer)
     if "reka" in Path(pretrained_model_name_or_path).name.lower() and not is_cl100k(tokenizer):
         logger.warning(
             "tokenizer of %s: %d ids, not Reka's cl100k_base, so its ids are not checked",

@@ -25,6 +25,7 @@ from rekatrain.data.chat import (
     split_turn,
 )
 from rekatrain.data.errors import InputError
+from rekatrain.data.families import bos_ids
 from rekatrain.data.rows import LongRows, Row
 from rekatrain.data.stream import log_report
 
@@ -213,9 +214,10 @@ def _turns(row: Row, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
         texts += [prompt.removeprefix(before), completion]
         before = prompt + completion
     prompt_ids, completion_ids, *parts = yield texts
-    encoded = join_row(prompt_ids, completion_ids, tokenizer, end_of_turn)
+    bos = list(bos_ids(tokenizer))
+    encoded = join_row(bos + prompt_ids, completion_ids, tokenizer, end_of_turn)
     labels = list(encoded.labels)
-    ids: list[int] = []
+    ids = list(bos)
     for between, span in zip(parts[::2], parts[1::2], strict=True):
         ids += between
         labels[len(ids) : len(ids) + len(span)] = span
@@ -226,7 +228,7 @@ def _turns(row: Row, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
     apart = [row_texts(row.messages[: index + 1], end_of_turn) for index in earlier]
     parts = yield [text for pair in apart for text in pair]
     rows = zip(parts[::2], parts[1::2], strict=True)
-    return [*(join_row(prompt, completion, tokenizer, end_of_turn) for prompt, completion in rows), encoded]
+    return [*(join_row(bos + prompt, completion, tokenizer, end_of_turn) for prompt, completion in rows), encoded]
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from typing import Any
 
 # Set before transformers is imported: no test sends a request to the hub, even where there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Encoded rows lie in the cache of `datasets`: none of the tests touches the home folder's.
+_CACHE = tempfile.TemporaryDirectory(prefix="rekatrain-tests-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest
 import torch

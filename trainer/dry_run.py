@@ -72,9 +72,13 @@ def _show_sft(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
 
     task = prepare(recipe)
     _check_trl_start(recipe, folder, task, resume=resume)
-    lengths = [len(row.input_ids) for row in task.rows]
-    trained = sum(label != IGNORED_LABEL for row in task.rows for label in row.labels)
-    print(f"# {len(task.rows)} rows, {sum(lengths):,} tokens, {trained:,} of them trained; longest row {max(lengths)}")
+    lengths = task.rows.lengths()
+    trained = sum(int((labels != IGNORED_LABEL).sum()) for _, labels in task.rows.arrays())
+    some = "the first " if task.stream is not None else ""
+    print(
+        f"# {some}{len(task.rows)} rows, {lengths.sum():,} tokens, {trained:,} of them trained; longest row "
+        f"{lengths.max()}"
+    )
     first = task.rows[0]
     pairs = zip(first.labels, first.input_ids, strict=True)
     shown = ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rekatrain.data.chat import encode_text, render_prompt
+from rekatrain.data.chat import encode_prompt, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import Section, load_mixture
 from rekatrain.data.rows import Row
@@ -39,7 +39,7 @@ def load_prompts(
     too_long = []
     for row in load_mixture(section, name).rows:
         text = render_prompt(row.prompt)
-        prompt = Prompt(text=text, ids=encode_text(text, tokenizer), row=row)
+        prompt = Prompt(text=text, ids=encode_prompt(text, tokenizer), row=row)
         if len(prompt.ids) + max_completion_length <= model_config.max_position_embeddings:
             prompts.append(prompt)
             continue

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rekatrain.data.chat import EncodedRow
-from rekatrain.data.mixture import load_mixture
-from rekatrain.data.training_rows import encode_rows
+from rekatrain.data.encoded import EncodedRows
+from rekatrain.data.encoded_mixture import encode_mixture
+from rekatrain.data.errors import InputError
+from rekatrain.data.streaming import is_streaming, stream_mixture
 from rekatrain.trainer.models.load import check_model, load_model_tokenizer, load_policy
 from rekatrain.trainer.models.probe import choose_texts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.folder import RunFolder
+from rekatrain.trainer.trl_stages.best import make_best
 from rekatrain.trainer.trl_stages.guards import GuardedTrainer
-from rekatrain.trainer.trl_stages.held_out import measure_held_out
+from rekatrain.trainer.trl_stages.held_out import measure_held_out, metric_names
 from rekatrain.trainer.trl_stages.run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -38,17 +41,24 @@ HEADLINE = ["loss", "mean_token_accuracy", "tokens_per_second", "epoch", "grad_n
 class SFTTask:
     """Everything of a run that is checked before weights are loaded.
 
+    rows:     the rows to train; with `dataset.streaming`, the first of them
+    stream:   the rows to train with `dataset.streaming`
+    contents: of the sources of a stream, for its fingerprint
     held_out: rows to measure while the run trains, by the name of their source; empty without `sft.eval_strategy`
     """
 
     config: SFTConfig
     tokenizer: PreTrainedTokenizerBase
-    rows: list[EncodedRow]
-    held_out: dict[str, list[EncodedRow]]
+    rows: EncodedRows
+    stream: IterableDataset | None = None
+    contents: list[object] | None = None
+    held_out: dict[str, EncodedRows]
 
     def trained_rows(self) -> Iterator[Sequence[object]]:
-        """Return the ids and the labels of each row, which a fingerprint is taken of."""
-        return ((row.input_ids, row.labels) for row in self.rows)
+        """Return the ids and the labels of each row, which a fingerprint is taken of; of a stream, its contents."""
+        if self.contents is not None:
+            return iter([[self.contents]])
+        return self.rows.arrays()
 
 
 def prepare(recipe: Recipe) -> SFTTask:
@@ -57,14 +67,23 @@ def prepare(recipe: Recipe) -> SFTTask:
     context = check_model(recipe, tokenizer).max_position_embeddings
     config = make_config("sft", recipe.sft, recipe, SFTConfig)
     max_length = min(config.max_length or context, context)
-    rows = encode_rows(load_mixture(recipe.dataset).rows, tokenizer, max_length, **recipe.chat)
-    held_out: dict[str, list[EncodedRow]] = {}
+    stream, contents = None, None
+    if is_streaming(recipe.dataset):
+        if config.max_steps <= 0:
+            raise InputError(
+                "dataset.streaming needs sft.max_steps: the number of rows is not known before they are read"
+            )
+        stream, first, contents = stream_mixture(recipe.dataset, tokenizer, max_length, recipe.chat, seed=recipe.seed)
+        rows = EncodedRows(Dataset.from_list([vars(row) for row in first]))
+    else:
+        rows = encode_mixture(recipe.dataset, tokenizer, max_length, recipe.chat).rows
+    held_out: dict[str, EncodedRows] = {}
     if config.eval_strategy != "no" and recipe.eval_dataset is not None:
-        mixture = load_mixture(recipe.eval_dataset, name="eval_dataset")
-        for source in mixture.sources:
-            of_source = [row for row in mixture.rows if row.source == source]
-            held_out[source.name] = encode_rows(of_source, tokenizer, max_length, **recipe.chat)
-    return SFTTask(config=config, tokenizer=tokenizer, rows=rows, held_out=held_out)
+        held_out = encode_mixture(recipe.eval_dataset, tokenizer, max_length, recipe.chat, "eval_dataset").by_source
+    make_best(recipe).check_metric("sft.metric_for_best_model", metric_names([*held_out]))
+    if not config.packing:  # the rows are as the trainer needs them: TRL would copy them once more
+        config.dataset_kwargs = {"skip_prepare_dataset": True}
+    return SFTTask(config=config, tokenizer=tokenizer, rows=rows, stream=stream, contents=contents, held_out=held_out)
 
 
 class _GuardedSFTTrainer(GuardedTrainer, SFTTrainer):
@@ -99,15 +118,13 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
     trainer = _GuardedSFTTrainer(
         model=load_policy(recipe),
         args=task.config,
-        train_dataset=_dataset(task.rows),
+        train_dataset=task.stream if task.stream is not None else task.rows.dataset,
         # transformers evaluates only with a data set; `evaluate` reads the rows.
-        eval_dataset=_dataset(next(iter(task.held_out.values()))[:1]) if task.held_out else None,
+        eval_dataset=next(iter(task.held_out.values()))[:1].dataset if task.held_out else None,
         processing_class=copy.deepcopy(task.tokenizer),
     )
     trainer.held_out = task.held_out
-    texts = choose_texts(task.tokenizer, [row.input_ids for row in task.rows])
+    lengths = task.rows.lengths()
+    own = [task.rows[int(index)].input_ids for index in (lengths.argmin(), lengths.argmax())]
+    texts = choose_texts(task.tokenizer, own)
     run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE, texts=texts)
-
-
-def _dataset(rows: Sequence[EncodedRow]) -> Dataset:
-    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])

@@ -37,6 +37,7 @@ def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
     ]
     for path, lines in (
         ("runs/quickstart/sft.jsonl", rows),
+        ("runs/raft/made/rows.jsonl", rows),
         ("runs/politeness/train.jsonl", pairs[:16]),
         ("runs/politeness/held_out.jsonl", pairs[16:]),
     ):
@@ -48,7 +49,8 @@ def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
 def test_recipes_of_both_models_have_the_same_names() -> None:
     large = {path.stem for path in (FOLDER.parent / "reka-flash-3").glob("*.yaml")}
     same = {"sft": "sft-full", "rloo": "rloo-full"}
-    assert {same.get(path.stem, path.stem) for path in RECIPES} == large
+    small = {same.get(path.stem, path.stem) for path in RECIPES} - {"raft-generate", "raft-sft"}
+    assert small == large
     assert large == {"sft-lora", "sft-full", "sft-qlora", "reward", "rloo-lora", "rloo-full", "rloo-3.1"}
 
 

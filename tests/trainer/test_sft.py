@@ -1,6 +1,7 @@
 """The SFT stage: the tokens that are trained, and packed rows that do not attend to each other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from rekatrain.data.chat import IGNORED_LABEL, parse_completion
+from rekatrain.data.errors import InputError
 from rekatrain.trainer import sft
 from rekatrain.trainer.recipe.load import Recipe
 
@@ -71,3 +73,33 @@ def test_packed_rows_have_the_losses_of_separate_rows(attention: str, model_fold
                 total -= logprobs[position - 1, label].item()
                 count += 1
     assert packed == pytest.approx(total / count, abs=2e-5)
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streamed_rows_are_trained_and_resumed(packing: bool, model_folder: Path, tmp_path: Path) -> None:
+    keys = {"logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 2, "packing": packing}
+    keys |= {"lr_scheduler_type": "constant", "learning_rate": 0.01, "max_length": 64 if packing else None}
+
+    def run(name: str, *, max_steps: int, resume: bool = False, num_rows: int = 30) -> list[float]:
+        recipe = make_recipe(model_folder, tmp_path, sft={**keys, "max_steps": max_steps})
+        rows = [
+            [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "x" * n}] for n in range(1, num_rows)
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        dataset = {**recipe.dataset, "streaming": True}
+        changed = replace(recipe, output_dir=str(tmp_path / name), dataset=dataset)
+        sft.train(changed, resume=resume)
+        return losses(changed)
+
+    whole = run("whole", max_steps=4)
+    run("parts", max_steps=2)
+    with pytest.raises(InputError, match="the rows are not those of the checkpoint"):
+        run("parts", max_steps=4, resume=True, num_rows=31)
+    assert run("parts", max_steps=4, resume=True) == whole
+    if not packing:
+        with pytest.raises(InputError, match="streaming needs sft.max_steps"):
+            run("endless", max_steps=-1)

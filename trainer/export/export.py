@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import Message, encode_prompt, render_prompt
 from rekatrain.data.errors import InputError
+from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE

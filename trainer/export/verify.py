@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from rekatrain.data.chat import render_prompt
+from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import check_tokenizer
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs

@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rekatrain.data.chat import Message, encode_text, render_completion, render_prompt
+from rekatrain.data.chat import Message, encode_prompt, render_completion, render_prompt
 from rekatrain.trainer.run.folder import RunFolder
 
 PROBE_FILE = "probe.safetensors"
@@ -63,7 +63,7 @@ class TrainingProbe:
 
 def choose_texts(tokenizer: PreTrainedTokenizerBase, own: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the ids of a fixed turn with a reasoning, and of the shortest and the longest of the run's own texts."""
-    fixed = encode_text(render_prompt(QUESTION) + ANSWER, tokenizer)
+    fixed = encode_prompt(render_prompt(QUESTION) + ANSWER, tokenizer)
     texts = [fixed, min(own, key=len), max(own, key=len)] if own else [fixed]
     return [list(ids[:MAX_TOKENS]) for ids in texts if len(ids) > 1]
 

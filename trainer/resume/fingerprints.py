@@ -16,6 +16,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -86,6 +87,8 @@ def take_fingerprints(recipe: Recipe, rows: Iterable[Sequence[object]]) -> Finge
 
 def _bytes_of(part: object) -> bytes:
     """Return the content of a part of a row; token ids as numbers of 8 bytes, in a third of the time of JSON."""
+    if isinstance(part, np.ndarray):
+        return part.astype("<i8").tobytes()
     if isinstance(part, list) and part and type(part[0]) is int:
         return array("q", part).tobytes()
     return json.dumps(part, sort_keys=True, default=repr).encode()

@@ -55,14 +55,14 @@ def batches(
 
     Rows are sorted by length, so that a batch has little padding.
     """
-    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    lengths = [len(row.input_ids) for row in rows]
+    ordered = sorted(range(len(rows)), key=lambda index: lengths[index], reverse=True)
     per_process = math.ceil(len(ordered) / num_processes)
-    mine = [
-        (ordered[index % len(ordered)], index < len(ordered))
-        for index in range(process, per_process * num_processes, num_processes)
-    ]
+    mine = range(process, per_process * num_processes, num_processes)
     for first in range(0, len(mine), batch_size):
-        yield mine[first : first + batch_size]
+        yield [
+            (rows[ordered[index % len(ordered)]], index < len(ordered)) for index in mine[first : first + batch_size]
+        ]
 
 
 def _measure_batch(model: nn.Module, batch: Sequence[tuple[EncodedRow, bool]], device: torch.device) -> Tensor:
