@@ -104,6 +104,10 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         made = maker.make()  # a class checks here what its annotations cannot say
     except InputError as error:
         raise InputError(f"rewards.{name}: {error}") from error
+    except SystemExit as error:
+        raise InputError(
+            f"rewards.{name}: its __init__ called sys.exit({error.code!r}); raise InputError there"
+        ) from error
     if own.on_timeout != "error" and not signature.is_scorer:
         raise InputError(
             f"rewards.{name}.on_timeout is {own.on_timeout!r}, but {name} scores a whole batch: its time limit is no "

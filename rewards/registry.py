@@ -101,6 +101,11 @@ def find(name: str) -> Callable[..., Any]:
             f"reward {name}: no module {module_name} in the current directory or installed; "
             f"run from the folder that holds it{_describe_shadowing(module_name)}"
         ) from error
+    except SystemExit as error:
+        raise InputError(
+            f"reward {name}: the import of {module_name} called sys.exit({error.code!r}): put its commands below "
+            'if __name__ == "__main__":'
+        ) from error
     target = getattr(module, attribute, None)
     if not callable(target):
         nearest = did_you_mean(attribute, vars(module))

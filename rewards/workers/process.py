@@ -72,7 +72,7 @@ def _make(spec: Spec) -> Callable[..., Any] | str | Outcome:
         return scorer
     except InputError as error:
         return str(error)
-    except Exception as error:  # whatever a grader raises is its failure, reported with each completion
+    except (Exception, SystemExit) as error:  # whatever a grader raises is its failure, reported with each completion
         return _failure(error, seconds=0.0)
 
 

@@ -336,3 +336,57 @@ def test_score_of_a_batch_function_and_errors_beside_it():
     scores = score([reward(some)], config=ScoringConfig(max_error_share=1.0))
     assert scores.by_name["it"] == [0.5, None] and scores.notes == [{"it": ["because", 2]}, {}]
     assert scores.errors[1] == {"it": "RewardError: no answer"}
+
+
+EXITING = {
+    "import": """
+import sys
+
+def it(completion):
+    return 1.0
+
+sys.exit("usage: ...")
+""",
+    "init": """
+import sys
+
+class it:
+    def __init__(self):
+        sys.exit(4)
+
+    def __call__(self, completion):
+        return 1.0
+""",
+}
+SETUPS = """
+import sys
+
+class Scorer:
+    def setup(self):
+        sys.exit(5)
+
+    def __call__(self, completion):
+        return 1.0
+
+class Batch:
+    def setup(self):
+        sys.exit(6)
+
+    def __call__(self, completions, **kwargs):
+        return []
+"""
+
+
+@pytest.mark.parametrize("where", EXITING)
+def test_reward_that_exits_when_it_is_made_is_one_line(where):
+    Path(f"exits_at_{where}.py").write_text(EXITING[where])
+    with pytest.raises(InputError, match=r"called sys\.exit\("):
+        build_reward_functions({f"exits_at_{where}:it": None})
+
+
+def test_setup_that_exits_is_an_error_of_the_reward():
+    Path("exits_in_setup.py").write_text(SETUPS)
+    scores = score(build_reward_functions({"exits_in_setup:Scorer": None}), config=ScoringConfig(max_error_share=1.0))
+    assert all("SystemExit: 5" in of_one["exits_in_setup:Scorer"] for of_one in scores.errors)
+    with pytest.raises(RewardError, match=r"its setup called sys.exit\(6\)"):
+        score(build_reward_functions({"exits_in_setup:Batch": None}))
