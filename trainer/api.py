@@ -59,11 +59,11 @@ def train(
     """
     checked = check_recipe(recipe, *overrides)
     run = Path(checked.output_dir)
-    from rekatrain.trainer.models.load import check_not_adapter
+    from rekatrain.trainer.models.continued import continue_adapter
     from rekatrain.trainer.plan.plan import check_fits
 
     check_parent(run, "output_dir")
-    check_not_adapter(checked)
+    checked = continue_adapter(checked)
     check_fits(checked, is_overridden=skip_memory_check)
     if dry_run:
         from rekatrain.trainer.dry_run import dry_run as show

@@ -127,8 +127,10 @@ def _interruptible_imports() -> Iterator[None]:
 
 def _plan(options: argparse.Namespace) -> None:
     recipe = api.check_recipe(options.recipe, *options.overrides)
+    from rekatrain.trainer.models.continued import continue_adapter
     from rekatrain.trainer.plan.plan import plan
 
+    recipe = continue_adapter(recipe)
     is_fitting = plan(
         recipe,
         launch_file=options.launch,
@@ -162,10 +164,11 @@ def _serve_rollouts(options: argparse.Namespace) -> None:
     recipe = api.check_recipe(options.recipe, *options.overrides)
     if recipe.stage != "rloo":
         raise InputError(f"stage {recipe.stage} has no rollouts: give serve-rollouts an rloo recipe")
+    from rekatrain.trainer.models.continued import continue_adapter
     from rekatrain.trainer.rloo.sampler.vllm.serve import serve_rollouts
 
     serve_rollouts(
-        recipe,
+        continue_adapter(recipe),
         host=options.host,
         port=options.port,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -177,12 +180,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     api.evaluate(options.recipe, *options.overrides, out=options.out)
 
 
-def _report(options: argparse.Namespace) -> None:
-    api.report(*options.runs, out=options.out, max_completions=options.max_completions)
-
 def _compare(options: argparse.Namespace) -> None:
     api.compare(options.a, options.b, reward=options.reward, out=options.out)
 
+
+def _report(options: argparse.Namespace) -> None:
+    api.report(*options.runs, out=options.out, max_completions=options.max_completions)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -220,8 +223,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check-rewards": _check_rewards,
     "serve-rollouts": _serve_rollouts,
     "evaluate": _evaluate,
+    "compare": _compare,
     "report": _report,
     "export": _export,
     "recipes": _recipes,
-    "compare": _compare,
 }

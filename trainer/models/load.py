@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.models.config import build_skeleton, check_config
 from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
-from rekatrain.trainer.models.source import base_revision, commit_of, find_source
+from rekatrain.trainer.models.source import base_revision, commit_of, find_source, read_adapter_config
 from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
 from rekatrain.trainer.models.weights import (
     check_finite,
@@ -127,21 +128,11 @@ def check_attention(config: PretrainedConfig) -> None:
             )
 
 
-def check_not_adapter(recipe: Recipe) -> None:
-    """Raise InputError if the model to train is an adapter's folder, or a run with one."""
-    source = find_source(recipe.model["pretrained_model_name_or_path"])
-    if source.adapter:
-        raise InputError(
-            f"{source.folder!r} is an adapter on {source.base!r}; merge them into one model: rekatrain export RUN OUT"
-        )
-
-
 def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
     """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say.
 
     bf16: True if the stage computes in bfloat16; DeepSpeed then keeps float32 copies of bfloat16 weights
     """
-    check_not_adapter(recipe)
     is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
     if is_deepspeed and is_bfloat16 and not bf16:
         raise InputError(
@@ -189,7 +180,21 @@ def add_adapter(
 
 
 def load_policy(recipe: Recipe) -> Policy:
-    """Load the model to train: the recipe's weights, with a new adapter if the recipe has a `lora:` section."""
+    """Load the model to train: the recipe's weights, with a new adapter if the recipe has a `lora:` section.
+
+    If the model is an adapter itself, it is that adapter that is trained.
+    """
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
+    if source.adapter is not None:
+        revision = base_revision(source, recipe.model.get("revision"))
+        base = load_model(**recipe.model | {"pretrained_model_name_or_path": source.base, "revision": revision})
+        config = read_adapter_config(Path(source.adapter))
+        config.lora_dropout = (recipe.lora or {}).get("lora_dropout", 0.0)
+        # As for a new adapter, below.
+        cast = not is_deepspeed_zero3_enabled()
+        policy = load_adapter(base, source.adapter, is_trainable=True, config=config, autocast_adapter_dtype=cast)
+        check_finite(policy, source.adapter)
+        return policy
     model = load_model(**recipe.model)
     if recipe.lora is not None:
         base = recipe.model["pretrained_model_name_or_path"]

@@ -67,7 +67,7 @@ def find_source(pretrained_model_name_or_path: str) -> Source:
     elif not path.exists() and names_path(pretrained_model_name_or_path):
         raise InputError(f"no model folder at {pretrained_model_name_or_path!r}")
     if (path / ADAPTER_CONFIG).exists():
-        config = _read_adapter_config(path)
+        config = read_adapter_config(path)
         base = str(config.base_model_name_or_path)
         if names_path(base) and not Path(base).is_dir():
             raise InputError(f"{str(path)!r} is an adapter on {base!r}, which is no folder here: move the base back")
@@ -75,7 +75,7 @@ def find_source(pretrained_model_name_or_path: str) -> Source:
     return Source(folder=str(path), base=str(path), adapter=None)
 
 
-def _read_adapter_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> LoraConfig:
     """Return the config of a LoRA adapter's folder; InputError for one that is damaged or of another kind."""
     try:
         with warnings.catch_warnings():

@@ -162,7 +162,7 @@ def quiet_transformers(*, has_bar: bool = True) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, **options: Any) -> PeftModel:
+def load_adapter(model: nn.Module, adapter: str, **options: Any) -> PeftModel:
     """Put a stored adapter on its base; options: keywords of `PeftModel.from_pretrained`."""
     with readable(adapter):
         return PeftModel.from_pretrained(model, adapter, **options)

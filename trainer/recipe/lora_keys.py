@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from rekatrain.data.ranges import CountOrZero, FractionBelowOne, Weight
+from rekatrain.data.ranges import CountOrZero, FractionBelowOne, PositiveWeight, Weight
 
 Rank = Annotated[int, Ge(1), Le(4096)]
 Alpha = Annotated[int, Ge(1), Le(10**6)]
@@ -28,7 +28,7 @@ LORA_ALLOWED: dict[str, Any] = {
     "layers_to_transform": Annotated[list[CountOrZero], MinLen(1)] | CountOrZero | None,
     "layers_pattern": Names | Name | None,
     "rank_pattern": dict[Name, Rank],
-    "alpha_pattern": dict[Name, Alpha],
+    "alpha_pattern": dict[Name, PositiveWeight],
     "bias": Literal["none", "all", "lora_only"],
     "use_rslora": bool,
     "use_dora": bool,

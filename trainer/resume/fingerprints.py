@@ -72,8 +72,10 @@ def take_fingerprints(recipe: Recipe, rows: Iterable[Sequence[object]]) -> Finge
             content = _bytes_of(part)
             digest.update(len(content).to_bytes(8, "little") + content)
         num_rows += 1
-    base = find_source(recipe.model["pretrained_model_name_or_path"]).base
-    architecture, weights = _fingerprint_model(base, recipe.model.get("revision"))
+    source = find_source(recipe.model["pretrained_model_name_or_path"])
+    architecture, weights = _fingerprint_model(source.base, source.revision or recipe.model.get("revision"))
+    if source.adapter is not None:  # that a run continues
+        weights += f", adapter {_fingerprint_folder(Path(source.adapter))}"
     return Fingerprints(
         num_rows=num_rows,
         rows=digest.hexdigest(),

@@ -6,8 +6,8 @@ size, V the size of the LM head.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -214,6 +214,24 @@ def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, length, size))
 
 
+def trained_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the trained parameters of a model, with their names."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def replaced(parameters: Sequence[tuple[str, nn.Parameter]], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which parameters have other values, in their own dtype and on their own device."""
+    kept = [parameter.data for _, parameter in parameters]
+    try:
+        for name, parameter in parameters:
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for (_, parameter), data in zip(parameters, kept, strict=True):
+            parameter.data = data
+
+
 Reference = Callable[[PackedCompletions], Tensor]
 
 
@@ -222,10 +240,13 @@ def make_reference(
     model: CompletionLogprobs,
     config: RLOOConfig,
     load_again: Callable[[], Policy] | None = None,
+    *,
+    continues_adapter: bool = False,
 ) -> Reference | None:
     """Return log-probabilities under the policy that the run begins with; None where beta is 0.
 
-    With LoRA that policy is the model without its adapter and costs no memory. Otherwise it is a copy of the policy, or
+    With a new adapter that policy is the model without it and costs no memory; with an adapter that the run continues,
+    it is the model with a copy of the adapter. Otherwise it is a copy of the policy, or
     under ZeRO-3, where a copy would be of shards, the result of `load_again`, sharded likewise. It computes in the
     policy's arithmetic, so that rounding is no KL.
     """
@@ -241,12 +262,18 @@ def make_reference(
     else:
         initial = frozen(accelerator, copy.deepcopy(model))
 
+    first = {name: parameter.detach().clone() for name, parameter in trained_of(policy)} if continues_adapter else None
+
     # A prepared model autocasts its own forward; this call does not go through it. DeepSpeed has cast the weights.
     arithmetic = nullcontext if zero_stage(accelerator) else accelerator.autocast
 
+    def as_initial() -> AbstractContextManager[None]:
+        if first is not None:
+            return replaced(trained_of(policy), first)
+        return policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
+
     def reference_logprobs(packed: PackedCompletions) -> Tensor:
-        without_adapter = policy.disable_adapter() if isinstance(policy, PeftModel) else nullcontext()
-        with torch.no_grad(), without_adapter, arithmetic():
+        with torch.no_grad(), as_initial(), arithmetic():
             scored: Tensor = initial(replace(packed, cutoffs=None))  # over every token, whatever the sampler filtered
             return scored
 

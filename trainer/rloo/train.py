@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.optim import AdamW
 
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
 from rekatrain.trainer.models.probe import choose_texts
 from rekatrain.trainer.processes.agreement import agree_on_start
@@ -87,7 +89,9 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     policy = load_prepared_policy(recipe, config, accelerator)
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(setup.tokenizer)).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.
-    reference = make_reference(accelerator, model, config, lambda: load_policy(recipe))
+    reference = make_reference(
+        accelerator, model, config, lambda: load_policy(recipe), continues_adapter=is_adapter(recipe)
+    )
     if checkpoint and not keeps_optimizer:  # before an optimizer makes its own copies of the weights
         load_weights(accelerator, policy, checkpoint)
 
@@ -166,6 +170,8 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
             own = {"learning_rate": learning_rate, **clock.metrics(num_tokens)}
             own |= servers.metrics() if servers else {}
             folder.append(ROLLOUTS_FILE, records)
+            if config.log_completions_steps and (step + 1) % config.log_completions_steps == 0:
+                log.completions(step + 1, records)
             log.step(step + 1, {**metrics, **own, **setup.grader.metrics()}, headline=HEADLINE)
         check_bounds(step + 1, metrics)
         is_best = evaluation.is_due(step + 1) and best.update(step + 1, evaluate(step + 1))
@@ -190,6 +196,11 @@ def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, check
     check_trainable(recipe, is_deepspeed=zero_stage(accelerator) > 0, bf16=config.bf16)
     check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=config.bf16)
     config.prompts_per_process(accelerator.num_processes)
+    if is_adapter(recipe) and config.beta and zero_stage(accelerator) == 3:
+        raise InputError(
+            "a run that continues an adapter has no reference under ZeRO-3, which shards the adapter: launch it with "
+            "ZeRO-2, set rloo.beta to 0, or merge the adapter first: rekatrain export RUN OUT"
+        )
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
     )

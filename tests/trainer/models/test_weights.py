@@ -1,7 +1,6 @@
 """Models and rewards that a stage cannot train with: one line names the mistake, before a weight is loaded."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -106,21 +105,6 @@ def test_full_fine_tuning_of_bfloat16_is_rejected(stage, recipe_of, error_of, mo
     for model in ({**unsaid, "dtype": "bfloat16"}, unsaid):
         assert error_of("train", recipe_of(stage, model=model)).startswith(
             "full fine-tuning of bfloat16 weights rounds small updates away: set model.dtype to float32"
-        )
-
-
-def test_adapter_folder_cannot_be_trained(recipe_of, error_of, workspace, model_folder):
-    adapter = workspace / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(model_folder)})
-    )
-    for path in model_folder.glob("tokenizer*"):
-        shutil.copy(path, adapter)
-    for stage in STAGES:
-        assert error_of("train", recipe_of(stage), f"model.pretrained_model_name_or_path={adapter}") == (
-            f"{str(adapter)!r} is an adapter on {str(model_folder)!r}; merge them into one model: "
-            "rekatrain export RUN OUT"
         )
 
 
