@@ -1,8 +1,10 @@
 """Fixtures of many tests: a tiny tokenizer and Llama, Reka's real tokenizer, and the folders of vendored data."""
 
+import atexit
 import json
 import lzma
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -10,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Set before transformers is imported: no test sends a request to the hub, even where there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Encoded rows lie in the cache of `datasets`: none of the tests touches the home folder's.
-_CACHE = tempfile.TemporaryDirectory(prefix="rekatrain-tests-", ignore_cleanup_errors=True)
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rekatrain-tests-")
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 REAL_DATA = Path(__file__).parent / "data" / "real"
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 CORPUS = [
     "human: What is 2+2? <sep> assistant: <reasoning>\nTwo and two make four.\n</reasoning>\n\n4 <sep>",
@@ -59,6 +63,14 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     forget()
     yield
     forget()
+
+
+@pytest.fixture(autouse=True)
+def fork_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have exports verified in a fork of a process that has made the imports; test_user_folder.py runs the real one."""
+    from tests.helpers.forks import run_module
+
+    monkeypatch.setattr("rekatrain.trainer.export.probe.subprocess", SimpleNamespace(run=run_module))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

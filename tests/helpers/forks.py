@@ -13,10 +13,12 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +67,9 @@ class Launch:
 class Program:
     """A program, as `python COMMAND` starts it in a folder; everything that it prints is appended to the file `log`.
 
-    command: `-m rekatrain ARGUMENTS`, or a script and its arguments
+    command: `-m MODULE ARGUMENTS`, or a script and its arguments
     prepare: called before the program, in each of its processes
+    errors:  file of its standard error, if that is not `log`
     """
 
     command: tuple[str, ...]
@@ -74,6 +77,7 @@ class Program:
     log: Path
     environment: Mapping[str, str]
     prepare: Callable[[], None] | None = None
+    errors: Path | None = None
 
 
 def fork(program: Program, launch: Launch | None = None) -> Process:
@@ -108,6 +112,29 @@ def start_forked(folder: Path, *command: str, launch: Launch | None = None) -> P
     return fork(program, launch)
 
 
+def run_module(
+    command: Sequence[str], *, env: Mapping[str, str], **_options: object
+) -> subprocess.CompletedProcess[str]:
+    """Return what `subprocess.run([python, "-P", "-m", MODULE, ...], capture_output=True, text=True, env=env)` does.
+
+    The libraries read the settings of the hub when they are imported: a program with others does not fork.
+    """
+    if _hub_settings(env) != HUB_SETTINGS:
+        return subprocess.run(command, capture_output=True, text=True, env=env)
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        program = Program(command=tuple(command[2:]), folder=Path.cwd(), log=out, environment=env, errors=errors)
+        status = fork(program).wait()
+        return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
+
+
+def _hub_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("HF_")}
+
+
+HUB_SETTINGS = _hub_settings(os.environ)
+
+
 def kill_tree(root: int, spared: int | None = None) -> None:
     """Kill a process and its descendants, but one."""
     with suppress(psutil.NoSuchProcess):
@@ -121,9 +148,8 @@ def kill_tree(root: int, spared: int | None = None) -> None:
 def _run(program: Program) -> None:
     os.setsid()
     os.chdir(program.folder)
-    descriptor = os.open(program.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    for stream, path in ((1, program.log), (2, program.errors or program.log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
     os.environ.clear()
     os.environ.update(program.environment)
     if program.prepare:
@@ -148,6 +174,9 @@ def _call(command: tuple[str, ...]) -> None:
 
         sys.path.append(os.getcwd())  # as `python -m rekatrain` does
         main(command[2:])
+    elif command[0] == "-m":
+        sys.argv = [*command[1:]]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [*command]
         sys.path.insert(0, str(Path(command[0]).parent))  # as the interpreter does
