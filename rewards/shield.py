@@ -15,6 +15,7 @@ from rekatrain.rewards.errors import RewardError
 
 ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
 CLOSING = ("close", "closerange")
+LOCK = threading.RLock()
 
 
 def open_descriptors() -> set[int]:
@@ -34,20 +35,23 @@ def _is_open(number: int) -> bool:
 def shielded(names: Collection[str] = ENDING + CLOSING, kept: Collection[int] | None = None) -> Iterator[None]:
     """Make a context in which functions of `os` raise RewardError where they would harm this process.
 
-    The context also restores the current folder. It holds for the thread that enters it and for those that start
-    within; other threads of the process, and processes forked within, are not affected.
+    The context also restores the current folder. It holds for the thread that enters it and, if that is the main
+    thread, for those that start within; other threads, and processes forked within, are not affected.
 
     names: of the functions
     kept:  descriptors that may not be closed; None: all that are open now, whose listing takes 50 microseconds
     """
+    is_active = [True]  # emptied first of all, as a signal's handler may raise while functions are restored
     process, thread = os.getpid(), threading.get_ident()
+    is_main = threading.current_thread() is threading.main_thread()
     others = {other.ident for other in threading.enumerate()} - {thread}
     folder = os.open(".", os.O_PATH | os.O_CLOEXEC)
     ours = open_descriptors() if kept is None else kept
-    originals = {name: getattr(os, name) for name in names}
 
     def is_harmful(name: str, arguments: tuple[Any, ...]) -> bool:
-        if os.getpid() != process or threading.get_ident() in others:
+        here = threading.get_ident()
+        is_own = here == thread or (is_main and here not in others)
+        if not is_active or not is_own or os.getpid() != process:
             return False
         if name == "kill":
             # A signal to this process alone is delivered: the run listens for some.
@@ -70,12 +74,15 @@ def shielded(names: Collection[str] = ENDING + CLOSING, kept: Collection[int] | 
 
         return guarded
 
-    for name, original in originals.items():
-        setattr(os, name, guard(name, original))
-    try:
-        yield
-    finally:
+    with LOCK:  # functions are restored in the order opposite to that in which they were replaced
+        originals = {name: getattr(os, name) for name in names}
         for name, original in originals.items():
-            setattr(os, name, original)
-        os.fchdir(folder)
-        os.close(folder)
+            setattr(os, name, guard(name, original))
+        try:
+            yield
+        finally:
+            is_active.clear()
+            for name, original in originals.items():
+                setattr(os, name, original)
+            os.fchdir(folder)
+            os.close(folder)
