@@ -1,25 +1,79 @@
-"""Objects of the solution, as its tests see them."""
+"""Objects and classes of the solution, as its tests see them.
 
-from collections.abc import Callable
+A class of the solution is a class here, too, with the same name and bases, so that `isinstance` and `type(x) is Point`
+hold; its attributes and its calls are those of the solution.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
-class Handle:
-    """An object of the solution: it can be called, and has attributes. `is_open`: the tests name its class."""
+class Proxy(type):
+    """The class of the classes of the solution."""
 
-    def __init__(self, number: int, link: Any, is_open: bool) -> None:
-        self.__dict__.update(_number=number, _link=link, _is_open=is_open)
+    @property
+    def _number(cls) -> int:
+        return int(cls.__dict__["_class_number"])
+
+    @property
+    def _link(cls) -> Any:
+        return cls.__dict__["_class_link"]
+
+    def __call__(cls, *positional: Any, **named: Any) -> Any:
+        return cls._link.request("call", cls, positional, named)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return cls._link.request("get", cls, name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        cls._link.request("set", cls, name, value)
+
+    def __bool__(cls) -> bool:
+        return True
+
+    def __len__(cls) -> int:
+        return int(cls._link.request("operator", "len", cls))
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(cls._link.request("operator", "iter", cls))
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls._link.request("operator", "getitem", cls, key)
+
+    def __contains__(cls, value: Any) -> bool:
+        return bool(cls._link.request("operator", "contains", cls, value))
+
+
+class Handle:
+    """An object of the solution: it can be called, and has attributes.
+
+    is_open: the tests name its class, and so can use its operators; is_iterator: they can iterate over it anyway
+    """
+
+    _is_remote = True
+    __slots__ = ("__weakref__", "_is_iterator", "_is_open", "_link", "_number")
+
+    def __init__(self, number: int, link: Any, is_open: bool, is_iterator: bool) -> None:
+        values = {"_number": number, "_link": link, "_is_open": is_open, "_is_iterator": is_iterator}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._link.request("call", self, positional, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__doc__", "__dict__"):
+        if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__dict__", "__cause__"):
             raise AttributeError(name)
         return self._link.request("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._link.request("set", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._link.request("operator", "delattr", self, name)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Handle):
@@ -29,7 +83,7 @@ class Handle:
         return self._is_open and other._is_open and bool(self._link.request("operator", "eq", self, other))
 
     def __hash__(self) -> int:
-        return int(self._operate("hash")) if self._is_open else self._number
+        return int(self._operate("hash")) if self._is_open else int(self._number)
 
     def __bool__(self) -> bool:
         return bool(self._operate("bool")) if self._is_open else True
@@ -40,13 +94,70 @@ class Handle:
     def __repr__(self) -> str:
         return str(self._operate("repr")) if self._is_open else object.__repr__(self)
 
-    def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, Handle) and bool(self._link.request("operator", "isinstance", value, self))
+    def __format__(self, form: str) -> str:
+        return str(self._operate("format", form)) if self._is_open else object.__repr__(self)
+
+    def __radd__(self, other: Any) -> Any:
+        # The start of `sum`. With any other value, `abs(f(x) + -3.14) < 1e-6` would be for the solution to decide.
+        return self._operate("radd", 0) if type(other) is int and other == 0 else NotImplemented
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._link.request("operator", "anext", self)
+
+    async def __aenter__(self) -> Any:
+        return self._link.request("operator", "aenter", self)
+
+    async def __aexit__(self, *_: Any) -> Any:
+        return self._link.request("operator", "aexit", self)
 
     def _operate(self, name: str, *operands: Any) -> Any:
-        if not self._is_open:
+        if not (self._is_open or (self._is_iterator and name in ("iter", "next"))):
             raise TypeError(f"the tests do not name the class of an object that they use by {name}")
         return self._link.request("operator", name, self, *operands)
+
+
+class RemoteIterator:
+    """An iterator of the solution, such as a generator. Items are read ahead once several were wanted."""
+
+    _is_remote = True
+
+    def __init__(self, number: int, link: Any) -> None:
+        self._number, self._link = number, link
+        self._ahead: list[Any] = []
+        self._num_read = 0
+
+    def __iter__(self) -> "RemoteIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ahead:
+            size = 1 if self._num_read < 16 else min(self._num_read, 4_096)
+            self._ahead = self._link.request("operator", "advance", self, size)[::-1]
+        self._num_read += 1
+        return self._ahead.pop()
+
+    def __getattr__(self, name: str) -> Any:  # send, throw, close
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._link.request("get", self, name)
+
+
+def make_class(name: str, bases: tuple[type, ...], number: int, link: Any, fields: list[str] | None) -> type:
+    """Return a class that stands for one of the solution; fields: names of the fields of a dataclass."""
+    body: dict[str, Any] = {"__slots__": (), "_class_number": number, "_class_link": link, "__module__": "solution"}
+    if fields is not None:
+        body["__dataclass_fields__"] = dataclasses.make_dataclass("Fields", fields).__dataclass_fields__
+    return type.__call__(Proxy, name, bases or (Handle,), body)  # type: ignore[no-any-return]
+
+
+def make_instance(kind: type, number: int, link: Any, *, is_open: bool, is_iterator: bool) -> Handle:
+    """Return an object of the solution of that class; `kind` is Handle if its class is not of the solution."""
+    made = object.__new__(kind)
+    Handle.__init__(made, number, link, is_open, is_iterator)
+    return made  # type: ignore[return-value]
 
 
 def _unary(name: str) -> Callable[[Handle], Any]:
@@ -62,11 +173,12 @@ def _with_handle(name: str) -> Callable[[Handle, Any], Any]:
     return lambda self, other: self._operate(name, other) if isinstance(other, Handle) else NotImplemented
 
 
-for _name in ("len", "iter", "neg", "abs", "int", "float", "enter"):
+for _name in ("len", "iter", "next", "reversed", "neg", "pos", "invert", "abs", "int", "float", "enter"):
     setattr(Handle, f"__{_name}__", _unary(_name))
-for _name in ("getitem", "setitem", "delitem", "contains", "mul", "truediv", "floordiv", "mod"):
+for _name in ("getitem", "setitem", "delitem", "contains", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(Handle, f"__{_name}__", _with_any(_name))
-for _name in ("lt", "le", "gt", "ge", "add", "sub"):
+for _name in ("lt", "le", "gt", "ge", "add", "sub", "matmul", "and", "or", "xor"):
     setattr(Handle, f"__{_name}__", _with_handle(_name))
+setattr(Handle, "__doc__", property(lambda self: self._link.request("get", self, "__doc__")))  # noqa: B010
 setattr(Handle, "__rmul__", _with_any("mul"))  # noqa: B010
 setattr(Handle, "__exit__", lambda self, *_: self._operate("exit"))  # noqa: B010

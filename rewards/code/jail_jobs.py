@@ -77,8 +77,9 @@ def run_program(source: str, files: Mapping[str, str]) -> None:
     files_0_and_1 = [os.fdopen(0, "r", **ENCODING), os.fdopen(1, "w", **ENCODING)]
     sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__ = files_0_and_1
     builtins.open = io.open = _opener(io.open, files)
+    os.open = _low_opener(os.open)
     main = sys.modules["__main__"] = type(sys)("__main__")
-    main.__dict__["__builtins__"] = builtins
+    main.__dict__.update(__builtins__=builtins, __file__="program.py")
     code = 0
     try:
         exec(compile(source, "program.py", "exec"), main.__dict__)
@@ -108,6 +109,14 @@ def _opener(open_file: Any, files: Mapping[str, str]) -> Any:
             content = io.BytesIO(files[name].encode(errors="surrogateescape"))
             return content if "b" in mode else io.TextIOWrapper(content, encoding="utf-8")
         return open_file(file, mode, *arguments, **named)
+
+    return open_known
+
+
+def _low_opener(open_file: Any) -> Any:
+    def open_known(path: Any, *arguments: Any, **named: Any) -> int:
+        is_known = isinstance(path, str) and path in STANDARD_FILES
+        return os.dup(STANDARD_FILES[path]) if is_known else open_file(path, *arguments, **named)
 
     return open_known
 

@@ -2,16 +2,20 @@
 
 import asyncio
 import builtins
+import dataclasses
 import importlib
+import io
 import json
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-values: Any = importlib.import_module("jail_values")  # beside this file, which is in no package inside the sandbox
+# Beside this file, which is in no package inside the sandbox.
+changes: Any = importlib.import_module("jail_changes")
+values: Any = importlib.import_module("jail_values")
 
-BUILTIN_ERRORS = {name for name, value in vars(builtins).items() if isinstance(value, type)}
+MAX_PRINTED = 1 << 20  # characters in one call that the tests may see
 
 
 class Remote:
@@ -32,27 +36,81 @@ class Remote:
         self._exchange("set", self._number, name, value)
 
 
-BINARY = "eq ne lt le gt ge add sub mul truediv floordiv mod getitem setitem delitem contains neg"
+BINARY = [
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "getitem",
+    "setitem",
+    "delitem",
+    "contains",
+    "neg",
+    "pos",
+    "invert",
+]
 OPERATORS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(operator, name) for name in BINARY.split()},
-    "len": len,
-    "str": str,
-    "repr": repr,
-    "bool": bool,
-    "iter": iter,
-    "hash": hash,
-    "abs": abs,
-    "int": int,
-    "float": float,
-    "isinstance": isinstance,
-    "await": lambda value: asyncio.run(_wait(value)),
+    **{name.rstrip("_"): getattr(operator, name) for name in BINARY},
+    "radd": lambda value, other: other + value,
+    **{kind.__name__: kind for kind in (len, str, repr, bool, iter, next, hash, abs, int, float, reversed, format)},
+    "delattr": delattr,
     "enter": lambda value: type(value).__enter__(value),
     "exit": lambda value: type(value).__exit__(value, None, None, None),
+    "await": lambda value: run_async(value),
+    "anext": lambda value: run_async(type(value).__anext__(value)),
+    "aenter": lambda value: run_async(type(value).__aenter__(value)),
+    "aexit": lambda value: run_async(type(value).__aexit__(value, None, None, None)),
+    "advance": lambda value, size: advance(value, size),
 }
+LOOPS: list[asyncio.AbstractEventLoop] = []
 
 
-async def _wait(value: Any) -> Any:
-    return await value
+def run_async(value: Any) -> Any:
+    """Return the result of a coroutine, in a loop that lives on: asynchronous generators need that."""
+
+    async def wait() -> Any:
+        return await value
+
+    if not LOOPS:
+        LOOPS.append(asyncio.new_event_loop())
+    return LOOPS[0].run_until_complete(wait())
+
+
+def advance(iterator: Any, size: int) -> list[Any]:
+    """Return up to `size` further items, at least one; an error after the first is raised by the next call."""
+    items: list[Any] = []
+    if id(iterator) in ended:
+        raise ended.pop(id(iterator))
+    try:
+        for _ in range(size):
+            items.append(next(iterator))
+    except Exception as error:
+        if not items:
+            raise
+        if not isinstance(error, StopIteration):
+            ended[id(iterator)] = error
+    return items
+
+
+ended: dict[int, Exception] = {}  # errors of iterators that are held
+
+
+async def give(value: Any) -> Any:
+    """Return a value, as a coroutine of the tests does."""
+    return value
 
 
 class Solution:
@@ -61,6 +119,8 @@ class Solution:
     def __init__(self, calls: TextIO, answers: TextIO) -> None:
         self.calls, self.answers = calls, answers
         self.held: list[Any] = []
+        self.numbers: dict[int, int] = {}  # of held objects, by their ids
+        self.printed = sys.stdout = io.StringIO()
         # A module of that name, as dataclasses look up annotations there.
         self.module = sys.modules["solution"] = type(sys)("solution")
         self.module.__dict__["__builtins__"] = builtins
@@ -86,12 +146,33 @@ class Solution:
         """Return the description of an object for the tests."""
         if isinstance(value, Remote):
             return ["local", value._number]
-        self.held.append(value)
-        kind = "awaitable" if hasattr(type(value), "__await__") else "object"
-        described = {"number": len(self.held) - 1, "class": type(value).__name__, "kind": kind}
-        if isinstance(value, type) and issubclass(value, Exception):
-            described |= {"kind": "exception", "mro": [base.__name__ for base in value.__mro__]}
+        if isinstance(value, BaseException):
+            return {"kind": "error", "error": self.describe(value)}
+        number = self.numbers.setdefault(id(value), len(self.held))
+        if number == len(self.held):
+            self.held.append(value)
+        if isinstance(value, type):
+            return self.describe_class(value, number)
+        described = {"kind": "object", "number": number, "class": type(value).__name__, "type": None}
+        if type(value).__module__ == "solution":
+            described["type"] = self.hold(type(value))
+        if hasattr(type(value), "__await__"):
+            described["kind"] = "awaitable"
+        elif isinstance(value, Iterator):
+            described["kind"] = "iterator" if described["type"] is None else "object"
+            described["iterates"] = True
         return described
+
+    def describe_class(self, kind: type, number: int) -> dict[str, Any]:
+        """Return the description of a class for the tests."""
+        if issubclass(kind, BaseException):
+            return {"kind": "exception", **_lineage(kind)}
+        described = {"kind": "class", "number": number, "class": kind.__name__, "fields": None}
+        if kind.__module__ != "solution":
+            return described | {"kind": "object", "type": None}
+        if dataclasses.is_dataclass(kind):
+            described["fields"] = [field.name for field in dataclasses.fields(kind)]
+        return described | {"bases": [self.hold(base) for base in kind.__bases__ if base.__module__ == "solution"]}
 
     def open(self, handle: Any) -> Any:
         """Return the object of a handle: one that is held here, or one of the tests."""
@@ -105,17 +186,30 @@ class Solution:
     def answer(self, tree: Any) -> None:
         """Do one operation for the tests, and write its result or its error."""
         operation, *arguments = values.decode(tree, self.open)
-        changeable = [item for item in _arguments(operation, arguments) if values.is_changeable(item)]
+        changeable = [item for item in _arguments(operation, arguments) if changes.is_changeable(item)]
+        before = [values.encode(item, id) for item in changeable]
+        encoder = values.Encoder(self.hold)
+        answer: dict[str, Any] = {}
         try:
-            before = [values.encode(item, id) for item in changeable]
             value = self.operations[operation](*arguments)
-            answer: dict[str, Any] = {"value": values.encode(value, self.hold)}
-            if [values.encode(item, id) for item in changeable] != before:
-                answer["changed"] = [values.encode(item, self.hold) for item in changeable]
+            if any(value is item for item in changeable):
+                before = []  # the tests then find it among the arguments
+            self._report_changes(answer, encoder, changeable, before)
+            answer["value"] = encoder.encode(value)
             text = json.dumps(answer)
         except Exception as error:
-            text = json.dumps({"error": self.describe(error)})
+            answer = {}
+            self._report_changes(answer, values.Encoder(self.hold), changeable, before)
+            text = json.dumps({**answer, "error": self.describe(error)})
         self.write(text)
+
+    def _report_changes(self, answer: dict[str, Any], encoder: Any, changeable: list[Any], before: list[Any]) -> None:
+        if [values.encode(item, id) for item in changeable] != before:
+            answer["changed"] = [encoder.encode(item) for item in changeable]
+        if printed := self.printed.getvalue():
+            answer["printed"] = printed[:MAX_PRINTED]
+            self.printed.seek(0)
+            self.printed.truncate()
 
     def exchange(self, *request: Any) -> Any:
         """Have the tests do something with an object of theirs; meanwhile they may call this side again."""
@@ -123,27 +217,23 @@ class Solution:
         for line in self.calls:
             tree = json.loads(line)
             if isinstance(tree, dict) and "reply" in tree:
-                return values.decode(tree["reply"], self.open)
+                reply = values.decode(tree["reply"], self.open)
+                return give(reply) if tree["awaitable"] else reply
             if isinstance(tree, dict) and "raise" in tree:
                 kind = getattr(builtins, str(tree["raise"][0]), RuntimeError)
                 raise (kind if issubclass(kind, Exception) else RuntimeError)(tree["raise"][1])
             self.answer(tree)
         raise SystemExit  # the tests have ended
 
-    def describe(self, error: Exception) -> dict[str, Any]:
+    def describe(self, error: BaseException) -> dict[str, Any]:
         """Return what the tests need to raise an error as the solution did."""
         try:
             arguments = [values.encode(item, _no_handle) for item in error.args]
         except Exception:
             arguments = [str(error)]
-        attributes = {}
-        for name, value in vars(error).items():
-            try:
-                attributes[name] = values.encode(value, _no_handle)
-            except TypeError:
-                continue
-        mro = [base.__name__ for base in type(error).__mro__]
-        return {"mro": mro, "args": arguments, "text": str(error)[:10_000], "attributes": attributes}
+        cause = None if error.__cause__ is None else self.describe(error.__cause__)
+        text = str(error)[:10_000]
+        return {**_lineage(type(error)), "args": arguments, "text": text, "own": _plain(vars(error)), "cause": cause}
 
     def write(self, text: str) -> None:
         """Write one line to the tests."""
@@ -156,6 +246,24 @@ def _arguments(operation: str, arguments: list[Any]) -> list[Any]:
     if operation != "call":
         return []
     return [*arguments[1], *arguments[2].values()]
+
+
+def _lineage(kind: type) -> dict[str, Any]:
+    """Return the names of the bases of a class of exceptions, and the plain attributes of those of the solution."""
+    own = [base for base in kind.__mro__ if base.__module__ == "solution"]
+    attributes = {name: value for base in reversed(own) for name, value in vars(base).items() if name[0] != "_"}
+    return {"mro": [base.__name__ for base in kind.__mro__], "attributes": _plain(attributes)}
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes that are plain values, encoded."""
+    encoded = {}
+    for name, value in attributes.items():
+        try:
+            encoded[name] = values.encode(value, _no_handle)
+        except TypeError:
+            continue
+    return encoded
 
 
 def _no_handle(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Values as JSON, between the sandbox of a solution and that of its tests.
 
-Plain values cross by value; a subclass is sent as its base: a Counter equals the dict, a namedtuple the tuple. Any
-other object is held where it is, and the other side gets its number.
+Plain values cross by value, and an object that occurs twice arrives as one. A subclass is sent as its base, except for
+those of the standard library that are named here. Any other object is held, and the other side gets its number.
 """
 
 import builtins
@@ -10,42 +10,132 @@ import datetime
 import decimal
 import fractions
 import itertools
+import zoneinfo
 from collections.abc import Callable, Iterator
 from typing import Any
 
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
+MAPPINGS = {"counter": collections.Counter, "ordered": collections.OrderedDict, "dict": dict}
+VIEWS: dict[str, type] = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
+CHANGEABLE = (list, dict, set, bytearray, collections.deque)
 BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
+ARRAY_KINDS = "biufcSU"  # of numpy: values without references to objects
 MAX_ITEMS = 100_000  # read from an iterator
 Hold = Callable[[Any], Any]  # returns how the other side refers to an object
 
 
-def encode(value: Any, hold: Hold) -> Any:
-    """Return a plain value as JSON; hold any other value and return its handle."""
-    if value is None or isinstance(value, bool | str):
-        return str.__str__(value) if isinstance(value, str) else value  # json.dumps escapes half a surrogate pair
-    if isinstance(value, int):
-        return {"int": hex(int(value))}
-    if isinstance(value, float):
-        return {"float": float(value).hex()}
+class Encoder:
+    """Encodes values of one message. An iterator is read if `reads_iterators`, and held otherwise."""
+
+    def __init__(self, hold: Hold, *, reads_iterators: bool = False) -> None:
+        self.hold = hold
+        self.reads_iterators = reads_iterators
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no other object gets the id of a seen one
+
+    def encode(self, value: Any) -> Any:
+        """Return a plain value as JSON; hold any other value and return its handle."""
+        if value is None or isinstance(value, bool | str):
+            return str.__str__(value) if isinstance(value, str) else value  # json.dumps escapes half a surrogate pair
+        if id(value) in self.seen:
+            return {"again": self.seen[id(value)]}
+        if isinstance(value, int):
+            return {"int": hex(int(value))}
+        if isinstance(value, float):
+            return {"float": float(value).hex()}
+        if isinstance(value, slice):
+            return {"slice": [self.encode(item) for item in (value.start, value.stop, value.step)]}
+        tree = self._container(value)
+        if tree is not None:
+            self.seen[id(value)] = len(self.kept)
+            self.kept.append(value)
+            return tree
+        for encode in (_encode_simple, _encode_library, _encode_numpy):
+            tree = encode(value)
+            if tree is not None:
+                return tree
+        if self.reads_iterators and isinstance(value, Iterator) and not hasattr(type(value), "_is_remote"):
+            return {"iterator": [self.encode(item) for item in itertools.islice(value, MAX_ITEMS)]}
+        return {"handle": self.hold(value)}
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, bytearray):
+            return {"bytearray": bytes(value).hex()}
+        for name, kind in MAPPINGS.items():
+            if isinstance(value, kind):
+                return {name: [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+        if isinstance(value, tuple) and hasattr(type(value), "_fields"):
+            return {"namedtuple": [type(value).__name__, list(value._fields), *map(self.encode, value)]}
+        for name, kind in SEQUENCES.items():
+            if isinstance(value, kind):
+                return {name: [self.encode(item) for item in value]}
+        for name, kind in VIEWS.items():
+            if isinstance(value, kind):
+                return {name: [self.encode(item) for item in value]}
+        return None
+
+
+class Decoder:
+    """Decodes values of one message: `seen` are the objects that may occur again."""
+
+    def __init__(self, open_handle: Callable[[Any], Any]) -> None:
+        self.open_handle = open_handle
+        self.seen: list[Any] = []
+
+    def decode(self, tree: Any) -> Any:
+        """Return the value that was encoded; raise some exception for any other input."""
+        if not isinstance(tree, dict):
+            return tree
+        ((kind, content),) = tree.items()
+        if kind in SIMPLE:
+            return SIMPLE[kind](content)
+        if kind == "handle":
+            return self.open_handle(content)
+        if kind == "again":
+            return self.seen[content]
+        if kind == "iterator":
+            return iter([self.decode(item) for item in content])
+        if kind == "slice":
+            return slice(*map(self.decode, content))
+        value = self._container(kind, content)
+        self.seen.append(value)
+        return value
+
+    def _container(self, kind: str, content: Any) -> Any:
+        if kind == "bytearray":
+            return bytearray.fromhex(content)
+        if kind in MAPPINGS:
+            return MAPPINGS[kind]({self.decode(key): self.decode(item) for key, item in content})
+        if kind == "namedtuple":
+            return collections.namedtuple(content[0], content[1])(*map(self.decode, content[2:]))  # type: ignore[misc]
+        items = [self.decode(item) for item in content]
+        if kind in VIEWS:
+            return {"keys": dict.fromkeys, "values": lambda given: dict(enumerate(given)), "items": dict}[kind](  # type: ignore[operator]
+                items
+            ).__getattribute__(kind)()
+        return SEQUENCES[kind](items)
+
+
+def encode(value: Any, hold: Hold, *, reads_iterators: bool = False) -> Any:
+    """Return one value as JSON."""
+    return Encoder(hold, reads_iterators=reads_iterators).encode(value)
+
+
+def decode(tree: Any, open_handle: Callable[[Any], Any]) -> Any:
+    """Return the value that `encode` encoded; raise some exception for any other input."""
+    return Decoder(open_handle).decode(tree)
+
+
+def _encode_simple(value: Any) -> Any:
     if isinstance(value, complex):
         return {"complex": [value.real.hex(), value.imag.hex()]}
-    if isinstance(value, bytes | bytearray):
-        return {"bytearray" if isinstance(value, bytearray) else "bytes": bytes(value).hex()}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, hold), encode(item, hold)] for key, item in value.items()]}
-    for name, kind in SEQUENCES.items():
-        if isinstance(value, kind):
-            return {name: [encode(item, hold) for item in value]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
     if isinstance(value, type) and value in BUILTIN_TYPES:
         return {"type": BUILTIN_TYPES[value]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
-    library = _encode_library(value)
-    if library is not None:
-        return library
-    if isinstance(value, Iterator):
-        return {"iterator": [encode(item, hold) for item in itertools.islice(value, MAX_ITEMS)]}
-    return {"handle": hold(value)}
+    return None
 
 
 def _encode_library(value: Any) -> Any:
@@ -54,29 +144,44 @@ def _encode_library(value: Any) -> Any:
     if isinstance(value, fractions.Fraction):
         return {"fraction": [value.numerator, value.denominator]}
     if isinstance(value, datetime.datetime):  # before date, its base
-        return None if value.tzinfo not in (None, datetime.UTC) else {"datetime": datetime.datetime.isoformat(value)}
+        zone = value.tzinfo
+        if isinstance(zone, zoneinfo.ZoneInfo) and zone.key:
+            return {"zoned": [datetime.datetime.isoformat(value.replace(tzinfo=None)), zone.key, value.fold]}
+        is_plain = zone is None or type(zone) is datetime.timezone
+        return {"datetime": datetime.datetime.isoformat(value)} if is_plain else None
     if isinstance(value, datetime.date):
         return {"date": datetime.date.isoformat(value)}
     if isinstance(value, datetime.time):
         return None if value.tzinfo is not None else {"time": datetime.time.isoformat(value)}
     if isinstance(value, datetime.timedelta):
         return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    kind = f"{type(value).__module__}.{type(value).__name__}"  # of modules that most code does not import
+    if kind == "uuid.UUID":
+        return {"uuid": value.hex}
+    if kind in ("pathlib.PurePosixPath", "pathlib.PosixPath"):
+        return {"path": [type(value).__name__, str(value)]}
+    if kind == "array.array":
+        return {"array": [value.typecode, value.tobytes().hex()]}
     return None
 
 
-def decode(tree: Any, open_handle: Callable[[Any], Any]) -> Any:
-    """Return the value that `encode` encoded; raise some exception for any other input."""
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, content),) = tree.items()
-    if kind in SIMPLE:
-        return SIMPLE[kind](content)
-    if kind == "handle":
-        return open_handle(content)
-    if kind == "dict":
-        return {decode(key, open_handle): decode(item, open_handle) for key, item in content}
-    items = [decode(item, open_handle) for item in content]
-    return iter(items) if kind == "iterator" else SEQUENCES[kind](items)
+def _encode_numpy(value: Any) -> Any:
+    if type(value).__module__ != "numpy" or not hasattr(value, "dtype") or isinstance(value, type):
+        return None
+    if value.dtype.kind not in ARRAY_KINDS:
+        return None
+    kind = "ndarray" if type(value).__name__ == "ndarray" else "scalar"
+    return {kind: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+
+
+def _array(content: Any) -> Any:
+    import numpy
+
+    return numpy.frombuffer(bytes.fromhex(content[2]), content[0]).reshape(content[1]).copy()
+
+
+def _library(module: str, name: str) -> Any:
+    return getattr(__import__(module), name)
 
 
 SIMPLE: dict[str, Callable[[Any], Any]] = {
@@ -84,51 +189,22 @@ SIMPLE: dict[str, Callable[[Any], Any]] = {
     "float": float.fromhex,
     "complex": lambda content: complex(*map(float.fromhex, content)),
     "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
     "type": lambda content: next(value for value, name in BUILTIN_TYPES.items() if name == content),
     "range": lambda content: range(*content),
     "decimal": decimal.Decimal,
     "fraction": lambda content: fractions.Fraction(*content),
     "datetime": datetime.datetime.fromisoformat,
+    "zoned": lambda content: datetime.datetime.fromisoformat(content[0]).replace(
+        tzinfo=zoneinfo.ZoneInfo(content[1]), fold=content[2]
+    ),
     "date": datetime.date.fromisoformat,
     "time": datetime.time.fromisoformat,
     "timedelta": lambda content: datetime.timedelta(*content),
+    "uuid": lambda content: _library("uuid", "UUID")(content),
+    "path": lambda content: _library("pathlib", "PurePosixPath" if content[0] != "PosixPath" else "PosixPath")(
+        content[1]
+    ),
+    "array": lambda content: _library("array", "array")(content[0], bytes.fromhex(content[1])),
+    "ndarray": _array,
+    "scalar": lambda content: _array(content)[()],
 }
-
-
-def is_changeable(value: Any) -> bool:
-    """Return True if a plain value is, or holds, one that a function can change in place."""
-    if isinstance(value, list | dict | set | bytearray | collections.deque):
-        return True
-    return isinstance(value, tuple) and any(is_changeable(item) for item in value)
-
-
-def assign(target: Any, value: Any) -> None:
-    """Give `target` the contents of `value` in place, as a function that changed it did; nested ones too."""
-    if type(target) is not type(value):
-        return
-    if isinstance(target, tuple):
-        for old, new in zip(target, value, strict=False):
-            assign(old, new)
-    elif isinstance(target, list):
-        target[:] = [_keep(target[index] if index < len(target) else None, new) for index, new in enumerate(value)]
-    elif isinstance(target, dict):
-        kept = {key: _keep(target.get(key), new) for key, new in value.items()}
-        target.clear()
-        target.update(kept)
-    elif isinstance(target, set):
-        target.clear()
-        target.update(value)
-    elif isinstance(target, bytearray):
-        target[:] = value
-    elif isinstance(target, collections.deque):
-        target.clear()
-        target.extend(value)
-
-
-def _keep(old: Any, new: Any) -> Any:
-    """Return the old object with the new contents where it can have them, so that other names of it see the change."""
-    if type(old) is type(new) and isinstance(old, list | dict | set | bytearray):
-        assign(old, new)
-        return old
-    return new

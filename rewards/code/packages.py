@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-# Packages that generated code may use where they are installed.
-PACKAGES = ("numpy", "scipy", "pandas", "sympy", "networkx", "mpmath", "sortedcontainers")
+# Packages that generated code and its tests may use where they are installed.
+PACKAGES = ("numpy", "scipy", "pandas", "sympy", "networkx", "mpmath", "sortedcontainers", "pytest")
 IMPORT = re.compile(rf"^[ \t]*(?:import|from)[ \t]+(?:[\w, ]*\b)?(?:{'|'.join(PACKAGES)})\b", re.MULTILINE)
 
 

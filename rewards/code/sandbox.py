@@ -2,8 +2,8 @@
 
 `isolation="namespaces"`: the code sees the interpreter's files, read only, and a fresh folder in memory; it sees no
 process but its own. `isolation="rlimits"`, where the kernel or a container forbids namespaces: Landlock hides all files
-but the interpreter's, and the code can write none. In both, a filter of system calls leaves it no network, no processes,
-no memory outside its address space and no way to signal others. SECURITY.md says what was tested.
+but the interpreter's, and the code can write none. In both, a filter of system calls leaves it no network, processes,
+memory outside its address space, or way to signal others. SECURITY.md says what was tested.
 """
 
 import os

@@ -1,0 +1,171 @@
+"""The pipes from the tests to the solution: calls and answers, and the objects of both sides.
+
+An object that is no plain value arrives as a handle, which never equals a plain value, whatever it claims. The
+operators of an object are the solution's only if the tests name its class.
+"""
+
+import asyncio
+import builtins
+import importlib
+import inspect
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TextIO
+
+# Beside this file, which is in no package inside the sandbox.
+changes: Any = importlib.import_module("jail_changes")
+handles: Any = importlib.import_module("jail_handle")
+values: Any = importlib.import_module("jail_values")
+
+
+class Link:
+    """The pipes to the solution, and the objects of both sides. `named`: all names that the tests use."""
+
+    def __init__(self, answers: TextIO, calls: TextIO, named: set[str], report_use: Callable[[], Any]) -> None:
+        self.answers, self.calls, self.named, self.report_use = answers, calls, named, report_use
+        self.local: list[Any] = []  # objects of the tests that the solution has
+        self.opened: dict[int, Any] = {}  # objects and classes of the solution, by their numbers there
+        self.errors: dict[str, type[Exception]] = {}
+        self.num_requests = 0
+
+    def request(self, *call: Any) -> Any:
+        """Have the solution do something, and return the result; raise its exception."""
+        if self.num_requests == 0:
+            self.report_use()
+        self.num_requests += 1
+        changeable = []
+        if call[0] == "call":
+            changeable = [item for item in (*call[2], *call[3].values()) if changes.is_changeable(item)]
+        self.write(values.encode(list(call), self.hold, reads_iterators=True))
+        while True:
+            line = self.answers.readline()
+            if not line:
+                os._exit(0)  # the solution has ended: no further test can pass
+            answer = json.loads(line)
+            if "request" in answer:
+                self.serve(answer["request"])
+                continue
+            sys.stdout.write(str(answer.get("printed", "")))
+            decoder = values.Decoder(self.open)
+            for item, tree in zip(changeable, answer.get("changed", ()), strict=False):
+                new = decoder.decode(tree)
+                changes.assign(item, new)
+                # A result that is an argument is that object here, too.
+                decoder.seen = [item if one is new else one for one in decoder.seen]
+            if "error" in answer:
+                raise self.make_error(answer["error"])
+            return decoder.decode(answer["value"])
+
+    def serve(self, tree: Any) -> None:
+        """Call an object of the tests for the solution, or read or set an attribute of it."""
+        try:
+            operation, number, *arguments = values.decode(tree, self.open)
+            target = self.local[number]
+            if operation == "call":
+                result = target(*arguments[0], **arguments[1])
+            else:
+                # No more than the tests have given away: a frame or a module would lead to the expected values.
+                if type(target).__module__ != "tests" or arguments[0].startswith("_"):
+                    raise AttributeError(arguments[0])
+                if operation == "set":
+                    setattr(target, *arguments)
+                result = getattr(target, arguments[0])
+            is_awaitable = inspect.iscoroutine(result)
+            if is_awaitable:
+                result = _run_elsewhere(result)
+            reply = values.encode(result, self.hold, reads_iterators=True)
+            self.write({"reply": reply, "awaitable": is_awaitable})
+        except Exception as error:
+            self.write({"raise": [type(error).__name__, str(error)]})
+
+    def hold(self, value: Any) -> Any:
+        """Return how the solution refers to an object: its own, a function of the tests, or an object of theirs."""
+        if isinstance(value, handles.Handle | handles.RemoteIterator | handles.Proxy):
+            return value._number
+        if not callable(value) and type(value).__module__ != "tests":
+            raise TypeError(f"tests cannot pass {type(value).__name__} to the solution")
+        self.local.append(value)
+        return ["local", len(self.local) - 1]
+
+    def open(self, handle: Any) -> Any:
+        """Return the object of a handle."""
+        if isinstance(handle, list):
+            return self.local[handle[1]]
+        kind = handle["kind"]
+        if kind == "error":
+            return self.make_error(handle["error"])
+        if kind == "exception":
+            return self.find_error(handle)
+        number = int(handle["number"])
+        if kind == "iterator":
+            return handles.RemoteIterator(number, self)
+        if number not in self.opened:
+            self.opened[number] = self._open_class(handle) if kind == "class" else self._open_object(handle)
+        return self.wait(self.opened[number]) if kind == "awaitable" else self.opened[number]
+
+    def _open_class(self, handle: Any) -> Any:
+        bases = tuple(base for base in map(self.open, handle["bases"]) if isinstance(base, handles.Proxy))
+        return handles.make_class(str(handle["class"]), bases, int(handle["number"]), self, handle["fields"])
+
+    def _open_object(self, handle: Any) -> Any:
+        # A class has a capital letter: a function that the tests call must not return an object with its own operators.
+        is_open = handle["class"] in self.named and handle["class"][:1].isupper()
+        kind = self.open(handle["type"]) if handle["type"] else handles.Handle
+        if not isinstance(kind, handles.Proxy):
+            kind = handles.Handle
+        is_iterator = bool(handle.get("iterates"))
+        return handles.make_instance(kind, int(handle["number"]), self, is_open=is_open, is_iterator=is_iterator)
+
+    async def wait(self, handle: Any) -> Any:
+        """Return the result of a coroutine of the solution, which runs it in a loop of its side."""
+        await asyncio.sleep(0)
+        return self.request("operator", "await", handle)
+
+    def find_error(self, described: Any) -> type[Exception]:
+        """Return the class here of an exception of the solution, by the names of its bases, the last first."""
+        kind: type[Exception] = Exception
+        for name in reversed(described["mro"]):
+            known = getattr(builtins, name, None)
+            if isinstance(known, type) and issubclass(known, Exception):
+                kind = known
+            elif known is None:
+                kind = self.errors.setdefault(name, type(name, (kind,), {"__str__": _error_text}))
+        if kind.__name__ in self.errors:
+            for name, tree in described["attributes"].items():
+                setattr(kind, name, values.decode(tree, self.open))
+        return kind
+
+    def make_error(self, described: Any) -> Exception:
+        """Return the exception that the solution raised."""
+        kind = self.find_error(described)
+        try:
+            error = kind(*[values.decode(item, self.open) for item in described["args"]])
+        except Exception:
+            error = RuntimeError(described["text"])
+        for name, tree in described["own"].items():
+            error.__dict__[name] = values.decode(tree, self.open)
+        error.__dict__["_text"] = str(described["text"])
+        if described["cause"] is not None:
+            error.__cause__ = self.make_error(described["cause"])
+        return error
+
+    def write(self, tree: Any) -> None:
+        """Write one line to the solution."""
+        self.calls.write(json.dumps(tree) + "\n")
+        self.calls.flush()
+
+
+def _error_text(error: Exception) -> str:
+    return str(error.__dict__.get("_text", Exception.__str__(error)))
+
+
+def _run_elsewhere(coroutine: Any) -> Any:
+    """Return the result of a coroutine of the tests, in a thread, as this one may be inside a loop that runs."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(asyncio.run(coroutine)))
+    thread.start()
+    thread.join()
+    return results[0]
