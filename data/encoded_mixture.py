@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.encoded import EncodedRows, EncodedSource, encode_source, expand
+from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import Section, check_sources, located, shares, sort_by, source_keywords
 from rekatrain.data.sources import open_rows
 
@@ -38,6 +39,8 @@ def encode_mixture(
     by = order["by"] if isinstance(order, Mapping) else None
 
     def encode(**keywords: Any) -> EncodedSource:
+        if keywords.get("streaming"):
+            raise InputError(f"{name}.streaming is true, but these rows are read before the run starts: remove it")
         return encode_source(open_rows(**keywords), keywords, tokenizer, max_length, chat, by=by)
 
     encoded = [located(prefix, name, encode, keywords) for prefix, keywords in source_keywords(name, section)]

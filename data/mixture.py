@@ -87,8 +87,8 @@ def held_out_section(section: Section | Sequence[Section]) -> list[dict[str, Any
     parts = [part for _, part in _parts("dataset", section) if isinstance(part.get("split"), Mapping)]
     held_out = []
     for part in parts:
-        # Evaluation has no order, and reads each row once.
-        kept = {key: value for key, value in part.items() if key not in ("order", "weight")}
+        # Evaluation has no order, and reads each row once, before the run starts.
+        kept = {key: value for key, value in part.items() if key not in ("order", "weight", "streaming")}
         held_out.append({**kept, "split": {**part["split"], "part": "eval"}})
     return held_out or None
 

@@ -122,6 +122,8 @@ def test_encoded_rows_report_the_first_bad_row(cache: Path, tokenizer: PreTraine
     write_files()
     with pytest.raises(InputError, match=r"dataset\.1: a\.jsonl:701: messages must be a list with at least one"):
         encode_mixture([B, {"path": "a.jsonl"}], tokenizer, 200, {})
+    with pytest.raises(InputError, match="eval_dataset.streaming is true, but these rows are read before"):
+        encode_mixture({**B, "streaming": True}, tokenizer, 200, {}, "eval_dataset")
     with pytest.raises(InputError, match="100 of 100 rows are longer than 4 tokens"):
         encode_mixture(B, tokenizer, 4, {})
     with pytest.raises(InputError, match=r"^b\.jsonl:1: order is by 'size', and the row has no such column"):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rekatrain.data.chat import STOP, encode_text, render_prompt
+from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
 from rekatrain.trainer.export.gguf_type_names import MAX_KL
 from rekatrain.trainer.export.probe import CONVERSATIONS
@@ -44,9 +45,10 @@ def main() -> None:
     for text in TEXTS:
         tokens = post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
         assert tokens == encode_text(text, tokenizer), f"llama.cpp encodes {text!r} as {tokens}"
+    bos = tokenizer.bos_token if bos_ids(tokenizer) else ""
     for messages in CONVERSATIONS:
         rendered = post("/apply-template", messages=messages)["prompt"]
-        assert rendered == render_prompt(messages), f"llama.cpp renders {rendered!r}"
+        assert rendered == bos + render_prompt(messages), f"llama.cpp renders {rendered!r}"
 
     kls: list[float] = []
     for end in range(len(ids), 0, -1):

@@ -93,6 +93,6 @@ def _report(path: Path, synthesis: Synthesis, counts: Counter[str], num_rows: in
         f"{num_prompts} prompts have a row" + (f"; left out: {', '.join(dropped)}" if dropped else "")
     )
     if synthesis.num_duplicate_prompts:
-        print(f"{synthesis.num_duplicate_prompts} rows repeat the prompt of an earlier row, and were not asked again")
+        print(f"{synthesis.num_duplicate_prompts} rows repeat the prompt of an earlier row, and were left out")
     if synthesis.num_failed:
         print(f"{synthesis.num_failed} requests failed: start the command again to send them once more")

@@ -1,4 +1,4 @@
-"""The prompts that are asked, each once, and the completions of them that are still missing."""
+"""The prompts to sample, each once, and their completions that are still missing."""
 
 import hashlib
 from collections.abc import Sequence
