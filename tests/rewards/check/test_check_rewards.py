@@ -105,7 +105,7 @@ def test_check_rewards_hints_at_a_reward_without_golds(recipe, capsys, rewards, 
     assert ended.value.code == 1 and hint in capsys.readouterr().out
 
 
-def test_check_rewards_samples_rows_and_reports_rewards_without_gold(recipe, capsys):
+def test_check_rewards_samples_rows_and_names_the_unchecked(recipe, capsys):
     rewards = {"math_answer": None, "reasoning_format": {"weight": 0.1}, "my_batch:score": {"weight": 0}}
     path = recipe(rewards, [{"prompt": f"{n}?", "answer": str(n)} for n in range(100)])
     path.with_name("my_batch.py").write_text("def score(completions, **kwargs):\n    return [0.0] * len(completions)\n")

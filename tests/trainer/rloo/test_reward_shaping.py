@@ -28,7 +28,7 @@ def terms(weights, values):
     ]
 
 
-def test_scale_per_reward_distinguishes_equal_sums_by_exact_numbers():
+def test_scale_per_reward_tells_equal_sums_apart_by_numbers():
     # By its deviation, a reward that is four times as large counts no more than the other.
     values = [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 4.0}, {"a": 0.0, "b": 4.0}]
     scaled = scale_per_reward(terms({"a": 1.0, "b": 1.0}, values))
