@@ -44,7 +44,9 @@ class Recipe:
     evaluate:     keywords of `trainer.held_out_prompts.EvaluateConfig`
     generate:     keywords of `trainer.synthesis.config.GenerateConfig`
     filter:       keywords of `trainer.synthesis.config.FilterConfig`
-    wandb:        keywords of `wandb.init`; without it nothing is tracked outside the run folder
+    wandb:        keywords of `wandb.init`; without a tracker nothing is recorded outside the run folder
+    tensorboard:  keywords of `torch.utils.tensorboard.SummaryWriter`; log_dir is by default in the run folder
+    trackio:      keywords of `trackio.init`
 
     on_nonfinite:        an update whose gradient is not finite is never applied. stop: write its batch to the run
                          folder and end the run; skip: go on without the update
@@ -70,6 +72,8 @@ class Recipe:
     generate: Section | None = None
     filter: Section | None = None
     wandb: Section | None = None
+    tensorboard: Section | None = None
+    trackio: Section | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite_skips: Annotated[int, Ge(0)] = 10
     stop_if: Section = field(default_factory=dict)

@@ -4,6 +4,7 @@ Sections whose callable needs no torch are checked first, so that their errors c
 imported only if the recipe has its section.
 """
 
+import importlib
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,9 @@ from rekatrain.trainer.recipe.upstream import (
 from rekatrain.trainer.recipe.values import check_secrets, check_values
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.synthesis.config import check_synthesis
+
+# Optional trackers: section, module, and the callable whose keywords the section has.
+TRACKERS = (("tensorboard", "torch.utils.tensorboard", "SummaryWriter"), ("trackio", "trackio", "init"))
 
 
 def check_sections(recipe: Recipe) -> None:
@@ -54,7 +58,7 @@ def check_sections(recipe: Recipe) -> None:
         check_synthesis("generate", recipe.generate, recipe.rewards)
     if recipe.filter is not None:
         check_synthesis("filter", recipe.filter, recipe.rewards)
-    _check_wandb(recipe)
+    _check_trackers(recipe)
     _check_model(recipe)
     _check_chat(recipe)
 
@@ -81,11 +85,18 @@ def _check_held_out(recipe: Recipe) -> None:
         )
 
 
-def _check_wandb(recipe: Recipe) -> None:
+def _check_trackers(recipe: Recipe) -> None:
     if recipe.wandb is not None:
         import wandb
 
         check_keywords("wandb", recipe.wandb, wandb.init)
+    for name, module, attribute in TRACKERS:
+        if getattr(recipe, name) is not None:
+            try:
+                target = getattr(importlib.import_module(module), attribute)
+            except ImportError:
+                raise InputError(f"{name}: {name} is not installed: pip install 'rekatrain[trackers]'") from None
+            check_keywords(name, getattr(recipe, name), target)
 
 
 def _check_model(recipe: Recipe) -> None:

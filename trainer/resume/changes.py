@@ -61,7 +61,7 @@ _LOSS = "it changes the loss"
 # The first rule that matches a key decides.
 RULES = (
     Rule(FREE, "-", "output_dir", "a run folder may be moved"),
-    Rule(FREE, "-", "eval_dataset eval_dataset.* evaluate.* wandb wandb.*", _RECORDS),
+    Rule(FREE, "-", "eval_dataset eval_dataset.* evaluate.* wandb wandb.* tensorboard tensorboard.* trackio trackio.*", _RECORDS),
     Rule(FREE, "-", "generate generate.* filter filter.*", "other commands read it"),
     Rule(FREE, "-", "on_nonfinite max_nonfinite_skips stop_if.* time_limit", _ENDS),
     Rule(FREE, _ALL, "max_steps", _LENGTH),
@@ -69,6 +69,7 @@ RULES = (
     Rule(FREE, _ALL, "save_*", _RECORDS),
     Rule(FREE, _TRL, "logging_* per_device_eval_batch_size", _RECORDS),
     Rule(FREE, _ALL, "eval_*", _RECORDS),
+    Rule(FREE, "rloo", "log_completions_steps", _RECORDS),
     Rule(FREE, _ALL, "metric_for_best_model greater_is_better early_stopping_patience", _ENDS),
     Rule(
         FREE,

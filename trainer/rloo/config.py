@@ -47,6 +47,8 @@ class RLOOConfig:
     bf16:                               bfloat16 arithmetic over float32 weights
     eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
                                         (there is one at the end, too); evaluate before the first step
+    log_completions_steps:              steps between two tables of completions with their rewards, in the terminal and
+                                        the trackers; null: none
     metric_for_best_model:              metric of the evaluations, such as eval/accuracy: the best checkpoint is saved
                                         and kept
     greater_is_better:                  null: True, except for a metric whose name ends in loss
@@ -110,6 +112,7 @@ class RLOOConfig:
     bf16: bool = False
     eval_steps: Count | None = None
     eval_on_start: bool = False
+    log_completions_steps: Count | None = None
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     early_stopping_patience: Count | None = None

@@ -10,8 +10,10 @@ from rekatrain.trainer.models.load import load_policy
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.group import Group, shape_rewards
 from rekatrain.trainer.rloo.loss import leave_one_out_advantages
+from rekatrain.trainer.rloo.metrics import idle_records
 from rekatrain.trainer.rloo.rollouts import sample_groups, step_prompts
 from rekatrain.trainer.rloo.setup import prepare
+from rekatrain.trainer.run.completions_table import completions_table
 
 
 def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -> list[Group]:
@@ -50,9 +52,10 @@ def sample(recipe: Recipe, *, num_prompts: int, by_disagreement: bool = False) -
         _print_by_disagreement(groups, {reward.name: reward.weight for reward in setup.rewards})
         return groups
     for group in groups:
-        print(f"\n=== {group.prompt.row.where}\n{group.prompt.text}")
-        for index in range(len(group.completions)):
-            print(f"--- {_describe(group, index)}\n{group.texts[index]}")
+        records = [
+            {**record, "advantage": _advantage(group, index)} for index, record in enumerate(idle_records(0, [group]))
+        ]
+        print(completions_table(records, title=f"\n{group.prompt.row.where}", num_rows=len(records), num_lines=None))
     return groups
 
 
@@ -86,10 +89,15 @@ def _print_by_disagreement(groups: Sequence[Group], weights: Mapping[str, float]
         print(f"{group.prompt.text}{group.texts[index]}")
 
 
+def _advantage(group: Group, index: int) -> float:
+    """Return a completion's advantage without a KL; 0 for one that is not in the loss."""
+    of_group = leave_one_out_advantages(torch.tensor([group.compared_rewards]))[0]
+    return of_group[index].item() if group.is_in_loss[index] else 0.0
+
+
 def _describe(group: Group, index: int) -> str:
     completion = group.completions[index]
-    is_in_loss = group.is_in_loss[index]
-    advantage = leave_one_out_advantages(torch.tensor([group.compared_rewards]))[0, index].item() if is_in_loss else 0.0
+    advantage = _advantage(group, index)
     values = [f"{name} {of_reward[index]}" for name, of_reward in group.rewards_by_name.items()]
     failed = [f"{name} failed: {error}" for name, error in group.reward_errors[index].items()]
     return (

@@ -1,33 +1,24 @@
-"""Logging of a run: metrics.jsonl, the progress line, and Weights & Biases if the recipe has a `wandb:` section."""
+"""Logging of a run: metrics.jsonl, the progress line, tables of completions, and the recipe's trackers."""
 
-import logging
 import math
-import os
 import resource
-import secrets
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import wandb
-from accelerate.tracking import WandBTracker
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run.checkpoints import write_whole
+from rekatrain.trainer.run.completions_table import choose_group, completions_table
 from rekatrain.trainer.run.folder import METRICS_FILE, RunFolder
-
-logger = logging.getLogger(__name__)
+from rekatrain.trainer.run.trackers import Trackers
 
 Metrics = Mapping[str, float | int | None]
 
-# In the run folder: the id of the run at Weights & Biases.
-WANDB_ID_FILE = "wandb_id"
 WIDTH = 100
 # How the progress line shows a metric; others appear under their own names, as numbers of four digits.
 SHOWN = {
@@ -57,7 +48,7 @@ class RunLog:
         self._run = run
         self._first_step, self._max_steps = first_step, max_steps
         self._started = time.monotonic()
-        self._tracker = _start_wandb(recipe, run)
+        self._trackers = Trackers(recipe, run, first_step=first_step)
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=max_steps,
@@ -87,24 +78,23 @@ class RunLog:
             self._bar.set_description_str(progress_text(metrics, headline, eta, room), refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
-        self._call_tracker("log", {name: value for name, value in metrics.items() if value is not None}, step=step)
+        self._trackers.log({name: value for name, value in metrics.items() if value is not None}, step)
+
+    def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Print a table of a few completions of a step, and record all of them with the trackers.
+
+        records: those of rollouts.jsonl
+        """
+        table = completions_table(choose_group(records), title=f"step {step}/{self._max_steps}")
+        self._bar.write(table, file=sys.stderr)
+        self._trackers.log_completions(records, step)
 
     def close(self) -> None:
-        """End the progress line and the tracked run."""
+        """End the progress line and the tracked runs."""
         if not self._bar.disable:
             enable_progress_bar()
         self._bar.close()
-        self._call_tracker("finish")
-
-    def _call_tracker(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self._tracker is None:
-            return
-        try:
-            getattr(self._tracker, method)(*arguments, **options)
-        # No failure of a tracking service may end a run of days: it is reported once, and the run goes on.
-        except Exception as error:
-            logger.warning("wandb stopped: %s; metrics go on in %s", error, METRICS_FILE)
-            self._tracker = None
+        self._trackers.finish()
 
 
 def _peak_memory() -> dict[str, float]:
@@ -128,43 +118,6 @@ def progress_text(metrics: Metrics, headline: list[str], eta: str, room: int) ->
 
 def _shown(name: str, value: float | int) -> str:
     return SHOWN.get(name, f"{name.replace('_', ' ')} {{:.4g}}").format(value)
-
-
-def _start_wandb(recipe: Recipe, run: RunFolder) -> WandBTracker | None:
-    if recipe.wandb is None:
-        return None
-    section = {"project": "rekatrain", "dir": recipe.output_dir, **recipe.wandb}
-    if "WANDB_MODE" not in os.environ and "mode" not in section and not _is_logged_in():
-        section["mode"] = "offline"
-    try:
-        if "WANDB_RUN_ID" not in os.environ and "id" not in section:
-            section["id"] = _tracked_id(run)
-        if section.get("mode", os.environ.get("WANDB_MODE")) != "offline":  # wandb warns that it ignores it there
-            section = {"resume": "allow", **section}
-        tracker = WandBTracker(section.pop("project"), **section)
-        tracker.start()
-        tracker.store_init_configuration(asdict(recipe))  # it holds no secret: the recipe's check rejects them
-    # A missing key, network or entity must not cost the run. wandb raises several unrelated classes.
-    except Exception as error:
-        logger.warning("wandb could not start: %s; the run goes on without it", error)
-        return None
-    return tracker
-
-
-def _tracked_id(run: RunFolder) -> str:
-    """Return the id of the tracked run, which a resumed run continues; it is chosen at the first start."""
-    file = run.path / WANDB_ID_FILE
-    if not file.exists():
-        write_whole(file, f"{secrets.token_hex(4)}\n".encode())
-    return file.read_text(encoding="utf-8").strip()
-
-
-def _is_logged_in() -> bool:
-    try:
-        return wandb.login(prompt=False)
-    except wandb.Error as error:
-        logger.warning("wandb: the key could not be verified (%s); tracking offline", str(error).splitlines()[0])
-        return False
 
 
 def _duration(seconds: float) -> str:

@@ -69,7 +69,7 @@ KEYS = {
         "sft": TRL_FREE,
         "reward": TRL_FREE,
         "rloo": """
-            max_steps eval_steps eval_on_start metric_for_best_model greater_is_better early_stopping_patience save_steps save_total_limit micro_batch_tokens
+            max_steps eval_steps eval_on_start log_completions_steps metric_for_best_model greater_is_better early_stopping_patience save_steps save_total_limit micro_batch_tokens
             per_device_generation_batch_size
             gradient_checkpointing max_unscorable_steps ddp_timeout restart_optimizer vllm_server_base_url
             vllm_server_timeout vllm_request_timeout vllm_weight_transfer
