@@ -68,9 +68,9 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
 @pytest.fixture(autouse=True)
 def fork_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have exports verified in a fork of a process that has made the imports; test_user_folder.py runs the real one."""
-    from tests.helpers.forks import run_module
+    from tests.helpers import forks
 
-    monkeypatch.setattr("rekatrain.trainer.export.probe.subprocess", SimpleNamespace(run=run_module))
+    monkeypatch.setattr("rekatrain.trainer.export.probe.subprocess", SimpleNamespace(run=forks.run))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

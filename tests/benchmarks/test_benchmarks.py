@@ -2,11 +2,11 @@
 
 import importlib
 import json
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rekatrain.trainer.export.gguf_model import write_gguf
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from tests.conftest import tiny_llama
+from tests.helpers import forks
 
 FOLDER = Path(__file__).parent
 QUESTIONS = ["What is 2+2?", "17 + 25 =", "Name a colour.", "Be brief."]
@@ -42,6 +43,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def run(name: str, arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Run a benchmark and return the results in its report."""
     module = load(name, monkeypatch)
+    monkeypatch.setattr(load("work", monkeypatch), "subprocess", SimpleNamespace(run=forks.run))  # of an arm
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(out)])
     module.main()
     report = json.loads(out.read_text())
@@ -149,7 +151,7 @@ def test_learning_gives_every_method_as_many_samples(tmp_path: Path, monkeypatch
 @pytest.mark.launched
 def test_trace_of_one_step_stays_short() -> None:
     """A reader follows one completion through few files, and seldom turns back."""
-    finished = subprocess.run([sys.executable, str(FOLDER / "trace.py")], capture_output=True, text=True, check=False)
+    finished = forks.run([sys.executable, str(FOLDER / "trace.py")], env=os.environ)
     assert finished.returncode == 0, finished.stderr
     *visits, counts = [line for line in finished.stdout.splitlines() if re.match(r" *\d+ |files ", line)]
     assert visits[0].split() == ["0", "trainer/rloo/step.py", "take_step"]

@@ -112,10 +112,8 @@ def start_forked(folder: Path, *command: str, launch: Launch | None = None) -> P
     return fork(program, launch)
 
 
-def run_module(
-    command: Sequence[str], *, env: Mapping[str, str], **_options: object
-) -> subprocess.CompletedProcess[str]:
-    """Return what `subprocess.run([python, "-P", "-m", MODULE, ...], capture_output=True, text=True, env=env)` does.
+def run(command: Sequence[str], *, env: Mapping[str, str], **_options: object) -> subprocess.CompletedProcess[str]:
+    """Return what `subprocess.run(command, capture_output=True, text=True, env=env)` does for a command of Python.
 
     The libraries read the settings of the hub when they are imported: a program with others does not fork.
     """
@@ -123,7 +121,8 @@ def run_module(
         return subprocess.run(command, capture_output=True, text=True, env=env)
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
-        program = Program(command=tuple(command[2:]), folder=Path.cwd(), log=out, environment=env, errors=errors)
+        words = tuple(word for word in command[1:] if word != "-P")
+        program = Program(command=words, folder=Path.cwd(), log=out, environment={**env}, errors=errors)
         status = fork(program).wait()
         return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
 

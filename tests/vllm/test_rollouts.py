@@ -4,11 +4,8 @@ test_server.py runs the real vLLM.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,10 @@ from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm import server_pool
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader
 from rekatrain.trainer.run.records import read_records
+from tests.helpers.forks import Launch, start_forked
 from tests.helpers.rloo import open_reasoning
 from tests.vllm.stand_in import StandIn, one_thread
 
-PROJECT = Path(__file__).parents[2]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 REWARD = """
 def letters(completions, **kwargs):
@@ -289,9 +286,9 @@ def test_server_rollouts_of_two_processes_resume_on_one(run, serve, stand_in) ->
     stand_in.loaded.clear()
     tree = json.loads(Path("one.yaml").read_text()) | {"output_dir": str(Path("two").absolute())}
     Path("two.yaml").write_text(json.dumps(tree))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rekatrain"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*launch, "train", "two.yaml"], check=True, env=environment, timeout=240)
+    launch = Launch(num_processes=2, file="ddp.yaml")
+    process = start_forked(Path.cwd(), "-m", "rekatrain", "train", "two.yaml", launch=launch)
+    assert process.wait(240) == 0, process.output()
     assert sampled(read_records(Path("two/rollouts.jsonl"))) == sampled(rollouts)
     assert len(stand_in.loaded) == 2  # each version that is sampled from once, not once per process
 
