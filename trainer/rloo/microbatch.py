@@ -103,7 +103,9 @@ def _lay_out(groups: Sequence[Group], max_tokens: int, cost: PassCost, device: t
             members=members,
             is_split=any(len(part.members) < len(groups[part.group].completions) for part in parts),
             lengths=packed.lengths,
-            rewards=torch.tensor([group.compared_rewards[index] for group, index in members], device=device),
+            rewards=torch.tensor(
+                [(group.scaled_rewards or group.rewards)[index] for group, index in members], device=device
+            ),
             is_in_loss=torch.tensor([group.is_in_loss[index] for group, index in members], device=device),
             loss_mask=torch.tensor(loss_mask, device=device),
             sampler_logprobs=torch.tensor([logprob for c in completions for logprob in c.logprobs], device=device),

@@ -139,7 +139,10 @@ def roll_out(
             progress=Progress(step=step, max_steps=config.max_steps),
             lap=lap,
         )
-        groups.update(zip(indices, [shape_rewards(group, config) for group in sampled], strict=True))
+        shapes = config.overlong_buffer is not None or config.truncated_completions != "keep"
+        if shapes or config.advantage_scaling == "per_reward":
+            sampled = [shape_rewards(group, config) for group in sampled]
+        groups.update(zip(indices, sampled, strict=True))
     return list(groups.values()), replaced
 
 
