@@ -46,6 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not set(LONGEST_FIRST) & set(item.path.parts))
 
 
+# Modules that are in no test's folder.
+KEPT_MODULES: set[str] = set()
+
+
 @pytest.fixture(autouse=True)
 def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give each test its own sys.path without folders of other tests, and forget the modules (my_rewards.py) of those.
@@ -54,9 +58,11 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     """
 
     def forget() -> None:
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(folder):
+        for name in sys.modules.keys() - KEPT_MODULES:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
                 del sys.modules[name]
+            else:
+                KEPT_MODULES.add(name)
 
     folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(folder)])
