@@ -49,6 +49,8 @@ SECTIONS = {
     "filter": [field.name for field in fields(FilterConfig)],
     "stop_if": [field.name for field in fields(StopConfig)],
     "wandb": ["project", "mode"],
+    "tensorboard": ["log_dir"],
+    "trackio": ["project"],
     **{
         f"rewards.{name}": [*read_signature(name).options, *(field.name for field in fields(OwnKeys))]
         for name in REWARDS
@@ -69,7 +71,9 @@ KEYS = {
         "sft": TRL_FREE,
         "reward": TRL_FREE,
         "rloo": """
-            max_steps eval_steps eval_on_start log_completions_steps metric_for_best_model greater_is_better early_stopping_patience save_steps save_total_limit micro_batch_tokens
+            max_steps eval_steps eval_on_start log_completions_steps
+            metric_for_best_model greater_is_better early_stopping_patience save_steps save_total_limit
+            micro_batch_tokens
             per_device_generation_batch_size
             gradient_checkpointing max_unscorable_steps ddp_timeout restart_optimizer vllm_server_base_url
             vllm_server_timeout vllm_request_timeout vllm_weight_transfer
@@ -80,6 +84,8 @@ KEYS = {
             for name in ("dataset", "eval_dataset", "chat", "scoring", "evaluate", "generate", "filter", "stop_if")
         },
         "wandb": "project mode",
+        "tensorboard": "log_dir",
+        "trackio": "project",
         **{f"rewards.{name}": "timeout" for name in [*REWARDS, "my_rewards:brevity"]},
         "rewards.code_tests": "timeout time_limit total_time_limit memory_limit_mb max_processes isolation",
         "rewards.reasoning_gym": "timeout time_limit memory_limit_mb isolation",
@@ -103,7 +109,7 @@ KEYS = {
 # Sections as a whole, which one of two recipes may lack.
 WHOLE = {
     "lora": REFUSED,
-    **dict.fromkeys(("dataset", "eval_dataset", "generate", "filter", "wandb"), FREE),
+    **dict.fromkeys(("dataset", "eval_dataset", "generate", "filter", "wandb", "tensorboard", "trackio"), FREE),
     "rewards.math_answer": REFUSED,
 }
 
