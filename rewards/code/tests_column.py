@@ -1,5 +1,6 @@
 """Read the column of a row's tests, in the layouts of published data sets of code."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from rekatrain.data.errors import InputError
 
 KEYS = ("asserts", "setup", "prefix", "entry_point")
+PARTS = ("public_tests", "private_tests", "generated_tests")
 # What solutions of LeetCode's kind use without importing it.
 USUAL_IMPORTS = """
 from typing import *
@@ -113,10 +115,28 @@ def _read_text(text: str) -> Tests:
         return read_tests(json.loads(text))
     except json.JSONDecodeError:
         pass
-    functions = re.findall(r"^def (test\w*)\(\s*\):", text, re.MULTILINE)
-    if not functions:
-        raise InputError(f"the column tests is text, but neither JSON nor Python with test functions: {_short(text)}")
-    return Statements(asserts=tuple(f"{text}\n{name}()" for name in functions))
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        tree = ast.parse("")
+    calls = [call for node in tree.body for call in _calls_of(node)]
+    if calls:
+        return Statements(asserts=tuple(f"{text}\n{call}" for call in calls))
+    if any(isinstance(node, ast.Assert | ast.Call) for node in ast.walk(tree)):  # MBPP+
+        return Statements(asserts=(text,))
+    raise InputError(f"the column tests is text, but neither JSON nor Python that tests something: {_short(text)}")
+
+
+def _calls_of(node: ast.stmt) -> list[str]:
+    """Return the statements that run a test function, or the tests of a class, as pytest does."""
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test") and not node.args.args:
+        return [f"{node.name}()"]
+    if not isinstance(node, ast.ClassDef):
+        return []
+    names = [item.name for item in node.body if isinstance(item, ast.FunctionDef) and item.name.startswith("test")]
+    if any(ast.unparse(base).endswith("TestCase") for base in node.bases):
+        return [f"{node.name}({name!r}).debug()" for name in names]
+    return [f"{node.name}().{name}()" for name in names] if node.name.startswith("Test") else []
 
 
 def _read_object(tests: Mapping[str, Any]) -> Tests:
@@ -125,9 +145,13 @@ def _read_object(tests: Mapping[str, Any]) -> Tests:
         return _read_pairs(tests["inputs"], tests["outputs"], str(keys.get("fn_name", "")), "")
     if isinstance(keys.get("input"), list) and isinstance(keys.get("output"), list):  # CodeContests
         return _read_pairs(keys["input"], keys["output"], "", str(keys.get("checker", "")))
+    parts = [keys[key] for key in PARTS if isinstance(keys.get(key), dict)]
+    if parts:  # CodeContests, a row
+        inputs, outputs = ([text for part in parts for text in part.get(key, ())] for key in ("input", "output"))
+        return _read_pairs(inputs, outputs, "", str(keys.get("checker", "")))
     for key in ("input_output", "test_cases", "public_test_cases", "programs", "verification_info"):
         if key in keys:
-            inner = json.loads(keys[key]) if isinstance(keys[key], str) else keys[key]
+            inner = _read_json(keys[key])
             if isinstance(inner, dict):
                 return _read_object(inner)
             if isinstance(inner, list) and all(isinstance(item, dict) for item in inner) and inner:
