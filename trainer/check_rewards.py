@@ -50,7 +50,7 @@ def describe_sample(functions: Sequence[RewardFunction], rows: Sequence[Row], sc
         noted = f" ({', '.join(exceptions)})" if exceptions else ""
         name = table.name if table.kind == "gold" else f"{table.name} on responses"
         parts.append(f"{name} {ones} of {table.num_rows} are 1{noted}")
-    parts += [f"{name} has none" for name in check.without_gold]
+    parts += [f"{name}: {reason}" for name, reason in check.without_gold.items()]
     line = f"# golds of {len(sample)} of {len(rows)} rows: {'; '.join(parts)}"
     return "\n".join([line, *(f"# hint: {hint}" for hint in check.hints())])
 

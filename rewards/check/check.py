@@ -5,7 +5,8 @@ print(describe_check(check))
 """
 
 import heapq
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -80,7 +81,7 @@ class WrongTable:
 class RewardCheck:
     """The result of a check.
 
-    without_gold: rewards that were not checked -> why
+    without_gold: rewards, or a reward of a source, that were not checked or not on all rows -> why
     slowest:      seconds and description of the answers that took longest, slowest first
     """
 
@@ -148,7 +149,25 @@ def check_golds(
     for function in functions:
         if function.name not in checked:
             check.without_gold[function.name] = _why_unchecked(function)
+    check.without_gold |= _find_missing(functions, rows, golds)
     return check
+
+
+def _find_missing(
+    functions: Sequence[RewardFunction], rows: Sequence[Row], golds: Mapping[tuple[str, str], GoldTable]
+) -> dict[str, str]:
+    """Describe the rows that a checked reward judges and that have no gold for it, by source."""
+    missing = {}
+    for function in functions:
+        if not any(reward == function.name for _, reward in golds):
+            continue
+        judged = Counter(row.source.name for row in rows if row.source.is_judged_by(function.name))
+        for source, number in judged.items():
+            table = golds.get((source, function.name), GoldTable(source=source, reward=function.name, kind=GOLD))
+            if table.num_rows < number:
+                what = "gold" if function.gold is not None else "reference response"
+                missing[table.name] = f"{number - table.num_rows:,} of {number:,} rows have no {what}"
+    return missing
 
 
 def _why_unchecked(function: RewardFunction) -> str:

@@ -115,6 +115,13 @@ def test_check_rewards_samples_rows_and_names_the_unchecked(recipe, capsys):
     assert "10 rows" in capsys.readouterr().out
 
 
+def test_check_rewards_counts_rows_without_a_gold(recipe, capsys):
+    rows = [{"prompt": f"{n}?", "answer": None if n < 3 else str(n), "color": "red"} for n in range(10)]
+    check = check_rewards(recipe({"math_answer": None, "my_rewards:lenient": None}, rows))
+    assert check.without_gold == {"math_answer of ours": "3 of 10 rows have no gold"}
+    assert "math_answer of ours: 3 of 10 rows have no gold" in capsys.readouterr().out
+
+
 def test_check_rewards_is_one_line_for_a_wrong_recipe(recipe, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["check-rewards", str(recipe({}, colored("red")))])
