@@ -4,6 +4,7 @@ Launched on several processes. FOLDER holds the checkpoint `plain`; each stage r
 compares all that DeepSpeed says of its optimizer with the numbers of `plain`, bit for bit.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
 
+from rekatrain.data.errors import InputError, TrainingStopped
+from rekatrain.trainer.models.weights import check_finite
 from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.saved_optimizer import MOMENTS, read_optimizer, saved_layout
+from rekatrain.trainer.run.guards import check_finite_weights
 
 STEP = 7
 
@@ -98,9 +102,32 @@ def restore_and_save(source: Path, target: Path, plain: Path, zero: int, *, bf16
             with GatheredParameters([parameter]):
                 assert torch.equal(parameter.detach().flatten(), weight.to(parameter.dtype)), name
     assert {float(state["step"]) for state in optimizer.optimizer.optimizer.state.values()} == {STEP}
+    if zero == 3:
+        check_finite_checks(module)
     accelerator.save_state(str(target), exclude_frozen_parameters=True)
     layout = saved_layout(target)
     assert (layout.zero_stage, layout.num_shards) == (zero, accelerator.num_processes)
+
+
+def check_finite_checks(module: Model) -> None:
+    """Assert that the checks for finite weights see each element of a shard, and none of its padding."""
+    name, parameter = "first.weight", module.first.weight
+    shard, rank = parameter.ds_tensor.view(-1), torch.distributed.get_rank()
+    num_real = min(shard.numel(), parameter.ds_numel - rank * shard.numel())
+    before = shard.clone()
+    shard[num_real:] = math.nan
+    assert (num_real < shard.numel()) is (rank == 2)
+    check_finite(module, "the model")
+    check_finite_weights(module, STEP)
+    shard[num_real - 1] = math.nan
+    for check in (lambda: check_finite(module, "the model"), lambda: check_finite_weights(module, STEP)):
+        try:
+            check()
+        except (InputError, TrainingStopped) as error:
+            assert name in str(error)
+        else:
+            raise AssertionError(f"rank {rank}: a weight that is nan is not seen")
+    shard.copy_(before)
 
 
 if __name__ == "__main__":

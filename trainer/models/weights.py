@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
@@ -120,12 +120,25 @@ def check_adapter(source: Source, skeleton: PreTrainedModel) -> None:
 def check_finite(model: nn.Module, name: str) -> None:
     """Raise InputError if a loaded weight is NaN or infinite; under ZeRO-3 each process checks its shards."""
     for key, parameter in model.named_parameters():
-        values = getattr(parameter, "ds_tensor", parameter)
+        values = values_here(parameter)
         if values.is_floating_point() and not values.is_meta and not bool(torch.isfinite(values).all()):
             raise InputError(
                 f"{name!r} has weights that are not finite, the first are in {key}: the model is broken; use an "
                 "earlier checkpoint, or copy it again"
             )
+
+
+def values_here(parameter: nn.Parameter) -> Tensor:
+    """Return the values of a parameter that this process holds: under ZeRO-3 those of its shard.
+
+    The last shards of a parameter end with padding, which DeepSpeed leaves as it finds the memory.
+    """
+    shard: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter
+    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]  # DeepSpeed's
+    num_left: int = parameter.ds_numel - rank * shard.numel()  # type: ignore[attr-defined]
+    return shard.flatten()[: max(0, num_left)]
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

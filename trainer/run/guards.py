@@ -17,6 +17,7 @@ from pydantic import FiniteFloat
 from torch import nn
 
 from rekatrain.data.errors import InputError, TrainingStopped
+from rekatrain.trainer.models.weights import values_here
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.folder import RunFolder
 
@@ -131,7 +132,7 @@ def check_finite_weights(model: nn.Module, step: int) -> None:
     bad = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all())
+        if parameter.requires_grad and not bool(torch.isfinite(values_here(parameter)).all())
     ]
     if bad:
         raise TrainingStopped(
