@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_compare(commands.add_parser("compare", help="paired difference of two evaluations, and the rows that changed"))
     _add_report(commands.add_parser("report", help="write one HTML file: curves, recipe and completions of runs"))
     _add_export(commands.add_parser("export", help="write a run's weights for transformers, vLLM or llama.cpp"))
+    _add_chat(commands.add_parser("chat", help="talk to an export, or to its server, in the terminal"))
     recipes = commands.add_parser("recipes", help="write the shipped recipes and launch files into a new folder")
     recipes.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
     return parser
@@ -211,6 +212,12 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest size of one weights file (default 5GB)",
     )
+
+
+def _add_chat(command: argparse.ArgumentParser) -> None:
+    command.description = "Ctrl-C ends the answer, Ctrl-D the conversation."
+    command.add_argument("export", type=Path, nargs="?", metavar="EXPORT", help="a folder of rekatrain export")
+    command.add_argument("--url", help="of a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
 
 
 def _positive(text: str) -> int:

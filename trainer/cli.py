@@ -208,6 +208,12 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _chat(options: argparse.Namespace) -> None:
+    from rekatrain.trainer.chat import chat
+
+    chat(options.export, url=options.url)
+
+
 def _recipes(options: argparse.Namespace) -> None:
     from rekatrain.trainer.recipe.shipped import write_recipes
 
@@ -226,5 +232,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare": _compare,
     "report": _report,
     "export": _export,
+    "chat": _chat,
     "recipes": _recipes,
 }

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.source import find_source, read_adapter_config
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.recipe.lora_keys import LORA_ALLOWED, LORA_REFUSED
+from rekatrain.trainer.recipe.lora_keys import LORA_ALLOWED, LORA_OWN, LORA_REFUSED
 from rekatrain.trainer.recipe.upstream import check_lora, check_rollout_adapter
 
 # Keys of a stored config that say where the adapter comes from, or how it started.
@@ -37,7 +37,9 @@ def continue_adapter(recipe: Recipe) -> Recipe:
     lora = _section_of(source.adapter)
     if recipe.stage == "rloo":
         lora["lora_dropout"] = 0.0  # the sampler has none
-    if recipe.lora is not None and recipe.lora != lora:
+    own = {key: value for key, value in (recipe.lora or {}).items() if key in LORA_OWN}
+    lora |= own
+    if recipe.lora not in (None, own, lora):
         raise InputError(
             f"{source.folder!r} is an adapter with its own settings: remove the section lora: to go on with it; or, to "
             "put a new adapter on top of it, merge it first: rekatrain export RUN OUT"

@@ -32,6 +32,7 @@ from rekatrain.trainer.models.weights import (
     readable,
 )
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.lora_keys import LORA_OWN
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def add_adapter(
             # DeepSpeed the optimizer keeps its float32 copy.
             adapted = get_peft_model(
                 model,
-                LoraConfig(task_type=task_type, **lora),
+                LoraConfig(task_type=task_type, **{key: lora[key] for key in lora if key not in LORA_OWN}),
                 autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
                 revision=revision,
             )

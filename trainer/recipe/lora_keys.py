@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from rekatrain.data.ranges import CountOrZero, FractionBelowOne, PositiveWeight, Weight
+from rekatrain.data.ranges import CountOrZero, FiniteFloat, FractionBelowOne, PositiveWeight, Weight
 
 Rank = Annotated[int, Ge(1), Le(4096)]
 Alpha = Annotated[int, Ge(1), Le(10**6)]
@@ -34,6 +34,9 @@ LORA_ALLOWED: dict[str, Any] = {
     "use_dora": bool,
     "init_lora_weights": Literal["gaussian"] | bool,
 }
+
+# Keys of the section that are no fields of PEFT's config: PEFT has them as arguments of its optimizers.
+LORA_OWN: dict[str, Any] = {"loraplus_lr_ratio": Annotated[FiniteFloat, Ge(1), Le(10**4)]}
 
 _START = "the adapter must start as zero: the reference of a run is the model without it"
 _UNTESTED = "nobody has tried it with this program"

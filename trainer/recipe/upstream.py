@@ -80,7 +80,7 @@ def check_lora(section: Mapping[str, Any]) -> None:
     check_section(
         "lora",
         section,
-        lora_keys.LORA_ALLOWED,
+        lora_keys.LORA_ALLOWED | lora_keys.LORA_OWN,
         lora_keys.LORA_REFUSED,
         reserved=lora_keys.LORA_RESERVED,
         reasons=lora_keys.VALUE_REASONS,

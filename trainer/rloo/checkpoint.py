@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.loraplus import is_fast
 from rekatrain.trainer.models.probe import run_probe
 from rekatrain.trainer.processes.launch import read_launch
 from rekatrain.trainer.resume.resharding import restore_converted
@@ -114,7 +115,11 @@ class Checkpointer:
 
     def _restore_converted(self, checkpoint: Path) -> None:
         (model,), (optimizer,) = self._accelerator._models, self._accelerator._optimizers
-        restore_converted(checkpoint, self._accelerator.unwrap_model(model), optimizer)
+        whole = self._accelerator.unwrap_model(model)
+        names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
+        if len(optimizer.param_groups) > 1:  # LoRA+ has a group of its matrices B, the last one
+            names.sort(key=is_fast)
+        restore_converted(checkpoint, whole, optimizer, names)
         for _ in range(checkpoint_step(checkpoint)):  # the schedule is a function of the step
             for scheduler in self._accelerator._schedulers:
                 scheduler.step()

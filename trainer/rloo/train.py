@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
+from rekatrain.trainer.models.loraplus import lr_ratio, split_groups
 from rekatrain.trainer.models.probe import choose_texts
 from rekatrain.trainer.processes.agreement import agree_on_start
 from rekatrain.trainer.processes.interruption import INTERRUPTION, Abandoned, describe_end
@@ -96,7 +97,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
         load_weights(accelerator, policy, checkpoint)
 
     # Prepare optimizer and schedule, and find who samples.
-    optimizer, scheduler = make_optimizer(model, config)
+    optimizer, scheduler = make_optimizer(model, config, lr_ratio(recipe.lora))
     prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     announce(accelerator, policy)
     usual_prompt = int(median(len(prompt.ids) for prompt in setup.prompts))
@@ -131,7 +132,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     guard = NonFiniteGuard(recipe, folder)
     check_scorable, check_bounds = UnscorableGuard(config.max_unscorable_steps), StopGuard(recipe)
 
-    evaluation = Evaluation(accelerator, prepared, policy, setup)
+    evaluation = Evaluation(accelerator, prepared, policy, setup, servers)
 
     def evaluate(step: int) -> dict[str, float | None]:
         measured = evaluation(step)
@@ -219,7 +220,9 @@ def load_prepared_policy(recipe: Recipe, config: RLOOConfig, accelerator: Accele
     return policy
 
 
-def make_optimizer(model: torch.nn.Module, config: RLOOConfig) -> tuple[AdamW, torch.optim.lr_scheduler.LRScheduler]:
+def make_optimizer(
+    model: torch.nn.Module, config: RLOOConfig, loraplus_lr_ratio: float | None = None
+) -> tuple[AdamW, torch.optim.lr_scheduler.LRScheduler]:
     """Make AdamW over the trained parameters, and its learning-rate schedule."""
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -229,6 +232,8 @@ def make_optimizer(model: torch.nn.Module, config: RLOOConfig) -> tuple[AdamW, t
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if loraplus_lr_ratio is not None:
+        split_groups(optimizer, model.named_parameters(), loraplus_lr_ratio)
     scheduler = make_schedule(
         config.lr_scheduler_type, optimizer, warmup_steps=config.warmup_steps, max_steps=config.max_steps
     )

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rekatrain.data.chat import IGNORED_LABEL
+from rekatrain.trainer.models.loraplus import split_groups
 from rekatrain.trainer.run.guards import NonFiniteGuard, StopGuard, check_finite_weights
 from rekatrain.trainer.run.schedule import make_schedule
 
@@ -25,6 +26,7 @@ class GuardedTrainer(Trainer):
     """Base of our subclasses of TRL's trainers: keeps the micro-batches of an update, and has our schedules."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.loraplus_lr_ratio: float | None = None
         self.micro_batches: list[tuple[dict[str, Any], Tensor]] = []  # inputs and loss, of one update
         super().__init__(*args, **kwargs)
 
@@ -34,6 +36,15 @@ class GuardedTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.micro_batches.append((kept, loss))
         return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with the rates of LoRA+ if the recipe has them."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.loraplus_lr_ratio is not None:
+            trained = self.model if model is None else model
+            assert trained is not None
+            split_groups(optimizer, trained.named_parameters(), self.loraplus_lr_ratio)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

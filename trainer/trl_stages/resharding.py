@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import SCHEDULER_NAME
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.loraplus import is_fast
 from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
 from rekatrain.trainer.run.checkpoints import checkpoint_step, read_manifest
@@ -86,12 +87,16 @@ def restore_other_launch(trainer: Trainer, checkpoint: Path) -> None:
         assert model is not None and optimizer is not None and scheduler is not None
         decayed = set(trainer.get_decay_parameter_names(model))
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        # As Trainer.create_optimizer groups them.
-        restore_converted(checkpoint, model, optimizer, sorted(names, key=lambda name: name not in decayed))
+        # As GuardedTrainer.create_optimizer groups them.
+        splits = trainer.loraplus_lr_ratio is not None
+        names.sort(key=lambda name: (splits and is_fast(name), name not in decayed))
+        restore_converted(checkpoint, model, optimizer, names)
         state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
-        # The rates are equal in all groups, but DeepSpeed drops an empty one: an adapter has no weights without decay.
+        # DeepSpeed drops an empty group: an adapter has no weights without decay. Rates are then equal in all groups;
+        # with LoRA+ no group is empty.
         for key in RATES_BY_GROUP & state.keys():
-            state[key] = state[key][:1] * len(optimizer.param_groups)
+            if len(state[key]) != len(optimizer.param_groups):
+                state[key] = state[key][:1] * len(optimizer.param_groups)
         scheduler.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
