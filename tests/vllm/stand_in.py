@@ -47,7 +47,7 @@ class StandIn:
             seed_of(key): key
             for key in [*keys, *((*key, index, n) for key in keys for index in range(4) for n in (1, 2))]
         }
-        self._prompts: dict[tuple[int, ...], list[int]] = {}
+        self._prompts: dict[tuple[int, ...], list[list[int]]] = {}
         self._lock = threading.Lock()
         self.restart()
 
@@ -145,7 +145,10 @@ class StandIn:
     def _sample(self, model: Any, body: Any) -> list[Completion]:
         """Sample a group, or the rest of one completion with the uniform numbers that come after its first part."""
         key = self.keys[body["seed"]]
-        prompt = self._prompts.setdefault(key[:4], body["prompt"])
+        # A held-out prompt has the key of a prompt of the first step.
+        known = self._prompts.setdefault(key[:4], [])
+        prompt = next((each for each in known if body["prompt"][: len(each)] == each), body["prompt"])
+        known += [] if prompt in known else [prompt]
         num_done, indices = len(body["prompt"]) - len(prompt), range(body["n"]) if len(key) == 4 else [key[4]]
         assert (
             body["prompt"][: len(prompt)] == prompt and (num_done > 0) == (len(key) == 6) and len(indices) == body["n"]

@@ -125,6 +125,25 @@ def test_server_rollouts_equal_in_process_rollouts(run, serve, stand_in, model_f
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
+def test_evaluation_by_servers_equals_that_in_process(run, serve, stand_in, lora) -> None:
+    rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(20, 26)]
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"reward": "regex", "max_completion_length": 8, "temperature": 0.8, "num_generations": 4}
+    options = ['rewards.regex={"pattern": "[a-m]"}', f"evaluate={json.dumps(settings)}"]
+    options.append('eval_dataset={"path": "held_out.jsonl", "format": "prompt_answer"}')
+    rloo = {"eval_steps": 2, "eval_on_start": True}
+    metrics, rollouts, _ = run("served", serve(stand_in).url, *options, lora=lora, **rloo)
+    expected, expected_rollouts, _ = run("here", None, *options, lora=lora, **rloo)
+    evaluations = [[r for r in records if "eval/accuracy" in r] for records in (metrics, expected)]
+    assert [record["step"] for record in evaluations[0]] == [0, 2, 3]
+    for served, here in zip(*evaluations, strict=True):
+        assert {key: served[key] for key in here if key.startswith("eval/")} == {
+            key: value for key, value in here.items() if key.startswith("eval/")
+        }
+    assert sampled(rollouts) == sampled(expected_rollouts)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])
 def test_server_with_other_weights_is_found_in_the_step(run, serve, stand_in, capsys, lora) -> None:
     load = stand_in._load_lora_adapter if lora else stand_in._collective_rpc
     num_loads = 0

@@ -186,10 +186,10 @@ class RLOOConfig:
         return [urls] if isinstance(urls, str) else urls
 
     def _check_servers(self) -> None:
-        if self.eval_steps is not None and self.vllm_server_urls:
+        if self.eval_steps is not None and self.max_staleness:
             raise InputError(
-                "rloo.eval_steps: the training processes would sample, which vllm_server_base_url is there to avoid: "
-                "remove it, and measure checkpoints with rekatrain evaluate"
+                "rloo.eval_steps with max_staleness 1: the servers already sample the next batch from older weights "
+                "when an evaluation is due: set max_staleness to 0, or measure checkpoints with rekatrain evaluate"
             )
         if self.vllm_server_base_url is not None and not self.vllm_server_urls:
             raise InputError("rloo.vllm_server_base_url names no server: write its URL, or remove the key")

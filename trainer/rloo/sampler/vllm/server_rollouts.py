@@ -20,14 +20,17 @@ when no request is in flight (weights.py).
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
+from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.models.probe import choose_texts, run_probe
 from rekatrain.trainer.processes.interruption import Abandoned
@@ -39,6 +42,8 @@ from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
 from rekatrain.trainer.rloo.setup import RunSetup
 
+# Options of training that an evaluation does not have.
+FILTERS_OFF: dict[str, Any] = {"top_p": 1.0, "top_k": None, "reasoning_budget": None, "overlong_buffer": None}
 # Groups to train on, and groups that dynamic sampling replaced.
 Rolled = tuple[list[Group], list[Group]]
 
@@ -103,6 +108,23 @@ class ServerRollouts:
         if self._transfer is None:
             self._transfer = WeightTransfer(urls, self._policy, rank=self._accelerator.process_index)
         return send(self._accelerator, self._transfer, urls, num_updates, probe)
+
+    def sampler_of(self, config: EvaluateConfig, num_updates: int) -> VLLMSampler:
+        """Return a sampler of the weights after `num_updates` updates with the settings of an evaluation.
+
+        Every process must call this, while no request is in flight.
+        """
+        settings = replace(
+            self._setup.config,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            per_device_generation_batch_size=max(config.per_device_generation_batch_size, config.num_generations),
+            num_generations=config.num_generations,
+            **FILTERS_OFF,
+        )
+        sampler = VLLMSampler(self._setup.tokenizer, settings, vocab_size=self._policy.config.vocab_size)
+        sampler.weights = self._publish(num_updates)
+        return sampler
 
     def metrics(self) -> dict[str, float]:
         """Return the staleness of the last batch in updates, and the number of groups that were requested again."""
