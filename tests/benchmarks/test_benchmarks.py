@@ -11,9 +11,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rekatrain.trainer.export.gguf_model import write_gguf
+from rekatrain.trainer.export.lazy_weights import LazyWeights
+from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from tests.conftest import tiny_llama
 from tests.helpers import forks
@@ -126,14 +128,14 @@ def test_growth_plots_every_axis(model_arguments: list[str], tmp_path: Path, mon
 def test_engines_finds_a_float32_file_equal_to_transformers(
     model_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LlamaForCausalLM.from_pretrained(model_arguments[1])
+    weights = LazyWeights(find_source(model_arguments[1]))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_arguments[1])
     tokenizer.chat_template = "{{ messages }}"  # a GGUF file needs one
     files = []
     for file_type in ("f32", "q8_0"):
         files.append(tmp_path / f"model-{file_type}.gguf")
-        size = model.config.intermediate_size
-        write_gguf(files[-1], model, tokenizer, file_type=file_type, name="tiny", intermediate_size=size)
+        size = weights.model.config.intermediate_size
+        write_gguf(files[-1], weights, tokenizer, file_type=file_type, name="tiny", intermediate_size=size)
     size = ["--num-prompts", "3", "--length", "8", "--positions", "24"]
     results = run("engines", [*model_arguments, *size, "--gguf", *map(str, files)], tmp_path / "out.json", monkeypatch)
     exact, coarse = results["engines"]
