@@ -192,6 +192,7 @@ def export(
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: list[str] | None = None,
     max_shard_size: str = "5GB",
+    average: int = 1,
 ) -> Path:
     """Write a run's newest weights, or one checkpoint's, as a folder that serves, verify it, and return the folder.
 
@@ -200,6 +201,7 @@ def export(
     dtype:          of the stored weights; the recipe's by default
     quantize:       types of GGUF files to write, such as ["q8_0"]
     max_shard_size: of one weights file
+    average:        number of checkpoints, up to that one, whose mean is exported
     """
     set_up_terminal()
     check_parent(Path(out), "OUT")
@@ -207,5 +209,6 @@ def export(
     from rekatrain.trainer.run.best import resolve_checkpoint
 
     source = Path(run) if checkpoint is None else resolve_checkpoint(Path(run), checkpoint)
-    export_run(source, Path(out), form=form, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
+    options = {"dtype": dtype, "quantize": quantize, "max_shard_size": max_shard_size, "average": average}
+    export_run(source, Path(out), form=form, **options)  # type: ignore[arg-type]  # of several types
     return Path(out)

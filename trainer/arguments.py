@@ -189,6 +189,13 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         help="which checkpoint of RUN: best (by metric_for_best_model), or a step (default: the newest)",
     )
     command.add_argument(
+        "--average",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="export the mean of the last N checkpoints, up to --checkpoint (default 1)",
+    )
+    command.add_argument(
         "--as",
         dest="form",
         choices=["merged", "adapter", "gguf"],

@@ -205,6 +205,7 @@ def _export(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         quantize=options.quantize,
         max_shard_size=options.max_shard_size,
+        average=options.average,
     )
 
 

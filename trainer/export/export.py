@@ -12,6 +12,7 @@ model: tensors are read, merged, written and run one layer at a time (lazy_weigh
 import logging
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -21,10 +22,11 @@ from rekatrain.data.chat import Message, encode_prompt, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer.export.average import last_checkpoints
 from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
-from rekatrain.trainer.export.probe import probe_logprobs, verify_logprobs
+from rekatrain.trainer.export.probe import probe_logprobs, verify_in_fresh_process, verify_logprobs
 from rekatrain.trainer.export.publish import publish, written_aside
 from rekatrain.trainer.models.probe import PROBE_FILE, find_difference, read_probe, run_probe
 from rekatrain.trainer.models.source import Source, find_source
@@ -45,9 +47,11 @@ def export(
     dtype: str | None = None,
     quantize: list[str] | None = None,
     max_shard_size: str = "5GB",
+    average: int = 1,
 ) -> None:
     """Export the newest checkpoint of a run folder, or one checkpoint folder, in one form, and verify it.
 
+    average:  number of checkpoints up to that one whose mean is exported
     dtype:    of merged weights; None means the recipe's. A LoRA adapter is merged in float32 first.
     quantize: types of GGUF files; None means the type of the dtype
     """
@@ -62,7 +66,7 @@ def export(
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
     if recipe.stage == "reward":
-        _check_reward_model(form, quantize)
+        _check_reward_model(form, quantize, average)
         from rekatrain.trainer.export.reward_model_folder import export_reward_model
 
         export_reward_model(
@@ -76,28 +80,47 @@ def export(
         return
     source = find_source(str(run))
     _check(source, form, dtype, quantize)
+    averaged = last_checkpoints(Path(source.folder), average)
+    if form == "adapter" and average > 1:
+        raise InputError(
+            f"--average {average}: the mean of adapters is no adapter of their rank: export it as merged or gguf"
+        )
+    described = f"The weights are the mean of {', '.join(path.name for path in averaged)}." if average > 1 else None
     tokenizer = load_tokenizer(source.folder)
     template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
     # Servers add no bos token to a conversation: the template has it, where the model's family was trained with one.
     tokenizer.chat_template = ("{{- bos_token -}}" if bos_ids(tokenizer) else "") + template
     with written_aside(out) as partial:
-        _write(partial, form, source, tokenizer, stored_dtype, quantize, max_shard_size)
-        publish(partial, out, form, recipe, recipe_file.parent, source)
+        with TemporaryDirectory() as folder:
+            checkpoint = Path(source.folder)
+            if average > 1:
+                checkpoint = Path(folder)
+                average_module = "rekatrain.trainer.export.average"
+                verify_in_fresh_process(average_module, checkpoint, *map(str, averaged))
+            weights = LazyWeights(source)
+            if average > 1:
+                weights = weights.averaged([LazyWeights(find_source(str(path))) for path in averaged[:-1]])
+            _check_training(weights, checkpoint)
+            _write(partial, form, source, weights, checkpoint, tokenizer, stored_dtype, quantize, max_shard_size)
+        publish(partial, out, form, recipe, recipe_file.parent, source, evaluation=described)
 
 
 def _write(
     folder: Path,
     form: Form,
     source: Source,
+    weights: LazyWeights,
+    checkpoint: Path,
     tokenizer: PreTrainedTokenizerBase,
     stored_dtype: str,
     quantize: list[str] | None,
     max_shard_size: str,
 ) -> None:
-    """Write the weights into `folder` and verify them in a fresh process."""
+    """Write the weights into `folder` and verify them in a fresh process.
+
+    checkpoint: folder with the log-probabilities of training
+    """
     probe = torch.tensor([encode_prompt(render_prompt(PROBE_MESSAGES), tokenizer)])
-    weights = LazyWeights(source)
-    _check_training(weights, Path(source.folder))
     stored = weights.rounded(torch.float32 if form == "adapter" else getattr(torch, stored_dtype))
     with streaming(stored) as model:
         logprobs = probe_logprobs(model, probe)
@@ -110,7 +133,7 @@ def _write(
 
         write_gguf_files(folder, stored, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs)
         return
-    verify_logprobs(folder, probe, logprobs, checkpoint=Path(source.folder))
+    verify_logprobs(folder, probe, logprobs, checkpoint=checkpoint)
 
 
 def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None) -> None:
@@ -127,10 +150,12 @@ def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | 
         check_convertible(source, quantize or [])
 
 
-def _check_reward_model(form: Form, quantize: list[str] | None) -> None:
+def _check_reward_model(form: Form, quantize: list[str] | None, average: int) -> None:
     """Raise InputError for options that the export of a reward model does not have."""
     if form != "merged":
         raise InputError(f"--as {form}: a reward model is exported as merged only")
+    if average > 1:
+        raise InputError(f"--average {average}: the mean of reward models is not supported; export one checkpoint")
     if quantize is not None:
         raise InputError("--quantize applies to GGUF files; a reward model has none: leave it out")
 

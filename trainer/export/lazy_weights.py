@@ -8,7 +8,7 @@ import ctypes
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, cast
@@ -47,6 +47,7 @@ class LazyWeights(Mapping[str, Tensor]):
         """
         _return_memory_at_once()
         self.dtype = torch.float32
+        self._others: list[LazyWeights] = []
         self._source = source
         with readable(source.base), quiet_transformers():
             config = AutoConfig.from_pretrained(source.base, revision=source.revision, **options)
@@ -71,6 +72,16 @@ class LazyWeights(Mapping[str, Tensor]):
         return isinstance(self._stored, StoredTensors)
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        if self._others:
+            mean = tensor.double()
+            for other in self._others:
+                mean += other._read(name)
+            tensor = (mean / (1 + len(self._others))).float()
+        return tensor.to(self.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        """Return a tensor in float32, merged."""
         name = self.tied.get(name, name)
         if name in self._trained:
             tensor = self._trained[name].clone()
@@ -84,13 +95,19 @@ class LazyWeights(Mapping[str, Tensor]):
                 f"{self._source.folder!r} has weights that are not finite, the first are in {name}: the model is "
                 "broken; use an earlier checkpoint, or copy it again"
             )
-        return tensor.to(self.dtype)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._shapes if name not in self.tied)
 
     def __len__(self) -> int:
         return len(self._shapes) - len(self.tied)
+
+    def averaged(self, others: Sequence["LazyWeights"]) -> "LazyWeights":
+        """Return the mean of these tensors and those of other checkpoints, computed in float64, in float32."""
+        weights = copy(self)
+        weights._others = list(others)
+        return weights
 
     def rounded(self, dtype: torch.dtype) -> "LazyWeights":
         """Return the same tensors in the dtype in which they will be stored."""

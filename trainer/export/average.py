@@ -1,0 +1,59 @@
+"""The mean of the last checkpoints of a run: `rekatrain export RUN OUT --average N`.
+
+    python -m rekatrain.trainer.export.average OUT CHECKPOINT...
+
+computes the log-probabilities that the export is held against: a separate process loads each checkpoint as training
+does, holds it against its own probe, and adds the weights up. It needs two whole models in float32.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.load import load_model
+from rekatrain.trainer.models.probe import find_difference, read_probe, run_probe
+from rekatrain.trainer.run.checkpoints import checkpoint_step, numbered_checkpoints
+
+
+def last_checkpoints(newest: Path, number: int) -> list[Path]:
+    """Return `number` checkpoints of a run, oldest first, that end with `newest`; InputError if there are fewer."""
+    found = [path for path in numbered_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
+    if len(found) < number:
+        raise InputError(
+            f"--average {number}: there are {len(found)} checkpoints up to {newest.name}: "
+            f"{', '.join(path.name for path in found)}; average fewer, or train with a larger save_total_limit"
+        )
+    return found[-number:]
+
+
+def main() -> None:
+    """Write the probe of the mean into OUT; raise AssertionError if a checkpoint is not what it was in training."""
+    out, *checkpoints = map(Path, sys.argv[1:])
+    texts = None
+    mean: PreTrainedModel | None = None
+    for number, checkpoint in enumerate(reversed(checkpoints), start=1):
+        model = load_model(str(checkpoint), dtype="float32").eval()
+        probe = read_probe(checkpoint)
+        assert probe is not None, f"{checkpoint} has no log-probabilities of training"
+        difference = find_difference(probe, run_probe(model, [ids.tolist() for ids in probe.ids]))
+        assert difference is None, (
+            f"{checkpoint}, as it is loaded here, is not the model that was trained: {difference}"
+        )
+        merged: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        if mean is None:
+            mean, texts = merged, [ids.tolist() for ids in probe.ids]
+            continue
+        with torch.no_grad():
+            for ours, theirs in zip(mean.parameters(), merged.parameters(), strict=True):
+                ours += (theirs - ours) / number
+    assert mean is not None and texts is not None
+    run_probe(mean, texts).save(out)
+    print(f"probe of the mean of {', '.join(path.name for path in checkpoints)}, by the loader of training")
+
+
+if __name__ == "__main__":
+    main()
