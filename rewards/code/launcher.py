@@ -64,9 +64,14 @@ class Sandbox:
             raise RewardError(f"the sandbox could not be made: {reason}")
 
     def exit_code(self, seconds: float) -> int | None:
-        """Return the exit code of its code; None if it has not ended in that time."""
+        """Return the exit code of its code; None if it has not ended in that time.
+
+        Raises RewardError if the process that watches it was killed: nothing is known then.
+        """
         message = self._read(seconds)
-        return None if message is None else int(message or b"255")
+        if message == b"":
+            raise RewardError("the sandbox was killed from outside")
+        return None if message is None else int(message)
 
     def end(self) -> None:
         """End its code, and wait until it has ended."""

@@ -111,6 +111,9 @@ def run_tests(
         solution.wait_until_started()
         tester.wait_until_started()
         verdicts = read_verdicts(verdicts_out, num_tests, seconds=limits.seconds, total=limits.total or limits.seconds)
+        if len(verdicts.passed) < num_tests:
+            solution.exit_code(0)
+            tester.exit_code(0)
     if verdicts.fault:
         raise RewardError(f"the tests cannot run: {verdicts.fault}")
     return [*verdicts.passed, *[False] * (num_tests - len(verdicts.passed))]

@@ -334,8 +334,8 @@ def test_options_with_an_annotation_that_cannot_be_read_are_reported_once(caplog
 
 
 def test_options_a_timeout_of_the_reward_itself_stands_where_the_recipe_has_none() -> None:
-    for timeout, expected in ((None, 15.0), (9, 9.0)):
-        options = {"time_limit": 1, "timeout": timeout}
+    for timeout, expected in ((None, 50.0), (9, 9.0)):
+        options = {"time_limit": 1, "total_time_limit": 20, "timeout": timeout}
         assert build_reward_functions({"code_tests": options})[0].timeout == expected
 
 

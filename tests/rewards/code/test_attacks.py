@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rekatrain.rewards.code import jail_filter
+from rekatrain.rewards.code import jail_filter, launcher
+from rekatrain.rewards.code.sandbox import run_program
 from tests.rewards.code import attacks, users
 
 LEVELS = ("namespaces", "rlimits")
@@ -172,7 +173,8 @@ def test_attack_outlives_no_process_that_watches_it(level: str, killed: str) -> 
         if killed in ("worker", "all but the code"):
             runner.process.kill()
         elif killed == "server":
-            assert runner.read()[0][0] in ("exited", "error")
+            ((ending, _, message),) = runner.read()
+            assert (ending, message) == ("error", "RewardError: the sandbox was killed from outside")
         users.wait_until_gone(before | (set(mine[:1]) if killed == "keeper" else set()))
 
 
@@ -207,6 +209,28 @@ def test_attack_forges_no_verdict(place: Place, way: str) -> None:
     given = {**tests, "setup": "", "prefix": "", "entry_point": ""}
     right = "def double(x): return x * 2"
     assert place.runner.tests(place.level, [right, FORGED[way]], given, seconds=20) == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+def test_attack_finds_no_way_out_by_an_older_landlock(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older kernels deny fewer kinds of access by Landlock; the filter of calls denies the rest."""
+    monkeypatch.setattr(launcher, "LANDLOCK", version)
+    monkeypatch.setattr(launcher, "_servers", {})
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    won = {}
+    for way, action in attacks.WAYS_OUT.items():
+        if re.search("SECRET|proc|OUTSIDE|write|socket", action):
+            program = attacks.attempt(action, SECRET=str(secret), OUTSIDE=os.getpid(), PORT=1)
+            limits = launcher.Limits(seconds=20, memory=MEMORY)
+            output = run_program(program, stdin=b"", limits=limits, isolation="rlimits").output
+            if not output.startswith(b"REFUSED"):
+                won[way] = output
+    assert won == {} and secret.read_text() == "secret"
+    for server in launcher._servers.values():
+        server.close()
 
 
 def test_level_is_refused_where_the_machine_cannot_provide_it() -> None:
