@@ -8,6 +8,7 @@ The recipe's section `filter:` (config.py) names the folder; its `rows.jsonl` ha
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rekatrain.data.errors import InputError
@@ -49,8 +50,9 @@ def _rows(config: FilterConfig, synthesis: Synthesis, counts: Counter[str]) -> I
             row = question.prompt.row
             # Of an earlier filter, whose rates these replace.
             earlier = {name: value for name, value in row.columns.items() if name not in ("pass_rate", "num_judged")}
-            kept = type(row)(**{**vars(row), "columns": earlier})
-            yield make_row(kept, whole_messages(row), {"pass_rate": rate, "num_judged": num_judged})
+            yield make_row(
+                replace(row, columns=earlier), whole_messages(row), {"pass_rate": rate, "num_judged": num_judged}
+            )
 
 
 def _report(path: Path, config: FilterConfig, synthesis: Synthesis, counts: Counter[str], num_rows: int) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from rekatrain import InputError, load_recipe
 from rekatrain.data.chat import IGNORED_LABEL, FinishReason
 from rekatrain.trainer import api, sft
+from rekatrain.trainer.cli import main
 from rekatrain.trainer.synthesis.config import GenerateConfig
 from rekatrain.trainer.synthesis.journal import Answer, Score
 from rekatrain.trainer.synthesis.keep import choose, without_duplicates
@@ -247,10 +248,10 @@ def test_generate_counts_tokens_and_cost(
     recipe_of: Recipes, serve: Callable[..., JsonServer], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve(right_on_even_seeds)
-    keys = section(server, num_generations=2)
+    keys = section(server, num_generations=1)
     keys["server"] |= {"prompt_price": 1000.0, "completion_price": 20000.0}
     with caplog.at_level("INFO"):
-        api.generate(recipe_of(generate=keys))
+        main(["generate", recipe_of(generate=keys), "generate.num_generations=2"])
     # 12 completions of 10 and 5 tokens
     assert "120 prompt tokens, 60 completion tokens; cost 1.32" in caplog.messages[-1]
 
