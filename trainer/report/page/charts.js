@@ -84,6 +84,11 @@ function sample(shown) {
   return svg;
 }
 
+// A chart follows the width of its card, also where the window tells nobody that it has changed.
+const resized = new ResizeObserver(entries => {
+  for (const { target } of entries) if (target.querySelector(".main-svg")) Plotly.Plots.resize(target);
+});
+
 function draw(card) {
   const panel = page.content.panels[card.dataset.index];
   const key = card.querySelector(".key");
@@ -92,6 +97,7 @@ function draw(card) {
     displaylogo: false, responsive: true, displayModeBar: false, doubleClick: "reset",
   });
   card.dataset.drawn = "yes";
+  resized.observe(card.querySelector(".plot"));
 }
 const redraw = () => document.querySelectorAll(".chart[data-drawn]").forEach(draw);
 

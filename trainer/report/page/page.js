@@ -12,7 +12,7 @@ function showHeader() {
   const theme = el("button", { class: "plain", onclick: () => setTheme(isDark() ? "light" : "dark") }, "Light / dark");
   const when = new Date(1000 * written).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
   document.getElementById("header").replaceChildren(
-    el("div", { class: "top" }, el("div", {}, el("h1", {}, runs.length === 1 ? runs[0].name : `${runs.length} runs`), el("p", { class: "note" }, `rekatrain report, written ${when}`)), theme),
+    el("div", { class: "top" }, el("div", {}, el("h1", {}, runs.length === 1 ? runs[0].name : `${runs.length} ${runs.every(run => run.stage === "evaluate") ? "evaluations" : "runs"}`), el("p", { class: "note" }, `rekatrain report, written ${when}`)), theme),
     el("div", { class: runs.length > 3 ? "runs many" : "runs" }, runs.map(runCard)));
 }
 

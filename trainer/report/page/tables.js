@@ -66,8 +66,9 @@ function pointChart(title, xName, lines) {
     const base = layout(panel);
     card.querySelector(".key").replaceChildren(...lines.map(line => el("span", {}, sample(look(panel, line)), lineLabel(panel, line))));
     Plotly.react(card.querySelector(".plot"), data, { ...base, xaxis: { ...base.xaxis, title: { ...base.xaxis.title, text: xName } } }, { displaylogo: false, responsive: true, displayModeBar: false });
+    resized.observe(card.querySelector(".plot"));
   };
   card.redraw = drawPoints;
   requestAnimationFrame(drawPoints);
-  return el("div", { class: "charts" }, card);
+  return el("div", { class: "charts single" }, card);
 }
