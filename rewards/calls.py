@@ -1,27 +1,33 @@
-"""Call the reward functions that score a whole batch.
+"""Call the reward functions that score a whole batch, and shield the process from what they do.
 
 A plain function runs on the main thread, as in TRL, and cannot be interrupted there: one that hangs ends the process
-and prints the stack of every thread. Coroutine functions run together, each under its time limit. A function that fails
-gives errors, never values. What it changes is its own: it gets copies, and cannot end or move the process (shield.py).
+and prints the stack of every thread. Coroutine functions run together (async_calls.py). A function that fails gives
+errors, never values. It gets copies, which it may change.
+
+A reward that calls `sys.exit`, `os._exit`, `os.killpg(0, ...)` or `os.close` on a descriptor that it did not open, or
+that changes the current folder, has a mistake. It costs the reward's value, never the run. The shield is no sandbox:
+calls of C are not shielded, and neither are the processes that a reward starts.
 """
 
-import asyncio
+import copy
 import faulthandler
 import inspect
 import logging
+import os
 import reprlib
+import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rekatrain.data.errors import InputError, TrainingStopped
 from rekatrain.rewards.errors import RewardError, describe_error
-from rekatrain.rewards.outcome import Outcome, read_value
+from rekatrain.rewards.outcome import MAX_REWARD, Outcome, read_value
 from rekatrain.rewards.progress import Progress
 from rekatrain.rewards.registry import REWARDS
-from rekatrain.rewards.shield import shielded
-from rekatrain.rewards.trl_arguments import WRONG_FORM, Reports, make_arguments, read_form, trainer_state
+from rekatrain.rewards.trl_arguments import WRONG_FORM, Reports, messages_of, read_form
 
 if TYPE_CHECKING:  # compose.py imports the workers, which import this file
     from rekatrain.rewards.compose import RewardFunction
@@ -31,6 +37,10 @@ logger = logging.getLogger(__name__)
 STDERR = 2
 # Whatever a grader raises is its failure; sys.exit() too. A signal's handler raises KeyboardInterrupt.
 FAILURES = (Exception, SystemExit)
+# Functions of os that the shield replaces.
+ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
+CLOSING = ("close", "closerange")
+LOCK = threading.RLock()
 
 
 class BatchCaller:
@@ -58,26 +68,14 @@ class BatchCaller:
         faulthandler.dump_traceback_later(self.timeout, exit=True, file=STDERR)
         try:
             with shielded():
-                returned, reports = _drive(self._call_in_its_form(arguments))
+                returned, reports = _drive(self.call_in_its_form(arguments))
         except FAILURES as error:
-            return _failures(error, size, time.perf_counter() - started)
+            return failures(error, size, time.perf_counter() - started)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        return self._read(returned, reports, size, time.perf_counter() - started)
+        return self.read(returned, reports, size, time.perf_counter() - started)
 
-    async def call_async(self, arguments: Mapping[str, Any], size: int) -> list[Outcome]:
-        """Score a batch by a coroutine function."""
-        started = time.perf_counter()
-        limit = asyncio.timeout(self.timeout)
-        try:
-            async with limit:
-                returned, reports = await self._call_in_its_form(arguments)
-        except FAILURES as error:
-            timed_out = RewardError(f"no result after {self.timeout:g} seconds")
-            return _failures(timed_out if limit.expired() else error, size, time.perf_counter() - started)
-        return self._read(returned, reports, size, time.perf_counter() - started)
-
-    async def _call_in_its_form(self, arguments: Mapping[str, Any]) -> tuple[Any, Reports]:
+    async def call_in_its_form(self, arguments: Mapping[str, Any]) -> tuple[Any, Reports]:
         """Call the function with text or messages; try both, once, if nothing says which it takes."""
         try:
             result = await self._call_once(arguments, as_messages=self._as_messages is True)
@@ -101,14 +99,15 @@ class BatchCaller:
         return result
 
     async def _call_once(self, arguments: Mapping[str, Any], *, as_messages: bool) -> tuple[Any, Reports]:
-        reports = Reports()
-        own = make_arguments(arguments, reports, as_messages=as_messages)
+        own, reports = copy.deepcopy(dict(arguments)), Reports()
+        own |= messages_of(arguments) if as_messages else {}
+        own |= {"log_metric": reports.log_metric, "log_extra": reports.log_extra}
         returned = self.reward.function(**own)
         if self.is_async and isinstance(returned, Awaitable):
             returned = await returned
         return returned, reports
 
-    def _read(self, returned: Any, reports: Reports, size: int, seconds: float) -> list[Outcome]:
+    def read(self, returned: Any, reports: Reports, size: int, seconds: float) -> list[Outcome]:
         """Read the returned values, whatever they are; arrays and tensors of one dimension are lists too.
 
         Raises InputError if there is not one value per completion.
@@ -120,7 +119,8 @@ class BatchCaller:
             raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
         if len(values) != size:
             raise InputError(f"reward {name} returned {len(values)} values; {expected}")
-        return reports.add_to(name, [read_value(value, seconds=seconds / size) for value in values])
+        outcomes = [_read_one(value, seconds / size) for value in values]
+        return reports.add_to(name, outcomes) if reports.metrics or reports.extra else outcomes
 
 
 def call_batch_functions(
@@ -131,21 +131,18 @@ def call_batch_functions(
     Plain functions are called first, one by one, then all coroutine functions at once. Raises InputError if a function
     does, or if it does not return one value per completion, and TrainingStopped for a server that is away too long.
     """
-    if any(caller.reward.name not in REWARDS for caller in callers):  # the import is in no time limit
-        arguments = {**arguments, "trainer_state": trainer_state(progress)}
+    if any(caller.reward.name not in REWARDS for caller in callers):
+        from transformers import TrainerState  # loads torch, so not at the top; here it is in no time limit
+
+        state = TrainerState(global_step=progress.step, max_steps=progress.max_steps)
+        arguments = {**arguments, "trainer_state": state}
     outcomes = {caller.reward.name: caller.call(arguments, size) for caller in callers if not caller.is_async}
     waiting = [caller for caller in callers if caller.is_async]
     if waiting:
-        with shielded():
-            outcomes.update(asyncio.run(_call_together(waiting, arguments, size)))
+        from rekatrain.rewards.async_calls import call_together
+
+        outcomes.update(call_together(waiting, arguments, size))
     return outcomes
-
-
-async def _call_together(
-    callers: Sequence[BatchCaller], arguments: Mapping[str, Any], size: int
-) -> dict[str, list[Outcome]]:
-    results = await asyncio.gather(*[caller.call_async(arguments, size) for caller in callers])
-    return {caller.reward.name: outcomes for caller, outcomes in zip(callers, results, strict=True)}
 
 
 def set_up(name: str, setup: Callable[[], object]) -> None:
@@ -157,6 +154,13 @@ def set_up(name: str, setup: Callable[[], object]) -> None:
         raise RewardError(f"reward {name}: its setup called sys.exit({error.code!r})") from error
 
 
+def _read_one(value: Any, seconds: float) -> Outcome:
+    """Read one value; Any: whatever a user's function returns."""
+    if type(value) in (int, float) and abs(value) <= MAX_REWARD:  # the usual case
+        return Outcome(value=float(value), seconds=seconds)
+    return read_value(value, seconds=seconds)
+
+
 def _drive(call: Any) -> Any:
     """Run a coroutine that never waits, as the call of a plain function is one, without an event loop."""
     try:
@@ -166,10 +170,80 @@ def _drive(call: Any) -> Any:
     raise AssertionError("a plain function never waits")
 
 
-def _failures(error: BaseException, size: int, seconds: float) -> list[Outcome]:
+def failures(error: BaseException, size: int, seconds: float) -> list[Outcome]:
     """Return the failure of a whole batch as one error per completion; raise an error that ends the run instead."""
     if isinstance(error, InputError | TrainingStopped):
         raise error
     text = "".join(traceback.format_exception(error))
     outcome = Outcome(error=describe_error(error), traceback=text, seconds=seconds / max(size, 1))
     return [outcome] * size
+
+
+def open_descriptors() -> set[int]:
+    """Return the descriptors of this process that are open."""
+    return {number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)}
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:  # it was that of the listing
+        return False
+    return True
+
+
+@contextmanager
+def shielded(names: Collection[str] = ENDING + CLOSING, kept: Collection[int] | None = None) -> Iterator[None]:
+    """Make a context in which functions of `os` raise RewardError where they would harm this process.
+
+    The context also restores the current folder. It holds for the thread that enters it and, if that is the main
+    thread, for those that start within; other threads, and processes forked within, are not affected.
+
+    names: of the functions
+    kept:  descriptors that may not be closed; None: all that are open now, whose listing takes 50 microseconds
+    """
+    is_active = [True]  # emptied first of all, as a signal's handler may raise while functions are restored
+    process, thread = os.getpid(), threading.get_ident()
+    is_main = threading.current_thread() is threading.main_thread()
+    others = {other.ident for other in threading.enumerate()} - {thread}
+    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    ours = open_descriptors() if kept is None else kept
+
+    def is_harmful(name: str, arguments: tuple[Any, ...]) -> bool:
+        here = threading.get_ident()
+        is_own = here == thread or (is_main and here not in others)
+        if not is_active or not is_own or os.getpid() != process:
+            return False
+        if name == "kill":
+            # A signal to this process alone is delivered: the run listens for some.
+            is_ours = arguments[:1] in ((0,), (-1,), (-os.getpgrp(),))
+            return is_ours and arguments[1:] != (0,)
+        if name == "killpg":
+            return arguments[:1] in ((0,), (os.getpgrp(),)) and arguments[1:] != (0,)
+        if name == "close":
+            return bool(arguments) and arguments[0] in ours
+        if name == "closerange":
+            return len(arguments) == 2 and any(int(arguments[0]) <= number < int(arguments[1]) for number in ours)
+        return True
+
+    def guard(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any, **keywords: Any) -> Any:
+            if is_harmful(name, (*arguments, *keywords.values())):
+                shown = ", ".join(map(str, arguments))[:100]
+                raise RewardError(f"the reward called os.{name}({shown}), which would harm the process that runs it")
+            return original(*arguments, **keywords)
+
+        return guarded
+
+    with LOCK:  # functions are restored in the order opposite to that in which they were replaced
+        originals = {name: getattr(os, name) for name in names}
+        for name, original in originals.items():
+            setattr(os, name, guard(name, original))
+        try:
+            yield
+        finally:
+            is_active.clear()
+            for name, original in originals.items():
+                setattr(os, name, original)
+            os.fchdir(folder)
+            os.close(folder)

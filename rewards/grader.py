@@ -5,49 +5,26 @@ of each reward is logged with its traceback, and a run in which too many complet
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-from annotated_types import Ge, Gt, Le
-from pydantic import FiniteFloat
+from typing import Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.data.ranges import Fraction, Seconds
 from rekatrain.rewards.calls import BatchCaller, call_batch_functions, set_up
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.outcome import Outcome
+from rekatrain.rewards.outcome import MAX_REWARD, Outcome
 from rekatrain.rewards.progress import Progress
-from rekatrain.rewards.scores import Scores, combine
+from rekatrain.rewards.scoring import Scores, ScoringConfig
 from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
 
 logger = logging.getLogger(__name__)
 
 # The fraction of errors is taken over a reward's last 512 completions, and from 16 completions on.
 ERROR_WINDOW, ERROR_MINIMUM = 512, 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
-    """The `scoring:` section of a recipe: how its rewards are run.
-
-    num_workers:     worker processes per training process; None: one per core, at most 16
-    timeout:         seconds per completion and scorer, after which the worker is killed; a reward can have its own
-    batch_timeout:   seconds per batch function; a plain function that takes longer ends the run
-    memory_limit_gb: address space of a worker, in GiB
-    max_error_share: fraction of a reward's last 512 completions that may fail before the run stops
-    environment:     names of variables that the workers get beside the allowed ones, such as the key of a user's scorer
-    """
-
-    num_workers: Annotated[int, Ge(1), Le(4096)] | None = None
-    timeout: Seconds = 2.0
-    batch_timeout: Seconds = 600.0
-    memory_limit_gb: Annotated[FiniteFloat, Gt(0), Le(10**6)] = 4.0
-    max_error_share: Fraction = 0.2
-    environment: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -158,7 +135,7 @@ class Grader:
             outcomes[scorer.name] = [Outcome() if job is None else self._result(scorer, job) for job in of_scorer]
         for function in self.functions:
             self._watch(function.name, [outcomes[function.name][index] for index in judged[function.name]])
-        return combine(self.functions, outcomes, len(completions), progress.step)
+        return _combine(self.functions, outcomes, len(completions), progress.step)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics since the last call: seconds of each reward, weights on a schedule, and batch classes' own."""
@@ -252,3 +229,63 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Collection[
                     f"reward {function.name} needs the column {column}, which the rows do not have (columns: {known}); "
                     "add it to the data or take the reward out of the recipe"
                 )
+
+
+def _combine(
+    functions: Sequence[RewardFunction], outcomes: Mapping[str, Sequence[Outcome]], size: int, step: int
+) -> Scores:
+    """Add the rewards of each completion up, with the weights after `step` steps.
+
+    A completion cannot be scored if no reward with a weight applies, or if one with a weight, or one that it requires,
+    has failed. A reward counts 0 if one that it requires gives less than 1.0; a required one that does not apply is no
+    obstacle.
+
+    outcomes: for each reward, an outcome per completion
+    """
+    by_one = [{function.name: outcomes[function.name][index] for function in functions} for index in range(size)]
+    values = [{name: outcome.value for name, outcome in one.items()} for one in by_one]
+    errors = [{name: outcome.error for name, outcome in one.items() if outcome.error} for one in by_one]
+    terms = [_terms(functions, *one, step) for one in zip(values, errors, strict=True)]
+    return Scores(
+        by_name={function.name: [one[function.name] for one in values] for function in functions},
+        total=[_add(of_completion) for of_completion in terms],
+        terms=terms,
+        errors=errors,
+        metrics=[{name: outcome.metrics for name, outcome in one.items() if outcome.metrics} for one in by_one],
+        notes=[{name: outcome.notes for name, outcome in one.items() if outcome.notes is not None} for one in by_one],
+    )
+
+
+def _terms(
+    functions: Sequence[RewardFunction],
+    values: Mapping[str, float | None],
+    failed: Collection[str],
+    step: int,
+) -> dict[str, tuple[float, float]] | None:
+    """Return the weight and the value of each reward that counts for a completion; None if it cannot be scored."""
+    terms = {}
+    for function in functions:
+        weight = function.weight if function.schedule is None else function.schedule.at(step)
+        if not weight:
+            continue
+        if any(name in failed for name in (function.name, *function.requires)):
+            return None
+        value = values[function.name]
+        if value is not None:
+            gates = [values[name] for name in function.requires]
+            is_open = all(gate is None or gate >= 1.0 for gate in gates)
+            terms[function.name] = (weight, value if is_open else 0.0)
+    return terms or None
+
+
+def _add(terms: Mapping[str, tuple[float, float]] | None) -> float:
+    """Return the weighted sum, or nan for a completion that cannot be scored; raise RewardError beyond float32."""
+    if terms is None:
+        return math.nan
+    parts = [weight * value for weight, value in terms.values()]
+    total = math.fsum(parts)
+    if abs(total) > MAX_REWARD:
+        raise RewardError(
+            f"the weighted rewards {parts} of a completion add up to {total:g}, which float32 cannot hold"
+        )
+    return total

@@ -5,29 +5,28 @@ is a conversation, so the function decides: its key `conversational`, else the a
 first call: a function that fails on text because it indexes messages gets messages from then on.
 """
 
-import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from rekatrain.data.chat import END_OF_TEXT, STOP, parse_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.outcome import MAX_NOTES, Outcome, check_metric, limit_notes, to_json
-from rekatrain.rewards.progress import Progress
 
 # Raised by a function that takes text for a list of messages: `completion[0]["content"]`, `message.get("content")`.
 WRONG_FORM = (TypeError, AttributeError, KeyError, IndexError)
 
 
+@dataclass(frozen=True)
 class Reports:
     """The metrics and the columns that one call of a function reports through `log_metric` and `log_extra`."""
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, list[float]] = defaultdict(list)
-        self.extra: dict[str, list[Any]] = defaultdict(list)
+    metrics: dict[str, list[float]] = field(default_factory=partial(defaultdict, list))
+    extra: dict[str, list[Any]] = field(default_factory=partial(defaultdict, list))
 
     def log_metric(self, name: str, value: float) -> None:
         """Report a number for this batch; several calls with one name are averaged."""
@@ -46,8 +45,6 @@ class Reports:
                     f"{len(outcomes)}, one per completion"
                 )
         metrics = {metric: fmean(values) for metric, values in self.metrics.items()}
-        if not metrics and not self.extra:
-            return list(outcomes)
         return [
             replace(outcome, metrics={**metrics, **outcome.metrics}, notes=self._notes(outcome.notes, index))
             for index, outcome in enumerate(outcomes)
@@ -62,25 +59,12 @@ class Reports:
         return limit_notes(own if notes is None else {"notes": notes, **own}, MAX_NOTES)
 
 
-def make_arguments(arguments: Mapping[str, Any], reports: Reports, *, as_messages: bool) -> dict[str, Any]:
-    """Return a copy of the arguments of a batch, which the function may change, with those that TRL adds.
-
-    arguments:   prompts, completions and completion_ids, trainer_state, and the columns of the rows
-    as_messages: pass prompts and completions as lists of messages
-    """
-    own = copy.deepcopy(dict(arguments))
-    if as_messages:
-        own["prompts"] = [parse_prompt(prompt) for prompt in arguments["prompts"]]
-        own["completions"] = [[as_message(text)] for text in arguments["completions"]]
-    own["log_metric"], own["log_extra"] = reports.log_metric, reports.log_extra
-    return own
-
-
-def trainer_state(progress: Progress) -> Any:
-    """Return the `TrainerState` of transformers that TRL would pass; its import loads torch."""
-    from transformers import TrainerState
-
-    return TrainerState(global_step=progress.step, max_steps=progress.max_steps)
+def messages_of(arguments: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
+    """Return the prompts and the completions of a batch's arguments as lists of messages."""
+    return {
+        "prompts": [parse_prompt(prompt) for prompt in arguments["prompts"]],
+        "completions": [[as_message(text)] for text in arguments["completions"]],
+    }
 
 
 def as_message(completion: str) -> dict[str, str]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
+from rekatrain.rewards.calls import CLOSING, open_descriptors, shielded
 from rekatrain.rewards.errors import describe_error
 from rekatrain.rewards.outcome import MAX_WORKER_NOTES, Outcome, read_value
 from rekatrain.rewards.registry import Spec
-from rekatrain.rewards.shield import CLOSING, open_descriptors, shielded
 from rekatrain.rewards.workers.environment import set_environment
 
 # If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
