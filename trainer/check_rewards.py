@@ -12,7 +12,7 @@ from rekatrain.rewards.check.check import RewardCheck, check_golds
 from rekatrain.rewards.check.report import describe_check
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns, keep_gradable
-from rekatrain.rewards.grader import ScoringConfig
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.recipe.load import Recipe
 
 NUM_SAMPLE = 64

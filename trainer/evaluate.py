@@ -20,7 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.evaluation.answers import Answer, Task, sampled_answers, served_answers
 from rekatrain.trainer.evaluation.figures import all_figures
 from rekatrain.trainer.evaluation.journal import Journal
@@ -88,7 +89,7 @@ def _evaluate(recipe: Recipe, state: PartialState, out: Path | None) -> Evaluati
 
     # 3. Compare answers with each other for the majority vote, and compute the figures.
     answers.sort(key=lambda a: (_budget_rank(config, a), a["prompt_index"], a["index"]))
-    figures = None
+    figures: dict[str, Any] | None = None
     if state.is_main_process:
         if config.num_generations > 1:
             _vote(answers, ScoringConfig(**recipe.scoring))
@@ -100,9 +101,10 @@ def _evaluate(recipe: Recipe, state: PartialState, out: Path | None) -> Evaluati
             text = json.dumps({**result, "answers": answers}, ensure_ascii=False, indent=1)
             write_whole(out, text.encode(errors="backslashreplace"))
             journal.finish()
-    (figures,) = gather_object([figures])[:1] if state.num_processes > 1 else [figures]
+    # The main process has figures; the others get them.
+    shared: dict[str, Any] = next(each for each in gather_object([figures]) if each is not None)
     keys = ("num_right", "num_graded", "accuracy", "low", "high")
-    return Evaluation(**{key: figures[key] for key in keys}, figures=figures)
+    return Evaluation(**{key: shared[key] for key in keys}, figures=shared)
 
 
 def _missing(held_out: HeldOut, answers: list[Answer]) -> list[Task]:

@@ -11,8 +11,8 @@ from rekatrain.data.rows import Row
 from rekatrain.rewards.check.mutations import wrong_answers
 from rekatrain.rewards.compose import RewardFunction
 from rekatrain.rewards.gold import gold_answer
-from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.rewards.outcome import Outcome
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.rewards.workers.pool import Job, Limits, WorkerPool, num_workers_here
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from statistics import fmean
 from rekatrain.data.rows import Row
 from rekatrain.rewards.check.cases import GOLD, RESPONSE, Case, make_cases, run_cases
 from rekatrain.rewards.compose import RewardFunction
-from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.rewards.outcome import Outcome
+from rekatrain.rewards.scoring import ScoringConfig
 
 NUM_SLOWEST = 5
 MAX_EXAMPLES = 5

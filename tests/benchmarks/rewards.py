@@ -56,7 +56,8 @@ def main() -> None:
 def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
     """Score groups of 8 answers, half of them right, in five styles; no two groups have the same numbers."""
     from rekatrain.rewards.compose import build_reward_functions
-    from rekatrain.rewards.grader import Grader, ScoringConfig
+    from rekatrain.rewards.grader import Grader
+    from rekatrain.rewards.scoring import ScoringConfig
 
     rng = random.Random(0)
     styles = {
@@ -104,7 +105,8 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
 def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) -> dict[str, float]:
     """Time steps whose completions end at even intervals: 1 % of them hang, at random positions, or none."""
     from rekatrain.rewards.compose import build_reward_functions
-    from rekatrain.rewards.grader import Grader, ScoringConfig
+    from rekatrain.rewards.grader import Grader
+    from rekatrain.rewards.scoring import ScoringConfig
 
     rng = random.Random(0)
     spent: dict[str, list[float]] = {"none hangs": [], "1 % hang": []}

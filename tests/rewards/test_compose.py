@@ -13,7 +13,8 @@ from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.errors import RewardError, describe_error
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
+from rekatrain.rewards.grader import Grader, check_columns
+from rekatrain.rewards.scoring import ScoringConfig
 
 PROJECT = Path(__file__).parents[2]
 

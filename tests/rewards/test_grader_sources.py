@@ -8,7 +8,8 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.rows import Source
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 
 MODULE = """
 def gold(completion, *, gold):

@@ -19,8 +19,9 @@ from rekatrain.data.errors import InputError
 from rekatrain.rewards import Score
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.progress import Progress
+from rekatrain.rewards.scoring import ScoringConfig
 
 PROMPTS = ["human: 2+2? <sep> assistant:", "human: Color? <sep> assistant:"]
 COMPLETIONS = [" <reasoning>\nSum.\n</reasoning>\n\n4 <sep>", " blue <sep>"]

@@ -12,11 +12,12 @@ import numpy as np
 
 from rekatrain.data.chat import ParsedCompletion, parse_completion
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.scorers import math_prose
 from rekatrain.rewards.scorers.boxes import locate_boxes
 from rekatrain.rewards.scorers.math_reading import read
 from rekatrain.rewards.scorers.math_values import is_equal
+from rekatrain.rewards.scoring import ScoringConfig
 
 # An answer has the value at its end: a longer one is cut from the front.
 MAX_CHARACTERS = 4000

@@ -8,8 +8,8 @@ from typing import Any, Final
 from rekatrain.data.errors import InputError
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import OwnKeys
-from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.rewards.registry import find
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 

@@ -40,7 +40,7 @@ class Recipe:
     reward:       keywords of `trl.RewardConfig`
     rloo:         keywords of `trainer.rloo.config.RLOOConfig`
     rewards:      name of a reward -> its weight and options (rewards/README.md)
-    scoring:      keywords of `rewards.grader.ScoringConfig`
+    scoring:      keywords of `rewards.scoring.ScoringConfig`
     evaluate:     keywords of `trainer.held_out_prompts.EvaluateConfig`
     generate:     keywords of `trainer.synthesis.config.GenerateConfig`
     filter:       keywords of `trainer.synthesis.config.FilterConfig`

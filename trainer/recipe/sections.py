@@ -13,7 +13,7 @@ from rekatrain.data.mixture import check_dataset
 from rekatrain.data.options import check_keywords, check_type
 from rekatrain.data.ranges import CountOrZero, Seed
 from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import ScoringConfig
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.upstream import (

@@ -169,7 +169,7 @@ def _with_imports(file: Path, module: ModuleType | None) -> list[Path]:
     depth = module.__name__.count(".") + (file.name == "__init__.py")
     finder = ModuleFinder(path=[str(file.parents[depth])])
     finder.import_hook(module.__name__)
-    found = [Path(part.__file__) for part in finder.modules.values() if part.__file__]
+    found = [Path(path) for part in finder.modules.values() if (path := getattr(part, "__file__", None))]
     return [file, *sorted(path for path in found if path != file)]
 
 

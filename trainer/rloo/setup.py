@@ -13,7 +13,8 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.mixture import is_shuffled
 from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns, keep_gradable
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.evaluation.metrics import metric_names
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out

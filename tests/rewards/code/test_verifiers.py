@@ -16,8 +16,9 @@ from rekatrain.rewards import InputError, build_reward_functions
 from rekatrain.rewards.code.sandbox import _problem
 from rekatrain.rewards.code.verifiers import ReasoningGym
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.scorers.math_answer import math_answer
+from rekatrain.rewards.scoring import ScoringConfig
 from tests.rewards.code import users
 
 pytestmark = pytest.mark.skipif(bool(_problem("namespaces")), reason=_problem("namespaces"))

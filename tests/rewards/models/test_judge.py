@@ -15,10 +15,11 @@ import pytest
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.grader import Grader, ScoringConfig, check_columns
+from rekatrain.rewards.grader import Grader, check_columns
 from rekatrain.rewards.models import outage
 from rekatrain.rewards.models.judge import Judge
 from rekatrain.rewards.models.judge_prompt import read_score, read_winner, rubric_messages
+from rekatrain.rewards.scoring import ScoringConfig
 
 KEY = "sk-a-very-secret-key"
 PROMPT = "human: Say hello. <sep> assistant:"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rekatrain.rewards import InputError, build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.rewards.workers.context import SERVER
 from rekatrain.rewards.workers.environment import allowed_names
 

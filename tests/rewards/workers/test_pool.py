@@ -14,7 +14,8 @@ import pytest
 from rekatrain.rewards import InputError
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 
 PROJECT = Path(__file__).parents[3]
 
@@ -246,7 +247,8 @@ def test_worker_never_outlives_the_training_process(tmp_path, ended_by):
     code = """
 import signal
 from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import Grader, ScoringConfig
+from rekatrain.rewards.grader import Grader
+from rekatrain.rewards.scoring import ScoringConfig
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 grader = Grader(build_reward_functions({"graders:record": {"timeout": 600}}), ScoringConfig(num_workers=2))
 for answer in ("sleep", "power"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekatrain.rewards.grader import ScoringConfig
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.evaluation.figures import all_figures, figures
 from rekatrain.trainer.evaluation.votes import find_answer, find_votes, is_same, majority_rate
 

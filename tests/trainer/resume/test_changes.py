@@ -11,8 +11,8 @@ from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 from rekatrain.data.sources import load_rows
 from rekatrain.rewards.compose import OwnKeys
-from rekatrain.rewards.grader import ScoringConfig
 from rekatrain.rewards.registry import REWARDS, read_signature
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.recipe.load import Recipe

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rekatrain.rewards.compose import build_reward_functions
-from rekatrain.rewards.grader import ScoringConfig
+from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.processes.launch import USUAL_DDP_TIMEOUT
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
 from tests.helpers.rloo import make_setup
