@@ -149,15 +149,18 @@ def make_class(name: str, bases: tuple[type, ...], number: int, link: Any, field
     """Return a class that stands for one of the solution; fields: names of the fields of a dataclass."""
     body: dict[str, Any] = {"__slots__": (), "_class_number": number, "_class_link": link, "__module__": "solution"}
     if fields is not None:
-        body["__dataclass_fields__"] = dataclasses.make_dataclass("Fields", fields).__dataclass_fields__
-    return type.__call__(Proxy, name, bases or (Handle,), body)  # type: ignore[no-any-return]
+        body["__dataclass_fields__"] = vars(dataclasses.make_dataclass("Fields", map(str, fields)))[
+            "__dataclass_fields__"
+        ]
+    made: type = type.__call__(Proxy, name, bases or (Handle,), body)
+    return made
 
 
 def make_instance(kind: type, number: int, link: Any, *, is_open: bool, is_iterator: bool) -> Handle:
     """Return an object of the solution of that class; `kind` is Handle if its class is not of the solution."""
-    made = object.__new__(kind)
+    made: Handle = object.__new__(kind)
     Handle.__init__(made, number, link, is_open, is_iterator)
-    return made  # type: ignore[return-value]
+    return made
 
 
 def _unary(name: str) -> Callable[[Handle], Any]:

@@ -74,8 +74,8 @@ def run_program(source: str, files: Mapping[str, str]) -> None:
     files: texts that it can open by these names
     """
     sys.argv = ["program.py"]
-    files_0_and_1 = [os.fdopen(0, "r", **ENCODING), os.fdopen(1, "w", **ENCODING)]
-    sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__ = files_0_and_1
+    sys.stdin, sys.stdout = os.fdopen(0, "r", **ENCODING), os.fdopen(1, "w", **ENCODING)
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout)
     builtins.open = io.open = _opener(io.open, files)
     os.open = _low_opener(os.open)
     main = sys.modules["__main__"] = type(sys)("__main__")
@@ -86,7 +86,7 @@ def run_program(source: str, files: Mapping[str, str]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is an exception
+        sys.excepthook(*sys.exc_info())
         code = 1
     try:
         # As Python does at its end.

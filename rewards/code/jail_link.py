@@ -135,7 +135,8 @@ class Link:
                 kind = self.errors.setdefault(name, type(name, (kind,), {"__str__": _error_text}))
         if kind.__name__ in self.errors:
             for name, tree in described["attributes"].items():
-                setattr(kind, name, values.decode(tree, self.open))
+                if not name.startswith("_"):
+                    setattr(kind, name, values.decode(tree, self.open))
         return kind
 
     def make_error(self, described: Any) -> Exception:

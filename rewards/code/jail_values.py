@@ -14,10 +14,16 @@ import zoneinfo
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
+SEQUENCES: dict[str, type] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": collections.deque,
+}
 MAPPINGS = {"counter": collections.Counter, "ordered": collections.OrderedDict, "dict": dict}
 VIEWS: dict[str, type] = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
-CHANGEABLE = (list, dict, set, bytearray, collections.deque)
+CONTAINERS: dict[str, Any] = {**SEQUENCES, **VIEWS}
 BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
 ARRAY_KINDS = "biufcSU"  # of numpy: values without references to objects
 MAX_ITEMS = 100_000  # read from an iterator
@@ -59,18 +65,16 @@ class Encoder:
         return {"handle": self.hold(value)}
 
     def _container(self, value: Any) -> Any:
+        fields = getattr(type(value), "_fields", None)
         if isinstance(value, bytearray):
             return {"bytearray": bytes(value).hex()}
         for name, kind in MAPPINGS.items():
             if isinstance(value, kind):
                 return {name: [[self.encode(key), self.encode(item)] for key, item in value.items()]}
-        if isinstance(value, tuple) and hasattr(type(value), "_fields"):
-            return {"namedtuple": [type(value).__name__, list(value._fields), *map(self.encode, value)]}
-        for name, kind in SEQUENCES.items():
-            if isinstance(value, kind):
-                return {name: [self.encode(item) for item in value]}
-        for name, kind in VIEWS.items():
-            if isinstance(value, kind):
+        if isinstance(value, tuple) and fields is not None:
+            return {"namedtuple": [type(value).__name__, list(fields), *map(self.encode, value)]}
+        for name, sequence in CONTAINERS.items():
+            if isinstance(value, sequence):
                 return {name: [self.encode(item) for item in value]}
         return None
 
@@ -107,12 +111,11 @@ class Decoder:
         if kind in MAPPINGS:
             return MAPPINGS[kind]({self.decode(key): self.decode(item) for key, item in content})
         if kind == "namedtuple":
-            return collections.namedtuple(content[0], content[1])(*map(self.decode, content[2:]))  # type: ignore[misc]
+            return collections.namedtuple(content[0], content[1])(*map(self.decode, content[2:]))
         items = [self.decode(item) for item in content]
         if kind in VIEWS:
-            return {"keys": dict.fromkeys, "values": lambda given: dict(enumerate(given)), "items": dict}[kind](  # type: ignore[operator]
-                items
-            ).__getattribute__(kind)()
+            pairs = {"keys": lambda: ((key, None) for key in items), "values": lambda: enumerate(items)}
+            return getattr(dict(pairs.get(kind, lambda: items)()), kind)()
         return SEQUENCES[kind](items)
 
 
