@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import FinishReason, encode_text
-from rekatrain.data.stop import reasoning_closing
+from rekatrain.data.stop import decode_completion, reasoning_closing
 from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.models.endpoint import Endpoint, Json
 from rekatrain.trainer.held_out_prompts import EvaluateConfig
@@ -67,7 +67,7 @@ class ServerSampler:
                 rest = _read(await post(PATHS[self._server.format], body), self._server)
                 if isinstance(rest, RewardError):
                     return rest
-                begun = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                begun = decode_completion(ids, self._tokenizer)
                 return Answer(
                     text=begun + rest.text,
                     finish_reason=rest.finish_reason,

@@ -84,7 +84,7 @@ def _read_evaluation(path: Path, name: str) -> ReportInput:
 
 def flatten_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a tree by dotted keys; items of a list of mappings by their index."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in flatten(tree).items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             flat |= flatten_lists({f"{key}.{index}": item for index, item in enumerate(value)})

@@ -37,8 +37,8 @@ def write_page(out: Path, title: str, content: Mapping[str, Any], chunks: Sequen
         script_hashes=[_hash(script), _hash(plotly)],
         packed=_packed(plotly, content, chunks),
     )
-    with out.open("w", encoding="utf-8", newline="\n") as file:
-        stream.dump(file)
+    with out.open("wb") as file:
+        stream.dump(file, encoding="utf-8")
 
 
 def _packed(plotly: str, content: Mapping[str, Any], chunks: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The charts of a report: the metrics that each draws, its heading and its unit. Functions of records alone."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -177,5 +178,6 @@ def _hours(time: object, start: float | None) -> float | None:
 
 def _number(value: object) -> float | None:
     """Return a finite number, None for anything else: a file may have been edited."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < float("inf") else None  # type: ignore[operator,return-value]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
+        return None
+    return value
