@@ -193,6 +193,7 @@ def export(
     quantize: list[str] | None = None,
     max_shard_size: str = "5GB",
     average: int = 1,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write a run's newest weights, or one checkpoint's, as a folder that serves, verify it, and return the folder.
 
@@ -201,6 +202,7 @@ def export(
     dtype:          of the stored weights; the recipe's by default
     quantize:       types of GGUF files to write, such as ["q8_0"]
     max_shard_size: of one weights file
+    push_to_hub:    OWNER/NAME of a repository of the hub into which the folder is uploaded, too
     average:        number of checkpoints, up to that one, whose mean is exported
     """
     set_up_terminal()
@@ -208,7 +210,15 @@ def export(
     from rekatrain.trainer.export.export import export as export_run
     from rekatrain.trainer.run.best import resolve_checkpoint
 
+    if push_to_hub is not None:
+        from rekatrain.trainer.export.hub import check_hub
+
+        check_hub(push_to_hub)
     source = Path(run) if checkpoint is None else resolve_checkpoint(Path(run), checkpoint)
     options = {"dtype": dtype, "quantize": quantize, "max_shard_size": max_shard_size, "average": average}
     export_run(source, Path(out), form=form, **options)  # type: ignore[arg-type]  # of several types
+    if push_to_hub is not None:
+        from rekatrain.trainer.export.hub import push
+
+        logger.info("uploaded to %s", push(Path(out), push_to_hub))
     return Path(out)

@@ -213,6 +213,11 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"
     )
     command.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="also upload the export into this repository of the hub; a new one is private (token: HF_TOKEN)",
+    )
+    command.add_argument(
         "--max-shard-size",
         type=_size,
         default="5GB",

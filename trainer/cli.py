@@ -206,6 +206,7 @@ def _export(options: argparse.Namespace) -> None:
         quantize=options.quantize,
         max_shard_size=options.max_shard_size,
         average=options.average,
+        push_to_hub=options.push_to_hub,
     )
 
 

@@ -80,12 +80,12 @@ def export(
         return
     source = find_source(str(run))
     _check(source, form, dtype, quantize)
-    averaged = last_checkpoints(Path(source.folder), average)
+    averaged = last_checkpoints(Path(source.folder), average) if average > 1 else []
     if form == "adapter" and average > 1:
         raise InputError(
             f"--average {average}: the mean of adapters is no adapter of their rank: export it as merged or gguf"
         )
-    described = f"The weights are the mean of {', '.join(path.name for path in averaged)}." if average > 1 else None
+    described = f"The weights are the mean of {', '.join(path.name for path in averaged)}." if averaged else None
     tokenizer = load_tokenizer(source.folder)
     template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
     # Servers add no bos token to a conversation: the template has it, where the model's family was trained with one.
@@ -131,7 +131,9 @@ def _write(
     else:
         from rekatrain.trainer.export.gguf_files import write_gguf_files
 
-        write_gguf_files(folder, stored, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs)
+        write_gguf_files(
+            folder, stored, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs, checkpoint
+        )
         return
     verify_logprobs(folder, probe, logprobs, checkpoint=checkpoint)
 

@@ -48,9 +48,11 @@ def write_gguf_files(
     types: list[str],
     probe: Tensor,
     logprobs: Tensor,
+    checkpoint: Path,
 ) -> None:
     """Write and verify model-TYPE.gguf for each type; write the tokenizer too, for clients that count tokens.
 
+    checkpoint:      folder with the log-probabilities of training
     probe, logprobs: ids [1, L], and the model's log-probabilities [L, V] of every next token after each
     """
     from rekatrain.trainer.export.gguf_model import padded_size, write_gguf
@@ -65,4 +67,4 @@ def write_gguf_files(
         file = folder / f"model-{file_type}.gguf"
         name = final_name(folder)
         write_gguf(file, weights, tokenizer, file_type=file_type, name=name, intermediate_size=size)
-        verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf")
+        verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf", checkpoint=checkpoint)

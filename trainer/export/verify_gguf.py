@@ -1,7 +1,7 @@
-"""Verify a GGUF file with llama.cpp: `python -m rekatrain.trainer.export.verify_gguf FILE REFERENCE`.
+"""Verify a GGUF file with llama.cpp: `python -m rekatrain.trainer.export.verify_gguf FILE REFERENCE CHECKPOINT`.
 
 The tokenizer to compare with is in FILE's folder. REFERENCE is the file that `trainer.export.probe.verify_logprobs`
-writes.
+writes. CHECKPOINT holds distributions of the training process, from which the KL of each file is measured and limited.
 """
 
 import sys
@@ -19,6 +19,7 @@ from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
 from rekatrain.trainer.export.gguf_type_names import MAX_KL
 from rekatrain.trainer.export.probe import CONVERSATIONS
+from rekatrain.trainer.models.probe import MAX_TOKENS, read_probe
 
 TEXTS = [
     *CL100K_GOLDEN_IDS,
@@ -26,17 +27,20 @@ TEXTS = [
     "I'll say they'RE here; don't\tyou?  x = 3.14159 ** 2  # 12 345 6789\r\n\r\n  end \n",
     "Grüße, Привет, 你好世界, नमस्ते \U0001f642\U0001f44d\U0001f3fd ½ ١٢٣٤",
 ]
+# Nats per token that the arithmetic of training may add, by the dtype of its weights: bfloat16 rounds logits, and QLoRA
+# trains on a quantized base, which its export does not have.
+TRAINING_KL = {"float32": 1e-6, "bfloat16": 2e-2, "quantized": 0.5}
 # Prefixes of the probe after which the log-probabilities of all next tokens are compared.
 NUM_PREFIXES = 4
 
 
 def main() -> None:
     """Print the verified properties, or raise AssertionError at the first that does not hold."""
-    file, reference_file = Path(sys.argv[1]), sys.argv[2]
+    file, reference_file, checkpoint = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     tokenizer = load_tokenizer(str(file.parent))
     reference = load_file(reference_file)
     ids = reference["ids"][0].tolist()
-    server = start_server(file, n_ctx=len(ids) + 8)
+    server = start_server(file, n_ctx=max(len(ids), MAX_TOKENS) + 8)
 
     def post(path: str, **body: Any) -> Any:  # JSON
         response = httpx2.post(server.listening_address + path, json=body, timeout=600)
@@ -62,7 +66,24 @@ def main() -> None:
     kl = sum(kls) / len(kls)
     # Written so that nan, from a token that llama.cpp does not have, fails too.
     assert kl <= MAX_KL[file.stem.removeprefix("model-")], f"the KL from the trained model is {kl} nats per token"
-    print(f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats per token")
+    by = ""
+    training = read_probe(checkpoint)
+    if training is not None and training.nexts is not None:
+        kls = []
+        for expected, length in zip(*training.nexts, strict=True):
+            prefix = training.ids[0][: int(length)].tolist()
+            logprobs = next_logprobs(server.listening_address, prefix, len(expected))
+            if logprobs is not None:
+                kls.append(kl_divergence(expected, logprobs))
+        kl_training = sum(kls) / max(len(kls), 1)
+        limit = MAX_KL[file.stem.removeprefix("model-")] + TRAINING_KL[training.dtype]
+        assert kl_training <= limit, (
+            f"the KL from the training process is {kl_training:.3g} nats per token, above {limit:.3g}"
+        )
+        by = f", {kl_training:.1e} from the training process (at most {limit:.1e})"
+    print(
+        f"{file.name} verified by llama.cpp: tokenizer, template, KL from the trained model {kl:.1e} nats per token{by}"
+    )
 
 
 def next_logprobs(url: str, ids: list[int], num_tokens: int, *, cache_prompt: bool = False) -> Tensor | None:

@@ -31,6 +31,8 @@ from rekatrain.trainer.run.folder import RunFolder
 PROBE_FILE = "probe.safetensors"
 # Tokens of each text: enough for thousands of tokens of context to matter little to the cost of a save.
 MAX_TOKENS = 512
+# Prefixes after which whole distributions are kept: 0.4 MB each for a vocabulary of 100,000.
+NUM_PREFIXES = 8
 QUESTION: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 2+2? Explain in one sentence why 1,234 is even."},
@@ -48,16 +50,21 @@ class TrainingProbe:
     ids:      token ids, [L] for each text
     logprobs: nats, [L - 1] for each text, float32
     dtype:    of the weights that computed them: float32, bfloat16 or quantized
+    nexts:    log-probabilities of every next token after a few prefixes of the first text, [N, V] float32, with the
+              lengths of the prefixes, [N]; for engines that are compared by a KL
     """
 
     ids: list[Tensor]
     logprobs: list[Tensor]
     dtype: str
+    nexts: tuple[Tensor, Tensor] | None = None
 
     def save(self, checkpoint: Path) -> None:
         """Write the probe into a checkpoint's folder."""
         tensors = {f"ids.{index}": ids for index, ids in enumerate(self.ids)}
         tensors |= {f"logprobs.{index}": logprobs for index, logprobs in enumerate(self.logprobs)}
+        if self.nexts is not None:
+            tensors |= {"next_logprobs": self.nexts[0], "prefix_lengths": self.nexts[1]}
         save_file(tensors, checkpoint / PROBE_FILE, metadata={"dtype": self.dtype})
 
 
@@ -81,12 +88,15 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
     with torch.no_grad():
         for text in ids:
             logits = model(input_ids=text[None].to(device)).logits[0, :-1].float()
+            if not logprobs:
+                lengths = torch.linspace(1, len(logits), min(NUM_PREFIXES, len(logits))).long()
+                nexts = logits[(lengths - 1).to(logits.device)].log_softmax(1).cpu(), lengths
             chosen = logits.gather(1, text[1:, None].to(logits.device))[:, 0]
             logprobs.append((chosen - logits.logsumexp(1)).cpu())
     model.train(was_training)
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     dtype = "quantized" if is_quantized else str(parameter.dtype).removeprefix("torch.")
-    return TrainingProbe(ids=ids, logprobs=logprobs, dtype=dtype)
+    return TrainingProbe(ids=ids, logprobs=logprobs, dtype=dtype, nexts=nexts if ids else None)
 
 
 class SaveProbe(TrainerCallback):
@@ -109,11 +119,12 @@ def read_probe(checkpoint: Path) -> TrainingProbe | None:
     tensors = load_file(checkpoint / PROBE_FILE)
     with safe_open(checkpoint / PROBE_FILE, framework="pt") as file:
         dtype = file.metadata()["dtype"]
-    indices = range(len(tensors) // 2)
+    indices = range(sum(name.startswith("ids.") for name in tensors))
     return TrainingProbe(
         ids=[tensors[f"ids.{index}"] for index in indices],
         logprobs=[tensors[f"logprobs.{index}"] for index in indices],
         dtype=dtype,
+        nexts=(tensors["next_logprobs"], tensors["prefix_lengths"]) if "next_logprobs" in tensors else None,
     )
 
 
