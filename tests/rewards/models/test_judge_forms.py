@@ -85,7 +85,9 @@ def test_judge_compares_in_both_orders(serve, thoughts: bool) -> None:
     assert values == [1.0, 0.0, 0.5]  # the bias for the first answer cancels
 
 
-GENERATIVE = "Question: {question}\nSolution: {answer}\nExpected: {reference}\nIs it correct? End with Verdict: Yes or No."
+GENERATIVE = (
+    "Question: {question}\nSolution: {answer}\nExpected: {reference}\nIs it correct? End with Verdict: Yes or No."
+)
 
 
 def test_judge_template_is_a_generative_reward_model(serve) -> None:
