@@ -26,19 +26,19 @@ from rekatrain.trainer.reward_model.measures import show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
 from rekatrain.trainer.run.folder import RunFolder
-from rekatrain.trainer.trl_stages.guards import GuardedTrainer
 from rekatrain.trainer.trl_stages.best import make_best
+from rekatrain.trainer.trl_stages.guards import GuardedTrainer
 from rekatrain.trainer.trl_stages.run import check_start, is_finished, make_config, run_trainer
 
 logger = logging.getLogger(__name__)
 
 HEADLINE = ["loss", "accuracy", "margin", "grad_norm", "epoch", "tokens_per_second"]
 EVALUATION_FILE = "evaluation.json"
-
 # TRL's metrics of the held-out pairs.
 EVALUATION_METRICS = [
     f"eval_{name}" for name in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
 ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTask:
@@ -65,8 +65,8 @@ def prepare(recipe: Recipe) -> RewardTask:
     if recipe.eval_dataset is not None:
         candidates = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=limit, name="eval_dataset")
         held_out = leave_out_trained(candidates, pairs)
-    return RewardTask(config=config, tokenizer=tokenizer, pairs=pairs, held_out=held_out)
     make_best(recipe).check_metric("reward.metric_for_best_model", EVALUATION_METRICS)
+    return RewardTask(config=config, tokenizer=tokenizer, pairs=pairs, held_out=held_out)
 
 
 class _GuardedRewardTrainer(GuardedTrainer, RewardTrainer):
