@@ -1,12 +1,13 @@
 """Keys of TRL, PEFT and bitsandbytes: each is allowed with a check of its values, or refused with a reason."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -43,7 +44,9 @@ def test_every_upstream_key_is_allowed_or_refused(name: str) -> None:
         names = {key for key in names if not HUB_KEY.fullmatch(key)}  # recipe/values.py refuses them
     ours = set(allowed) | set(refused) | set(reserved)
     assert names - ours == set()
-    assert ours - names <= {"dataset_kwargs"}  # SFTConfig alone has it
+    # SFTConfig alone has the first; the second is of transformers' EarlyStoppingCallback.
+    assert ours - names <= {"dataset_kwargs", "early_stopping_patience"}
+    assert "early_stopping_patience" in inspect.signature(EarlyStoppingCallback).parameters
     assert not set(allowed) & set(refused) and not set(allowed) & set(reserved)
 
 
