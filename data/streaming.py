@@ -50,17 +50,20 @@ def stream_mixture(
     if isinstance(order, Mapping):
         raise InputError(f"{name}.order is by {order['by']!r}, which needs all rows at once: remove streaming")
     features = Features({column: List(Value("int32")) for column in ("input_ids", "labels")})
-    streams, contents, weights = [], [], []
+    streams = []
+    contents: list[object] = []
+    weights: list[float | None] = []
     for prefix, keywords in source_keywords(name, section):
         contents.append([keywords, located(prefix, name, open_rows, keywords).contents()])
         weights.append(keywords.get("weight"))
         options = {"prefix": prefix, "name": name, "keywords": keywords}
         encoding = {"tokenizer": tokenizer, "max_length": max_length, "chat": dict(chat)}
         streams.append(IterableDataset.from_generator(_rows, features=features, gen_kwargs=options | encoding))
-    if any(weight is not None for weight in weights) and len(weights) > 1:
-        if None in weights:
+    given = [weight for weight in weights if weight is not None]
+    if given and len(weights) > 1:
+        if len(given) < len(weights):
             raise InputError(f"{name}: a source has no weight, and another one has: give each a weight, or none")
-        shares = [weight / sum(weights) for weight in weights]
+        shares = [weight / sum(given) for weight in given]
         whole = interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     else:
         whole = concatenate_datasets(streams) if len(streams) > 1 else streams[0]

@@ -153,12 +153,12 @@ def encode_conversations(
     """Return for each conversation what `encode_conversation` returns or raises; their texts are encoded together."""
     results: dict[int, list[EncodedRow] | InputError] = {}
     running = {index: _conversation(row, tokenizer, end_of_turn, turns) for index, row in enumerate(rows)}
-    ids: dict[int, list[list[int]] | None] = dict.fromkeys(running)
+    ids: dict[int, list[list[int]]] = {}
     while running:
         wanted: dict[int, list[str]] = {}
         for index, encoding in running.items():
             try:
-                wanted[index] = encoding.send(ids[index])
+                wanted[index] = encoding.send(ids[index]) if index in ids else next(encoding)
             except StopIteration as done:
                 results[index] = done.value
             except InputError as error:

@@ -54,4 +54,4 @@ def sample_answers(
                     ids=completion.ids,
                 )
                 journal.add_answer((question.name, index), answer)
-        yield chunk
+        yield list(chunk)
