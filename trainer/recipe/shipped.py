@@ -9,7 +9,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.trainer.run.places import check_parent
 
 # They belong to a checkout: its set-up, and a picture of its README.
-CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "quickstart.png", "__pycache__")
+CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "__pycache__")
 
 
 def shipped_file(name: str) -> str:
