@@ -15,7 +15,15 @@ import httpx2
 from rich.console import Console
 from rich.text import Text
 
-from rekatrain.data.chat import REASONING_CLOSE, REASONING_OPEN, STOP, Message, parse_completion, render_prompt
+from rekatrain.data.chat import (
+    REASONING_CLOSE,
+    REASONING_OPEN,
+    STOP,
+    Message,
+    encode_prompt,
+    parse_completion,
+    render_prompt,
+)
 from rekatrain.data.errors import InputError
 
 MAX_NEW_TOKENS = 4096
@@ -118,10 +126,10 @@ def answers_of_export(folder: Path) -> Answer:
             return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
     def answer(messages: list[Message]) -> Iterator[str]:
-        prompt = tokenizer([render_prompt(messages)], return_tensors="pt", add_special_tokens=False).to(model.device)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        ids = torch.tensor([encode_prompt(render_prompt(messages), tokenizer)], device=model.device)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = Stopped(), []
-        length, context = prompt["input_ids"].shape[1], model.config.max_position_embeddings
+        length, context = ids.shape[1], model.config.max_position_embeddings
         if length >= context:
             raise InputError(f"the conversation has {length} tokens and the model's context {context}: start a new one")
         options = {"stop_strings": [STOP], "tokenizer": tokenizer, "streamer": streamer, "generation_config": config}
@@ -129,7 +137,7 @@ def answers_of_export(folder: Path) -> Answer:
 
         def generate() -> None:
             try:
-                model.generate(**prompt, **options)
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             except Exception as error:  # it would end this thread alone, and the reader would wait forever
                 errors.append(error)
                 streamer.end()

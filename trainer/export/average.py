@@ -49,7 +49,7 @@ def main() -> None:
             continue
         with torch.no_grad():
             for ours, theirs in zip(mean.parameters(), merged.parameters(), strict=True):
-                ours += (theirs - ours) / number
+                ours.add_((theirs - ours) / number)
     assert mean is not None and texts is not None
     run_probe(mean, texts).save(out)
     print(f"probe of the mean of {', '.join(path.name for path in checkpoints)}, by the loader of training")

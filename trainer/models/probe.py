@@ -84,7 +84,8 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
     model.eval()
     parameter = next(model.parameters())
     device = torch.device("cpu") if parameter.is_meta else parameter.device  # an export runs without weights in memory
-    ids, logprobs = [torch.tensor(text) for text in texts], []
+    ids = [torch.tensor(text) for text in texts]
+    logprobs: list[Tensor] = []
     with torch.no_grad():
         for text in ids:
             logits = model(input_ids=text[None].to(device)).logits[0, :-1].float()

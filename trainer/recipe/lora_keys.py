@@ -7,8 +7,9 @@ and compared with training.
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
+from pydantic import FiniteFloat
 
-from rekatrain.data.ranges import CountOrZero, FiniteFloat, FractionBelowOne, PositiveWeight, Weight
+from rekatrain.data.ranges import CountOrZero, FractionBelowOne, PositiveWeight, Weight
 
 Rank = Annotated[int, Ge(1), Le(4096)]
 Alpha = Annotated[int, Ge(1), Le(10**6)]

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from rekatrain.data.errors import InputError
@@ -18,6 +18,7 @@ from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
 from rekatrain.trainer.run.checkpoints import checkpoint_step, read_manifest
 from rekatrain.trainer.run.folder import RunFolder
+from rekatrain.trainer.trl_stages.guards import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def check_resumable(checkpoint: Path, stage: str, config: TrainingArguments) -> 
         logger.info("the optimizer is converted from %s to %s", there, here)
 
 
-def restore_other_launch(trainer: Trainer, checkpoint: Path) -> None:
+def restore_other_launch(trainer: GuardedTrainer, checkpoint: Path) -> None:
     """Have the trainer, when it resumes, restore a checkpoint of another launch.
 
     transformers has no hook for it: it loads an optimizer into the layout that it was saved in.
