@@ -50,16 +50,16 @@ class Proxy(type):
 class Handle:
     """An object of the solution: it can be called, and has attributes.
 
-    is_open: the tests name its class, and so can use its operators; is_iterator: they can iterate over it anyway
+    is_open: the tests name its class, and so can use its operators; is_iterator: they can iterate over it anyway;
+    is_derived: it is also a list, a dict or such, and equals the plain values that have its contents
     """
 
     _is_remote = True
-    __slots__ = ("__weakref__", "_is_iterator", "_is_open", "_link", "_number")
+    __slots__ = ("__weakref__", "_is_derived", "_is_iterator", "_is_open", "_link", "_number")
 
-    def __init__(self, number: int, link: Any, is_open: bool, is_iterator: bool) -> None:
-        values = {"_number": number, "_link": link, "_is_open": is_open, "_is_iterator": is_iterator}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    def __init__(self, number: int, link: Any, **flags: bool) -> None:
+        for name, value in {"number": number, "link": link, **flags}.items():
+            object.__setattr__(self, f"_{name}", value)
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._link.request("call", self, positional, named)
@@ -77,7 +77,7 @@ class Handle:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Handle):
-            return False
+            return self._is_derived and bool(self._link.request("operator", "plain", self) == other)
         if self._number == other._number:
             return True
         return self._is_open and other._is_open and bool(self._link.request("operator", "eq", self, other))
@@ -156,10 +156,10 @@ def make_class(name: str, bases: tuple[type, ...], number: int, link: Any, field
     return made
 
 
-def make_instance(kind: type, number: int, link: Any, *, is_open: bool, is_iterator: bool) -> Handle:
-    """Return an object of the solution of that class; `kind` is Handle if its class is not of the solution."""
+def make_instance(kind: type, number: int, link: Any, **flags: bool) -> Handle:
+    """Return an object of the solution, with the flags of Handle; `kind` is Handle for foreign classes."""
     made: Handle = object.__new__(kind)
-    Handle.__init__(made, number, link, is_open, is_iterator)
+    Handle.__init__(made, number, link, **flags)
     return made
 
 

@@ -116,8 +116,8 @@ class Link:
         kind = self.open(handle["type"]) if handle["type"] else handles.Handle
         if not isinstance(kind, handles.Proxy):
             kind = handles.Handle
-        is_iterator = bool(handle.get("iterates"))
-        return handles.make_instance(kind, int(handle["number"]), self, is_open=is_open, is_iterator=is_iterator)
+        flags = {"is_iterator": bool(handle.get("iterates")), "is_derived": bool(handle.get("derived"))}
+        return handles.make_instance(kind, int(handle["number"]), self, is_open=is_open, **flags)
 
     async def wait(self, handle: Any) -> Any:
         """Return the result of a coroutine of the solution, which runs it in a loop of its side."""

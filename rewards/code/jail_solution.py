@@ -81,6 +81,7 @@ class Solution:
         if isinstance(value, type):
             return self.describe_class(value, number)
         described = {"kind": "object", "number": number, "class": type(value).__name__, "type": None}
+        described["derived"] = values.is_derived(value)
         if type(value).__module__ == "solution":
             described["type"] = self.hold(type(value))
         if hasattr(type(value), "__await__"):

@@ -23,6 +23,7 @@ SEQUENCES: dict[str, type] = {
 }
 MAPPINGS = {"counter": collections.Counter, "ordered": collections.OrderedDict, "dict": dict}
 VIEWS: dict[str, type] = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
+DERIVED = (list, tuple, dict, set, frozenset, collections.deque)
 CONTAINERS: dict[str, Any] = {**SEQUENCES, **VIEWS}
 BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
 ARRAY_KINDS = "biufcSU"  # of numpy: values without references to objects
@@ -55,7 +56,7 @@ class Encoder:
         if tree is not None:
             self.seen[id(value)] = len(self.kept)
             self.kept.append(value)
-            return tree
+            return {"derived": [tree, self.hold(value)]} if is_derived(value) else tree
         for encode in (_encode_simple, _encode_library, _encode_numpy):
             tree = encode(value)
             if tree is not None:
@@ -99,6 +100,9 @@ class Decoder:
             return self.seen[content]
         if kind == "iterator":
             return iter([self.decode(item) for item in content])
+        if kind == "derived":
+            plain, opened = self.decode(content[0]), self.open_handle(content[1])
+            return opened if getattr(opened, "_is_open", False) else plain
         if kind == "slice":
             return slice(*map(self.decode, content))
         value = self._container(kind, content)
@@ -127,6 +131,17 @@ def encode(value: Any, hold: Hold, *, reads_iterators: bool = False) -> Any:
 def decode(tree: Any, open_handle: Callable[[Any], Any]) -> Any:
     """Return the value that `encode` encoded; raise some exception for any other input."""
     return Decoder(open_handle).decode(tree)
+
+
+def is_derived(value: Any) -> bool:
+    """Return True for an object of a class of the solution that is also a list, a dict or such."""
+    return type(value).__module__ == "solution" and isinstance(value, DERIVED) and not hasattr(type(value), "_fields")
+
+
+def to_plain(value: Any) -> Any:
+    """Return the contents of such an object."""
+    base = next(kind for kind in DERIVED if isinstance(value, kind))
+    return dict(dict.items(value)) if base is dict else base(base.__iter__(value))
 
 
 def _encode_simple(value: Any) -> Any:

@@ -62,6 +62,16 @@ PROGRAMS = {
     'pandas': "import pandas as pd, sys\nprint(int(pd.read_csv(sys.stdin,sep=' ',header=None).sum().sum()))",
     'sympy': 'import sympy\nprint(sympy.Integer(1)+2)',
     'networkx': 'import networkx as nx\nprint(nx.path_graph(3).number_of_nodes())',
+    'LeetCode main': 'class Solution:\n  def add(self,a,b): return a+b\nprint(Solution().add(*map(int,input().split())))',
+    'heap threads': 'import threading,queue\nq=queue.Queue()\nts=[threading.Thread(target=lambda: q.put(1)) for _ in range(3)]\n[t.start() for t in ts]\n[t.join() for t in ts]\nprint(q.qsize())',
+    'exit -> finally': 'import sys\ntry:\n  print(3)\n  sys.exit(0)\nfinally:\n  pass',
+    "sys.exit('')": 'import sys\nprint(3)\nsys.exit(0)',
+    'np linalg': 'import numpy as np\nprint(int(round(np.linalg.det(np.array([[3.0,0],[0,1]])))))',
+    'np sort': 'import sys,numpy as np\na=np.array(sys.stdin.read().split(),np.int64)\nprint(a.sum())',
+    'big out': 'print(3)',
+    'readlines': 'import sys\nprint(sum(int(x) for l in sys.stdin.readlines() for x in l.split()))',
+    'iter': "print(sum(map(int,next(iter(open('/dev/stdin'))).split())))",
+    'with open 0': "with open(0,'rb') as f: print(sum(map(int,f.read().split())))",
 }  # fmt: skip
 # A function or class, and statements that use it.
 FUNCTIONS = {
@@ -164,6 +174,23 @@ FUNCTIONS = {
     'type hints': ('from typing import List, Optional\ndef f(x: List[int]) -> Optional[int]: return x[0] if x else None', ['assert f([]) is None and f([1])==1']),
     'callable': ('def f(): pass', ['assert callable(f)']),
     'docstring': ("def f():\n  'doc'", ["assert f.__doc__=='doc' and f.__name__=='f'"]),
+    'stack eq': ('class Stack(list):\n  def push(s,x): s.append(x)', ['s=Stack()\ns.push(1)\nassert s==[1] and list(s)==[1] and s[0]==1 and [1]==s', 'assert Stack([2])==Stack([2])']),
+    'unnamed': ('class _L(list): pass\ndef f(): return _L([1])', ['assert f()==[1] and sorted(f())==[1]']),
+    'dd': ('class Tree(dict):\n  def __missing__(s,k): return 0', ["t=Tree(a=1)\nassert t['z']==0 and t==dict(a=1)"]),
+    'stack(list)': ('class Stack(list):\n  def push(s,x): s.append(x)\n  def peek(s): return s[-1]', ['s=Stack()\ns.push(1)\nassert s.peek()==1 and len(s)==1']),
+    'dict sub': ('class Inv(dict):\n  def total(s): return sum(s.values())', ['i=Inv(a=1)\nassert i.total()==1']),
+    'Money': ("class Money:\n  def __init__(s,a): s.a=a\n  def __eq__(s,o): return isinstance(o,Money) and s.a==o.a\n  def __len__(s): return s.a\n  def __iter__(s): yield from range(s.a)\n  def __str__(s): return f'${s.a}'", ["assert Money(2)==Money(2) and len(Money(3))==3 and list(Money(2))==[0,1] and str(Money(5))=='$5'"]),
+    'bank exc': ("class InsufficientFunds(Exception):\n  def __init__(s, need): s.need=need; super().__init__(f'need {need}')\nclass Account:\n  def __init__(s,b=0): s.b=b\n  def withdraw(s,n):\n    if n>s.b: raise InsufficientFunds(n-s.b)\n    s.b-=n", ["a=Account(5)\ntry: a.withdraw(7)\nexcept InsufficientFunds as e: assert e.need==2 and 'need 2' in str(e)\nelse: assert False\na.withdraw(5)\nassert a.b==0"]),
+    'async queue': ('import asyncio\nasync def work(n):\n  q=asyncio.Queue()\n  async def p():\n    for i in range(n): await q.put(i)\n  async def c(): return [await q.get() for _ in range(n)]\n  _,r=await asyncio.gather(p(),c())\n  return r', ['import asyncio\nassert asyncio.run(work(3))==[0,1,2]']),
+    'dc post': ('from dataclasses import dataclass, field\n@dataclass\nclass R:\n  w: float\n  h: float = 2.0\n  area: float = field(init=False)\n  def __post_init__(self): self.area=self.w*self.h', ['assert R(3).area==6.0 and R(3)==R(3,2.0)', 'r=R(w=1,h=1)\nr.w=9\nassert r.w==9']),
+    'cb dec': ("from decimal import Decimal\ndef f(g): return g(Decimal('0.1'))+Decimal('0.2')", ["from decimal import Decimal\nassert f(lambda d: d)==Decimal('0.3')"]),
+    'date parse': ("from datetime import datetime\ndef f(s): return datetime.strptime(s,'%Y-%m-%d')", ["from datetime import datetime\nassert f('2024-05-06')==datetime(2024,5,6) and f('2024-05-06').weekday()==0"]),
+    'in place nested dict': ("def f(d): d['a']['b'].append(1)", ["d={'a':{'b':[]}}\ninner=d['a']['b']\nf(d)\nassert d=={'a':{'b':[1]}} and inner==[1]"]),
+    'in place set/obj': ('def f(xs): xs.discard(1)', ['s={1,2}\nf(s)\nassert s=={2}']),
+    'lru cached': ('from functools import lru_cache\n@lru_cache\ndef fib(n): return n if n<2 else fib(n-1)+fib(n-2)', ['assert fib(50)==12586269025', 'fib.cache_clear()\nassert fib(5)==5']),
+    'abc': ('from abc import ABC, abstractmethod\nclass Shape(ABC):\n  @abstractmethod\n  def area(self): ...\nclass Sq(Shape):\n  def __init__(s,a): s.a=a\n  def area(s): return s.a**2', ['assert Sq(2).area()==4 and isinstance(Sq(1),Shape)', 'try: Shape()\nexcept TypeError: pass\nelse: assert 0']),
+    'singleton': ('class S:\n  _i=None\n  def __new__(c):\n    if c._i is None: c._i=super().__new__(c)\n    return c._i', ['assert S() is S()']),
+    'linked': ('class LinkedList:\n  def __init__(s): s.head=None; s.n=0\n  def append(s,x):\n    s.head=(x,s.head); s.n+=1\n  def __len__(s): return s.n\n  def __iter__(s):\n    h=s.head\n    while h: yield h[0]; h=h[1]\n  def __contains__(s,x): return any(v==x for v in s)', ['l=LinkedList()\nl.append(1)\nl.append(2)\nassert len(l)==2 and list(l)==[2,1] and 1 in l and 5 not in l']),
 }  # fmt: skip
 
 ADD = "def add(a, b):\n    return a + b"

@@ -211,7 +211,7 @@ def test_attack_forges_no_verdict(place: Place, way: str) -> None:
     assert place.runner.tests(place.level, [right, FORGED[way]], given, seconds=20) == [[True, True], [False, False]]
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", [1, 3, 5])
 def test_attack_finds_no_way_out_by_an_older_landlock(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
