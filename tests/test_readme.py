@@ -141,6 +141,7 @@ def check_command_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("rekatrain.trainer.plan.plan.plan", record("plan"))
     monkeypatch.setattr("rekatrain.trainer.rloo.sampler.vllm.serve.serve_rollouts", record("serve-rollouts"))
     monkeypatch.setattr("rekatrain.trainer.recipe.shipped.write_recipes", record("recipes"))
+    monkeypatch.setattr("rekatrain.trainer.chat.chat", record("chat"))
     monkeypatch.chdir(PROJECT)
     try:
         cli.main([word for word in arguments if word != "..."])
