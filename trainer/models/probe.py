@@ -5,7 +5,8 @@ the training process itself: its base, its adapter, its scales.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -100,6 +101,20 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
     return TrainingProbe(ids=ids, logprobs=logprobs, dtype=dtype, nexts=nexts if ids else None)
 
 
+@contextmanager
+def own_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Context in which a model computes in the dtype of its weights: Accelerate's `forward` autocasts to bfloat16."""
+    patched, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = patched
+
+
 class SaveProbe(TrainerCallback):
     """Adds the probe to the checkpoints of transformers' Trainer."""
 
@@ -108,7 +123,9 @@ class SaveProbe(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Write the file into the checkpoint that is being written."""
-        probe = run_probe(extract_model_from_parallel(event["model"]), self._texts)
+        model = extract_model_from_parallel(event["model"])
+        with own_arithmetic(model):
+            probe = run_probe(model, self._texts)
         if state.is_world_process_zero:
             probe.save(self._run.partial_checkpoint(state.global_step))
 

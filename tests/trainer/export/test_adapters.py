@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.probe import probe_logprobs
 from rekatrain.trainer.models.adapter_scales import fold_scales
-from rekatrain.trainer.models.probe import read_probe
+from rekatrain.trainer.models.probe import compare, read_probe, run_probe
 from rekatrain.trainer.models.vllm_limits import largest_rank
 from tests.conftest import tiny_llama
 from tests.helpers.adapters import load_with_one_scale
@@ -159,6 +159,17 @@ def test_checkpoint_holds_the_log_probabilities_of_training(
         assert_close(logprobs, expected, rtol=0, atol=1e-5)
     rows = [tokenizer.decode(ids) for ids in probe.ids]
     assert "1,234" in rows[0] and "<reasoning>" in rows[0] and "Twice" in rows[1]
+
+
+def test_probe_of_a_bfloat16_run_is_that_of_its_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe = write_sft_recipe(tmp_path, tokenizer)
+    main(["train", str(recipe), "sft.max_steps=3", "sft.save_steps=2", "sft.bf16=true"])  # trains on after a probe
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    probe = read_probe(checkpoint)
+    assert probe is not None and probe.dtype == "float32"
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = PeftModel.from_pretrained(base, str(checkpoint)).eval()
+    assert compare(probe, run_probe(model, [ids.tolist() for ids in probe.ids]).logprobs)[0] < 1e-4
 
 
 def test_export_rejects_a_base_that_changed_since_training(
