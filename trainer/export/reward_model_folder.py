@@ -5,6 +5,7 @@ model card and serving/. A fresh process scores a few answers with it before it 
 """
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, ev
 from rekatrain.trainer.reward_model.measures import describe_evaluation
 from rekatrain.trainer.reward_model.model import load_reward_model
 from rekatrain.trainer.reward_model.pairs import leave_out_trained, load_pairs
+from rekatrain.trainer.reward_model.score_probe import check_scores
+
+logger = logging.getLogger(__name__)
 
 NUM_SCALE_PAIRS = 256
 PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.", "Hello, <b>you</b> | 1,234!")]
@@ -39,7 +43,14 @@ def export_reward_model(
     The scale is measured on the first 256 held-out pairs, or on training pairs if the recipe has no eval_dataset.
     """
     tokenizer = load_classifier_tokenizer(source.folder)
-    model = _merged(source, tokenizer).to(getattr(torch, stored_dtype))
+    model = _merged(source, tokenizer)
+    trained = getattr(torch, recipe.model.get("dtype", "bfloat16"))
+    error = None
+    if recipe.model.get("quantization_config") is None:  # QLoRA trains on another base than is exported
+        error = check_scores(model, Path(source.folder), trained)
+    if error is not None:
+        logger.info("scores within %.1e of the training process", error)
+    model = model.to(getattr(torch, stored_dtype))
     if tokenizer.pad_token is None:  # a classifier reads batches, which transformers rejects without a pad token
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
     if not is_encoder(tokenizer):  # the model was trained without a BOS, which servers add if the tokenizer does

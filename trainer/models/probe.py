@@ -104,10 +104,10 @@ def run_probe(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
 @contextmanager
 def own_arithmetic(model: nn.Module) -> Iterator[None]:
     """Context in which a model computes in the dtype of its weights: Accelerate's `forward` autocasts to bfloat16."""
-    patched, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-    if original is None:
+    if "_original_forward" not in model.__dict__:
         yield
         return
+    patched, original = model.__dict__["forward"], model.__dict__["_original_forward"]
     model.forward = original
     try:
         yield

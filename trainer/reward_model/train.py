@@ -25,6 +25,7 @@ from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs
 from rekatrain.trainer.reward_model.measures import show_evaluation
 from rekatrain.trainer.reward_model.model import check_reward_model, load_reward_model, load_reward_tokenizer
 from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_pairs
+from rekatrain.trainer.reward_model.score_probe import SaveScores
 from rekatrain.trainer.run.folder import RunFolder
 from rekatrain.trainer.trl_stages.best import make_best
 from rekatrain.trainer.trl_stages.guards import GuardedTrainer
@@ -93,6 +94,8 @@ def _train(recipe: Recipe, run: RunFolder, *, resume: bool) -> None:
         eval_dataset=_dataset(task.held_out) if task.held_out else None,
         processing_class=copy.deepcopy(task.tokenizer),
     )
+    kept = sorted((pair.chosen for pair in task.pairs), key=lambda sequence: len(sequence.input_ids))
+    trainer.add_callback(SaveScores(run, [kept[0], kept[-1], task.pairs[0].rejected]))
     run_trainer(trainer, run, recipe, tokenizer=task.tokenizer, checkpoint=checkpoint, headline=HEADLINE)
     if not task.held_out:
         logger.warning("the recipe has no eval_dataset section, so the reward model is not evaluated")
