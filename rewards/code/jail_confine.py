@@ -1,4 +1,4 @@
-"""Confine processes of the sandbox: namespaces or Landlock, a user of their own, limits, and the filter of calls."""
+"""Confine processes of the sandbox: namespaces or Landlock, separate users, limits, and the filter of calls."""
 
 import ctypes
 import errno
@@ -57,7 +57,7 @@ class Level:
         return None
 
     def separate(self, folder_bytes: int) -> None:
-        """Give this process, and those that it starts, namespaces of their own and a fresh folder in memory."""
+        """Give this process, and those that it starts, fresh namespaces and a fresh folder in memory."""
         if self.has_namespaces:
             self.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID)
             mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={folder_bytes},nr_inodes=1024")

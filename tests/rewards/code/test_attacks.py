@@ -73,7 +73,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("way", attacks.WAYS_OUT)
 def test_attack_finds_no_way_out(place: Place, way: str) -> None:
     assert place.ways_out[way].startswith("REFUSED"), place.ways_out[way]
-    # An attack that fails by a mistake of its own shows nothing.
+    # An attack with a mistake in it shows nothing.
     assert not re.search("NameError|SyntaxError|TypeError|AttributeError", place.ways_out[way])
 
 

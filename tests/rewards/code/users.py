@@ -1,4 +1,4 @@
-"""Run programs in sandboxes from a process of its own, as another user than root, or without some system calls.
+"""Run programs in sandboxes from a separate process, as another user than root, or without some system calls.
 
     python users.py USER [DENIED ...]
 
