@@ -61,8 +61,12 @@ _LOSS = "it changes the loss"
 # The first rule that matches a key decides.
 RULES = (
     Rule(FREE, "-", "output_dir", "a run folder may be moved"),
-    Rule(FREE, "-", "eval_dataset eval_dataset.* evaluate.*", _RECORDS),
-    Rule(FREE, "-", "wandb wandb.* tensorboard tensorboard.* trackio trackio.*", _RECORDS),
+    Rule(
+        FREE,
+        "-",
+        "eval_dataset eval_dataset.* evaluate.* wandb wandb.* tensorboard tensorboard.* trackio trackio.*",
+        _RECORDS,
+    ),
     Rule(FREE, "-", "generate generate.* filter filter.*", "other commands read it"),
     Rule(FREE, "-", "on_nonfinite max_nonfinite_skips stop_if.* time_limit", _ENDS),
     Rule(FREE, _ALL, "max_steps", _LENGTH),
