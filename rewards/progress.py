@@ -7,7 +7,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is: `step` updates have been made, of `max_steps`."""
+    """Progress of a run: `step` updates have been made, of `max_steps`."""
 
     step: int = 0
     max_steps: int = 0

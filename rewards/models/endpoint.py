@@ -54,7 +54,7 @@ class Endpoint:
         """Check the URLs and that the key is set; nothing is sent.
 
         url:             http or https, without a user, a password or a query: those could hold a secret; or a list of
-                         equal servers, which are asked in turn; another one takes over where one is away
+                         equal servers, which take turns; another one takes over where one is away
         api_key_env:     name of the environment variable with the bearer token
         concurrency:     requests in flight
         request_timeout: seconds for one attempt, from its start to its whole answer

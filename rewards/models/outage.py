@@ -1,4 +1,4 @@
-"""Servers that may be away: which one is asked next, how long a request is tried again, and when the run gives up."""
+"""Servers that may be away: the choice of the next one, the time of retries, and the end of the run."""
 
 import logging
 import time

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--layer-bytes", type=int, help=argparse.SUPPRESS)  # set by the first process
     options = parser.parse_args()
     if options.layer_bytes is None:
-        # A process of its own measures: this one holds the memory in which the model was made.
+        # A separate process measures: this one holds the memory in which the model was made.
         sizes = {"hidden": options.hidden, "layers": options.layers, "vocabulary": options.vocabulary}
         layer = make_run(options.work, **sizes)
         arguments = [*sys.argv[1:], "--layer-bytes", str(layer)]

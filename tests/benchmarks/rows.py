@@ -118,7 +118,7 @@ def _memory(memory: PeakMemory, base: int) -> dict[str, float]:
 
 
 def measure(arm: str, num_rows: int, model: str) -> dict[str, Any]:
-    """Measure one point in a process of its own."""
+    """Measure one point in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(file, num_rows)

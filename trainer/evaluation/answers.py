@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Answer = dict[str, Any]  # a JSON object
 # Of a prompt: its index and its reasoning budget.
 Task = tuple[int, int | None]
-# Answers that are asked of servers between two writes of the journal.
+# Requests to servers between two writes of the journal.
 ASKED_AT_ONCE = 256
 
 

@@ -65,7 +65,7 @@ def find_votes(groups: Sequence[Sequence[str]], scoring: ScoringConfig) -> list[
     """Return for each completion of each group the index of the first equal answer in it: its own if it is the first.
 
     None for a completion without an answer, which does not vote. Answers are compared in the workers of a grader, with
-    their limits, because they are text of a policy; a comparison that fails is a vote of its own.
+    their limits, because they are text of a policy; a comparison that fails is a separate vote.
     """
     functions: list[RewardFunction] = build_reward_functions({SCORER: {"weight": 1.0}})
     texts = [text for group in groups for text in group]

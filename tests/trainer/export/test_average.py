@@ -1,4 +1,4 @@
-"""`export --average N`: the mean of the last checkpoints, held against a probe of its own."""
+"""`export --average N`: the mean of the last checkpoints, held against a separate probe."""
 
 from pathlib import Path
 

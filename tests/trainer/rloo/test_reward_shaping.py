@@ -1,4 +1,4 @@
-"""What a step makes of several rewards: scaled one by one (GDPO), weighted by the step, with metrics and notes."""
+"""Several rewards in a step: scaled one by one (GDPO), weighted by the step, with metrics and notes."""
 
 import json
 import math
