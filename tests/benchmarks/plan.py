@@ -5,8 +5,9 @@
 Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
 embeddings) are trained for two steps by the real command, each run in a separate process, or in two under DeepSpeed.
 Sequences and completions have the length that the plan assumes. The measurement is VmHWM, the peak resident memory of
-the process. The allocator returns freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory.
-Both numbers include the interpreter.
+the process, without RssFile, the pages of its libraries, whose number depends on the file cache. The allocator returns
+freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory. Both numbers include the
+interpreter.
 """
 
 import json
@@ -49,7 +50,7 @@ if __name__ == "__main__":  # the reward workers import this file, too
     from rekatrain.trainer.cli import main
     from common import memory_mb
     main(["train", sys.argv[1]])
-    Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(memory_mb("VmHWM")))
+    Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(memory_mb("VmHWM") - memory_mb("RssFile")))
 """
 
 

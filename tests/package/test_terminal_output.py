@@ -19,6 +19,7 @@ EXPECTED = (
     r"plan: .*",
     r"model: .*",
     r"Loading weights: .*",
+    r"rows.jsonl: \d+ rows, encoded .*",
     r"engine: .*",
     r"step 0/1 \|          \| *",
     r"step 1/1 \|█{10}\| loss [\d.]+  accuracy [\d.]+%  [\d,]+ tok/s  epoch [\d.]+  grad [\d.]+  eta \dm\d\ds *",

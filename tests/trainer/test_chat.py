@@ -63,6 +63,9 @@ def test_ctrl_c_ends_the_answer_alone(tmp_path: Path, tokenizer, monkeypatch) ->
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
+    # A shell that runs the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt() -> None:
         while not is_answering():
             time.sleep(0.01)
@@ -77,6 +80,7 @@ def test_ctrl_c_ends_the_answer_alone(tmp_path: Path, tokenizer, monkeypatch) ->
     start = time.monotonic()
     screen = talk(monkeypatch, "Hi", export=tmp_path)
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert "(stopped)" in screen and time.monotonic() - start < 60
     assert not is_answering()
 

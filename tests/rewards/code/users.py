@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROJECT = Path(__file__).parents[3]
 OTHER_USER = 54_321
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
@@ -83,12 +85,18 @@ def running(user: int = 0, denied: Sequence[int] = ()) -> Iterator[Runner]:
 
 
 def sandbox_processes() -> set[str]:
-    """Return the ids of all processes of sandboxes and of programs that they have become."""
+    """Return the ids of all processes of sandboxes and of programs that they have become.
+
+    Those that descend from another worker of pytest are not counted.
+    """
     found = set()
+    parent = psutil.Process().parent()
+    others = {worker.pid for worker in parent.children()} - {os.getpid()} if parent else set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, psutil.Error):
             line = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"jail.py" in line or line == b"sleep\x00600\x00":
+            is_sandbox = b"jail.py" in line or line == b"sleep\x00600\x00"
+            if is_sandbox and not others & {above.pid for above in psutil.Process(int(pid)).parents()}:
                 found.add(pid)
     return found
 

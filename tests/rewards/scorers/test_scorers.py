@@ -306,7 +306,7 @@ def test_code_tests_run_unit_tests_and_programs(code_tests):
 
 
 @pytest.mark.parametrize(
-    "tests", ["assert True", [1], {"asserts": []}, {"asserts": ["x"], "tset": ""}, [{"input": "1"}], {"setup": "x"}]
+    "tests", ["x = True", [1], {"asserts": []}, {"asserts": ["x"], "tset": ""}, [{"input": "1"}], {"setup": "x"}]
 )
 def test_code_tests_reject_a_column_that_holds_no_tests(code_tests, tests):
     with pytest.raises(InputError, match="the column tests"):

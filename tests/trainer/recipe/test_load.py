@@ -1,5 +1,6 @@
 """Recipes: their YAML, the messages for mistakes, and every shipped recipe."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -319,7 +320,7 @@ def test_shipped_recipe_passes_every_check(path, tmp_path):
 def test_shipped_recipe_opens_with_its_command(path):
     comments = [line for line in path.read_text(encoding="utf-8").split("\nstage:")[0].splitlines()]
     assert all(line.startswith("#") for line in comments)
-    assert any(f"train {path.relative_to(ROOT)}" in line for line in comments)
+    assert any(re.search(rf"rekatrain \w+ {path.relative_to(ROOT)}", line) for line in comments)
     (line,) = [line for line in comments if line.startswith("# Useful overrides: ")]
     overrides = line.removeprefix("# Useful overrides: ").replace("'", "").split(", ")
     assert len(overrides) >= 3
@@ -363,7 +364,7 @@ def test_wrong_keys_are_reported_before_torch_is_imported(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["log_completions", "push_to_hub", "num_train_epoch"])
+@pytest.mark.parametrize("key", ["logging_first_step", "push_to_hub", "num_train_epoch"])
 def test_unknown_key_gets_no_far_fetched_hint(key, tmp_path):
     recipe = read(tmp_path, SHORTEST + f"rewards: {{math_answer: null}}\nrloo: {{max_steps: 1, {key}: 1}}\n")
     with pytest.raises(InputError, match=f"^unknown key rloo.{key}: known keys: "):

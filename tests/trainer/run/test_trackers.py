@@ -91,6 +91,7 @@ def test_trackio_run_is_continued_by_a_resumed_run(make_log: Callable[..., RunLo
 
 
 def test_wandb_gets_completions_as_a_table(make_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()  # an earlier test may have had it read other variables
     log = make_log(wandb={"project": "sums"})
     assert wandb.run is not None and wandb.run.config["rloo"] == {"max_steps": 4, "beta": 0.25}
     tables: list[Any] = []
