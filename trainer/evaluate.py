@@ -60,12 +60,12 @@ def evaluate(recipe: Recipe, *, out: Path | None = None) -> Evaluation:
 def _evaluate(recipe: Recipe, state: PartialState, out: Path | None) -> Evaluation:
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
-    held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=True)
-    config = held_out.config
-    if config.base_url is None:
+    if recipe.evaluate.get("base_url") is None:
         check_attention(model_config)
     elif state.num_processes > 1:
         raise InputError("evaluate.base_url: one process asks the servers: start rekatrain evaluate without a launcher")
+    held_out = prepare_held_out(recipe, tokenizer, model_config, all_rewards=True)
+    config = held_out.config
 
     # 1. Read the answers of an earlier start, and find what is missing.
     journal = Journal(out, _settings(recipe, held_out), state.process_index)

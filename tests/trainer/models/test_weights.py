@@ -86,8 +86,7 @@ def test_rloo_rejects_lora_dropout(recipe_of, error_of):
     ("key", "value"), [("sliding_window", 16), ("attention_chunk_size", 8), ("attn_logit_softcapping", 50.0)]
 )
 def test_rloo_and_evaluate_reject_other_attention(key, value, recipe_of, error_of, model_folder, workspace):
-    model = copy_model(model_folder, workspace / "m", **{key: value})
-    recipe = recipe_of("rloo", model=model, eval_dataset=DATASET, evaluate={"max_completion_length": 16})
+    recipe = recipe_of("rloo", model=copy_model(model_folder, workspace / "m", **{key: value}), eval_dataset=DATASET)
     for command in ("train", "evaluate"):
         message = error_of(command, recipe)
         assert message.startswith(f"the model's config.json has {key} {value}: sampling and RLOO attend to every")

@@ -99,5 +99,5 @@ def test_make_plan_predicts_the_memory_of_a_whole_run(
     case = plan.Case(size="small", stage=stage, section=section | lengths)
     prompt_tokens = plan.count_prompt_tokens(tokenizer)
     result = plan.run_case(case, tmp_path, {"small": tmp_path / "model"}, prompt_tokens)
-    assert result["measured GB"] > 1.0  # most of it is the model and its activations, not the interpreter
+    assert result["measured GB"] > 2 * 0.4  # most of it is the model and its activations, not the interpreter
     assert result["ratio"] == pytest.approx(1, abs=0.1)
