@@ -1,7 +1,7 @@
 """The completions of a report: chosen, in columns to filter and sort by, and their texts in compressed chunks.
 
-All completions are taken up to MAX_COMPLETIONS and MAX_TEXT; of more, whole groups are chosen evenly over the run, and
-the page says so.
+Up to MAX_COMPLETIONS and MAX_TEXT the page has all completions; beyond, whole groups are chosen evenly over the run,
+and the page says so.
 """
 
 import base64
