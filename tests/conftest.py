@@ -42,11 +42,8 @@ LONGEST_FIRST = ("vllm", "end_to_end", "package", "benchmarks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders of `LONGEST_FIRST` first, after one file; the order is otherwise that of collection.
-
-    That file compares with PEFT, which treats tied embeddings in another way after a test of rollouts in its process.
-    """
-    items.sort(key=lambda item: (item.path.stem != "test_adapter_table", not set(LONGEST_FIRST) & set(item.path.parts)))
+    """Put the folders of `LONGEST_FIRST` first; the order is otherwise that of collection."""
+    items.sort(key=lambda item: not set(LONGEST_FIRST) & set(item.path.parts))
 
 
 # Modules that are in no test's folder.

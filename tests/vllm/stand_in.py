@@ -24,6 +24,10 @@ from transformers import (
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
 
+# transformers' loader patches its classes while it runs: of two loads at once, in two servers' threads, the second
+# would put the patch back as the original, and no model of this process would tie its embeddings from then on.
+LOADING = threading.Lock()
+
 
 class StandIn:
     """Responds as a vLLM server that was started with the model in `folder`.
@@ -54,8 +58,14 @@ class StandIn:
     def restart(self) -> None:
         """Forget all weights but the first."""
         self.adapters: dict[str, PeftModel] = {}
-        self.model: Any = LlamaForCausalLM.from_pretrained(self.folder)
+        self.model: Any = self._load(self.folder)
         self.weight_version = "default"
+
+    @staticmethod
+    def _load(folder: str | Path, adapter: str | None = None) -> Any:
+        with LOADING:
+            model = LlamaForCausalLM.from_pretrained(folder)
+            return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
     def __call__(self, path: str, body: Any) -> tuple[int, Any]:
         with self._lock:
@@ -82,8 +92,7 @@ class StandIn:
             return 404, {"error": {"message": f"No adapter found for {body['lora_path']}"}}
         if body["lora_name"] in self.adapters:
             return 400, {"error": {"message": "already loaded"}}
-        base = LlamaForCausalLM.from_pretrained(self.folder)
-        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"])
+        self.adapters[body["lora_name"]] = self._load(self.folder, body["lora_path"])
         self.loaded.append(body["lora_name"])
         return 200, b"Success"
 
@@ -96,7 +105,7 @@ class StandIn:
 
     def _collective_rpc(self, body: Any) -> tuple[int, Any]:
         assert body["method"] == "reload_weights"
-        self.model = LlamaForCausalLM.from_pretrained(body["kwargs"]["weights_path"])
+        self.model = self._load(body["kwargs"]["weights_path"])
         return 200, {"results": [None]}
 
     def _reset_prefix_cache(self, _: None) -> tuple[int, Any]:

@@ -6,6 +6,7 @@ error: from the headers of the files before a weight is read, and from the loade
 
 import copy
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,12 +158,22 @@ def readable(base: str) -> Iterator[None]:
         raise InputError(f"no model could be loaded from {base!r}: {one_line(error)}") from error
 
 
+# transformers' loader patches `PreTrainedModel.tie_weights` while it runs. Of two loads at once in two threads, the
+# second would put the patch back as the original: no model of the process would tie its embeddings from then on.
+_LOADING = threading.RLock()
+
+
 @contextmanager
 def quiet_transformers(*, has_bar: bool = True) -> Iterator[None]:
-    """Silence the loader's table of tensors, which is an error here or, for a new head, no news.
+    """Silence the loader's table of tensors, which is an error here or, for a new head, no news; one load at a time.
 
     has_bar: False hides the progress bar, too, where only headers are read
     """
+    with _LOADING:
+        yield from _quiet_transformers(has_bar)
+
+
+def _quiet_transformers(has_bar: bool) -> Iterator[None]:
     level, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     if not has_bar:
