@@ -1,6 +1,8 @@
 """HTTP client of one vLLM server: a request is answered, rejected for good, or fails because the server is down."""
 
 import asyncio
+import ssl
+from functools import cache
 from types import TracebackType
 
 import httpx2
@@ -38,7 +40,8 @@ class ServerClient:
 
     async def __aenter__(self) -> "ServerClient":
         # No queue here: the pool limits the requests in flight. httpx's own time limits are per read, so none is set.
-        self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None))
+        limits = httpx2.Limits(max_connections=None)
+        self._http = httpx2.AsyncClient(timeout=None, limits=limits, verify=_ssl_context())
         return self
 
     async def __aexit__(
@@ -76,6 +79,11 @@ class ServerClient:
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
+
+
+@cache  # it reads the certificates of the system, and a step may have a client for each of a hundred servers
+def _ssl_context() -> ssl.SSLContext:
+    return httpx2.create_ssl_context()
 
 
 def check_url(url: str) -> str:

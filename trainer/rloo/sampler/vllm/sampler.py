@@ -22,7 +22,7 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader, request_filters
-from rekatrain.trainer.rloo.sampler.vllm.server_pool import ServerPool
+from rekatrain.trainer.rloo.sampler.vllm.server_pool import Paces, ServerPool
 
 FORBIDDEN = -100.0  # the lowest logit bias that vLLM accepts
 
@@ -44,11 +44,15 @@ class ServedWeights(Protocol):
 class VLLMSampler:
     """Samples groups of completions from vLLM servers; `weights` are set before each step."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RLOOConfig, *, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: RLOOConfig, *, vocab_size: int, rank: int = 0
+    ) -> None:
         """Prepare the settings of requests.
 
         vocab_size: number of the model's embeddings; ids beyond the tokenizer are never drawn
+        rank:       of this process, which decides the server of its first group
         """
+        self._rank, self._paces = rank, Paces()
         self.weights: ServedWeights | None = None
         self.num_retries = 0
         self._is_cancelled = False
@@ -116,14 +120,19 @@ class VLLMSampler:
             weights.load,
             max_in_flight=max_concurrent_requests,
             server_timeout=config.vllm_server_timeout,
+            # As if the groups of all processes, in their order, went to the servers in turn. Where each process fills
+            # all servers evenly, its first wave of requests counts.
+            first_server=self._rank * (len(prompts) if len(prompts) % len(clients) else max_concurrent_requests),
+            paces=self._paces,
         )
+        self._paces.begin_batch()
 
         async def sample_group(number: int) -> list[Completion]:
             async def on_server(client: ServerClient) -> list[Completion]:
                 request = partial(self._request, client, weights)
                 return await self._sample_group(request, prompts[number], keys[number], num_generations)
 
-            group = await pool.run(on_server)
+            group = await pool.run(on_server, longest)
             if on_completion is not None:
                 for index, completion in enumerate(group):
                     on_completion(number * num_generations + index, completion)
@@ -195,6 +204,11 @@ class VLLMSampler:
         return self._responses.read(
             response, client.url, num_completions=n, max_tokens=max_tokens, is_continuation=is_continuation
         )
+
+
+def longest(group: Sequence[Completion]) -> int:
+    """Return the number of tokens of the longest completion."""
+    return max(len(completion.ids) for completion in group)
 
 
 def seed_of(key: tuple[int, ...]) -> int:

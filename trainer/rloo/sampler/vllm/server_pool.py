@@ -1,10 +1,13 @@
 """Spread requests over several vLLM servers; retry on the same or another server when one goes down.
 
-A group goes to the server with the fewest groups in flight, so a slow server gets less work.
+A group goes to the server with the least work: the groups of this process that are in flight there, times the server's
+pace. Of equals it is the next in turn, and each process begins at another server: processes do not see each other's
+groups, but together they use all servers evenly.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -21,20 +24,53 @@ logger = logging.getLogger(__name__)
 
 # Attempts per job. After that many, assume that the request itself crashes the server.
 MAX_ATTEMPTS = 8
+# Part of a server's pace that a new measurement decides, and that it keeps when a batch left it out.
+PACE_STEP, PACE_KEPT = 0.5, 0.7
 _BACK_OFF = wait_random_exponential(multiplier=0.25, max=10)
 
 Result = TypeVar("Result")
+
+
+class Paces:
+    """Seconds per token of each server, as its last groups took; kept from batch to batch.
+
+    A server is slow only from twice the time of the fastest on: lengths and the load of other processes are noise.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._measured: set[str] = set()
+
+    def begin_batch(self) -> None:
+        """Let the servers that the last batch left out become faster, so that each is measured again some time."""
+        for url in self._seconds.keys() - self._measured:
+            self._seconds[url] *= PACE_KEPT
+        self._measured.clear()
+
+    def measure(self, url: str, seconds: float, num_tokens: int) -> None:
+        """Record the time of a group whose longest completion has `num_tokens` tokens."""
+        pace = seconds / num_tokens
+        self._seconds[url] = PACE_STEP * pace + (1 - PACE_STEP) * self._seconds.get(url, pace)
+        self._measured.add(url)
+
+    def factor(self, url: str) -> int:
+        """Return how many times slower than the fastest a server is, rounded down to 1, 2, 4, ..."""
+        if url not in self._seconds:
+            return 1
+        return 2 ** int(math.log2(max(self._seconds[url] / min(self._seconds.values()), 1)))
 
 
 @dataclass(kw_only=True)
 class _Server:
     """A server with its state.
 
+    turn:     number of the group that it got last; before the first, its place in the order of this process
     is_known: True once the server has been seen up or down. Until all servers are known, none gets work: otherwise the
               first to be up would get all of it.
     """
 
     client: ServerClient
+    turn: int
     num_in_flight: int = 0
     is_up: bool = False
     is_known: bool = False
@@ -53,14 +89,23 @@ class ServerPool:
         *,
         max_in_flight: int,
         server_timeout: float,
+        first_server: int = 0,
+        paces: Paces | None = None,
     ) -> None:
         """Store the settings; nothing is sent.
 
         make_ready:     awaited before a server gets work, and again after it was down; may raise ServerDown
         max_in_flight:  jobs in flight on all servers together
         server_timeout: seconds without any server after which the step fails
+        first_server:   index of the server that gets the first group, modulo their number
+        paces:          of the servers, from earlier batches
         """
-        self._servers = [_Server(client=client) for client in clients]
+        count = len(clients)
+        self._servers = [
+            _Server(client=client, turn=(index - first_server) % count - count) for index, client in enumerate(clients)
+        ]
+        self._num_groups = 0
+        self._paces = paces or Paces()
         self._make_ready = make_ready
         self._max_in_flight, self._server_timeout = max_in_flight, server_timeout
         self._down: dict[str, str] = {}
@@ -84,8 +129,12 @@ class ServerPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stack.aclose()
 
-    async def run(self, job: Callable[[ServerClient], Awaitable[Result]]) -> Result:
+    async def run(
+        self, job: Callable[[ServerClient], Awaitable[Result]], num_tokens: Callable[[Result], int]
+    ) -> Result:
         """Run `job` on one of the servers and return its result; start it again if it raises ServerDown.
+
+        num_tokens: returns how many tokens of a result were drawn one after the other, for the pace of the server
 
         Raise InputError after MAX_ATTEMPTS attempts, or when no server is up for `server_timeout` seconds.
         """
@@ -93,8 +142,11 @@ class ServerPool:
         for attempt in range(MAX_ATTEMPTS):
             self.num_retries += attempt > 0
             server = await self._acquire()
+            start = time.monotonic()
             try:
-                return await job(server.client)
+                result = await job(server.client)
+                self._paces.measure(server.client.url, time.monotonic() - start, num_tokens(result))
+                return result
             except ServerDown as error:
                 message = str(error)
                 self._mark_down(server)
@@ -108,9 +160,14 @@ class ServerPool:
             await self._changed.wait_for(self._has_room)
             if self._error is not None:
                 raise self._error
-            server = min((server for server in self._servers if server.is_up), key=lambda server: server.num_in_flight)
+            server = min((server for server in self._servers if server.is_up), key=self._work)
             server.num_in_flight += 1
+            server.turn, self._num_groups = self._num_groups, self._num_groups + 1
             return server
+
+    def _work(self, server: _Server) -> tuple[int, int]:
+        """Return the work of a server with one group more, and its turn: the least of them gets the group."""
+        return (server.num_in_flight + 1) * self._paces.factor(server.client.url), server.turn
 
     def _has_room(self) -> bool:
         if self._error is not None:

@@ -34,6 +34,7 @@ from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.models.probe import choose_texts, run_probe
 from rekatrain.trainer.processes.interruption import Abandoned
+from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.rollouts import Lap, abandonable, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
@@ -54,7 +55,7 @@ class ServerRollouts:
     def __init__(self, accelerator: Accelerator, policy: Policy, setup: RunSetup, run_folder: Path) -> None:
         self._accelerator, self._policy, self._setup = accelerator, policy, setup
         self._run_folder, self._prompt_indices = run_folder, setup.prompt_indices(accelerator)
-        self.sampler = VLLMSampler(setup.tokenizer, setup.config, vocab_size=policy.config.vocab_size)
+        self.sampler = self._make_sampler(setup.config)
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._queue: dict[int, Future[Rolled]] = {}
         self._staleness = self._num_retries = 0
@@ -122,9 +123,13 @@ class ServerRollouts:
             num_generations=config.num_generations,
             **FILTERS_OFF,
         )
-        sampler = VLLMSampler(self._setup.tokenizer, settings, vocab_size=self._policy.config.vocab_size)
+        sampler = self._make_sampler(settings)
         sampler.weights = self._publish(num_updates)
         return sampler
+
+    def _make_sampler(self, config: RLOOConfig) -> VLLMSampler:
+        size, rank = self._policy.config.vocab_size, self._accelerator.process_index
+        return VLLMSampler(self._setup.tokenizer, config, vocab_size=size, rank=rank)
 
     def metrics(self) -> dict[str, float]:
         """Return the staleness of the last batch in updates, and the number of groups that were requested again."""
