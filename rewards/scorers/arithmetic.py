@@ -30,7 +30,10 @@ class TooLarge(ValueError):
 
 def to_mp(value: Value) -> Value:
     """Return a number of MP."""
-    return MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+    if not isinstance(value, Fraction):
+        return value
+    number = MP.mpf(value.numerator)
+    return number if value.denominator == 1 else number / value.denominator
 
 
 def _both(left: Value, right: Value) -> tuple[Value, Value]:

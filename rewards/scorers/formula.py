@@ -11,6 +11,7 @@ mpf('2.78539816339744830961566084581987568')
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import lru_cache
 
 from rekatrain.rewards.scorers import arithmetic
 from rekatrain.rewards.scorers.arithmetic import FUNCTIONS, MP, TooLarge, Value
@@ -54,6 +55,7 @@ class Formula:
         return self._values[point]
 
 
+@lru_cache(maxsize=4_096)
 def _choose(name: str, point: int) -> Value:
     seed = sum(ord(character) * 31**index for index, character in enumerate(name)) * 7919 + point * 104_729
     magnitude = MP.mpf(seed % 9973 + 1000) / 3571
@@ -77,9 +79,11 @@ class _Reader:
 
     def peek(self) -> str:
         """Return the next character that is no space; "" at the end."""
-        while self.position < len(self.text) and self.text[self.position].isspace():
+        following = self.text[self.position : self.position + 1]
+        while following.isspace():
             self.position += 1
-        return self.text[self.position : self.position + 1]
+            following = self.text[self.position : self.position + 1]
+        return following
 
     def take(self, start: str) -> bool:
         if self.peek() == start[0] and self.text.startswith(start, self.position):
@@ -137,21 +141,19 @@ class _Reader:
 
     def power(self) -> Node:
         node = self.atom()
-        while True:
+        while (following := self.peek()) and following in "!%^":
             if self.take("!!"):
                 node = _map(arithmetic.double_factorial, node)
             elif self.take("!"):
                 node = _map(arithmetic.factorial, node)
             elif self.take("%"):
                 node = _apply(arithmetic.divide, node, _constant(Fraction(100)))
-            elif self.peek() == "^":
-                self.position += 1
+            elif self.take("^"):
                 if self.take(r"\circ") or self.take(r"{\circ}"):
                     node = _apply(arithmetic.multiply, node, _constant(MP.pi / 180))
                 else:
                     node = _apply(arithmetic.power, node, self.exponent())
-            else:
-                return node
+        return node
 
     def exponent(self) -> Node:
         if self.peek() == "{":
@@ -183,8 +185,9 @@ class _Reader:
         number = NUMBER.match(self.text, self.position)
         if number:
             self.position = number.end()
-            node = _constant(Fraction(number.group()))
-            if number.group().isdigit() and INTEGER_FRACTION.match(self.text, self.position):
+            is_integer = number.group().isdigit()
+            node = _constant(Fraction(int(number.group()) if is_integer else number.group()))
+            if is_integer and INTEGER_FRACTION.match(self.text, self.position):
                 return _apply(arithmetic.add, node, self.atom())  # 2\frac12, a mixed number
             return node
         for opening, closing in (("(", ")"), ("{", "}"), ("|", "|")):

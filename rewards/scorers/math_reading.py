@@ -224,6 +224,8 @@ def _closes_at_end(text: str) -> bool:
 
 def split_top(text: str, separator: re.Pattern[str]) -> list[str]:
     """Split a text at the separators that are in no bracket."""
+    if separator.search(text) is None:
+        return [text]
     parts, start, depth, position = [], 0, 0, 0
     while position < len(text):
         character = text[position]

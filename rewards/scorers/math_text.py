@@ -5,46 +5,63 @@ from collections.abc import Callable
 from fractions import Fraction
 
 Replacement = str | Callable[[re.Match[str]], str]
-# Ordered: each replacement sees the result of those before it.
-SPELLING_TABLE: list[tuple[str, Replacement]] = [
-    (r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
-    (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if m.group()[1] == "l" else r"\}"),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-    (r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|sf|normal)|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
-    (r"\\text\s*\{\s*([A-Za-z])\s*\}(?![A-Za-z])", r" \1"),  # \mathrm{e}
-    (r"(?<=\d)(?:\{,\}|,)?\\[!,](?=\d{3}(?!\d))", ""),  # 5,\!525 and 10\,000
-    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ","),
-    (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d.,])", lambda m: m[1] + m[2].replace(" ", "")),  # 10 000
-    (r"\\[!]", ""),
-    (r"\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " "),
-    (r"\\text\s*\{\s*(,?\s*(?:and|or))\s*\}", r" \1 "),
-    (r"\\(?:lor|vee)(?![A-Za-z])", " or "),
-    (r"\\(?:land|wedge)(?![A-Za-z])", " and "),
-    (r"\\text\s*\{\s*(?:percent|pct\.?|percentage)\s*\}|\b(?:percent|pct)\b", "%"),
-    (r"\\[%]", "%"),
-    (r"\\?\$|[€£`]|\*\*+(?!\s*\d)", ""),
-    (r"[−–]", "-"),
-    (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·∙⋅]|\*\*?", lambda m: "^" if m.group() == "**" else "*"),
-    (r"\\div(?![A-Za-z])|÷", "/"),
-    (r"π|(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"∞|(?<![A-Za-z\\])(?:infinity|oo|inf)(?![A-Za-z])", r"\\infty "),
-    (r"√|(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt"),
-    (r"\\(?:le|leq|leqslant)(?![A-Za-z])|≤|<=", "≤"),
-    (r"\\(?:ge|geq|geqslant)(?![A-Za-z])|≥|>=", "≥"),
-    (r"\\(?:ne|neq)(?![A-Za-z])|!=|≠", "≠"),
-    (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"),
-    (r"\\(?:approx|simeq)(?![A-Za-z])|≈", "≈"),
-    (r"\\in(?![A-Za-z])", "∈"),
-    (r"\\cup(?![A-Za-z])", "∪"),
-    (r"\\math(?:bb|bf)\s*\{?R\}?|ℝ", r"(-\\infty,\\infty)"),
-    (r"\\(?:l|r)angle(?![A-Za-z])", lambda m: "(" if m.group() == r"\langle" else ")"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", r"^\\circ"),
-    (r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r"*10^{\1}"),
-    (r"^(\s*-?\d+)\s+(\d+)\s*/\s*(\d+)(?=\s*$)", r"\1\\frac{\2}{\3}"),
+# Ordered: each replacement sees the result of those before it. The first column has texts of which one is in each text
+# that the pattern matches: most answers have few of them, and to look for them is faster than to try the pattern.
+SPELLING_TABLE: list[tuple[str, str, Replacement]] = [
+    (
+        r"\left \right \big \Big \displaystyle \textstyle \limits",
+        r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|textstyle|limits)(?![A-Za-z])\.?",
+        "",
+    ),
+    (r"\lbrace \rbrace", r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if m.group()[1] == "l" else r"\}"),
+    (r"\dfrac \tfrac \cfrac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\dbinom \tbinom", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (
+        r"\math \text \mbox \hbox \operatorname",
+        r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|sf|normal)|mbox|hbox|operatorname)\s*(?=\{)",
+        r"\\text",
+    ),
+    (r"\text", r"\\text\s*\{\s*([A-Za-z])\s*\}(?![A-Za-z])", r" \1"),  # \mathrm{e}
+    (r"\! \,", r"(?<=\d)(?:\{,\}|,)?\\[!,](?=\d{3}(?!\d))", ""),  # 5,\!525 and 10\,000
+    (r"{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ","),
+    (" ", r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d.,])", lambda m: m[1] + m[2].replace(" ", "")),  # 10 000
+    (r"\!", r"\\[!]", ""),
+    (r"\ ~", r"\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " "),
+    (r"\text", r"\\text\s*\{\s*(,?\s*(?:and|or))\s*\}", r" \1 "),
+    (r"\lor \vee", r"\\(?:lor|vee)(?![A-Za-z])", " or "),
+    (r"\land \wedge", r"\\(?:land|wedge)(?![A-Za-z])", " and "),
+    (
+        "percent pct",
+        r"\\text\s*\{\s*(?:percent|pct\.?|percentage)\s*\}|\b(?:percent|pct)\b",
+        "%",
+    ),
+    (r"\%", r"\\[%]", "%"),
+    ("$ € £ ` **", r"\\?\$|[€£`]|\*\*+(?!\s*\d)", ""),
+    ("− –", r"[−–]", "-"),
+    (
+        r"\times \cdot \ast × · ∙ ⋅ *",
+        r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·∙⋅]|\*\*?",
+        lambda m: "^" if m.group() == "**" else "*",
+    ),
+    (r"\div ÷", r"\\div(?![A-Za-z])|÷", "/"),
+    ("π pi", r"π|(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    ("∞ inf oo", r"∞|(?<![A-Za-z\\])(?:infinity|oo|inf)(?![A-Za-z])", r"\\infty "),
+    ("√ sqrt", r"√|(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt"),
+    (r"\le ≤ <=", r"\\(?:le|leq|leqslant)(?![A-Za-z])|≤|<=", "≤"),
+    (r"\ge ≥ >=", r"\\(?:ge|geq|geqslant)(?![A-Za-z])|≥|>=", "≥"),
+    (r"\ne != ≠", r"\\(?:ne|neq)(?![A-Za-z])|!=|≠", "≠"),
+    (r"\lt", r"\\lt(?![A-Za-z])", "<"),
+    (r"\gt", r"\\gt(?![A-Za-z])", ">"),
+    (r"\approx \simeq ≈", r"\\(?:approx|simeq)(?![A-Za-z])|≈", "≈"),
+    (r"\in", r"\\in(?![A-Za-z])", "∈"),
+    (r"\cup", r"\\cup(?![A-Za-z])", "∪"),
+    (r"\mathbb \mathbf ℝ", r"\\math(?:bb|bf)\s*\{?R\}?|ℝ", r"(-\\infty,\\infty)"),
+    (r"\langle \rangle", r"\\(?:l|r)angle(?![A-Za-z])", lambda m: "(" if m.group() == r"\langle" else ")"),
+    (r"\circ \degree °", r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", r"^\\circ"),
+    ("e E", r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r"*10^{\1}"),
+    ("/", r"^(\s*-?\d+)\s+(\d+)\s*/\s*(\d+)(?=\s*$)", r"\1\\frac{\2}{\3}"),
 ]
-SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in SPELLING_TABLE]
+SPELLINGS = [(tuple(starts.split()) or (starts,), re.compile(pattern), new) for starts, pattern, new in SPELLING_TABLE]
 NEXT_ROW = "⏎"  # of a matrix, in place of two backslashes
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")
 LAST_PUNCTUATION = re.compile(r"(?:\s|[.,;]|\\\\|\\[\s,;!])+$")
@@ -77,8 +94,11 @@ JUDGMENTS = ("yes", "no", "true", "false")
 def respell(text: str) -> str:
     """Return the text with one spelling of each sign, without decoration, units or final punctuation."""
     text = text.replace("\\\\", NEXT_ROW) if "matrix" in text else DOUBLED.sub(r"\\", text)
-    for pattern, replacement in SPELLINGS:
-        text = pattern.sub(replacement, text)
+    for starts, pattern, replacement in SPELLINGS:
+        for start in starts:
+            if start in text:
+                text = pattern.sub(replacement, text)
+                break
     return " ".join(LAST_PUNCTUATION.sub("", text).split()).strip("*_ ")
 
 

@@ -3,7 +3,8 @@
     python tests/benchmarks/rewards.py [--help]
 
 math_answer: completions per second, with time limits, over numbers, boxes, prose and LaTeX, as policies write them,
-and over other kinds of golds: roots, letters, lists, intervals, texts.
+and over other kinds of golds: roots, letters, lists, intervals, texts. The second column has completions per second of
+processor time, of this process and the workers together: other programs on the machine change it little.
 hang: seconds per step if the reward hangs on 1 % of the completions, and if it never hangs. Completions end one by one
 over --seconds, as in a rollout.
 """
@@ -18,7 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import psutil
+
 PROJECT = Path(__file__).parents[2]
+PROCESSOR = " of processor time"
 HANGING = """
 import time
 
@@ -47,8 +51,11 @@ def main() -> None:
         figures |= measure_math(options.completions, options.workers)
     if options.only != "math_answer":
         figures |= measure_hang(options.steps, options.size, options.seconds, options.workers)
+    print(f"{'':45} {'wall':>10} {'processor':>10}")
     for name, value in figures.items():
-        print(f"{name:45} {value:10,.2f}")
+        if not name.endswith(PROCESSOR):
+            processor = figures.get(f"{name}{PROCESSOR}")
+            print(f"{name:45} {value:10,.2f} {'' if processor is None else f'{processor:10,.0f}'}")
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1))
 
@@ -95,11 +102,20 @@ def measure_math(num_completions: int, num_workers: int) -> dict[str, float]:
                     shown = (template or rng.choice(list(styles.values()))).format(answer)
                     texts.append(f"<reasoning>\n{'Let me see. ' * 40}\n</reasoning>\n\n{shown} <sep>")
                     golds.append(gold_template.format(gold, gold, gold))
-            started = time.perf_counter()
+            started, used = time.perf_counter(), _processor_seconds()
             values = _score(grader, texts, golds)
-            found[f"math_answer, {style}, completions/s"] = len(texts) / (time.perf_counter() - started)
+            name = f"math_answer, {style}, completions/s"
+            found[name] = len(texts) / (time.perf_counter() - started)
+            found[f"{name}{PROCESSOR}"] = len(texts) / (_processor_seconds() - used)
             assert sum(value or 0.0 for value in values) == len(texts) / 2, style
     return found
+
+
+def _processor_seconds() -> float:
+    """Return the processor time that this process and its children have used."""
+    process = psutil.Process()
+    times = [other.cpu_times() for other in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def measure_hang(num_steps: int, size: int, seconds: float, num_workers: int) -> dict[str, float]:
