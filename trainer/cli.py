@@ -7,19 +7,16 @@ is a function of api.py or of the module that it imports when it runs.
 import argparse
 import errno
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rekatrain.data.errors import INTERRUPTED, InputError, RunInterrupted, TrainingStopped
 from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
+from rekatrain.trainer.processes.early_signals import interruptible_imports
 from rekatrain.trainer.terminal import set_up_terminal
 
 # A disk that is full, over its quota, read-only or failing is no bug of ours.
@@ -61,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
             _fail_of_a_bug(error)
-        hint = "; then go on with --resume" if options.command == "train" else ""
+        hint = "; then go on with --resume" if options.command in ("train", "launch") else ""
         _fail(f"error: {error}: free space, or make the folder writable{hint}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -89,7 +86,7 @@ def _fail_of_a_bug(error: Exception) -> NoReturn:
 
 
 def _train(options: argparse.Namespace) -> None:
-    with _interruptible_imports():
+    with interruptible_imports():
         api.train(
             options.recipe,
             *options.overrides,
@@ -99,30 +96,19 @@ def _train(options: argparse.Namespace) -> None:
         )
 
 
-@contextmanager
-def _interruptible_imports() -> Iterator[None]:
-    """End with status 75 if a signal comes before the run listens for it: the imports take seconds."""
+def _launch(options: argparse.Namespace) -> None:
+    recipe = api.check_recipe(options.recipe, *options.overrides)
+    from rekatrain.trainer.launch.launch import launch
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(number).name
-            print(
-                f"rekatrain: interrupted by {name} before its first step: nothing is lost", file=sys.stderr, flush=True
-            )
-        os._exit(INTERRUPTED)
-
-    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if is_main else ()
-    old = {number: signal.getsignal(number) for number in numbers}
-    changed = [number for number, handler in old.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-    for number in changed:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in changed:
-            if signal.getsignal(number) is end:
-                signal.signal(number, old[number])
+    status = launch(
+        recipe,
+        options.recipe,
+        options.overrides,
+        resume=options.resume,
+        dry_run=options.dry_run,
+        skip_memory_check=options.skip_memory_check,
+    )
+    sys.exit(status)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -224,6 +210,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
+    "launch": _launch,
     "plan": _plan,
     "sample": _sample,
     "generate": _generate,

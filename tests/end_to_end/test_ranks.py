@@ -82,6 +82,18 @@ def test_failure_is_printed_once_with_its_rank(folder: Path, arguments: list[str
     assert failure(folder, missing, missing) == (2, ["error: no recipe at 'nowhere.yaml'"])
 
 
+def test_signal_that_follows_a_failure_is_no_interruption(folder: Path, arguments: list[str]) -> None:
+    late, other = {"arguments": arguments, "hears_late": True}, {"arguments": [*arguments, "sft.max_steps=3"]}
+    status, lines = failure(folder, late, other)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{SECOND}all ranks must start from the same")
+
+
+def test_signal_before_a_run_listens_ends_all_ranks(folder: Path, arguments: list[str]) -> None:
+    early = {"arguments": arguments, "is_early": True}
+    line = "interrupted by SIGTERM before its first step: nothing is lost. Start it again with --resume"
+    assert failure(folder, early, early) == (75, [line])
+
+
 def test_traceback_is_printed_once_with_its_rank(folder: Path, arguments: list[str]) -> None:
     status, lines = failure(folder, {"arguments": arguments}, {"arguments": arguments, "breaks": True})
     assert (status, lines) == (1, [f"{SECOND}ZeroDivisionError: division by zero"])

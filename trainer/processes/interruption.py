@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 
 from rekatrain.data.errors import INTERRUPTED, RunInterrupted
+from rekatrain.trainer.processes.early_signals import SIGNALS, deliver_early_signal
 from rekatrain.trainer.processes.failure import RESUME, end_if_a_rank_failed
 from rekatrain.trainer.processes.ranks import ranks
 from rekatrain.trainer.processes.time_limit import TimeLimit
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Wakes a main thread that waits. Nothing else sends it, and it is ignored by default.
 WAKE = signal.SIGURG
 POLL_SECONDS = 0.5
@@ -77,6 +77,7 @@ class Interruption:
         watcher.start()
         try:
             with self._signal_handlers():
+                deliver_early_signal()
                 yield
         except Abandoned:
             raise self.end("before its first step: nothing is lost. Start it again with --resume") from None
@@ -123,6 +124,8 @@ class Interruption:
         here, cause = ranks(), self.cause
         if here is not None:
             with suppress(RuntimeError):  # the launcher has ended
+                if here.status() not in (None, INTERRUPTED):  # the signal only follows the failure of another rank
+                    sys.exit(here.let_others_speak())
                 if cause is not None:
                     here.interrupt(cause)
                 here.leave()
@@ -185,7 +188,8 @@ class Interruption:
             received, here = signal.Signals(number[0]), ranks()
             if received == signal.SIGTERM and here is not None:
                 with suppress(RuntimeError):  # the launcher has ended
-                    end_if_a_rank_failed(here)
+                    if here.status() != INTERRUPTED:
+                        end_if_a_rank_failed(here)
             now = time.monotonic()
             if first is None:
                 first, self.cause = now, self.cause or received.name

@@ -119,6 +119,16 @@ def adapt_to_device(plugin: DeepSpeedPlugin) -> None:
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
+def keep_gradients_in_float32(plugin: DeepSpeedPlugin) -> None:
+    """Have DeepSpeed add micro-batches up, and processes' gradients, in float32; a file of its settings may differ.
+
+    Its default is the dtype of the weights: in bfloat16 a micro-batch of 1/512 of the sum so far adds nothing.
+    """
+    data_types = plugin.deepspeed_config.setdefault("data_types", {})
+    data_types.setdefault("grad_accum_dtype", "fp32")
+    plugin.deepspeed_config.setdefault("communication_data_type", "fp32")
+
+
 def check_engine(launch: Launch, accelerator: Accelerator) -> None:
     """Raise InputError unless `accelerator` runs the engine of the launch settings."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None

@@ -123,13 +123,18 @@ class Ranks:
         try:
             while not self._store.add("said", 0) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            return int(self._read("status") or 1)
+            return self.status() or 1
         except RuntimeError:  # the store has ended with the launcher of rank 0
             return 1
 
     def num_failed(self) -> int:
         """Return the number of ranks that have reported a failure."""
         return self._store.add("failures", 0)
+
+    def status(self) -> int | None:
+        """Return the exit status of the rank that failed first; None if none has reported a failure."""
+        status = self._read("status")
+        return None if status is None else int(status)
 
     def claim(self, name: str) -> bool:
         """Return True for the first rank that calls this with `name`."""
