@@ -1,7 +1,7 @@
 """The RLOO stage: set a run up, then take its steps. One step is in step.py, the objective in loss.py.
 
 rekatrain train recipes/smollm2/rloo.yaml
-accelerate launch --num_processes 8 -m rekatrain train recipes/reka-flash-3/rloo-lora.yaml
+accelerate launch --num_processes 8 -m rekatrain train recipes/reka-flash-3/rloo-8k.yaml
 """
 
 import logging

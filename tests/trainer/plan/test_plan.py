@@ -37,6 +37,13 @@ def reka(name: str, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / "reka-flash-3" / f"{name}.yaml", overrides)
 
 
+def in_process(name: str, *overrides: str) -> Recipe:
+    """A recipe of stage rloo whose training processes sample short completions themselves, with a KL."""
+    short = ["prompts_per_step=64", "num_generations=8", "max_completion_length=1536", "micro_batch_tokens=16384"]
+    others = ["per_device_generation_batch_size=32", "beta=0.02", "vllm_server_base_url=null"]
+    return reka(name, *(f"rloo.{override}" for override in (*short, *others)), *overrides)
+
+
 # Model states
 
 
@@ -79,7 +86,7 @@ def test_deepspeeds_estimator_gives_its_published_figure() -> None:
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return make_plan(reka("rloo-lora"), DDP).shape
+    return make_plan(in_process("rloo-8k"), DDP).shape
 
 
 def test_measure_shape_counts_reka_flash_3_exactly(shape: ModelShape) -> None:
@@ -121,9 +128,11 @@ def test_count_states_divides_zero3_states_evenly(num_gpus: int) -> None:
         ("sft-full", zero(3)),
         ("sft-qlora", PlannedLaunch(gpu_memory=40 * GB)),
         ("reward", DDP),
-        ("rloo-lora", DDP),
-        ("rloo-3.1", DDP),
-        ("rloo-full", zero(3, offload_optimizer=True, host_memory=512 * GB)),
+        ("rloo-8k", replace(DDP, num_gpus=4)),
+        ("rloo-16k", replace(DDP, num_gpus=4)),
+        ("rloo-32k", zero(3, 4)),
+        ("rloo-3.1", replace(DDP, num_gpus=4)),
+        ("rloo-full", zero(3, 4, offload_optimizer=True, offload_parameters=True, host_memory=512 * GB)),
     ],
 )
 def test_make_plan_fits_every_21b_recipe_on_its_launch(name: str, launch: PlannedLaunch) -> None:
@@ -133,7 +142,7 @@ def test_make_plan_fits_every_21b_recipe_on_its_launch(name: str, launch: Planne
 
 
 def test_make_plan_fits_full_rloo_except_sampling() -> None:
-    plan = make_plan(reka("rloo-full"), zero(3))
+    plan = make_plan(in_process("rloo-full"), zero(3))
     assert [phase.name for phase in plan.overfull] == ["sample"]
     assert plan.phases[1].gpu["rollout weights"] == 2 * 20_905_482_240
 
@@ -143,8 +152,8 @@ def test_make_plan_fits_full_rloo_except_sampling() -> None:
     [
         (reka("sft-lora", "sft.gradient_checkpointing=false"), DDP),
         (reka("sft-full"), DDP),
-        (reka("rloo-lora", "rloo.micro_batch_tokens=65536"), DDP),
-        (reka("rloo-full"), zero(3)),
+        (in_process("rloo-8k", "rloo.micro_batch_tokens=65536"), DDP),
+        (in_process("rloo-full"), zero(3)),
     ],
     ids=["activations", "states", "batches", "rollouts"],
 )
@@ -164,7 +173,7 @@ def test_advise_starts_with_a_change_that_keeps_the_result() -> None:
 
 def test_advise_combines_qlora_with_smaller_batches() -> None:
     """No ZeRO-3 launch fits 4 GPUs of 24 GB, and QLoRA excludes ZeRO-3: the combined change keeps the launch."""
-    plan = make_plan(reka("rloo-lora"), PlannedLaunch(engine="ddp", num_gpus=4, gpu_memory=24 * GB))
+    plan = make_plan(in_process("rloo-8k"), PlannedLaunch(engine="ddp", num_gpus=4, gpu_memory=24 * GB))
     [change] = advise(plan)
     assert change.launch == plan.launch
     assert "load_in_4bit: true" in change.text and "rloo.micro_batch_tokens=2048" in change.text
@@ -190,7 +199,7 @@ def test_make_plan_rejects_sequences_beyond_the_context() -> None:
 
 def test_make_plan_rejects_sequence_parallelism_in_rloo() -> None:
     with pytest.raises(InputError, match="stage rloo has no sequence parallelism"):
-        make_plan(reka("rloo-lora"), zero(3, sequence_parallel=2)).phases  # noqa: B018
+        make_plan(in_process("rloo-8k"), zero(3, sequence_parallel=2)).phases  # noqa: B018
 
 
 # Properties
@@ -213,7 +222,7 @@ def test_make_plan_rejects_qlora_without_gpu_adapter_or_whole_base() -> None:
 
 
 def test_estimate_counts_arithmetic_as_the_roofline_does() -> None:
-    plan = make_plan(reka("rloo-lora", "lora=null", "rloo.beta=0.0", "rloo.gradient_checkpointing=false"), zero(3))
+    plan = make_plan(in_process("rloo-8k", "lora=null", "rloo.beta=0.0", "rloo.gradient_checkpointing=false"), zero(3))
     cost = estimate(plan, Rates())
     config, prompt = plan.rloo, plan.prompt_tokens
     tokens = plan.num_prompts * (prompt + config.num_generations * (config.max_completion_length - 1))
@@ -226,7 +235,7 @@ def test_estimate_counts_arithmetic_as_the_roofline_does() -> None:
 
 
 def test_simulate_step_halves_rollouts_with_twice_the_servers() -> None:
-    recipe = reka("rloo-lora")
+    recipe = in_process("rloo-8k")
     steps = [simulate_step(recipe, 64, servers, 4096, 80 * GB, None, Rates()) for servers in (64, 128)]
     assert steps[0].rollouts == pytest.approx(2 * steps[1].rollouts, rel=0.01)
     assert steps[0].longest_completion == steps[1].longest_completion
@@ -340,6 +349,6 @@ def test_compare_has_a_line_per_method_and_engine(small: list[str], capsys: pyte
 
 def test_make_plan_checks_host_memory() -> None:
     launch = replace(zero(3, offload_optimizer=True), host_memory=128 * GB)
-    plan = make_plan(reka("rloo-full"), launch)
+    plan = make_plan(in_process("rloo-full"), launch)
     assert {phase.name for phase in plan.overfull} >= {"train", "update"}
     assert plan.phases[3].host["optimizer"] == pytest.approx(16 * 20_905_482_240)
