@@ -1,7 +1,6 @@
 """Logging of a run: metrics.jsonl, the progress line, tables of completions, and the recipe's trackers."""
 
 import math
-import resource
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.completions_table import choose_group, completions_table
 from rekatrain.trainer.run.folder import METRICS_FILE, RunFolder
+from rekatrain.trainer.run.memory import peak_host_bytes
 from rekatrain.trainer.run.trackers import Trackers
 
 Metrics = Mapping[str, float | int | None]
@@ -99,7 +99,7 @@ class RunLog:
 
 def _peak_memory() -> dict[str, float]:
     """Return the peak memory of this process so far, in GB: of the host, and of its GPU if it has one."""
-    peak = {"memory/host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}  # Linux counts in KiB
+    peak = {"memory/host": peak_host_bytes() / 1e9}
     return peak | ({"memory/gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
 
 
