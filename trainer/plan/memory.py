@@ -23,6 +23,7 @@ from rekatrain.trainer.plan.states import States, count_states, is_bfloat16, qua
 from rekatrain.trainer.plan.workload import Workload, checkpoints_activations, make_workload, uses_bf16
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.block_mask import block_mask_bytes
 
 # Margin of a GPU: bytes of CUDA's context and NCCL's buffers, and the fraction of the allocated memory that PyTorch's
 # allocator loses to fragmentation. Both are assumptions, not measurements.
@@ -167,7 +168,7 @@ class Plan:
 
     def _score(self) -> tuple[Parts, Parts]:
         static, host = self._static
-        return static + score_peak(self.workload) + self._buffers, host
+        return static + score_peak(self.workload) + self._block_mask + self._buffers, host
 
     def _train(self) -> tuple[Parts, Parts]:
         static, host = self._static
@@ -183,7 +184,7 @@ class Plan:
             parts["attention mask"] = (1 + 2) * self.workload.sequence_tokens**2
         if quantization_of(self.recipe):
             parts["dequantized weight"] = 2 * self.shape.largest_linear
-        return static + parts + buffers, host
+        return static + parts + self._block_mask + buffers, host
 
     def _update(self) -> tuple[Parts, Parts]:
         static, host = self._static
@@ -225,8 +226,15 @@ class Plan:
         return self.recipe.stage == "sft" and bool(self.recipe.sft.get("packing")) and not is_flash
 
     @property
+    def _block_mask(self) -> Parts:
+        """Bytes of the blocks by which FlexAttention skips what a token does not see (stage rloo, on a GPU)."""
+        if self.recipe.stage != "rloo" or self.launch.is_cpu:
+            return Counter()
+        return Counter({"attention mask": block_mask_bytes(self.workload.micro_batch_tokens)})
+
+    @property
     def _decoding_copies(self) -> float:
-        """Bytes of the sampler's copies of the linear layers (trainer/rloo/kernels/cpu/packed_weights.py)."""
+        """Bytes of the sampler's copies of the linear layers (trainer/rloo/kernels/cpu.py)."""
         weights = self.shape.num_linear + self.shape.num_head + self.shape.num_adapter
         is_16_bit = is_bfloat16(self.recipe) or (self.launch.engine == "deepspeed" and self.uses_bf16)
         if is_16_bit:

@@ -21,7 +21,13 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.processes.launch import adapt_to_device, check_engine, prepare_deepspeed, read_launch
+from rekatrain.trainer.processes.launch import (
+    adapt_to_device,
+    check_engine,
+    keep_gradients_in_float32,
+    prepare_deepspeed,
+    read_launch,
+)
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.gather import gathered
 
@@ -51,6 +57,7 @@ def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
     if is_deepspeed:
         plugin = accelerator.state.deepspeed_plugin
         adapt_to_device(plugin)
+        keep_gradients_in_float32(plugin)
         # DeepSpeed requires sizes, but micro-batches are laid out by tokens and their denominators are the step's.
         # `backward` says where an update ends, `update_weights` the norm to clip to.
         plugin.deepspeed_config.update(

@@ -34,6 +34,7 @@ from rekatrain.trainer.processes.launch import (
     announce,
     check_engine,
     check_mixed_precision,
+    keep_gradients_in_float32,
     prepare_deepspeed,
     read_launch,
 )
@@ -98,6 +99,7 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
         raise InputError(f"{name}: {str(error).splitlines()[0]}") from error
     if config.deepspeed_plugin is not None:
         adapt_to_device(config.deepspeed_plugin)
+        keep_gradients_in_float32(config.deepspeed_plugin)
         _check_deepspeed(name, config, config.deepspeed_plugin)
     return config
 

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import FIRST_NORMS, GradientClipper, make_accelerator, update_weights
+from tests.helpers.forks import Launch, start_forked
+from tests.trainer.rloo.float32_gradients import NUM_BATCHES, SMALL
 
 
 def make_clipper(**settings: float) -> GradientClipper:
@@ -39,6 +41,17 @@ def clip(clipper: GradientClipper, norm: float) -> tuple[float, float]:
 def test_later_run_of_a_process_has_its_own_precision() -> None:
     for bf16, precision in ((False, "no"), (True, "bf16"), (False, "no")):
         assert make_accelerator(bf16=bf16, ddp_timeout=60).mixed_precision == precision
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_backward_adds_bfloat16_gradients_up_in_float32(stage: int, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("float32_gradients.py")
+    started = start_forked(tmp_path, str(script), "norm.json", launch=Launch(num_processes=2, file=f"zero{stage}.yaml"))
+    assert started.wait() == 0, started.output()
+    # Over micro-batches and both processes, of 8 equal elements; with sums in bfloat16 it is 8^0.5 times 1.06 or less.
+    expected = math.sqrt(8) * (1 + (2 * NUM_BATCHES - 1) * SMALL)
+    assert json.loads((tmp_path / "norm.json").read_text()) == pytest.approx(expected, rel=1e-6)
 
 
 NORMS = [3.0, 1.0, 2.0, 8.0, 5.0, 0.5, 4.0, 2.5, 1.5, 6.0, 20.0, 1.0, 30.0, 2.0, 9.0]

@@ -18,17 +18,20 @@ from typing import Any, Protocol, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.rloo.kernels.block_mask import make_block_mask
 from rekatrain.trainer.rloo.kernels.cpu import attend_groups
 
 NAME = "rekatrain_groups"
 # Tokens per completion that are allocated at first; the allocation doubles when it is full.
 FIRST_ROOM = 64
+# Graphs of FlexAttention in one process: about 7 in a run with an adapter and an evaluation; torch's default is 8.
+RECOMPILE_LIMIT = 32
 
 
 class Layout(Protocol):
@@ -95,7 +98,7 @@ class PackedGroups:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend by FlexAttention on a GPU, skipping empty blocks, and by `attend_groups` on a CPU; both are exact."""
         if self._device.type == "cuda":
-            output = _compiled_flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
+            output = compiled_flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
         else:
             output = attend_groups(query, key, value, self._groups, scaling)
         return output.transpose(1, 2)
@@ -103,21 +106,7 @@ class PackedGroups:
     @cached_property
     def block_mask(self) -> BlockMask:
         """The attention pattern of the groups as FlexAttention reads it."""
-        device = self._device
-        group_of = [index for index, (prompt, lengths) in enumerate(self._groups) for _ in range(prompt + sum(lengths))]
-        member_of = [
-            member
-            for prompt, completions in self._groups
-            for member, length in enumerate([prompt, *completions])  # member 0 is the prompt
-            for _ in range(length)
-        ]
-        group_T, member_T = torch.tensor(group_of, device=device), torch.tensor(member_of, device=device)
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_in_view = (member_T[key] == 0) | (member_T[key] == member_T[query])
-            return (query >= key) & (group_T[query] == group_T[key]) & is_in_view
-
-        return create_block_mask(sees, None, None, len(group_of), len(group_of), device=device)
+        return make_block_mask(self._groups, self._device)
 
 
 def _positions(prompt: int, completions: Sequence[int]) -> list[tuple[int, int]]:
@@ -125,8 +114,15 @@ def _positions(prompt: int, completions: Sequence[int]) -> list[tuple[int, int]]
 
 
 @cache
-def _compiled_flex() -> Any:  # torch.compile loses the signature
-    return torch.compile(flex_attention, dynamic=True)
+def compiled_flex() -> Any:  # torch.compile loses the signature
+    """Return FlexAttention as one compiled graph.
+
+    Uncompiled it is dense attention with a score for each pair of tokens. `fullgraph` makes an error of what would
+    otherwise fall back to that without a message: a graph break, or more graphs than `recompile_limit`. Lengths share a
+    graph; one more is compiled for each of: less than two blocks, a single token, no gradient, another dtype.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 class ForkedCache:
