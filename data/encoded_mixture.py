@@ -45,10 +45,14 @@ def encode_mixture(
 
     encoded = [located(prefix, name, encode, keywords) for prefix, keywords in source_keywords(name, section)]
     check_sources(name, section, [one.origin for one in encoded])
-    indices = shares(name, [one.origin for one in encoded], [len(one.counts) for one in encoded])
+    # A conversation without a row, such as one that was too long, has no part in the shares.
+    kept = [np.flatnonzero(one.counts) for one in encoded]
+    indices = shares(name, [one.origin for one in encoded], [len(some) for some in kept])
     whole = concatenate_datasets([one.rows.dataset for one in encoded]) if len(encoded) > 1 else encoded[0].rows.dataset
     starts = np.cumsum([0, *(len(one.counts) for one in encoded)])
-    conversations = np.concatenate([start + np.array(some) for start, some in zip(starts[:-1], indices, strict=True)])
+    conversations = np.concatenate(
+        [start + some[np.array(drawn)] for start, some, drawn in zip(starts[:-1], kept, indices, strict=True)]
+    )
     if by is not None:
         keys = [key for one in encoded for key in one.keys]
         values = [keys[index] for index in conversations]

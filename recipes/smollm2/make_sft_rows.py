@@ -1,6 +1,7 @@
-"""Write the SFT rows of the quickstart: worked sums, as JSONL of messages.
+"""Write SFT rows of worked sums, as JSONL of messages: one line of reasoning for each addition.
 
 python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
+python recipes/smollm2/make_sft_rows.py runs/reasoning/sft.jsonl --recipe recipes/smollm2/reasoning-rloo.yaml
 """
 
 import argparse
@@ -20,18 +21,34 @@ def main() -> None:
     """Write worked sums that are not in the held-out rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL file to write")
-    file = parser.parse_args().file
-    recipe = YAML(typ="safe", pure=True).load(RLOO_RECIPE)
+    parser.add_argument("--recipe", type=Path, default=RLOO_RECIPE, help="recipe whose dataset has the sums")
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="number of rows at most")
+    options = parser.parse_args()
+    file: Path = options.file
+    recipe = YAML(typ="safe", pure=True).load(options.recipe)
     held_out = {row.messages[0]["content"] for row in load_rows(**recipe["eval_dataset"]).rows}
     rows = [row for row in load_rows(**recipe["dataset"]).rows if row.messages[0]["content"] not in held_out]
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
-        for row in rows[:NUM_ROWS]:
+        for row in rows[: options.rows]:
             user, assistant = row.messages
             expression = user["content"].removeprefix("Calculate ").removesuffix(".")
-            thought = f"{expression} = {assistant['content']}"
-            messages = [user, {**assistant, "reasoning_content": thought}]
+            messages = [user, {**assistant, "reasoning_content": work_out(expression)}]
             lines.write(json.dumps({"messages": messages}) + "\n")
+
+
+def work_out(expression: str) -> str:
+    """Return the additions of a sum, from left to right.
+
+    >>> work_out("7 + 25 + 10")
+    '7 + 25 = 32\\n32 + 10 = 42'
+    """
+    total, *others = [int(term) for term in expression.split(" + ")]
+    steps = []
+    for term in others:
+        steps.append(f"{total} + {term} = {total + term}")
+        total += term
+    return "\n".join(steps)
 
 
 if __name__ == "__main__":

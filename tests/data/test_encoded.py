@@ -69,6 +69,18 @@ def test_encoded_rows_equal_those_in_memory(section: Any, tokenizer: PreTrainedT
     assert rows[1] == expected[1] and list(rows[1:3]) == expected[1:3]
 
 
+def test_rows_left_out_for_length_keep_the_shares(tokenizer: PreTrainedTokenizerFast) -> None:
+    def chat(words: int, answer: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "word " * words}, {"role": "assistant", "content": answer}]
+        return {"messages": turns}
+
+    write_jsonl(Path("short.jsonl"), *[chat(1, "S")] * 30)
+    write_jsonl(Path("mixed.jsonl"), *[chat(500, "L")] * 45, *[chat(1, "M")] * 10)
+    section = [{"path": "short.jsonl", "weight": 1}, {"path": "mixed.jsonl", "weight": 1, "long_rows": "skip"}]
+    texts = [tokenizer.decode(row.input_ids) for row in encode_mixture(section, tokenizer, 200, {}).rows]
+    assert [sum(text.endswith(f" {name} <sep>") for text in texts) for name in "SM"] == [20, 20]
+
+
 def test_encoded_rows_are_made_once(
     cache: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:

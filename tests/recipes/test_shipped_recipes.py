@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -41,17 +42,41 @@ def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
         ("runs/reasoning/sft.jsonl", rows),
         ("runs/politeness/train.jsonl", pairs[:16]),
         ("runs/politeness/held_out.jsonl", pairs[16:]),
+        *mixed_rows().items(),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
+def mixed_rows() -> dict[str, list[dict[str, Any]]]:
+    """Return rows of the four sources of mixture-sft.yaml and mixture-rloo.yaml, by path."""
+    thought = [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Hi."}]
+    turns = [{"role": "user", "content": [{"type": "text", "value": "Hi"}]}, {"role": "assistant", "content": thought}]
+    return {
+        "datasets/gsm8k/train.jsonl": [
+            {"question": f"{n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(300)
+        ],
+        "datasets/oasst/en_100_tree.jsonl": [
+            {"prompt": {"role": "prompter", "text": f"Hi {n}", "replies": [{"role": "assistant", "text": "Hi."}]}}
+            for n in range(30)
+        ],
+        "datasets/reasoning_traces/reason_tool_use_demo_50.jsonl": [{"messages": turns, "tools": "[]"}] * 3,
+        "datasets/reasoning_traces/sample_openrouter_outputs.json": [
+            {"problem": "1 + 1?", "gtruth_answer": "2", "message_thinking": "Hm.", "message_content": "2"}
+        ],
+        "datasets/mbpp/mbpp.jsonl": [
+            {"text": f"Add {n}.", "code": f"def f(a):\n    return a + {n}", "test_list": [f"assert f(1) == {n + 1}"]}
+            for n in range(60)
+        ],
+    }
+
+
 def test_recipes_of_both_models_have_the_same_names() -> None:
     large = {path.stem for path in (FOLDER.parent / "reka-flash-3").glob("*.yaml")}
     same = {"sft": "sft-full", "rloo": "rloo-full", "rloo-lora": "rloo-8k"}
     # What is shown on a small model alone.
-    series = ("raft-", "reasoning-", "mixture-")
+    series = ("raft-", "reasoning-", "mixture-", "multi-task-")
     small = {same.get(path.stem, path.stem) for path in RECIPES if not path.stem.startswith(series)}
     assert small == large - {"rloo-16k", "rloo-32k"}  # a small model's completions are short in every stage
     methods = {"sft-lora", "sft-full", "sft-qlora", "reward", "rloo-full", "rloo-3.1"}
@@ -75,6 +100,30 @@ def test_recipe_trains_for_two_steps(path: Path, workspace: Path, monkeypatch: p
     )
     state = json.loads((out / "checkpoints" / "checkpoint-2" / STATE_FILE).read_text())
     assert state["global_step"] == 2
+
+
+def test_mixture_recipe_judges_each_source_by_its_rewards(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    out = workspace / "out" / "mixture-sources"
+    overrides = ["model.pretrained_model_name_or_path=model", f"output_dir={out}"]
+    overrides += ["rloo.max_steps=4", "rloo.prompts_per_step=8", "rloo.max_completion_length=8"]
+    main(["train", str(FOLDER / "mixture-rloo.yaml"), *overrides])
+    records = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    judged: dict[str, set[str]] = {}
+    for record in records:
+        names = {name for name, value in record["rewards"].items() if value is not None}
+        judged.setdefault(record["source"], names)
+        assert judged[record["source"]] == names
+    assert judged == {
+        "problems": {"math_answer", "reasoning_format"},
+        "chats": {"reasoning_format"},
+        "traces": {"math_answer", "reasoning_format"},
+        "code": {"code_tests", "reasoning_format"},
+    }
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {name for step in metrics for name in step if name.startswith("reward/")} >= {
+        f"reward/{source}" for source in judged
+    }
 
 
 def test_qlora_recipe_is_rejected_without_a_gpu() -> None:
