@@ -12,6 +12,7 @@ examples:
   rekatrain recipes my-recipes                               write the shipped recipes into a folder of yours
   rekatrain train my-recipes/smollm2/rloo.yaml --dry-run     check everything, load no weights
   rekatrain train my-recipes/smollm2/rloo.yaml rloo.max_steps=100
+  rekatrain launch my-recipes/reka-flash-3/sft-lora.yaml     train on all GPUs of this machine
   accelerate launch --config_file my-recipes/accelerate/zero3.yaml -m rekatrain train RECIPE
   rekatrain COMMAND --help                                   show a command's options
 """
@@ -28,6 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rekatrain {rekatrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     _add_train(commands.add_parser("train", help="train a model: run the recipe's stage (sft, reward or rloo)"))
+    _add_launch(
+        commands.add_parser("launch", help="train on all GPUs: start the vLLM servers and the training processes")
+    )
     _add_plan(commands.add_parser("plan", help="print the memory and the time that a run needs; load no weights"))
     _add_sample(commands.add_parser("sample", help="roll out a few prompts and print their rewards; train nothing"))
     for name, help, description in (
@@ -66,6 +70,23 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and one row, and stop"
     )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in output_dir; start from the beginning if there is none",
+    )
+    command.add_argument(
+        "--skip-memory-check", action="store_true", help="start even if the plan says that the run cannot fit"
+    )
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Start the vLLM servers and the training processes of a recipe, watch them, and end all of them with the run. "
+        "The recipe's section launch: decides, or else the plan. Exit status: that of rekatrain train."
+    )
+    _add_recipe(command)
+    command.add_argument("--dry-run", action="store_true", help="print the commands that would be started, and stop")
     command.add_argument(
         "--resume",
         action="store_true",

@@ -44,6 +44,7 @@ class Recipe:
     evaluate:     keywords of `trainer.held_out_prompts.EvaluateConfig`
     generate:     keywords of `trainer.synthesis.config.GenerateConfig`
     filter:       keywords of `trainer.synthesis.config.FilterConfig`
+    launch:       keywords of `trainer.launch.section.LaunchConfig`, for `rekatrain launch`
     wandb:        keywords of `wandb.init`; without a tracker nothing is recorded outside the run folder
     tensorboard:  keywords of `torch.utils.tensorboard.SummaryWriter`; log_dir is by default in the run folder
     trackio:      keywords of `trackio.init`
@@ -71,6 +72,7 @@ class Recipe:
     evaluate: Section = field(default_factory=dict)
     generate: Section | None = None
     filter: Section | None = None
+    launch: Section | None = None
     wandb: Section | None = None
     tensorboard: Section | None = None
     trackio: Section | None = None

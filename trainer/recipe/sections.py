@@ -14,6 +14,7 @@ from rekatrain.data.options import check_keywords, check_type
 from rekatrain.data.ranges import CountOrZero, Seed
 from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.scoring import ScoringConfig
+from rekatrain.trainer.launch.section import check_launch
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.upstream import (
@@ -54,6 +55,8 @@ def check_sections(recipe: Recipe) -> None:
         RLOOConfig(**recipe.rloo)
     if recipe.stage == "rloo" or recipe.rewards:
         build_reward_functions(recipe.rewards)
+    if recipe.launch is not None:
+        check_launch(recipe.launch, stage=recipe.stage, rloo=recipe.rloo)
     if recipe.generate is not None:
         check_synthesis("generate", recipe.generate, recipe.rewards)
     if recipe.filter is not None:

@@ -67,7 +67,7 @@ RULES = (
         "eval_dataset eval_dataset.* evaluate.* wandb wandb.* tensorboard tensorboard.* trackio trackio.*",
         _RECORDS,
     ),
-    Rule(FREE, "-", "generate generate.* filter filter.*", "other commands read it"),
+    Rule(FREE, "-", "generate generate.* filter filter.* launch launch.*", "other commands read it"),
     Rule(FREE, "-", "on_nonfinite max_nonfinite_skips stop_if.* time_limit", _ENDS),
     Rule(FREE, _ALL, "max_steps", _LENGTH),
     Rule(FREE, _TRL, "num_train_epochs", _LENGTH),

@@ -14,6 +14,7 @@ from rekatrain.rewards.compose import OwnKeys
 from rekatrain.rewards.registry import REWARDS, read_signature
 from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.held_out_prompts import EvaluateConfig
+from rekatrain.trainer.launch.section import LaunchConfig
 from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.lora_keys import LORA_ALLOWED
@@ -47,6 +48,7 @@ SECTIONS = {
     "evaluate": [field.name for field in fields(EvaluateConfig)],
     "generate": [field.name for field in fields(GenerateConfig)],
     "filter": [field.name for field in fields(FilterConfig)],
+    "launch": [field.name for field in fields(LaunchConfig)],
     "stop_if": [field.name for field in fields(StopConfig)],
     "wandb": ["project", "mode"],
     "tensorboard": ["log_dir"],
@@ -76,13 +78,24 @@ KEYS = {
             micro_batch_tokens
             per_device_generation_batch_size
             gradient_checkpointing max_unscorable_steps ddp_timeout restart_optimizer vllm_server_base_url
-            vllm_server_timeout vllm_request_timeout vllm_weight_transfer
+            vllm_server_timeout vllm_request_timeout vllm_weight_transfer vllm_enable_sleep_mode
         """,
         "model": "pretrained_model_name_or_path revision",
         **{
             name: " ".join({*SECTIONS[name]} - ({"order", "rewards"} if name == "dataset" else set()))
-            for name in ("dataset", "eval_dataset", "chat", "scoring", "evaluate", "generate", "filter", "stop_if")
+            for name in (
+                "dataset",
+                "eval_dataset",
+                "chat",
+                "scoring",
+                "evaluate",
+                "generate",
+                "filter",
+                "launch",
+                "stop_if",
+            )
         },
+        "stop_if": " ".join(SECTIONS["stop_if"]),
         "wandb": "project mode",
         "tensorboard": "log_dir",
         "trackio": "project",
@@ -109,7 +122,9 @@ KEYS = {
 # Sections as a whole, which one of two recipes may lack.
 WHOLE = {
     "lora": REFUSED,
-    **dict.fromkeys(("dataset", "eval_dataset", "generate", "filter", "wandb", "tensorboard", "trackio"), FREE),
+    **dict.fromkeys(
+        ("dataset", "eval_dataset", "generate", "filter", "launch", "wandb", "tensorboard", "trackio"), FREE
+    ),
     "rewards.math_answer": REFUSED,
 }
 

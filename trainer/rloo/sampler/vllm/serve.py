@@ -9,6 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -23,6 +26,28 @@ from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
 # The environment variable with the Python of an environment that has vLLM, where that is not the trainer's.
 VLLM_PYTHON = "VLLM_PYTHON"
+# Without importing it, which takes seconds.
+FIND_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The options of one server that the recipe does not decide.
+
+    has_gpu:                False for a server on the CPU
+    tensor_parallel_size:   number of its GPUs
+    gpu_memory_utilization: fraction of their memory that it uses; None: vLLM's default
+    enable_sleep_mode:      True if it gives its memory back while the policy trains
+    others:                 further options of vLLM by name; a switch is True or False
+    """
+
+    host: str
+    port: int
+    has_gpu: bool
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
+    enable_sleep_mode: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parallel_size: int, print_only: bool) -> None:
@@ -33,9 +58,10 @@ def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parall
     setup = prepare(recipe)
     if port is None:
         port = next((urlsplit(url).port for url in setup.config.vllm_server_urls), None) or 8000
-    arguments, environment = server_command(
-        recipe, setup, host=host, port=port, tensor_parallel_size=tensor_parallel_size
+    options = ServerOptions(
+        host=host, port=port, has_gpu=torch.cuda.is_available(), tensor_parallel_size=tensor_parallel_size
     )
+    arguments, environment = server_command(recipe, setup, options)
     python = os.environ.get(VLLM_PYTHON) or sys.executable
     command = [python, "-m", "vllm.entrypoints.openai.api_server", *arguments]
     if print_only:
@@ -43,28 +69,44 @@ def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parall
         return
     # PYTHONPATH points into this environment, not into vLLM's.
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if subprocess.run([python, "-c", "import vllm"], env=inherited, capture_output=True).returncode != 0:
+    check_vllm_python(python, VLLM_PYTHON)
+    os.execve(python, command, {**inherited, **environment})
+
+
+def has_vllm(python: str) -> bool:
+    """Return True if the environment of this Python has vLLM; OSError if the program cannot be started."""
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([python, "-c", FIND_VLLM], env=inherited, capture_output=True).returncode == 0
+
+
+def check_vllm_python(python: str, key: str) -> None:
+    """Raise InputError unless the environment of this Python has vLLM; `key` is where the user names it."""
+    try:
+        is_there = has_vllm(python)
+    except OSError as error:
+        raise InputError(
+            f"{key}: {python!r} cannot be started ({error.strerror}): write the path of the Python of an environment "
+            "that has vllm>=0.30"
+        ) from None
+    if not is_there:
         raise InputError(
             f"{python} has no vLLM: install vllm>=0.30 in a separate environment and set the environment variable "
             f"{VLLM_PYTHON} to its Python"
         )
-    os.execve(python, command, {**inherited, **environment})
 
 
-def server_command(
-    recipe: Recipe, setup: RunSetup, *, host: str, port: int, tensor_parallel_size: int
-) -> tuple[list[str], dict[str, str]]:
+def server_command(recipe: Recipe, setup: RunSetup, server: ServerOptions) -> tuple[list[str], dict[str, str]]:
     """Return the arguments and the environment variables of a server that fits the recipe's run."""
     longest = max(len(prompt.ids) for prompt in setup.prompts) + setup.config.max_completion_length
     dtype = "bfloat16" if setup.config.bf16 else recipe.model.get("dtype", "bfloat16")
     source = find_source(recipe.model["pretrained_model_name_or_path"])
     options: dict[str, object] = {
         "model": source.base,
-        "host": host,
-        "port": port,
+        "host": server.host,
+        "port": server.port,
         "dtype": dtype,
         "max-model-len": longest,
-        "tensor-parallel-size": tensor_parallel_size,
+        "tensor-parallel-size": server.tensor_parallel_size,
         # Log-probs of the distribution that tokens are drawn from, and no sampling defaults of the model's folder.
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
@@ -75,8 +117,8 @@ def server_command(
         options |= {"revision": revision, "tokenizer-revision": revision}
     if setup.config.vllm_weight_transfer == "nccl":
         options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
-    flags = []
-    if not torch.cuda.is_available():
+    flags = ["--enable-sleep-mode"] if server.enable_sleep_mode else []
+    if not server.has_gpu:
         # On a CPU, vLLM 0.30 crashes when it prefills a prompt of a seeded request in chunks.
         flags.append("--no-enable-chunked-prefill")
     # Runtime adapters and weight versions need vLLM's development mode: do not expose the port to the network.
@@ -87,4 +129,16 @@ def server_command(
         flags.append("--enable-lora")
         options |= {"max-lora-rank": min(size for size in MAX_RANKS if size >= rank), "max-loras": 1}
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    return [*flags, *(text for name, value in options.items() for text in (f"--{name}", str(value)))], environment
+    arguments = [*flags, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    for name, value in server.others.items():
+        arguments += _words(name.replace("_", "-"), value)
+    return arguments, environment
+
+
+def _words(name: str, value: object) -> list[str]:
+    """Return the arguments of one option of vLLM."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -1,0 +1,201 @@
+"""Servers and trainers of a launch, with small programs in their place: statuses, restarts, signals, no leftovers."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rekatrain.data.errors import TrainingStopped
+from rekatrain.trainer.launch.output import Output
+from rekatrain.trainer.launch.processes import Command
+from rekatrain.trainer.launch.servers import Server, Servers
+from rekatrain.trainer.launch.supervise import Supervisor
+
+# Serves /health, with a child as vLLM has; dies when a file appears.
+SERVER = """
+import http.server, os, pathlib, subprocess, sys, threading, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open("children", "a") as file:
+    file.write(f"{child.pid}\\n")
+def watch():
+    while not os.path.exists("die"):
+        time.sleep(0.02)
+    os.remove("die")
+    print("ValueError: no room for the cache", flush=True)
+    os._exit(9)
+threading.Thread(target=watch, daemon=True).start()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def server(script: str = SERVER) -> Server:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = Command(name="server", argv=[sys.executable, "-c", script, str(port)])
+    return Server(command=command, url=f"http://127.0.0.1:{port}")
+
+
+def trainer(script: str, name: str = "trainer") -> Command:
+    return Command(name=name, argv=["bash", "-c", script, "trainer"])
+
+
+def run(
+    servers: list[Server], *trainers: Command, max_restarts: int = 1, start_timeout: float = 60, **options: bool
+) -> int:
+    output = Output(["server", "trainer"])
+    group = Servers(servers, output, start_timeout=start_timeout, max_restarts=max_restarts)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    try:
+        return Supervisor(group, trainers, output, **options).run()
+    finally:
+        left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        assert left == []
+        for line in Path("children").read_text().split() if Path("children").exists() else []:
+            assert not psutil.pid_exists(int(line))
+
+
+def later(action) -> None:
+    """Do something in another thread once the trainer has made the file `started`."""
+
+    def wait() -> None:
+        while not Path("started").exists():
+            time.sleep(0.01)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_status_is_that_of_the_trainer(status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([server()], trainer(f"echo a line of it; exit {status}")) == status
+    shown = capfd.readouterr().err
+    assert "rekatrain: waiting for 1 vLLM server(s) | servers 0/1 up" in shown
+    assert "rekatrain: training | servers 1/1 up" in shown and "\n[trainer] a line of it\n" in shown
+
+
+def test_trainer_starts_alone_without_servers() -> None:
+    assert run([], trainer("exit 3")) == 3
+
+
+def test_first_failure_of_several_trainers_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rekatrain.trainer.launch.supervise.TRAINER_END_SECONDS", 0.5)
+    assert run([], trainer("sleep 600", "trainer 0"), trainer("exit 1", "trainer 1")) == 1
+
+
+def test_interrupted_trainer_may_save_while_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rekatrain.trainer.launch.supervise.TRAINER_END_SECONDS", 0.1)
+    trainers = trainer("sleep 1; exit 75", "trainer 0"), trainer("exit 75", "trainer 1")
+    assert run([], *trainers) == 75
+
+
+def test_server_that_dies_is_started_again(capfd: pytest.CaptureFixture[str]) -> None:
+    # Ends once the second server is there.
+    script = "touch started; while [ $(wc -l <children) -lt 2 ]; do sleep 0.05; done; sleep 1.5"
+    later(lambda: Path("die").touch())
+    assert run([server()], trainer(script)) == 0
+    shown = capfd.readouterr().err
+    assert "server died with status 9 (ValueError: no room for the cache): restart 1 of 1" in shown
+    assert len(Path("children").read_text().split()) == 2
+
+
+def test_server_that_dies_too_often_ends_the_run_saved() -> None:
+    script = "trap 'touch saved; exit 75' TERM; touch started; while :; do sleep 0.05; done"
+    later(lambda: Path("die").touch())
+    with pytest.raises(
+        TrainingStopped, match="server died 1 times, last with status 9: ValueError: no room .*--resume"
+    ):
+        run([server()], trainer(script), max_restarts=0)
+    assert Path("saved").exists()
+
+
+def test_server_that_needs_the_gpus_restarts_the_trainer() -> None:
+    script = 'trap \'exit 75\' TERM; echo "x$@" >>starts; touch started; [ "$1" = --resume ] && exit 0; '
+    script += "while :; do sleep 0.05; done"
+    later(lambda: Path("die").touch())
+    assert run([server()], trainer(script), restarts_trainers=True) == 0
+    assert Path("starts").read_text() == "x\nx--resume\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (
+            "print('INFO start'); raise RuntimeError('out of memory')",
+            "ended with status 1 .*: RuntimeError: out of memory",
+        ),
+        (
+            "import time; print('loading', flush=True); time.sleep(600)",
+            "is not ready after 1 s; its last line: loading;",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", "ended with status 137 before it was ready: it printed nothing"),
+    ],
+)
+def test_server_that_does_not_start_is_one_error(script: str, error: str) -> None:
+    with pytest.raises(TrainingStopped, match=f"^server {error}"):
+        run([server(script)], trainer("exit 0"), start_timeout=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_is_handed_on_and_the_trainer_may_save(number: signal.Signals) -> None:
+    name = number.name.removeprefix("SIG")
+    script = f"trap 'sleep 0.5; touch saved; exit 75' {name}; touch started; while :; do sleep 0.05; done"
+    later(lambda: os.kill(os.getpid(), number))
+    assert run([server()], trainer(script)) == 75
+    assert Path("saved").exists()
+
+
+def test_hangup_lets_the_trainer_save_as_sigterm_does() -> None:
+    script = "trap 'exit 75' TERM; touch started; while :; do sleep 0.05; done"
+    later(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert run([], trainer(script)) == 75
+
+
+def test_second_signal_ends_a_trainer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rekatrain.trainer.launch.supervise.TRAINER_KILL_SECONDS", 0.2)
+    script = "trap '' TERM; touch started; while :; do sleep 0.05; done"
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    later(twice)
+    assert run([server()], trainer(script)) == 137
+
+
+def test_signal_while_servers_start_ends_with_75() -> None:
+    def soon() -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=soon, daemon=True).start()
+    assert run([server("import time; time.sleep(600)")], trainer("touch started")) == 75
+    assert not Path("started").exists()
+
+
+def test_killed_keepers_leave_nothing() -> None:
+    def kill() -> None:
+        for child in psutil.Process().children():
+            if "keep.py" in " ".join(child.cmdline()):
+                child.kill()
+
+    later(kill)
+    assert run([server()], trainer("sleep 600 & touch started; sleep 600"), max_restarts=0) == 137

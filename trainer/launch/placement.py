@@ -1,0 +1,62 @@
+"""Which GPUs of a node serve and which train: by the section `launch:`, and where it is silent by the plan.
+
+split:      the GPUs are divided between vLLM servers and training processes; the split with the shortest step by the
+            estimates of `rekatrain plan --scale-out`, of those that fit
+shared:     one server with tensor parallelism spans the GPUs that train under ZeRO-3, by turns (sampler/vllm/sleep.py).
+            The plan divides the memory: the server gets what the resting trainer leaves
+in_process: no server: the training processes sample, or the stage samples nothing
+
+Without a GPU there is one server and one training process. Without the section, RLOO is split; shared is chosen where
+no split fits.
+"""
+
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch.gpus import PlacementFinder
+from rekatrain.trainer.launch.nodes import Node, Placement, find_launch_file
+from rekatrain.trainer.launch.section import LaunchConfig
+from rekatrain.trainer.recipe.load import Recipe
+
+
+def place(
+    recipe: Recipe, config: LaunchConfig, node: Node, *, has_vllm: bool, ignores_memory: bool = False
+) -> Placement:
+    """Decide the placement; raise InputError if it is impossible or, without `ignores_memory`, does not fit.
+
+    has_vllm: True if an environment with vLLM is known
+    """
+    samples = recipe.stage == "rloo" and not recipe.rloo.get("vllm_server_base_url")
+    kind = config.placement if samples and (config.placement or has_vllm) else "in_process"
+    if node.num_gpus == 0:
+        return _on_cpu(kind, config, node)
+    finder = PlacementFinder(recipe, config, node, ignores_memory)
+    if kind == "in_process":
+        return finder.in_process()
+    if kind == "split" or config.servers or (config.num_processes or node.num_gpus) < node.num_gpus:
+        return finder.split()
+    if kind == "shared":
+        return finder.shared()
+    try:
+        return finder.split()
+    except InputError as no_split:
+        try:
+            return finder.shared()
+        except InputError:
+            raise no_split from None
+
+
+def _on_cpu(kind: str | None, config: LaunchConfig, node: Node) -> Placement:
+    if kind == "shared":
+        raise InputError("launch.placement shared divides GPUs, and there is none: set it to split")
+    for key in ("tensor_parallel_size", "gpu_memory_utilization"):
+        if getattr(config, key) not in (None, 1):
+            raise InputError(f"launch.{key} is {getattr(config, key)}, but servers on a CPU have no GPU: remove it")
+    processes = config.num_processes or 1
+    usual = "single.yaml" if processes * node.num_nodes == 1 else "ddp.yaml"
+    servers = 0 if kind == "in_process" else config.servers or 1
+    return Placement(
+        kind="in_process" if kind == "in_process" else "split",
+        server_gpus=[[]] * servers,
+        num_processes=processes,
+        launch_file=find_launch_file(config.config_file or usual),
+        reason="without a GPU",
+    )
