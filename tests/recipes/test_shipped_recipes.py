@@ -63,7 +63,8 @@ def mixed_rows() -> dict[str, list[dict[str, Any]]]:
         ],
         "datasets/reasoning_traces/reason_tool_use_demo_50.jsonl": [{"messages": turns, "tools": "[]"}] * 3,
         "datasets/reasoning_traces/sample_openrouter_outputs.json": [
-            {"problem": "1 + 1?", "gtruth_answer": "2", "message_thinking": "Hm.", "message_content": "2"}
+            {"problem": f"{n} + 1?", "gtruth_answer": str(n + 1), "message_thinking": "Hm.", "message_content": "Yes."}
+            for n in range(2)
         ],
         "datasets/mbpp/mbpp.jsonl": [
             {"text": f"Add {n}.", "code": f"def f(a):\n    return a + {n}", "test_list": [f"assert f(1) == {n + 1}"]}
