@@ -11,7 +11,7 @@ from rekatrain.trainer.plan.cost import Rates
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.plan.report import advice_lines, gigabytes, misfits
-from rekatrain.trainer.plan.scale_out import simulate_step
+from rekatrain.trainer.plan.rollout_step import simulate_step
 from rekatrain.trainer.plan.states import base_bytes
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig

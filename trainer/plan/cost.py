@@ -13,25 +13,36 @@ from dataclasses import dataclass
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
 
+# What the fractions below were fitted to: published speeds of other programs on H100 GPUs. A test computes each of them
+# from the rates.
+CALIBRATION = (
+    "training: 608 tokens/s per GPU, LoRA of Llama 3 70B on 8 GPUs (NVIDIA NeMo AutoModel)",
+    "decoding: 439 tokens/s, 16 completions of a model of 27B parameters on one GPU (vLLM)",
+    "LoRA in vLLM: 1,788 of 2,694 tokens/s (vLLM, pull request 11267)",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """The peak rates of a GPU and its links, and the fractions of them that a run is assumed to reach.
 
-    Defaults: NVIDIA H100 SXM5 80 GB (data sheet, nvidia.com/en-us/data-center/h100), with one 400 Gbit/s network port
-    per GPU (DGX H100 data sheet). NVLink's 900 GB/s are both directions together. The training fraction is the one that
-    Meta reached for Llama 3 405B, 38 to 43 % (arXiv 2407.21783, table 4). The other fractions and the time to launch a
-    layer's kernels are our assumptions: no GPU run of this program has confirmed them.
+    Peak rates: NVIDIA H100 SXM5 80 GB (data sheet, nvidia.com/en-us/data-center/h100), with one 400 Gbit/s network port
+    per GPU (DGX H100 data sheet). NVLink's 900 GB/s are both directions together. `CALIBRATION` says what the fitted
+    fractions were fitted to. The others are our assumptions, and no GPU run of this program has confirmed any.
 
     name:                   name of the GPU
     flops:                  dense bfloat16 FLOP/s
     memory:                 bytes per second that the GPU reads from its memory
     nvlink:                 bytes per second and direction between GPUs of a node
     network:                bytes per second and direction between nodes, per GPU
-    training_fraction:      of `flops`
-    memory_fraction:        of `memory`
-    link_fraction:          of `nvlink` and `network`
-    layer_launch_seconds:   seconds to launch the kernels of one layer in eager PyTorch
+    disk:                   bytes per second that a node writes to the disk of checkpoints; an assumption
+    training_fraction:      of `flops`, in training; fitted
+    sampling_fraction:      of `flops`, in the matrix products of many completions that are decoded; an assumption
+    memory_fraction:        of `memory`, in decoding; fitted
+    adapter_fraction:       of the speed of vLLM without an adapter, with one; fitted
+    link_fraction:          of `nvlink` and `network`; an assumption
+    layer_launch_seconds:   seconds to launch the kernels of one layer in eager PyTorch: 56 at 5 us each
+    adapter_launch_seconds: likewise with PEFT's adapter: 98 kernels
     """
 
     name: str = "H100 SXM5"
@@ -39,18 +50,32 @@ class Rates:
     memory: float = 3.35e12
     nvlink: float = 450e9
     network: float = 50e9
-    training_fraction: float = 0.4
-    memory_fraction: float = 0.6
+    disk: float = 2e9
+    training_fraction: float = 0.26
+    sampling_fraction: float = 0.4
+    memory_fraction: float = 0.44
+    adapter_fraction: float = 1788 / 2694
     link_fraction: float = 0.7
-    layer_launch_seconds: float = 2e-4
+    layer_launch_seconds: float = 2.8e-4
+    adapter_launch_seconds: float = 4.9e-4
 
     def describe(self) -> str:
-        """Describe the rates and the assumed fractions in one line."""
+        """Describe the rates and the fractions in one line."""
         return (
             f"{self.name}: {self.training_fraction:.0%} of {self.flops / 1e12:.0f} TFLOP/s, "
             f"{self.memory_fraction:.0%} of {self.memory / 1e12:.2f} TB/s memory, {self.link_fraction:.0%} of NVLink's "
             f"{self.nvlink / 1e9:.0f} GB/s and of the network's {self.network / 1e9:.0f} GB/s per GPU"
         )
+
+    def token_seconds(self, weights: float, cached: float, products: float) -> float:
+        """Return the seconds to decode one token of each completion of a batch: to read memory, or to multiply.
+
+        weights:  bytes of the weights
+        cached:   bytes of the KV cache of the batch
+        products: FLOPs of the batch
+        """
+        read = (weights + cached) / (self.memory * self.memory_fraction)
+        return max(read, products / (self.flops * self.sampling_fraction))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +111,8 @@ def estimate(plan: Plan, rates: Rates) -> Cost:
         flops["sample"] = _forward_flops(plan, sampled + plan.num_prompts * plan.prompt_tokens, pairs)
         if config.beta:
             flops["score"] = forward
-        seconds["sample"] = _decoding_seconds(plan, rates)
+        if not plan.samples_elsewhere:
+            seconds["sample"] = _decoding_seconds(plan, rates)
     traffic = _traffic(plan)
     link = (rates.network if plan.launch.num_nodes > 1 else rates.nvlink) * rates.link_fraction
     seconds |= {
@@ -129,10 +155,9 @@ def _decoding_seconds(plan: Plan, rates: Rates) -> float:
     token_bytes = plan.shape.num_layers * plan.shape.kv_dims * size
     prompts = batch_size / config.num_generations
     cached_tokens = batch_size * config.max_completion_length / 2 + prompts * plan.prompt_tokens
-    read = (weights + token_bytes * cached_tokens) / (rates.memory * rates.memory_fraction)
-    computed = 2.0 * plan.shape.num_base * batch_size / (rates.flops * rates.training_fraction)
-    launched = plan.shape.num_layers * rates.layer_launch_seconds
-    return batches * config.max_completion_length * max(read, computed, launched)
+    seconds = rates.token_seconds(weights, token_bytes * cached_tokens, 2.0 * plan.shape.num_base * batch_size)
+    launch = rates.adapter_launch_seconds if plan.recipe.lora else rates.layer_launch_seconds
+    return batches * config.max_completion_length * max(seconds, plan.shape.num_layers * launch)
 
 
 def _traffic(plan: Plan) -> dict[str, float]:
@@ -154,7 +179,7 @@ def _traffic(plan: Plan) -> dict[str, float]:
             "gradients and updates": ring * trained,
             "parameters gathered": 2 * ring * whole * plan.workload.num_micro_batches,
         }
-        if plan.recipe.stage == "rloo":
+        if plan.recipe.stage == "rloo" and not (plan.samples_elsewhere and plan.recipe.lora):
             traffic["parameters to sample"] = ring * whole
     if launch.sequence_parallel > 1:
         # Ulysses (arXiv 2309.14509): queries, keys, values and outputs are exchanged, forward and backward.

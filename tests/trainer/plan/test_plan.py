@@ -19,7 +19,7 @@ from rekatrain.trainer.plan.cost import Rates, estimate
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.model_size import ModelShape
-from rekatrain.trainer.plan.scale_out import simulate_step
+from rekatrain.trainer.plan.rollout_step import simulate_step
 from rekatrain.trainer.plan.states import count_states
 from rekatrain.trainer.recipe.load import Recipe, load_recipe
 
