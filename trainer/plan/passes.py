@@ -23,6 +23,7 @@ from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, extrapolate_layers, fake_tensors
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.plan.workload import Workload
+from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import (
     LOGIT_BYTES_AT_ONCE,
@@ -149,6 +150,8 @@ def _model(workload: Workload, num_layers: int, checkpointing: bool = False) -> 
         attention = {"attn_implementation": "sdpa" if "flash" in name else name}
     with torch.device("meta"):
         model = build(workload.config, workload.recipe, num_layers, **attention)
+    if workload.recipe.stage == "rloo" and workload.rloo.cast_lm_head_to_fp32:
+        compute_head_in_float32(model)
     model.train()
     if checkpointing and workload.recipe.stage == "rloo":
         model.activation_checkpointing_enable()

@@ -22,6 +22,7 @@ from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import frozen, zero_stage
 from rekatrain.trainer.rloo.kernels.cpu import PassCost
+from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, decoder_and_head, run_decoder
 
 # Tokens whose logits exist at the same time; the backward pass computes them again, chunk by chunk. The float32 logits
@@ -257,7 +258,10 @@ def make_reference(
     if isinstance(policy, PeftModel):
         initial = model
     elif load_again is not None and zero_stage(accelerator) == 3:
-        again = CompletionLogprobs(load_again(), temperature=model.temperature, num_tokens=model.num_tokens)
+        second = load_again()
+        if config.cast_lm_head_to_fp32:
+            compute_head_in_float32(second)
+        again = CompletionLogprobs(second, temperature=model.temperature, num_tokens=model.num_tokens)
         initial = frozen(accelerator, again)
     else:
         initial = frozen(accelerator, copy.deepcopy(model))

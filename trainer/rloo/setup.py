@@ -24,6 +24,7 @@ from rekatrain.trainer.processes.launch import USUAL_DDP_TIMEOUT, check_mixed_pr
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
 from rekatrain.trainer.run.best import BestModel
@@ -98,6 +99,8 @@ class RunSetup:
 
     def make_sampler(self, policy: Policy) -> Sampler:
         """Make the in-process sampler with the settings of this run."""
+        if self.config.cast_lm_head_to_fp32:
+            compute_head_in_float32(policy)
         return Sampler(
             policy,
             self.tokenizer,

@@ -38,6 +38,7 @@ from rekatrain.trainer.rloo.distributed import (
 )
 from rekatrain.trainer.rloo.evaluation import HEADLINE as EVALUATED
 from rekatrain.trainer.rloo.evaluation import Evaluation
+from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.grouped_attention import NAME as GROUPED_ATTENTION
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
@@ -215,6 +216,8 @@ def load_prepared_policy(recipe: Recipe, config: RLOOConfig, accelerator: Accele
     policy.to(accelerator.device)
     decoder, _ = decoder_and_head(policy)
     decoder.set_attn_implementation(GROUPED_ATTENTION)
+    if config.cast_lm_head_to_fp32:
+        compute_head_in_float32(policy)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     return policy

@@ -111,6 +111,8 @@ def server_command(recipe: Recipe, setup: RunSetup, server: ServerOptions) -> tu
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
     }
+    if setup.config.cast_lm_head_to_fp32:
+        options["hf-overrides"] = json.dumps({"head_dtype": "float32"})
     if listed := num_listed(setup.config, setup.tokenizer):
         options["max-logprobs"] = listed
     if revision := base_revision(source, recipe.model.get("revision")):
