@@ -1,7 +1,7 @@
 """Static memory of one process and its host: parameters, gradients, optimizer states, and copies of parameters.
 
-Bytes per parameter, counted as DeepSpeed's estimators count them (test_plan.py compares the two): 16-bit parameters
-and gradients 2 each, float32 gradients 4, float32 weights 4, AdamW's moments 8.
+Bytes per parameter, counted as DeepSpeed's estimators count them (test_plan.py compares the two): 16-bit parameters 2,
+float32 gradients 4, float32 weights 4, AdamW's moments 8. The estimators assume gradients of 16 bits, we accumulate 32.
 """
 
 from collections import Counter
@@ -85,7 +85,9 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
     if is_adapter:
         weights["adapters"] = shape.num_adapter * size // launch.shards(3)
     trained = shape.num_trained
-    gradients = trained * size / launch.shards(2)
+    # Micro-batches are added up in float32, whatever the dtype of the weights is. Stage 1 has float32 gradients of the
+    # whole model on each process, beside those of a backward pass.
+    gradients = trained * (4 + (size if is_16_bit and launch.zero_stage < 2 else 0)) / launch.shards(2)
     # Per trained parameter: 4 bytes of float32 weight, 8 of moments, and, if the model has 16 bits, 4 of float32
     # gradient. Stage 3 has float32 gradients for one sub-group at a time: DeepSpeed's estimator counts 2 bytes.
     is_by_sub_group = launch.zero_stage == 3 and not launch.offload_optimizer
@@ -97,7 +99,8 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
     if launch.offload_parameters and launch.zero_stage == 3:
         host["parameters"] = weights.total() * launch.gpus_per_node
         weights = Counter()
-    buffers = float(size * min(trained, REDUCE_BUCKET))
+    # A bucket of 16-bit gradients is reduced as a float32 copy.
+    buffers = float((size + (4 if is_16_bit else 0)) * min(trained, REDUCE_BUCKET))
     if launch.zero_stage == 3:
         buffers += size * min(shape.num_all, max(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, shape.largest_module))
     needs_whole = recipe.stage == "rloo" and launch.zero_stage == 3 and launch.num_gpus > 1

@@ -68,7 +68,9 @@ def test_count_states_agrees_with_deepspeeds_estimators(stage: int, offload: str
             cpu_offload_params=offload == "all",
             **nodes,
         )
-    assert on_gpu == pytest.approx(gpu - largest, rel=1e-6)
+    # The estimators count gradients of 2 bytes; micro-batches are added up in float32.
+    in_float32 = 0 if offload != "nothing" else 2 * plan.shape.num_all / launch.shards(2)
+    assert on_gpu == pytest.approx(gpu - largest + in_float32, rel=1e-6)
     # For stage 2 the estimator also counts, on the host, the model that every process loads.
     if offload != "nothing" and stage == 3:
         assert counted.host.total() == pytest.approx(host, rel=1e-6)
@@ -115,7 +117,7 @@ def test_measure_shape_grows_an_adapter_with_its_rank(rank: int, count: float) -
 def test_count_states_divides_zero3_states_evenly(num_gpus: int) -> None:
     states = make_plan(reka("sft-full"), zero(3, num_gpus)).states
     assert states.weights["parameters"] * num_gpus == pytest.approx(2 * 20_905_482_240)
-    assert states.gradients * num_gpus == pytest.approx(2 * 20_905_482_240)
+    assert states.gradients * num_gpus == pytest.approx(4 * 20_905_482_240)  # added up in float32
 
 
 # What fits 8 GPUs of 80 GB
