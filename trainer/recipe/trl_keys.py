@@ -66,6 +66,7 @@ COMMON_ALLOWED: dict[str, Any] = {
     "adam_epsilon": PositiveFraction,
     "max_grad_norm": Weight,  # 0: not clipped
     "bf16": bool,
+    "full_determinism": bool,
     "tf32": bool | None,
     "gradient_checkpointing": bool,
     "gradient_checkpointing_kwargs": dict[Literal["use_reentrant"], bool] | None,
@@ -154,7 +155,6 @@ COMMON_REFUSED: dict[str, str] = {
     "load_best_model_at_end": "the best checkpoint is kept: rekatrain export RUN OUT --checkpoint best",
     "ignore_data_skip": "a resumed run would train on other rows than an unbroken one",
     "restore_callback_states_from_checkpoint": _PROGRAM,
-    "full_determinism": "equal seeds give equal runs already, on the same machine",
     "resume_from_checkpoint": "give the command line --resume",
     **dict.fromkeys(("accelerator_config", "parallelism_config", "fsdp_config", "local_rank"), _LAUNCH),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), _LAUNCH),

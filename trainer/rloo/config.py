@@ -45,6 +45,7 @@ class RLOOConfig:
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
+    full_determinism:                   use deterministic GPU kernels alone, which are slower: equal runs have equal bits
     cast_lm_head_to_fp32:               compute the logits in float32, in trainer, reference and sampler; `rekatrain
                                         serve-rollouts` starts vLLM so, too
     eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
@@ -112,6 +113,7 @@ class RLOOConfig:
     per_device_generation_batch_size: Count = 64
     gradient_checkpointing: bool = False
     bf16: bool = False
+    full_determinism: bool = False
     cast_lm_head_to_fp32: bool = False
     eval_steps: Count | None = None
     eval_on_start: bool = False

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from transformers import enable_full_determinism, set_seed
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.processes.launch import (
@@ -67,6 +68,20 @@ def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
             gradient_clipping=0.0,
         )
     return accelerator
+
+
+def set_determinism(seed: int, *, is_full: bool) -> None:
+    """Seed the random numbers of this process; if `is_full`, let GPUs use deterministic kernels alone.
+
+    Two operations of a step add up by atomics on a GPU otherwise, in an order of chance: the sum over the tokens of a
+    completion (`index_add` in loss.py), and the gradient of the prompt's last token, which predicts the first token of
+    each completion (`index_select` in logprobs.py). An operation without a deterministic kernel raises an error.
+    """
+    if is_full:
+        enable_full_determinism(seed)
+    else:
+        torch.use_deterministic_algorithms(False)  # it stays on from an earlier run in this process
+        set_seed(seed)
 
 
 def zero_stage(accelerator: Accelerator) -> int:

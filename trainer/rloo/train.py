@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch.optim import AdamW
 
 from rekatrain.data.errors import InputError
@@ -33,6 +33,7 @@ from rekatrain.trainer.rloo.distributed import (
     GradientClipper,
     check_dtype,
     make_accelerator,
+    set_determinism,
     update_weights,
     zero_stage,
 )
@@ -87,7 +88,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     setup.grader.warm_up()  # loads the weights of reward models
 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
-    set_seed(recipe.seed)
+    set_determinism(recipe.seed, is_full=config.full_determinism)
     policy = load_prepared_policy(recipe, config, accelerator)
     model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(setup.tokenizer)).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.

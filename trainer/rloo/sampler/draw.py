@@ -48,17 +48,38 @@ def _invert(probabilities_NV: Tensor, uniforms_N: Tensor) -> Tensor:
         sums_NB = torch.cat([sums_NB, probabilities_NV[:, in_whole_blocks:].sum(dim=1, keepdim=True)], dim=1)
     # In float64: a float32 running sum loses the tail of a large vocabulary.
     sums_NB = sums_NB.double()
-    running_NB = sums_NB.cumsum(dim=1)
+    running_NB = _running_sums(sums_NB)
     targets_N1 = uniforms_N.double()[:, None] * running_NB[:, -1:]
     block_N1 = torch.searchsorted(running_NB, targets_N1, right=True).clamp(max=sums_NB.shape[1] - 1)
     before_N1 = running_NB.gather(1, block_N1) - sums_NB.gather(1, block_N1)
     # A shorter last block is padded with its last token.
     tokens_Nv = (block_N1 * BLOCK + torch.arange(BLOCK, device=block_N1.device)).clamp(max=num_tokens - 1)
-    within_Nv = probabilities_NV.gather(1, tokens_Nv).double().cumsum(dim=1)
+    within_Nv = _running_sums(probabilities_NV.gather(1, tokens_Nv).double())
     index_N1 = torch.searchsorted(within_Nv, targets_N1 - before_N1, right=True)
     # Rounding may put the target at or after the block's last token with a probability above 0: then draw that token.
     last_N1 = torch.searchsorted(within_Nv, within_Nv[:, -1:].contiguous())
     return tokens_Nv.gather(1, torch.minimum(index_N1, last_N1))
+
+
+def _running_sums(values_NX: Tensor) -> Tensor:
+    """Return the running sums of each row of float64 values."""
+    if values_NX.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return running_sums_by_products(values_NX)
+    return values_NX.cumsum(dim=1)
+
+
+def running_sums_by_products(values_NX: Tensor) -> Tensor:
+    """Return the running sums of each row by matrix products, which are deterministic on a GPU; `cumsum` is not there.
+
+    Sums within blocks, plus the sums of the blocks before.
+    """
+    num_values = values_NX.shape[1]
+    blocks_NBv = torch.nn.functional.pad(values_NX, (0, -num_values % BLOCK)).unflatten(1, (-1, BLOCK))
+    num_blocks = blocks_NBv.shape[1]
+    up_to = torch.ones(max(BLOCK, num_blocks), max(BLOCK, num_blocks), dtype=values_NX.dtype, device=values_NX.device)
+    within_NBv = blocks_NBv @ up_to[:BLOCK, :BLOCK].triu()
+    before_NB = within_NBv[:, :, -1] @ up_to[:num_blocks, :num_blocks].triu(1)
+    return (within_NBv + before_NB[:, :, None]).flatten(1)[:, :num_values]
 
 
 def _cutoffs(scaled_NV: Tensor, top_p: float, top_k: int | None) -> Tensor:
@@ -69,7 +90,7 @@ def _cutoffs(scaled_NV: Tensor, top_p: float, top_k: int | None) -> Tensor:
     if top_p < 1:
         fractions_NV = sorted_NV.masked_fill(~is_kept_NV, -torch.inf).softmax(dim=1).double()
         # Keep a token if the more likely ones do not reach top_p; the most likely token is always kept.
-        is_kept_NV &= fractions_NV.cumsum(dim=1) - fractions_NV < top_p
+        is_kept_NV &= _running_sums(fractions_NV) - fractions_NV < top_p
     last_N1 = (is_kept_NV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     kept_N1, dropped_N1 = sorted_NV.gather(1, last_N1), sorted_NV.gather(1, (last_N1 + 1).clamp(max=num_tokens - 1))
     between_N1 = torch.minimum((kept_N1 + dropped_N1) / 2, kept_N1 - TIE)
