@@ -14,6 +14,8 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.serve import ServerOptions, server_command
 from rekatrain.trainer.rloo.setup import RunSetup
 
+# GiB that vLLM uses for its cache without a GPU.
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 # The run itself sets these; a launch within a job of a launcher must not inherit them.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,6 +46,8 @@ def server_commands(
                 others=_usual_options(gpus) | config.server_options,
             )
             arguments, environment = server_command(recipe, setup, options)
+            if placement.cpu_cache is not None and CPU_CACHE not in os.environ:
+                environment[CPU_CACHE] = str(placement.cpu_cache)
             environment |= {name: str(value) for name, value in config.server_environment.items()}
             name = "server" if len(hosts) * len(ports) == 1 else f"server {len(servers)}"
             command = Command(

@@ -22,6 +22,7 @@ class Placement:
     num_processes:          training processes of a node
     launch_file:            Accelerate's
     gpu_memory_utilization: fraction of a GPU for a server; None: vLLM's default
+    cpu_cache:              GiB of KV cache of a server on the CPU; None on GPUs
     reason:                 one line for the user
     """
 
@@ -31,6 +32,7 @@ class Placement:
     num_processes: int = 1
     launch_file: Path = LAUNCH_FILES / "single.yaml"
     gpu_memory_utilization: float | None = None
+    cpu_cache: int | None = None
     reason: str = ""
 
 

@@ -10,10 +10,14 @@ Without a GPU there is one server and one training process. Without the section,
 no split fits.
 """
 
+import math
+
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.gpus import PlacementFinder
 from rekatrain.trainer.launch.nodes import Node, Placement, find_launch_file
 from rekatrain.trainer.launch.section import LaunchConfig
+from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import Recipe
 
 
@@ -27,7 +31,7 @@ def place(
     samples = recipe.stage == "rloo" and not recipe.rloo.get("vllm_server_base_url")
     kind = config.placement if samples and (config.placement or has_vllm) else "in_process"
     if node.num_gpus == 0:
-        return _on_cpu(kind, config, node)
+        return _on_cpu(recipe, kind, config, node)
     finder = PlacementFinder(recipe, config, node, ignores_memory)
     if kind == "in_process":
         return finder.in_process()
@@ -44,7 +48,7 @@ def place(
             raise no_split from None
 
 
-def _on_cpu(kind: str | None, config: LaunchConfig, node: Node) -> Placement:
+def _on_cpu(recipe: Recipe, kind: str | None, config: LaunchConfig, node: Node) -> Placement:
     if kind == "shared":
         raise InputError("launch.placement shared divides GPUs, and there is none: set it to split")
     for key in ("tensor_parallel_size", "gpu_memory_utilization"):
@@ -58,5 +62,14 @@ def _on_cpu(kind: str | None, config: LaunchConfig, node: Node) -> Placement:
         server_gpus=[[]] * servers,
         num_processes=processes,
         launch_file=find_launch_file(config.config_file or usual),
+        cpu_cache=_cache_gib(recipe) if servers else None,
         reason="without a GPU",
     )
+
+
+def _cache_gib(recipe: Recipe) -> int:
+    """Return the GiB of KV cache, in float32, of all completions of a step: vLLM would use 90 % of the memory."""
+    plan = make_plan(recipe, PlannedLaunch(num_gpus=1))
+    token_bytes = 4 * plan.shape.kv_dims * plan.shape.num_layers
+    completions = plan.rloo.prompts_per_step * plan.rloo.num_generations
+    return math.ceil(completions * token_bytes * (plan.prompt_tokens + plan.rloo.max_completion_length) / 2**30)
