@@ -117,6 +117,11 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prompt-tokens", type=_positive, metavar="N", help="number of tokens of a prompt (default 256)"
     )
+    rates = command.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="measure this machine's speed, write it to FILE and plan with it"
+    )
+    rates.add_argument("--rates", type=Path, metavar="FILE", help="plan with the speeds that --calibrate wrote")
     tables = command.add_mutually_exclusive_group()
     for name, help in (
         ("compare", "print a table: SFT and RLOO x full, LoRA, QLoRA x ZeRO stages x 1 to 64 GPUs"),

@@ -126,6 +126,8 @@ def _plan(options: argparse.Namespace) -> None:
         host_memory=options.host_memory,
         prompt_tokens=options.prompt_tokens,
         table=options.table,
+        calibrated=options.calibrate,
+        rates_file=options.rates,
     )
     sys.exit(0 if is_fitting else 1)
 

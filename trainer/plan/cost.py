@@ -31,6 +31,7 @@ class Rates:
     fractions were fitted to. The others are our assumptions, and no GPU run of this program has confirmed any.
 
     name:                   name of the GPU
+    measured_on:            name of the machine where `rekatrain plan --calibrate` measured the rates; else empty
     flops:                  dense bfloat16 FLOP/s
     memory:                 bytes per second that the GPU reads from its memory
     nvlink:                 bytes per second and direction between GPUs of a node
@@ -58,9 +59,15 @@ class Rates:
     link_fraction: float = 0.7
     layer_launch_seconds: float = 2.8e-4
     adapter_launch_seconds: float = 4.9e-4
+    measured_on: str = ""
 
     def describe(self) -> str:
         """Describe the rates and the fractions in one line."""
+        if self.measured_on:
+            return (
+                f"measured: {self.flops / 1e12:.3g} TFLOP/s in a product, {self.training_fraction:.0%} of it in "
+                f"training; {self.memory / 1e9:.0f} GB/s of memory, {self.memory_fraction:.0%} of it in decoding"
+            )
         return (
             f"{self.name}: {self.training_fraction:.0%} of {self.flops / 1e12:.0f} TFLOP/s, "
             f"{self.memory_fraction:.0%} of {self.memory / 1e12:.2f} TB/s memory, {self.link_fraction:.0%} of NVLink's "

@@ -65,7 +65,7 @@ def sample_peak(workload: Workload) -> Parts:
 
 def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> Parts:
     """Measure the peak of forward, loss and backward in a model with `num_layers` layers, in bytes by part."""
-    model = _model(workload, num_layers, checkpointing)
+    model = make_model(workload, num_layers, checkpointing)
     keeps_gradients = workload.keeps_gradients  # builds another model: keep it outside the measurement
     with fake_tensors(model):
         if keeps_gradients:
@@ -102,7 +102,7 @@ def run_loss(workload: Workload, model: Policy) -> Tensor:
 
 
 def _measure_score(workload: Workload, num_layers: int) -> Parts:
-    model = _model(workload, num_layers)
+    model = make_model(workload, num_layers)
     _ = workload.largest_micro_batch  # builds another model: keep it outside the measurement
     with fake_tensors(model):
         logprobs = _logprobs(workload, model)
@@ -115,7 +115,7 @@ def _measure_score(workload: Workload, num_layers: int) -> Parts:
 def _measure_prefill(workload: Workload, num_layers: int) -> Parts:
     config = workload.rloo
     num_prompts = workload.sampler_batch_size // config.num_generations
-    model = _model(workload, num_layers).eval()
+    model = make_model(workload, num_layers).eval()
     with fake_tensors(model):
         decoder, head = decoder_and_head(model)
         live = LiveMemory(model, _part_of(workload))
@@ -143,12 +143,13 @@ def _measure_draw(workload: Workload) -> Parts:
     return live.peak + Counter({LM_HEAD: logits.untyped_storage().nbytes()})
 
 
-def _model(workload: Workload, num_layers: int, checkpointing: bool = False) -> Policy:
+def make_model(workload: Workload, num_layers: int, checkpointing: bool = False, device: str = "meta") -> Policy:
+    """Build the model of a pass with `num_layers` layers, in training mode."""
     attention: dict[str, Any] = {}
     if (name := workload.recipe.model.get("attn_implementation")) is not None:
         # Flash attention has no CPU kernel. sdpa keeps the same tensors.
         attention = {"attn_implementation": "sdpa" if "flash" in name else name}
-    with torch.device("meta"):
+    with torch.device(device):
         model = build(workload.config, workload.recipe, num_layers, **attention)
     if workload.recipe.stage == "rloo" and workload.rloo.cast_lm_head_to_fp32:
         compute_head_in_float32(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.plan.calibrate import calibrate, read_rates
 from rekatrain.trainer.plan.compare import compare
 from rekatrain.trainer.plan.cost import Rates
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch, current_launch, read_launch_file
@@ -28,6 +29,8 @@ def plan(
     host_memory: float | None,
     prompt_tokens: int | None,
     table: str | None,
+    calibrated: Path | None = None,
+    rates_file: Path | None = None,
 ) -> bool:
     """Print the plan of a recipe, or a table over many launches; return False if the plan does not fit.
 
@@ -38,13 +41,15 @@ def plan(
     host_memory:   GB of one host; None: not checked
     prompt_tokens: tokens per prompt in stage rloo; None: 256
     table:         "compare" or "scale-out" for a table; None: the plan
+    calibrated:    file to write rates to that are measured on this machine; the plan uses them
+    rates_file:    file with such rates, which the plan uses
     """
     host = None if host_memory is None else host_memory * GB
     if table == "compare":
         print(compare(recipe, gpu_memory * GB, host, prompt_tokens))
         return True
     if table == "scale-out":
-        print(scale_out(recipe, gpu_memory * GB, prompt_tokens))
+        print(scale_out(recipe, gpu_memory * GB, prompt_tokens, read_rates(rates_file) if rates_file else None))
         return True
     if launch_file is not None:
         if num_gpus is not None:
@@ -57,7 +62,10 @@ def plan(
         launch = PlannedLaunch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # "ddp" or "single"
         launch = replace(launch, host_memory=host)
     planned = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
-    print(render_plan(planned, rates=Rates()))
+    rates = read_rates(rates_file) if rates_file else Rates()
+    if calibrated is not None:
+        rates = calibrate(planned, calibrated)
+    print(render_plan(planned, rates=rates))
     return not planned.overfull
 
 

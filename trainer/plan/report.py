@@ -26,7 +26,7 @@ def render_plan(plan: Plan, *, rates: Rates) -> str:
         "",
         *_verdict(plan),
     ]
-    if not launch.is_cpu:
+    if not launch.is_cpu or rates.measured_on:
         lines += ["", *_cost_lines(plan, estimate(plan, rates), rates)]
     return "\n".join(lines)
 
@@ -171,9 +171,11 @@ def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
         f"one step on one GPU: {cost.train_tokens:,} tokens trained, {cost.sampled_tokens:,} sampled",
         f"  arithmetic (TFLOP): {arithmetic}",
         f"  traffic (GB): {traffic}",
-        f"  time (s, estimated for an {rates.name} whatever --gpu-memory is): {times}",
+        f"  time (s, estimated for {rates.name} whatever --gpu-memory is): {times}",
         f"  total: {max(seconds.values()):,.0f} s if all overlap, {sum(seconds.values()):,.0f} s if none do "
         f"({cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens per second on all GPUs)",
         f"  rates: {rates.describe()}",
     ]
+    if rates.measured_on:
+        lines.append(f"  these times are estimates from rates that --calibrate measured on {rates.measured_on}")
     return lines
