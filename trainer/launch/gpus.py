@@ -11,7 +11,7 @@ from rekatrain.trainer.plan.cost import Rates
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.plan.report import advice_lines, gigabytes, misfits
-from rekatrain.trainer.plan.rollout_step import simulate_step
+from rekatrain.trainer.plan.rollout_step import server_ways, simulate_step
 from rekatrain.trainer.plan.states import base_bytes
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -20,9 +20,6 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 CHOICES = ("ddp.yaml", "zero2.yaml", "zero3.yaml", "zero3-offload.yaml")
 # Bytes of a server's activations and CUDA graphs; and bytes that a sleeping one keeps. Both are assumptions.
 WORKING, SLEEPING = 4 * GB, 3 * GB
-# Completions of the maximum length for which a server should have a cache.
-MIN_COMPLETIONS = 8
-WAYS = (1, 2, 4, 8, 16)
 # A recipe with servers, for the plan.
 SOME_URL = "http://127.0.0.1:8000"
 
@@ -53,8 +50,7 @@ class PlacementFinder:
 
     def split(self) -> Placement:
         """Return the fastest split that fits, of those that the section allows."""
-        size, ways_given = self.node.num_gpus, self.config.tensor_parallel_size
-        ways = ways_given or self._ways(ALONE)
+        size, ways = self.node.num_gpus, self._ways()
         steps = []
         for trainers in range(1, size):
             serving = self.config.servers * ways if self.config.servers else (size - trainers) // ways * ways
@@ -83,15 +79,17 @@ class PlacementFinder:
             except InputError as error:
                 reason = reason or error
                 continue
-            first = trainers
+            idle = size - trainers - serving
             return Placement(
                 kind="split",
-                server_gpus=[self.gpus[first + start : first + start + ways] for start in range(0, serving, ways)],
+                server_gpus=[
+                    self.gpus[trainers + start : trainers + start + ways] for start in range(0, serving, ways)
+                ],
                 trainer_gpus=self.gpus[:trainers],
                 num_processes=trainers,
                 launch_file=file,
                 gpu_memory_utilization=self.config.gpu_memory_utilization,
-                reason=f"{_fits(plan)}; estimated step {seconds:,.0f} s",
+                reason=f"{_fits(plan)}; estimated step {seconds:,.0f} s" + (f"; {idle} GPU(s) idle" if idle else ""),
             )
         assert reason is not None
         raise reason
@@ -137,15 +135,29 @@ class PlacementFinder:
             reason=f"{_fits(plan)}; while they rest, {gigabytes(resting)} GB, and the server has {gigabytes(given)}",
         )
 
-    def _ways(self, utilization: float) -> int:
-        """Return the number of GPUs of a server: the fewest with room for some completions, or else for one."""
-        for completions in (MIN_COMPLETIONS, 1):
-            for ways in WAYS:
-                if ways < self.node.num_gpus and self._room(ways, utilization) >= completions:
-                    return ways
-        if self.ignores_memory:
-            return 1
-        raise InputError(f"a server of the model does not fit on fewer than the {self.node.num_gpus} GPUs of a node")
+    def _ways(self) -> int:
+        """Return the number of GPUs of a server, as the plan does."""
+        given = self.config.tensor_parallel_size
+        plan = make_plan(self.served, PlannedLaunch(gpu_memory=self.node.gpu_memory))
+        ways = given or server_ways(plan, self.node.gpu_memory)
+        if ways is None:
+            raise InputError("a server of this model does not fit on 8 of these GPUs: use larger ones")
+        self._check_heads(plan, ways)
+        if ways > self.node.num_gpus:
+            raise InputError(
+                f"a server needs {ways} GPUs"
+                + (" (launch.tensor_parallel_size)" if given else "")
+                + f", but the run has {self.node.num_gpus} on a node"
+            )
+        return ways
+
+    def _check_heads(self, plan: Plan, ways: int) -> None:
+        heads = plan.config.get_text_config().num_attention_heads
+        if heads % ways:
+            raise InputError(
+                f"a server of {ways} GPUs cannot divide the model's {heads} attention heads: set "
+                f"launch.{'gpus' if self.config.placement == 'shared' else 'tensor_parallel_size'} to a divisor of them"
+            )
 
     def _check_ways(self, ways: int, utilization: float) -> None:
         if self._room(ways, utilization) < 1 and not self.ignores_memory:
@@ -159,9 +171,7 @@ class PlacementFinder:
     def _room(self, ways: int, utilization: float) -> float:
         """Return how many completions of the maximum length have a cache in a server of `ways` GPUs."""
         plan = make_plan(self.served, PlannedLaunch(gpu_memory=self.node.gpu_memory))
-        heads = plan.config.get_text_config().num_attention_heads
-        if heads % ways:
-            return 0.0
+        self._check_heads(plan, ways)
         weights = base_bytes(self.recipe, plan.shape, 2)
         token_bytes = plan.shape.kv_dims * plan.shape.num_layers * 2
         room = (utilization * self.node.gpu_memory - WORKING - weights / ways) * ways
@@ -173,7 +183,8 @@ class PlacementFinder:
         reserved: bytes of each GPU that others have
         """
         given = self.config.config_file
-        plans = []
+        plans: list[Plan] = []
+        reason: InputError | None = None
         for name in [given] if given else choices:
             path = find_launch_file("single.yaml" if name == "ddp.yaml" and self._is_alone(number) else name)
             launch = read_launch_file(
@@ -184,13 +195,14 @@ class PlacementFinder:
             launch = replace(launch, engine=engine, num_gpus=total, num_nodes=self.node.num_nodes)
             try:
                 plan = make_plan(recipe, launch)
-            except InputError:  # QLoRA excludes ZeRO-3
-                if given:
-                    raise
+            except InputError as error:  # QLoRA excludes ZeRO-3
+                reason = error
                 continue
             if self.ignores_memory or plan.fits:
                 return path, plan
             plans.append(plan)
+        if reason is not None and not plans:
+            raise reason
         raise InputError("; ".join([*misfits(plans[-1]), *advice_lines(plans[-1])]) + " (--skip-memory-check)")
 
     def _is_alone(self, number: int) -> bool:
