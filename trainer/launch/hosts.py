@@ -1,9 +1,31 @@
-"""The nodes of a launch: this machine, hosts that ssh reaches, or the nodes of a Slurm allocation."""
+"""The nodes of a launch: this machine, hosts that ssh reaches, or the nodes of a Slurm allocation.
 
+Every node has the same placement, the same paths and the same environments. A process on another node runs under
+keep.py there, whose standard input ssh or srun holds open: when this launch ends, so does everything that it started.
+"""
+
+import os
+import re
+import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch.processes import on_node
 from rekatrain.trainer.launch.section import LaunchConfig
+
+# Variables that a process on a host reached by ssh gets: those of the libraries of a run. srun hands all on.
+SHARED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|HTTPS?_PROXY|NO_PROXY)$|"
+    r"(HF_|TRANSFORMERS_|TOKENIZERS_|VLLM_|NCCL_|GLOO_|UCX_|CUDA_HOME|TORCH_|OMP_|MKL_|MALLOC_|WANDB_|REKATRAIN_|"
+    r"ACCELERATE_|DS_|PYTORCH_|TRITON_|XDG_|TMPDIR)",
+    re.IGNORECASE,
+)
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+# A step beside the one that runs the launch; its output comes line by line.
+SRUN = ("srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", "--export=ALL")
+REACH_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,5 +43,66 @@ class Host:
 
 
 def find_hosts(config: LaunchConfig) -> list[Host]:
-    """Return the nodes, this machine first."""
-    return [Host(address="127.0.0.1")]
+    """Return the nodes, this machine first; InputError for an allocation that cannot be read."""
+    if config.hosts is not None:
+        first, *others = config.hosts
+        shared = {name: value for name, value in os.environ.items() if SHARED.match(name)}
+        address = "127.0.0.1" if not others else _address(first)
+        remote = [Host(address=_address(host), prefix=[*SSH, host], environment=shared) for host in others]
+        return [Host(address=address), *remote]
+    if int(os.environ.get("SLURM_NNODES", "1")) == 1:
+        return [Host(address="127.0.0.1")]
+    names = _slurm_names(os.environ.get("SLURM_JOB_NODELIST", ""))
+    here = os.environ.get("SLURMD_NODENAME", names[0])
+    if here not in names:
+        raise InputError(f"this node, {here}, is none of the Slurm allocation's: {', '.join(names)}")
+    others = [name for name in names if name != here]
+    tasks = os.environ.get("SLURM_GPUS_ON_NODE")
+    gpus = [f"--gpus-per-node={tasks}"] if tasks else []
+    return [
+        Host(address=here),
+        *(Host(address=name, prefix=[*SRUN, *gpus, f"--nodelist={name}"]) for name in others),
+    ]
+
+
+def check_hosts(hosts: Sequence[Host]) -> None:
+    """Raise InputError unless each other node can be reached and sees the folder that the launch runs in."""
+    for host in hosts:
+        if not host.prefix:
+            continue
+        probe = on_node(host.prefix, ["test", "-d", os.getcwd()])
+        name = host.prefix[0]
+        try:
+            done = subprocess.run(
+                probe, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=REACH_SECONDS
+            )
+        except FileNotFoundError:
+            raise InputError(f"{name} is not installed here, but the launch has several nodes") from None
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{host.address} does not respond to {name} within {REACH_SECONDS:g} s") from None
+        lines = done.stderr.strip().splitlines()
+        if done.returncode == 1 and not lines:
+            raise InputError(f"{host.address} does not see the folder {os.getcwd()!r}: all nodes need the same paths")
+        if done.returncode != 0:
+            why = lines[-1] if lines else f"status {done.returncode}"
+            raise InputError(f"{host.address} cannot be reached by {name}: {why}")
+
+
+def _address(host: str) -> str:
+    """Return the name at which processes reach a host, without the user of ssh."""
+    name = host.rpartition("@")[2]
+    return socket.gethostname() if name in ("localhost", "127.0.0.1") else name
+
+
+def _slurm_names(text: str) -> list[str]:
+    """Return the names of a list of nodes, as `scontrol` expands it."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", text], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError(
+            "SLURM_NNODES is set, but scontrol is not installed here: name the nodes in launch.hosts"
+        ) from None
+    names = done.stdout.split()
+    if done.returncode != 0 or not names:
+        raise InputError(f"scontrol cannot expand the nodes {text!r}: {done.stderr.strip() or 'it printed nothing'}")
+    return names

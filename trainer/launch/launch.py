@@ -19,7 +19,7 @@ import torch
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.commands import server_commands, train_arguments, trainer_commands
-from rekatrain.trainer.launch.hosts import Host, find_hosts
+from rekatrain.trainer.launch.hosts import Host, check_hosts, find_hosts
 from rekatrain.trainer.launch.nodes import Node, Placement
 from rekatrain.trainer.launch.output import Output
 from rekatrain.trainer.launch.placement import place
@@ -62,6 +62,8 @@ def launch(
     recipe = continue_adapter(recipe)
     RunFolder(recipe.output_dir).check(recipe, resume=resume)
     hosts = find_hosts(config)
+    if not dry_run:
+        check_hosts(hosts)
     node, missing = _find_node(config, hosts)
     python = config.vllm_python or os.environ.get(VLLM_PYTHON) or sys.executable
     placement = place(recipe, config, node, has_vllm=_knows_vllm(config), ignores_memory=skip_memory_check)

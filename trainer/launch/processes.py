@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +42,12 @@ class Command:
     prefix: Sequence[str] = ()
 
 
+def on_node(prefix: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """Return the command that runs `argv` on the node of a prefix; ssh hands it to a shell, as one text."""
+    is_ssh = bool(prefix) and prefix[0] == "ssh"
+    return [*prefix, *([shlex.join(argv)] if is_ssh else argv)]
+
+
 class Kept:
     """A running process; `on_line` is called with its name and each line of its output, in another thread."""
 
@@ -53,7 +60,7 @@ class Kept:
         spec = {"argv": [*command.argv], "env": environment, "unset": [*command.unset], "cwd": os.getcwd()}
         python = sys.executable
         self._keeper = subprocess.Popen(
-            [*command.prefix, python, "-P", str(KEEPER)],
+            on_node(command.prefix, [python, "-P", str(KEEPER)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
