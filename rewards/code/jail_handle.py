@@ -5,12 +5,18 @@ hold; its attributes and its calls are those of the solution.
 """
 
 import dataclasses
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
+
+READABLE = ("__name__", "__qualname__", "__dict__", "__cause__")  # of the names that Python gives a meaning
 
 
 class Proxy(type):
     """The class of the classes of the solution."""
+
+    _is_remote = True
 
     @property
     def _number(cls) -> int:
@@ -30,6 +36,11 @@ class Proxy(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         cls._link.request("set", cls, name, value)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        signature: inspect.Signature = cls._link.about(cls).signature
+        return signature
 
     def __bool__(cls) -> bool:
         return True
@@ -65,7 +76,7 @@ class Handle:
         return self._link.request("call", self, positional, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__dict__", "__cause__"):
+        if name.startswith("__") and name.endswith("__") and name not in READABLE:
             raise AttributeError(name)
         return self._link.request("get", self, name)
 
@@ -113,10 +124,39 @@ class Handle:
     async def __aexit__(self, *_: Any) -> Any:
         return self._link.request("operator", "aexit", self)
 
+    def __copy__(self) -> Any:
+        return self._link.request("operator", "copy", self)
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self._link.request("operator", "deepcopy", self)
+
     def _operate(self, name: str, *operands: Any) -> Any:
-        if not (self._is_open or (self._is_iterator and name in ("iter", "next"))):
+        is_free = name in ("enter", "exit") or (self._is_iterator and name in ("iter", "next"))
+        if not (self._is_open or is_free):
             raise TypeError(f"the tests do not name the class of an object that they use by {name}")
         return self._link.request("operator", name, self, *operands)
+
+
+class Function(Handle):
+    """A function of the solution, which `inspect` takes for one."""
+
+    __slots__ = ()
+    __class__ = property(lambda self: types.FunctionType)  # type: ignore[assignment]
+    __globals__: Any = property(lambda self: {})
+    __signature__ = property(lambda self: self._link.about(self).signature)
+    __annotations__ = property(lambda self: dict(self._link.about(self).annotations))  # type: ignore[assignment]
+    __code__ = property(lambda self: self._link.about(self).code)
+    __defaults__ = property(lambda self: self._link.about(self).defaults(keyword_only=False))
+    __kwdefaults__ = property(lambda self: self._link.about(self).defaults(keyword_only=True))
+
+
+class Method(Handle):
+    """A method of an object of the solution."""
+
+    __slots__ = ()
+    __class__ = property(lambda self: types.MethodType)  # type: ignore[assignment]
+    __func__ = property(lambda self: self._link.request("get", self, "__func__"))
+    __self__ = property(lambda self: self._link.request("get", self, "__self__"))
 
 
 class RemoteIterator:
@@ -143,6 +183,15 @@ class RemoteIterator:
         if name.startswith("_"):
             raise AttributeError(name)
         return self._link.request("get", self, name)
+
+
+class Generator(RemoteIterator):
+    """A generator of the solution."""
+
+    __class__ = property(lambda self: types.GeneratorType)  # type: ignore[assignment]
+
+
+FUNCTIONS = {"function": Function, "method": Method}
 
 
 def make_class(name: str, bases: tuple[type, ...], number: int, link: Any, fields: list[str] | None) -> type:
@@ -182,6 +231,7 @@ for _name in ("getitem", "setitem", "delitem", "contains", "mul", "truediv", "fl
     setattr(Handle, f"__{_name}__", _with_any(_name))
 for _name in ("lt", "le", "gt", "ge", "add", "sub", "matmul", "and", "or", "xor"):
     setattr(Handle, f"__{_name}__", _with_handle(_name))
-setattr(Handle, "__doc__", property(lambda self: self._link.request("get", self, "__doc__")))  # noqa: B010
+for _kind in (Handle, Function, Method):
+    setattr(_kind, "__doc__", property(lambda self: self._link.request("get", self, "__doc__")))  # noqa: B010
 setattr(Handle, "__rmul__", _with_any("mul"))  # noqa: B010
 setattr(Handle, "__exit__", lambda self, *_: self._operate("exit"))  # noqa: B010

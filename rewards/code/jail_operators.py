@@ -1,6 +1,7 @@
 """The operations on objects of the solution that its tests request by name."""
 
 import asyncio
+import copy
 import importlib
 import operator
 from collections.abc import Callable
@@ -39,6 +40,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "radd": lambda value, other: other + value,
     **{kind.__name__: kind for kind in (len, str, repr, bool, iter, next, hash, abs, int, float, reversed, format)},
     "delattr": delattr,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
     "plain": lambda value: values.to_plain(value),
     "enter": lambda value: type(value).__enter__(value),
     "exit": lambda value: type(value).__exit__(value, None, None, None),

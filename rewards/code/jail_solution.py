@@ -10,34 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 # Beside this file, which is in no package inside the sandbox.
+about: Any = importlib.import_module("jail_about")
 changes: Any = importlib.import_module("jail_changes")
+remote: Any = importlib.import_module("jail_remote")
 OPERATORS: Any = importlib.import_module("jail_operators").OPERATORS
 values: Any = importlib.import_module("jail_values")
 
 MAX_PRINTED = 1 << 20  # characters in one call that the tests may see
-
-
-class Remote:
-    """An object of the tests: a function that they have passed, or an object of a class of theirs."""
-
-    def __init__(self, number: int, exchange: Callable[..., Any]) -> None:
-        self.__dict__.update(_number=number, _exchange=exchange)
-
-    def __call__(self, *positional: Any, **named: Any) -> Any:
-        return self._exchange("call", self._number, positional, named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self._exchange("get", self._number, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._exchange("set", self._number, name, value)
-
-
-async def give(value: Any) -> Any:
-    """Return a value, as a coroutine of the tests does."""
-    return value
 
 
 class Solution:
@@ -48,6 +27,8 @@ class Solution:
         self.held: list[Any] = []
         self.numbers: dict[int, int] = {}  # of held objects, by their ids
         self.printed = sys.stdout = io.StringIO()
+        self.num_open = 0  # operations for the tests that have not ended
+        builtins.input, sys.stdin = self.input, remote.Lines(self.input)
         # A module of that name, as dataclasses look up annotations there.
         self.module = sys.modules["solution"] = type(sys)("solution")
         self.module.__dict__["__builtins__"] = builtins
@@ -56,6 +37,8 @@ class Solution:
             "call": lambda function, positional, named: function(*positional, **named),
             "get": getattr,
             "set": setattr,
+            "about": about.describe,
+            "assign": lambda number, value: changes.assign(self.held[number], value),
             "operator": lambda name, *operands: OPERATORS[name](*operands),
         }
 
@@ -71,13 +54,11 @@ class Solution:
 
     def hold(self, value: Any) -> Any:
         """Return the description of an object for the tests."""
-        if isinstance(value, Remote):
+        if isinstance(value, remote.Remote):
             return ["local", value._number]
         if isinstance(value, BaseException):
             return {"kind": "error", "error": self.describe(value)}
-        number = self.numbers.setdefault(id(value), len(self.held))
-        if number == len(self.held):
-            self.held.append(value)
+        number = self.number_of(value)
         if isinstance(value, type):
             return self.describe_class(value, number)
         described = {"kind": "object", "number": number, "class": type(value).__name__, "type": None}
@@ -90,6 +71,13 @@ class Solution:
             described["kind"] = "iterator" if described["type"] is None else "object"
             described["iterates"] = True
         return described
+
+    def number_of(self, value: Any) -> int:
+        """Return the number of an object, which is held from then on."""
+        number = self.numbers.setdefault(id(value), len(self.held))
+        if number == len(self.held):
+            self.held.append(value)
+        return number
 
     def describe_class(self, kind: type, number: int) -> dict[str, Any]:
         """Return the description of a class for the tests."""
@@ -104,7 +92,7 @@ class Solution:
 
     def open(self, handle: Any) -> Any:
         """Return the object of a handle: one that is held here, or one of the tests."""
-        return self.held[handle] if isinstance(handle, int) else Remote(handle[1], self.exchange)
+        return self.held[handle] if isinstance(handle, int) else remote.Remote(handle[1], self.exchange)
 
     def serve(self) -> None:
         """Answer until the tests are done."""
@@ -113,6 +101,11 @@ class Solution:
 
     def answer(self, tree: Any) -> None:
         """Do one operation for the tests, and write its result or its error."""
+        self.num_open += 1
+        self.write(self._answer(tree))
+        self.num_open -= 1
+
+    def _answer(self, tree: Any) -> str:
         operation, *arguments = values.decode(tree, self.open)
         changeable = [item for item in _arguments(operation, arguments) if changes.is_changeable(item)]
         before = [values.encode(item, id) for item in changeable]
@@ -124,12 +117,20 @@ class Solution:
                 before = []  # the tests then find it among the arguments
             self._report_changes(answer, encoder, changeable, before)
             answer["value"] = encoder.encode(value)
+            if operation == "get" and changes.is_changeable(value) and not isinstance(value, tuple):
+                answer["held"] = self.number_of(value)
             text = json.dumps(answer)
         except Exception as error:
             answer = {}
             self._report_changes(answer, values.Encoder(self.hold), changeable, before)
             text = json.dumps({**answer, "error": self.describe(error)})
-        self.write(text)
+        return text
+
+    def input(self, prompt: object = "") -> str:
+        """Return a line of the tests' standard input, or what they have put in place of `input`."""
+        if not self.num_open:
+            raise EOFError("EOF when reading a line")  # the tests have not begun
+        return str(self.exchange("input", 0, str(prompt)))
 
     def _report_changes(self, answer: dict[str, Any], encoder: Any, changeable: list[Any], before: list[Any]) -> None:
         if [values.encode(item, id) for item in changeable] != before:
@@ -146,7 +147,7 @@ class Solution:
             tree = json.loads(line)
             if isinstance(tree, dict) and "reply" in tree:
                 reply = values.decode(tree["reply"], self.open)
-                return give(reply) if tree["awaitable"] else reply
+                return remote.give(reply) if tree["awaitable"] else reply
             if isinstance(tree, dict) and "raise" in tree:
                 kind = getattr(builtins, str(tree["raise"][0]), RuntimeError)
                 raise (kind if issubclass(kind, Exception) else RuntimeError)(tree["raise"][1])

@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-Link: Any = importlib.import_module("jail_link").Link  # beside this file, which is in no package inside the sandbox
+# Beside this file, which is in no package inside the sandbox.
+about: Any = importlib.import_module("jail_about")
+handles: Any = importlib.import_module("jail_handle")
+Link: Any = importlib.import_module("jail_link").Link
 
 
 class CannotRun(Exception):
@@ -49,13 +52,14 @@ def judge(job: dict[str, Any], answers: TextIO, calls: TextIO, report_use: Calla
     sources = {"setup": job["setup"], **{f"test {index + 1}": test for index, test in enumerate(job["asserts"])}}
     compiled = {name: _compile(source, name) for name, source in sources.items()}
     called = set().union(*map(called_in, job["asserts"]))
-    link = Link(answers, calls, set().union(*map(names_of, sources.values())), report_use)
+    link = Link(answers, calls, set().union(*map(names_of, sources.values())), job["sources"], report_use)
     # Tests that call only `sum`, for instance, are tests of the solution's own `sum`.
     names = Names(link, called if all(hasattr(builtins, name) for name in called) else set())
     module = sys.modules["tests"] = type(sys)("tests")
-    module.__dict__.update(__getattr__=names.__getitem__)
+    module.__dict__.update(__getattr__=lambda name: _attribute(names, name))
     sys.modules["solution"] = type(sys)("solution")  # `from solution import add`
-    sys.modules["solution"].__dict__.update(__getattr__=lambda name: _imported(link, name))
+    sys.modules["solution"].__dict__.update(__getattr__=lambda name: _imported(link, name), __file__=about.FILE)
+    about.install(lambda value: isinstance(value, handles.Handle))
     if job["entry_point"]:
         _run(_compile(job["prefix"], "prefix"), names, "prefix", link)
     for source in sources.values():
@@ -79,6 +83,12 @@ def judge(job: dict[str, Any], answers: TextIO, calls: TextIO, report_use: Calla
         else:
             has_passed = True
         yield has_passed
+
+
+def _attribute(names: Names, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return names[name]
 
 
 def _imported(link: Any, name: str) -> Any:

@@ -44,6 +44,8 @@ class Encoder:
         """Return a plain value as JSON; hold any other value and return its handle."""
         if value is None or isinstance(value, bool | str):
             return str.__str__(value) if isinstance(value, str) else value  # json.dumps escapes half a surrogate pair
+        if hasattr(type(value), "_is_remote"):
+            return {"handle": self.hold(value)}
         if id(value) in self.seen:
             return {"again": self.seen[id(value)]}
         if isinstance(value, int):
@@ -61,7 +63,8 @@ class Encoder:
             tree = encode(value)
             if tree is not None:
                 return tree
-        if self.reads_iterators and isinstance(value, Iterator) and not hasattr(type(value), "_is_remote"):
+        is_mock = type(value).__module__ == "unittest.mock"  # which has the methods of an iterator
+        if self.reads_iterators and isinstance(value, Iterator) and not is_mock:
             return {"iterator": [self.encode(item) for item in itertools.islice(value, MAX_ITEMS)]}
         return {"handle": self.hold(value)}
 

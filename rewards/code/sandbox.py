@@ -101,7 +101,7 @@ def run_tests(
             paths=paths,
         ) as solution,
         start_sandbox(
-            {"kind": "tests", **tests},
+            {"kind": "tests", "sources": solutions, **tests},
             limits,
             isolation,
             channels=(answers_out, calls_in, verdicts_in),

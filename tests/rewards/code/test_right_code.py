@@ -7,7 +7,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.rewards.code import launcher
 from rekatrain.rewards.code.code_tests import CodeTests
 from rekatrain.rewards.errors import RewardError
-from tests.rewards.code import right_code
+from tests.rewards.code import inspected_code, right_code
 
 SUM = [{"input": "1 2\n", "output": "3\n"}]
 
@@ -30,6 +30,13 @@ def test_right_program_passes(scorer: CodeTests, kind: str) -> None:
 def test_right_function_passes(scorer: CodeTests, kind: str) -> None:
     code, tests = right_code.FUNCTIONS[kind]
     assert grade(scorer, code, list(tests)) == 1.0
+
+
+@pytest.mark.parametrize("kind", inspected_code.FUNCTIONS)
+def test_inspected_function_passes(scorer: CodeTests, kind: str) -> None:
+    code, tests = inspected_code.FUNCTIONS[kind]
+    assert grade(scorer, code, list(tests)) == 1.0
+    assert grade(scorer, "unrelated = 1", list(tests)) == 0.0
 
 
 @pytest.mark.parametrize("kind", right_code.FUNCTIONS)
