@@ -3,10 +3,6 @@
 import asyncio
 import json
 import logging
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,65 +18,12 @@ from rekatrain.rewards.models.endpoint import Endpoint
 from rekatrain.rewards.models.outage import ServerAway
 from rekatrain.trainer.api import train
 from tests.end_to_end.small_runs import OPTIONS, records, rloo_recipe, write_data
-
-SERVER = """
-import json, sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(404)
-        self.end_headers()
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        scores = [sum(c.isalpha() for c in answer) / 20 for answer in body["answers"]]
-        data = json.dumps({"scores": scores}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
-ThreadingHTTPServer.allow_reuse_address = True
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
+from tests.rewards.models.outage import NUM_STEPS, Server, kill_in_mid_run
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outage, "_BACK_OFF", lambda state: 0.05)
-
-
-class Server:
-    """A reward server in a process, which can be killed and started again on its port."""
-
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-S", "-c", SERVER, str(self.port)])
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with socket.socket() as connection:
-                if connection.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise AssertionError("the server does not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture
@@ -206,6 +149,14 @@ def test_run_loses_no_step_while_its_server_is_away(tmp_path, model_folder, serv
     rewards = [[record["reward"] for record in records(tmp_path / run)] for run in ("run", "undisturbed")]
     assert rewards[0] == rewards[1] and len(rewards[0]) == 4
     assert all(record["rewards/remote_reward_model/errors"] == 0 for record in records(tmp_path / "run"))
+
+
+def test_run_waits_for_a_judge_and_a_server_killed_at_once(tmp_path, model_folder, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = kill_in_mid_run(tmp_path, model_folder, 2.0)
+    assert result.rewards[0] == result.rewards[1] and len(result.rewards[1]) == NUM_STEPS
+    assert set(result.errors) == {0.0} and result.waited >= 2.0
 
 
 def test_run_saves_and_stops_after_the_outage_timeout(tmp_path, model_folder, server, monkeypatch) -> None:
