@@ -200,7 +200,7 @@ def export(
     checkpoint:     of the run folder: "best", or a step; the newest by default
     form:           merged, for transformers and vLLM; adapter, the LoRA adapter alone; gguf, for llama.cpp
     dtype:          of the stored weights; the recipe's by default
-    quantize:       types of GGUF files to write, such as ["q8_0"]
+    quantize:       types of GGUF files to write, such as ["q8_0"]; or of a merged model ["fp8"], ["gptq"] or ["awq"]
     max_shard_size: of one weights file
     push_to_hub:    OWNER/NAME of a repository of the hub into which the folder is uploaded, too
     average:        number of checkpoints, up to that one, whose mean is exported

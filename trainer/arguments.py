@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import rekatrain
-from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
+from rekatrain.trainer.export.gguf_type_names import COMPRESSED_TYPES, GGUF_TYPES
 
 EXAMPLES = """\
 examples:
@@ -103,7 +103,10 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--launch", type=Path, metavar="FILE", help="plan for this Accelerate launch file (default: for this machine)"
     )
     command.add_argument(
-        "--gpus", type=_positive, metavar="N", help="plan for N GPUs with a whole model on each, without a launch file"
+        "--gpus",
+        type=_positive,
+        metavar="N",
+        help="plan for N GPUs that train: as the launch file says, or with a whole model on each",
     )
     command.add_argument(
         "--nodes", type=_positive, default=1, metavar="N", help="number of nodes that hold the GPUs (default 1)"
@@ -232,8 +235,9 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "--quantize",
         nargs="+",
         metavar="TYPE",
-        choices=GGUF_TYPES,
-        help=f"types of the GGUF files: {', '.join(GGUF_TYPES)} (default: the dtype of the weights)",
+        choices=[*GGUF_TYPES, *COMPRESSED_TYPES],
+        help=f"types of the GGUF files: {', '.join(GGUF_TYPES)} (default: the dtype of the weights); or one of "
+        f"{', '.join(COMPRESSED_TYPES)} of a merged model, by llmcompressor",
     )
     command.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"

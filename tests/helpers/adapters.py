@@ -29,6 +29,36 @@ METHODS: dict[str, tuple[bool, dict[str, Any]]] = {
         False,
         {**PLAIN, "target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight", "up_proj.weight"]},
     ),
+    "target_parameters: lm_head": (False, {**PLAIN, "target_parameters": ["lm_head.weight"]}),
+    "target_parameters: embed_tokens that are tied": (True, {**PLAIN, "target_parameters": ["embed_tokens.weight"]}),
+    "target_modules: a pattern": (
+        False,
+        {**PLAIN, "target_modules": r".*layers\.[01]\.(self_attn\.(q|k)_proj|mlp\.up_proj)"},
+    ),
+    "layers_to_transform, exclude_modules": (
+        False,
+        {**PLAIN, "layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["v_proj"]},
+    ),
+    "rsLoRA on embed_tokens, rank_pattern": (
+        False,
+        {
+            **PLAIN,
+            "target_modules": ["o_proj", "embed_tokens"],
+            "use_rslora": True,
+            "rank_pattern": {"embed_tokens": 2},
+        },
+    ),
+    "DoRA, rsLoRA, patterns": (
+        False,
+        {
+            **PLAIN,
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 8},
+            "alpha_pattern": {r".*\.1\..*": 2.5},
+        },
+    ),
+    "modules_to_save: norms": (False, {**PLAIN, "modules_to_save": ["input_layernorm", "norm"]}),
     **{
         f"init_lora_weights: {kind}": (False, {**PLAIN, "init_lora_weights": kind})
         for kind in ("pissa", "pissa_niter_4", "olora", "eva", "loftq", "corda", "orthogonal", "lora_ga")

@@ -83,10 +83,10 @@ def ask(client: OpenAI, messages: list[dict[str, str]], *, model: str = "any", *
 
 
 @contextmanager
-def serve_by_vllm(export: Path, work: Path) -> Iterator[str]:
+def serve_by_vllm(export: Path, work: Path, *options: str) -> Iterator[str]:
     """Serve the export with a real vLLM on a CPU, by its own start script; yield the url.
 
-    work: a folder for the server's log
+    work: a folder for the server's log; options: of `vllm serve`
     """
     (work / "bin").mkdir()
     (work / "bin" / "vllm").write_text(VLLM)
@@ -100,7 +100,7 @@ def serve_by_vllm(export: Path, work: Path) -> Iterator[str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    command = ["bash", str(export / "serving" / "vllm.sh"), *CPU, "--port", port]
+    command = ["bash", str(export / "serving" / "vllm.sh"), *CPU, "--port", port, *options]
     log = work / "vllm.log"
     with log.open("w") as output:
         server = subprocess.Popen(

@@ -1,6 +1,7 @@
 """`rekatrain export RUN OUT`: write a run's weights as a folder that servers load, and verify it.
 
-    --as merged    safetensors, the adapter merged in float32: for transformers and vLLM
+    --as merged    safetensors, the adapter merged in float32: for transformers and vLLM; --quantize fp8, gptq or awq
+                   quantizes them by llmcompressor
     --as adapter   the LoRA adapter alone: for PEFT, and for a vLLM server of the base model
     --as gguf      one file per type: for llama.cpp
 
@@ -53,7 +54,7 @@ def export(
 
     average:  number of checkpoints up to that one whose mean is exported
     dtype:    of merged weights; None means the recipe's. A LoRA adapter is merged in float32 first.
-    quantize: types of GGUF files; None means the type of the dtype
+    quantize: types of GGUF files, None means the type of the dtype; or one method of llmcompressor for merged weights
     """
     recipe_file = next((path for path in (run / RECIPE_FILE, run.parent.parent / RECIPE_FILE) if path.exists()), None)
     if recipe_file is None:
@@ -100,8 +101,21 @@ def export(
             weights = LazyWeights(source)
             if average > 1:
                 weights = weights.averaged([LazyWeights(find_source(str(path))) for path in averaged[:-1]])
+            if form == "merged" and quantize:
+                from rekatrain.trainer.export.compressed import calibration_rows, group_size
+
+                rows, group = [], 0
+                if quantize != ["fp8"]:
+                    group = group_size(weights.model)
+                    rows = calibration_rows(recipe, recipe_file.parent, tokenizer)
             _check_training(weights, checkpoint)
-            _write(partial, form, source, weights, checkpoint, tokenizer, stored_dtype, quantize, max_shard_size)
+            if form == "merged" and quantize:
+                quantized = _write_compressed(
+                    partial, weights, checkpoint, tokenizer, stored_dtype, quantize[0], rows, group
+                )
+                described = f"{described or ''} {quantized}".strip()
+            else:
+                _write(partial, form, source, weights, checkpoint, tokenizer, stored_dtype, quantize, max_shard_size)
         publish(partial, out, form, recipe, recipe_file.parent, source, evaluation=described)
 
 
@@ -138,14 +152,44 @@ def _write(
     verify_logprobs(folder, probe, logprobs, checkpoint=checkpoint)
 
 
+def _write_compressed(
+    folder: Path,
+    weights: LazyWeights,
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    stored_dtype: str,
+    kind: str,
+    rows: list[list[int]],
+    group: int,
+) -> str:
+    """Write and verify merged weights beside `folder`, quantize them into it, and return a sentence for the card."""
+    from rekatrain.trainer.export.compressed import compress, verify_compressed
+
+    probe = torch.tensor([encode_prompt(render_prompt(PROBE_MESSAGES), tokenizer)])
+    stored = weights.rounded(getattr(torch, stored_dtype))
+    with streaming(stored) as model:
+        logprobs = probe_logprobs(model, probe)
+    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as work:
+        whole = Path(work) / "whole"
+        write_merged(whole, stored, tokenizer, max_shard_size="5GB")
+        verify_logprobs(whole, probe, logprobs, checkpoint=checkpoint)
+        compress(whole, folder, kind, rows, group)
+    kl = verify_compressed(folder, kind, read_probe(checkpoint), probe, logprobs)
+    return f"Quantized by llmcompressor ({kind}): a mean KL of {kl:.2g} nats per token from the training process."
+
+
 def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None) -> None:
     """Raise InputError, before a weight is loaded, for options that the form does not have."""
     if form == "adapter" and source.adapter is None:
         raise InputError("--as adapter: the run trained all weights, so there is no adapter; export it as merged")
     if form == "adapter" and dtype is not None:
         raise InputError(f"--dtype {dtype} applies to merged weights; an adapter stays in float32, as it was trained")
-    if form != "gguf" and quantize is not None:
-        raise InputError(f"--quantize applies to GGUF files; --as {form} writes none: use --as gguf")
+    if form == "merged" and quantize is not None:
+        from rekatrain.trainer.export.compressed import check_compressible
+
+        check_compressible(quantize)
+    if form == "adapter" and quantize is not None:
+        raise InputError("--quantize applies to GGUF files and merged weights; --as adapter writes neither")
     if form == "gguf":
         from rekatrain.trainer.export.gguf_files import check_convertible
 

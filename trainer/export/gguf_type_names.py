@@ -8,3 +8,6 @@ MAX_KL = {"f32": 1e-8, "bf16": 1e-3, "f16": 1e-3, "q8_0": 3e-2, "q6_k": 0.1, "q5
 GGUF_TYPES = list(MAX_KL)
 # The type that keeps the weights as they are stored.
 TYPE_OF_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
+
+# Methods of llmcompressor, for `--as merged`.
+COMPRESSED_TYPES = ("fp8", "gptq", "awq")

@@ -72,5 +72,17 @@ def write_serving(folder: Path, form: str, source: Source, *, out: Path) -> None
     for template, target in files.items():
         text = (TEMPLATES / template).read_text(encoding="utf-8")
         (serving / target).write_text(Template(text).substitute(values), encoding="utf-8")
+    for path in sorted(folder.glob("*.gguf")):
+        target = f"Modelfile-{path.stem.removeprefix('model-')}"
+        own = {"file": path.name, "modelfile": target, "bos": _bos_of_template(folder)}
+        text = (TEMPLATES / "Modelfile").read_text(encoding="utf-8")
+        (serving / target).write_text(Template(text).substitute(values | own), encoding="utf-8")
     if "vllm.sh" in files.values() and form != "reward":
         (serving / PARSER).write_text((TEMPLATES / PARSER).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _bos_of_template(folder: Path) -> str:
+    """Return the bos token if the export's chat template begins with it, or an empty text."""
+    if not (folder / "chat_template.jinja").read_text(encoding="utf-8").startswith("{{- bos_token -}}"):
+        return ""
+    return str(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["bos_token"])

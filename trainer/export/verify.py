@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rekatrain.data.chat import render_prompt
 from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import check_tokenizer
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import CONVERSATIONS, probe_logprobs
+from rekatrain.trainer.models.config import build_skeleton
 from rekatrain.trainer.models.probe import compare, find_difference, read_probe, run_probe
 from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.models.weights import check_tensors
@@ -41,7 +42,9 @@ def main() -> None:
     source = find_source(folder)
     weights = LazyWeights(source)
     assert weights.model.config.eos_token_id == tokenizer.eos_token_id or source.adapter, weights.model.config
-    check_tensors(source, source.revision, weights.model)  # transformers and PEFT find each tensor in the files
+    # transformers and PEFT find each tensor in the files. The head of weights.model may be untied by the adapter.
+    base = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    check_tensors(source, source.revision, build_skeleton(source.base, base, AutoModelForCausalLM))
     training, by = read_probe(Path(checkpoint)), ""
     with streaming(weights) as model:
         error = (probe_logprobs(model, reference["ids"]) - reference["logprobs"]).abs().max().item()

@@ -23,14 +23,19 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
     modules = {re.sub(r"\.(base_layer|original_module)\b", "", name) for name, _ in base.named_modules()}
     parameters = {name.replace(".base_layer", "") for name, _ in base.named_parameters()}
     targeted = set(adapted.base_model.targeted_module_names)  # type: ignore[arg-type]  # peft is half typed
+    both = sorted(_listed(lora, "target_modules") & _listed(lora, "modules_to_save"))
+    if both:
+        raise InputError(
+            f"lora.target_modules and lora.modules_to_save both name {both[0]}: an adapter on a weight that is trained "
+            "whole adds nothing; take it out of one of them"
+        )
     for key, names in (
         ("target_modules", targeted),
         ("exclude_modules", modules),
         ("modules_to_save", modules),
         ("target_parameters", parameters),
     ):
-        listed = lora.get(key)
-        for name in listed if isinstance(listed, list) else []:
+        for name in sorted(_listed(lora, key)):
             if not any(known == name or known.endswith(f".{name}") for known in names):
                 raise InputError(f"lora.{key} names {name}, which no part of the model is called; {_known(names)}")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -42,7 +47,9 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if layer >= num_layers:
             raise InputError(f"lora.layers_to_transform names layer {layer}; the model has {num_layers}, from 0 on")
-    _check_embeddings(base, targeted)
+    _check_embeddings(base, targeted, "target_modules")
+    parameters_with_adapter = set(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
+    _check_embeddings(base, {name.rpartition(".")[0] for name in parameters_with_adapter}, "target_parameters")
 
 
 def check_quantized_targets(adapted: PeftModel) -> None:
@@ -58,21 +65,28 @@ def check_quantized_targets(adapted: PeftModel) -> None:
             )
 
 
-def _check_embeddings(base: PreTrainedModel, targeted: Collection[str]) -> None:
+def _listed(lora: Mapping[str, Any], key: str) -> set[str]:
+    """Return the names of a list; a text is a pattern, which PEFT checks itself."""
+    names = lora.get(key)
+    return set(names) if isinstance(names, list) else set()
+
+
+def _check_embeddings(base: PreTrainedModel, targeted: Collection[str], key: str) -> None:
+    """Raise InputError for modules with an adapter, named by `lora.KEY`, that are the output layer or tied to it."""
     if not base.can_generate():
         return
     if not base.config.get_text_config().tie_word_embeddings:
         heads = [name for name in targeted if base.get_submodule(name) is base.get_output_embeddings()]
         if heads:
             raise InputError(
-                f"lora.target_modules includes {heads[0]}, the output layer, whose weight the losses read without an "
+                f"lora.{key} includes {heads[0]}, the output layer, whose weight the losses read without an "
                 f"adapter: take it out, or train the whole weight: modules_to_save: [{heads[0]}]"
             )
         return
     for name in sorted(targeted):
         if name.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "embed_out"):
             raise InputError(
-                f"lora.target_modules includes {name}, whose weight the input and the output share "
+                f"lora.{key} includes {name}, whose weight the input and the output share "
                 "(tie_word_embeddings): the merged model would change both. Take it out, or train the whole weight: "
                 f"modules_to_save: [{name.rpartition('.')[2]}]"
             )

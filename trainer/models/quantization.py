@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from rekatrain.data.errors import InputError
@@ -46,6 +47,16 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
             f"{NAME} keeps the quantized weights whole on each GPU, which ZeRO-3 would shard: launch with "
             f"{shipped_file('accelerate/zero2.yaml')} or ddp.yaml"
         )
+
+
+def keep_adapter_in_float32(model: nn.Module) -> None:
+    """Undo TRL's cast of an adapter on a quantized base to bfloat16, which rounds small updates away.
+
+    A run would also go on in float32 after it is resumed, and give other weights than the unbroken run.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def check_quantization_here(recipe: Recipe) -> None:

@@ -33,7 +33,7 @@ LORA_ALLOWED: dict[str, Any] = {
     "bias": Literal["none", "all", "lora_only"],
     "use_rslora": bool,
     "use_dora": bool,
-    "init_lora_weights": Literal["gaussian"] | bool,
+    "init_lora_weights": Literal["gaussian", "orthogonal"] | bool,
 }
 
 # Keys of the section that are no fields of PEFT's config: PEFT has them as arguments of its optimizers.
@@ -44,7 +44,7 @@ _UNTESTED = "nobody has tried it with this program"
 VALUE_REASONS: dict[str, dict[Any, str]] = {
     "init_lora_weights": {
         False: _START,
-        **dict.fromkeys(("pissa", "olora", "eva", "corda", "loftq", "orthogonal", "mica", "lora_ga"), _START),
+        **dict.fromkeys(("pissa", "olora", "eva", "corda", "loftq", "mica", "lora_ga"), _START),
     },
 }
 LORA_REFUSED: dict[str, str] = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.export.folders import write_adapter, write_merged
+from rekatrain.trainer.export.folders import write_merged
 from rekatrain.trainer.export.gguf_model import write_gguf
 from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import probe_logprobs
@@ -121,10 +121,10 @@ def test_merged_adapter_is_pefts_and_trainings(trained: tuple[str, Path], tmp_pa
     assert distance(folder, merged) < LIMIT
 
 
-def test_exported_adapter_is_loaded_by_peft_and_vllm(trained: tuple[str, Path], tmp_path: Path, tokenizer) -> None:
+def test_exported_adapter_is_loaded_by_peft_and_vllm(trained: tuple[str, Path], tmp_path: Path) -> None:
     method, folder = trained
     assert TABLE[method]["PEFT"]
-    write_adapter(tmp_path / "out", find_source(str(folder / "run")), weights_of(folder).model.config, tokenizer)
+    main(["export", str(folder / "run"), str(tmp_path / "out"), "--as", "adapter"])
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert distance(folder, PeftModel.from_pretrained(base, str(tmp_path / "out"))) < LIMIT
     if TABLE[method]["vLLM"]:  # its arithmetic; tests/vllm/test_adapters.py has the real one
@@ -160,7 +160,10 @@ def test_adapter_that_is_not_trained_is_refused(
     if stage == "rloo":
         changes |= {"rloo": {"max_steps": 1}, "rewards": {"reasoning_format": None}, "sft": {}}
     path = write_recipe(tmp_path, tokenizer, method, **changes)
-    assert re.match(r"rekatrain: error: lora\.(init_lora_weights|target_modules) ", refusal(capsys, "train", str(path)))
+    assert re.match(
+        r"rekatrain: error: lora\.(init_lora_weights|target_modules|target_parameters) ",
+        refusal(capsys, "train", str(path)),
+    )
 
 
 @pytest.mark.parametrize("method", [method for method in TRAINED if not TABLE[method]["vLLM"]])

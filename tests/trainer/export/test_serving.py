@@ -126,6 +126,16 @@ def test_card_describes_the_training(exports: Path) -> None:
     assert "Files: model-f32.gguf, model-q4_k_m.gguf." in card.text
 
 
+def test_gguf_export_has_a_modelfile_for_each_file(exports: Path) -> None:
+    for name in ("f32", "q4_k_m"):
+        modelfile = exports / "gguf" / "serving" / f"Modelfile-{name}"
+        lines = modelfile.read_text().splitlines()
+        (source,) = [line.removeprefix("FROM ") for line in lines if line.startswith("FROM ")]
+        assert (modelfile.parent / source).resolve() == exports / "gguf" / f"model-{name}.gguf"
+        assert 'PARAMETER stop "<sep>"' in lines and "PARAMETER num_ctx 2048" in lines
+        assert f"ollama create gguf -f serving/Modelfile-{name} " in lines[0]
+
+
 def test_export_files_are_readable_by_other_users(exports: Path) -> None:
     files = [path for form in ("merged", "adapter", "gguf") for path in (exports / form).rglob("*") if path.is_file()]
     assert len(files) > 20 and all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in files)
@@ -142,7 +152,10 @@ def test_adapter_names_its_base_by_absolute_path(exports: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantize", "q8_0"], "--quantize applies to GGUF files"),
+        (["--quantize", "q8_0"], "--as merged writes one of fp8, gptq, awq; the types of GGUF files need --as gguf"),
+        (["--quantize", "fp8", "awq"], "--as merged writes one of fp8, gptq, awq"),
+        (["--as", "adapter", "--quantize", "fp8"], "--quantize applies to GGUF files and merged weights"),
+        (["--as", "gguf", "--quantize", "fp8"], "--quantize fp8: the types are f32, bf16, f16"),
         (["--as", "adapter", "--dtype", "bfloat16"], "--dtype bfloat16 applies to merged weights"),
         (["--as", "gguf", "--quantize", "q8_0", "q8_0"], "names a type twice"),
     ],
