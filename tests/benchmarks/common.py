@@ -51,9 +51,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(folder: str) -> PreTrainedModel:
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the device of the model."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (default cpu)")
+
+
+def load_model(folder: str, device: str = "cpu") -> PreTrainedModel:
     """Load a model in float32, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a GPU has run all that was launched; a CPU has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def load_folder_tokenizer(folder: str, *, never_ends: bool = False) -> PreTrainedTokenizerBase:

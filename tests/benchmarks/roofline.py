@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from common import (
+    add_device_argument,
     add_model_arguments,
     load_folder_tokenizer,
     load_model,
     load_prompts,
     make_parser,
     print_table,
+    wait_for,
     write_report,
 )
 from torch import nn
@@ -105,7 +107,9 @@ def make_products(model: PreTrainedModel, tokens: int, head_tokens: int) -> tupl
     num_chunks = -(-head_tokens // 2048)
     shapes[(head_tokens // num_chunks, *model.get_output_embeddings().weight.shape)] += num_chunks
     tensors = {
-        (tokens, outs, ins): (torch.randn(tokens, ins), torch.randn(outs, ins), torch.randn(tokens, outs))
+        (tokens, outs, ins): tuple(
+            torch.randn(shape, device=model.device) for shape in ((tokens, ins), (outs, ins), (tokens, outs))
+        )
         for tokens, outs, ins in shapes
     }
     results = {shape: tuple(torch.empty_like(tensor) for tensor in given) for shape, given in tensors.items()}
@@ -118,6 +122,7 @@ def make_products(model: PreTrainedModel, tokens: int, head_tokens: int) -> tupl
                 torch.mm(inputs, weight.t(), out=outputs_out)
                 torch.mm(outputs, weight, out=inputs_out)
                 torch.mm(outputs.t(), inputs, out=weight_out)
+        wait_for(model.device)
 
     return run, sum(6.0 * tokens * outs * ins * count for (tokens, outs, ins), count in shapes.items())
 
@@ -150,6 +155,7 @@ def main() -> None:
     """Print the rate, its parts and the profile; write the report."""
     parser = make_parser(__doc__, "roofline.json")
     add_model_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument("--num-prompts", type=int, default=2)
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[64] * 8, help="lengths of the completions of a prompt"
@@ -159,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = load_folder_tokenizer(arguments.model)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.device)
     prompts: list[Prompt] = load_prompts(tokenizer, arguments.prompts, arguments.num_prompts)
     config = RLOOConfig(
         max_steps=1,
@@ -174,9 +180,9 @@ def main() -> None:
     task = RunSetup(config=config, tokenizer=tokenizer, prompts=prompts, rewards=[reward])
     logprobs = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer)).train()
     sampler: Any = GivenCompletions(arguments.lengths, len(tokenizer), arguments.seed)  # stands in for a Sampler
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=arguments.device == "cpu")
 
-    step = Run.in_process(accelerator, logprobs, task, sampler, lambda: None)
+    step = Run.in_process(accelerator, logprobs, task, sampler, lambda: wait_for(model.device))
 
     def train_seconds() -> float:
         clock = Clock()

@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from common import (
     NEVER,
+    add_device_argument,
     add_model_arguments,
     load_folder_tokenizer,
     load_model,
     load_prompts,
     make_parser,
     print_table,
+    wait_for,
     write_report,
 )
 from torch import nn
@@ -63,8 +65,9 @@ def make_engines(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[
     def generate(prompts: Prompts) -> int:
         model.set_attn_implementation(kept)
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = model.device
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         with torch.no_grad():
             output = model.generate(ids, attention_mask=mask, num_return_sequences=k, **others)
         return (output.shape[1] - longest) * len(output)
@@ -109,13 +112,16 @@ def run_flops(model: PreTrainedModel, prompts: Prompts, k: int, cap: int) -> flo
 def product_rate(model: PreTrainedModel, batch_size: int) -> float:
     """Return GFLOP/s of the matrix products of one decoding step alone: every linear layer at that batch size."""
     layers = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
-    inputs = {width: torch.randn(batch_size, width) for width in {layer.in_features for layer in layers}}
+    inputs = {
+        width: torch.randn(batch_size, width, device=model.device) for width in {layer.in_features for layer in layers}
+    }
     spent = []
     with torch.no_grad():
         for _ in range(4):
             began = time.perf_counter()
             for layer in layers:
                 layer(inputs[layer.in_features])
+            wait_for(model.device)
             spent.append(time.perf_counter() - began)
     return 2.0 * sum(layer.weight.numel() for layer in layers) * batch_size / min(spent) / 1e9
 
@@ -138,6 +144,7 @@ def main() -> None:
     """Print tokens per second by batch size, and where the time of our sampler goes; write the report."""
     parser = make_parser(__doc__, "sampler.json")
     add_model_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=[8, 16, 32, 64], help="numbers of completions at one time"
     )
@@ -151,7 +158,7 @@ def main() -> None:
     if any(size % arguments.num_generations for size in arguments.batch_sizes):
         parser.error("--batch-sizes must be multiples of --num-generations")
 
-    model = load_model(arguments.model).eval()
+    model = load_model(arguments.model, arguments.device).eval()
     k, cap = arguments.num_generations, arguments.length
     tokenizer = load_folder_tokenizer(arguments.model)
     prompts = [p.ids for p in load_prompts(tokenizer, arguments.prompts, max(arguments.batch_sizes) // k)]

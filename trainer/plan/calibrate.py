@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.plan.cost import Rates, estimate
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.passes import make_model, run_loss
@@ -40,9 +41,11 @@ def calibrate(plan: Plan, file: Path) -> Rates:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     is_16_bit = is_bfloat16(plan.recipe) or plan.uses_bf16
     disk = _disk_rate(file)  # first: the folder may not exist
-    flops = _product_rate(device, torch.bfloat16 if is_16_bit else torch.float32)
+    flops = product_rate(device, torch.bfloat16 if is_16_bit else torch.float32)
     memory = _copy_rate(device, device)
-    measured = {"training pass, seconds": _deep(plan, lambda layers: _training_seconds(plan, layers, device))}
+    measured = {
+        "training pass, seconds": _deep(plan, lambda layers: _seconds(training_pass(plan, layers, device)[1], device))
+    }
     cost = estimate(plan, Rates())
     needed = cost.flops["train"] * plan.workload.micro_batch_tokens / cost.train_tokens
     rates = Rates(
@@ -123,7 +126,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two large square matrices."""
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2.0 * size**3 / _seconds(lambda: left @ right, device)
@@ -150,8 +154,8 @@ def _disk_rate(file: Path) -> float:
         raise InputError(f"--calibrate: {str(file.parent)!r} cannot be written: {error.strerror}") from error
 
 
-def _training_seconds(plan: Plan, num_layers: int, device: torch.device) -> float:
-    """Return the seconds of forward, loss and backward over the largest micro-batch with `num_layers` layers."""
+def training_pass(plan: Plan, num_layers: int, device: torch.device) -> tuple[Policy, Callable[[], None]]:
+    """Return a model with `num_layers` layers, and its forward, loss and backward over the largest micro-batch."""
     workload = plan.workload
     model = make_model(workload, num_layers, plan.checkpoints_activations, str(device))
     parts = workload.largest_micro_batch if plan.recipe.stage == "rloo" else []
@@ -174,7 +178,7 @@ def _training_seconds(plan: Plan, num_layers: int, device: torch.device) -> floa
             total = loss()
         total.backward()
 
-    return _seconds(train, device)
+    return model, train
 
 
 def _decoding_seconds(plan: Plan, num_layers: int, batch_size: int, device: torch.device) -> float:
