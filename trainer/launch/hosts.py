@@ -50,7 +50,8 @@ def find_hosts(config: LaunchConfig) -> list[Host]:
         address = "127.0.0.1" if not others else _address(first)
         remote = [Host(address=_address(host), prefix=[*SSH, host], environment=shared) for host in others]
         return [Host(address=address), *remote]
-    if int(os.environ.get("SLURM_NNODES", "1")) == 1:
+    # Within a step of srun, SLURM_NNODES is the number of its nodes.
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))) == 1:
         return [Host(address="127.0.0.1")]
     names = _slurm_names(os.environ.get("SLURM_JOB_NODELIST", ""))
     here = os.environ.get("SLURMD_NODENAME", names[0])

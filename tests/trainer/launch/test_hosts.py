@@ -2,12 +2,12 @@
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.hosts import check_hosts, find_hosts
 from rekatrain.trainer.launch.output import Output
@@ -126,14 +126,14 @@ def test_processes_on_other_nodes_end_with_the_launch(
 
 @pytest.mark.slow
 @pytest.mark.launched
-def test_launch_trains_on_the_nodes_of_an_allocation(
+def test_sbatch_file_trains_on_the_nodes_of_its_allocation(
     stand_ins: Path, allocation: list[str], tmp_path: Path, model_folder: Path
 ) -> None:
     write_data(tmp_path)
     dataset = {"path": str(tmp_path / "sft.jsonl"), "format": "prompt_answer"}
     sft = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
-    done = run(tmp_path, sys.executable, "-m", "rekatrain", "launch", "run.yaml")
+    done = run(tmp_path, "bash", RECIPES / "slurm" / "launch.sbatch", "run.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rekatrain: launch: 2 nodes, each with in_process: 1 training process (ddp.yaml)" in done.stderr
     assert "world size 2, cpu" in done.stderr
