@@ -133,13 +133,17 @@ def is_close(left: Value, right: Value, *, rounded: tuple[bool, bool] = (False, 
     """Return True if two values are equal; one written as a decimal may be the other, rounded.
 
     Rounded means to the sixth decimal, or for a number below 1 to the sixth digit that is not zero. Two decimals are
-    compared exactly.
+    compared exactly, and a decimal with as many places as the exact value has is not rounded.
     """
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         if left == right:
             return True
-        if rounded == (False, False) or (_terminates(left) and _terminates(right)):
+        if rounded == (False, False):
             return False
+        if _terminates(left) and _terminates(right):
+            written, exact = (left, right) if rounded[0] else (right, left)
+            if all(rounded) or _num_places(written) >= _num_places(exact):
+                return False
     left, right = to_mp(left), to_mp(right)
     if left == right:
         return True
@@ -150,7 +154,12 @@ def is_close(left: Value, right: Value, *, rounded: tuple[bool, bool] = (False, 
         return True
     if rounded == (False, False):
         return False
-    return bool(difference <= MP.mpf("0.5e-6") * min(MP.mpf(1), MP.mpf(10) ** (MP.floor(MP.log10(size)) + 1)))
+    return bool(difference <= MP.mpf("0.500001e-6") * min(MP.mpf(1), MP.mpf(10) ** (MP.floor(MP.log10(size)) + 1)))
+
+
+def _num_places(value: Fraction) -> int:
+    """Return the number of decimal places of a fraction that terminates, at most 100."""
+    return next((places for places in range(100) if 10**places % value.denominator == 0), 100)
 
 
 def _terminates(value: Fraction) -> bool:

@@ -72,6 +72,9 @@ def read_as(gold: Any, text: str) -> Any:
     unit = math_text.ONE_LETTER_UNIT.match(text.strip(" .$"))
     if unit is not None and not is_equal(gold, value):
         return read(unit[1])  # "5m", which could be 5 times m
+    multiple = math_text.MULTIPLE.match(text)
+    if multiple is not None and not is_equal(gold, value):
+        return read(f"{multiple[1]}*10^{math_text.MULTIPLES[multiple[2].lower()]}")  # "3 million" is 3, or 3000000
     return value
 
 

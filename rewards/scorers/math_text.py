@@ -58,6 +58,11 @@ SPELLING_TABLE: list[tuple[str, str, Replacement]] = [
     (r"\mathbb \mathbf ℝ", r"\\math(?:bb|bf)\s*\{?R\}?|ℝ", r"(-\\infty,\\infty)"),
     (r"\langle \rangle", r"\\(?:l|r)angle(?![A-Za-z])", lambda m: "(" if m.group() == r"\langle" else ")"),
     (r"\circ \degree °", r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", r"^\\circ"),
+    (
+        "C_",  # combinations, as {}_{10}C_3
+        r"(?:\{\})?(?:[_^]\s*)(?:\{\s*(\w+)\s*\}|(\w))\s*C_\s*(?:\{\s*(\w+)\s*\}|(\w))",
+        lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}",
+    ),
     ("e E", r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r"*10^{\1}"),
     ("/", r"^(\s*-?\d+)\s+(\d+)\s*/\s*(\d+)(?=\s*$)", r"\1\\frac{\2}{\3}"),
 ]
@@ -74,6 +79,8 @@ SHORT_UNIT = re.compile(
 RATIO_UNIT = re.compile(rf"(?<=\d)\s*(?:{UNITS}|m|g|l|L|J)/(?:s|h|hr|min|day|m|cm|kg|L|l|ml|mol)(?:\^\{{?2\}}?)?$")
 TEXT_UNIT = re.compile(r"(?<=[\w%})\]])\s*\\text\s*\{[^{}\d]*\}(?:\s*\^\s*(?:\d|\{\d\}))?$")
 ONE_LETTER_UNIT = re.compile(r"^([-+]?[\d.,]*\d)\s*[mgshLlJNWVA]$")
+MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+MULTIPLE = re.compile(rf"^\W{{0,4}}([-+]?[\d.,]*\d)\s*({'|'.join(MULTIPLES)})\b", re.IGNORECASE)
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 NOT_WORDS = re.compile(r"[\\\"'“”‘’(){}\[\]$.,;:!?*_`-]+")
 
@@ -163,7 +170,7 @@ def read_date(text: str) -> tuple[int, int, str] | None:
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 BASE_NAMES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
 BASED = re.compile(
-    r"(?:\(\s*)?(?:\\text\s*\{)?\s*([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*\}?\s*\)?\s*(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*([^{}]*?)\s*\}?\s*\}|(\d))"
+    r"(?:\(\s*)?(?:\\text\s*\{)?\s*([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*\}?\s*\)?\s*(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*([^{}]*?\}?[^{}]*?)\s*\}?\s*\}|(\d))"
     r"|(?:\\text\s*\{)?\s*(?:in\s+)?base[ -]([a-z]+|\d+)\s*\}?)",
     re.IGNORECASE,
 )
@@ -174,7 +181,9 @@ def read_based(text: str) -> tuple[str, int] | None:
     match = BASED.fullmatch(text.replace("(base", "base").rstrip(")") if "(base" in text else text)
     if match is None:
         return None
-    name = (match[2] or match[3] or match[4] or "").lower().strip("() ").removeprefix("base").strip(" -")
+    name = (
+        (match[2] or match[3] or match[4] or "").lower().replace("}", "").strip("() ").removeprefix("base").strip(" -")
+    )
     base = int(name) if name.isdecimal() else BASE_NAMES.index(name) + 2 if name in BASE_NAMES else 0
     digits = match[1].lower().lstrip("0") or "0"
     if (
