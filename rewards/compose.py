@@ -54,6 +54,7 @@ class RewardFunction:
     check_row: raises InputError for the columns of a row that it cannot read; None if it reads any
     conversational: True if a batch function takes completions as messages, False as text, None if it is to be found out
     gold:     makes a right answer from the columns of a row (gold.py); None if the reward has none
+    row_timeout: seconds of a completion by the columns of its row, in place of `timeout`, where the recipe sets none
     """
 
     name: str
@@ -68,6 +69,11 @@ class RewardFunction:
     schedule: Schedule | None = None
     conversational: bool | None = None
     gold: Callable[..., str | None] | None = None
+    row_timeout: Callable[..., float] | None = None
+
+    def seconds_for(self, columns: Mapping[str, Any]) -> float | None:
+        """Return the time limit of a completion to a row with these columns; None: that of `scoring:`."""
+        return self.timeout if self.row_timeout is None else self.row_timeout(**columns)
 
     def weight_at(self, step: int) -> float:
         """Return its factor in the total after `step` steps."""
@@ -136,6 +142,7 @@ def _build(name: str, spec: Mapping[str, Any], specs: Mapping[str, object]) -> R
         on_timeout=own.on_timeout,
         check_row=getattr(made, "check_row", None),
         conversational=own.conversational,
+        row_timeout=None if own.timeout else getattr(made, "row_timeout", None),
         gold=getattr(made, "gold", None) or getattr(find(name), "gold", None) or GOLDS.get(name),
     )
 

@@ -6,6 +6,7 @@ of each reward is logged with its traceback, and a run in which too many complet
 
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +53,7 @@ class Grader:
         unbroken: makes the context in which work is sent to the workers. The queue to them has threads, so a signal's
                   handler must not raise there.
         """
+        self.turn = threading.Lock()  # for threads that call `score`
         self._unbroken = unbroken
         self.functions = list(functions)
         self.config = config or ScoringConfig()
@@ -93,7 +95,7 @@ class Grader:
                 continue
             values = {name: columns[name] for name in scorer.columns}
             with self._unbroken():
-                jobs.append(self._pool.submit(number, completion, values, scorer.timeout))
+                jobs.append(self._pool.submit(number, completion, values, scorer.seconds_for(values)))
         return jobs
 
     def score(

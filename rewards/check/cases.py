@@ -97,7 +97,8 @@ def run_cases(cases: Sequence[Case], config: ScoringConfig) -> Iterator[tuple[Ca
             if case is not None:
                 columns = {name: case.row.columns.get(name) for name in case.reward.columns}
                 text = render_completion(case.reasoning, case.answer)
-                waiting.append((case, pool.submit(numbers[id(case.reward)], text, columns, case.reward.timeout)))
+                seconds = case.reward.seconds_for(columns)
+                waiting.append((case, pool.submit(numbers[id(case.reward)], text, columns, seconds)))
             while waiting and (case is None or len(waiting) > AHEAD * num_workers):
                 scored, job = waiting.popleft()
                 outcome = pool.result(job)

@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt
 from pydantic import FiniteFloat
 
 from rekatrain.data.chat import ParsedCompletion
+from rekatrain.data.errors import InputError
 from rekatrain.rewards.code.launcher import Isolation, Limits
 from rekatrain.rewards.code.outputs import ask_checker, is_right
 from rekatrain.rewards.code.packages import find_packages
@@ -81,6 +82,19 @@ class CodeTests:
         """Raise InputError for tests in no known layout."""
         if tests:
             read_tests(tests)
+
+    def row_timeout(self, *, tests: Any) -> float:
+        """Return the seconds after which a worker that scores a completion to these tests has hung."""
+        try:
+            read = read_tests(tests) if tests else None
+        except InputError:  # reported by `check_row`, or by the call
+            read = None
+        if read is None:
+            return POOL_SECONDS
+        num_tests = len(read.asserts if isinstance(read, Statements) else read.cases)
+        # The last program may begin just before the end of the total time, and a checker has as long as its program.
+        seconds = self._total(num_tests) + self.limits.seconds
+        return seconds * (2 if isinstance(read, Programs) and read.checker else 1) + POOL_SECONDS
 
     def __call__(self, completion: ParsedCompletion, *, tests: Any) -> float | None:  # Any: read here
         if not tests:

@@ -6,6 +6,7 @@ from rekatrain.data.chat import parse_completion, render_completion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.code import launcher
 from rekatrain.rewards.code.code_tests import CodeTests
+from rekatrain.rewards.compose import build_reward_functions
 from rekatrain.rewards.errors import RewardError
 from tests.rewards.code import inspected_code, right_code
 
@@ -79,6 +80,16 @@ def test_time_limit_scales_with_the_number_of_tests() -> None:
 def test_late_code_ends_at_ten_times_the_limit() -> None:
     scorer = CodeTests(time_limit=0.1, partial_credit=True)
     assert grade(scorer, "while True: pass", SUM * 40) == 0.0
+
+
+def test_worker_that_hangs_is_held_not_much_longer_than_the_tests() -> None:
+    (reward,) = build_reward_functions({"code_tests": {"time_limit": 5.0}})
+    assert reward.seconds_for({"tests": ["assert f(1)"] * 3}) == 50 + 5 + 30
+    assert reward.seconds_for({"tests": SUM * 30}) == 150 + 5 + 30
+    assert reward.seconds_for({"tests": {"programs": SUM, "checker": "print(1)"}}) == 2 * (50 + 5) + 30
+    assert reward.seconds_for({"tests": None}) == 30
+    (reward,) = build_reward_functions({"code_tests": {"timeout": 9.0}})
+    assert reward.seconds_for({"tests": SUM * 30}) == 9.0
 
 
 def test_start_counts_against_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
