@@ -206,8 +206,13 @@ def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the ids of each text, as `encode_text` does; a fast tokenizer encodes them on all cores."""
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    """Return the ids of each text, as `encode_text` does, encoded on all cores."""
+    # transformers would also make a mask of each text, in Python: a quarter of the time.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def encode_row(

@@ -9,7 +9,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import re
 import sys
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rekatrain.data.errors import InputError, first_line
+from rekatrain.data.json_values import parse_json, table_value
 
 PLAIN_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COMPRESSIONS = (".gz", ".zst")
@@ -44,7 +44,7 @@ def is_local(path: str) -> bool:
     """Return True if a path names local files: it has their suffix, begins as a path does, exists, or has wildcards."""
     return (
         path.startswith(PATH_STARTS)
-        or path.endswith(FILE_SUFFIXES)
+        or path.lower().endswith(FILE_SUFFIXES)
         or _GLOB.search(path) is not None
         or Path(path).exists()
     )
@@ -74,7 +74,7 @@ def find_files(path: str) -> list[str]:
         if not matches:
             raise InputError(f"no file matches {path}; a relative path starts at {Path.cwd()}")
         return [file for match in matches for file in find_files(match)]
-    if not path.endswith(FILE_SUFFIXES):
+    if not path.lower().endswith(FILE_SUFFIXES):
         raise InputError(f"{path} is not a {KINDS}")
     if not place.is_file():
         raise InputError(f"{path} does not exist or is not a file; a relative path starts at {Path.cwd()}")
@@ -83,7 +83,7 @@ def find_files(path: str) -> list[str]:
 
 def read_file(path: str) -> Iterator[Located]:
     """Yield the records of one file, each with its origin. Raise InputError for a file that cannot be read."""
-    plain = path.removesuffix(".gz").removesuffix(".zst")
+    plain = path.lower().removesuffix(".gz").removesuffix(".zst")
     kind = Path(plain).suffix
     read = READERS.get(kind, _read_lines)
     try:
@@ -115,13 +115,13 @@ def sample_files(files: Sequence[str]) -> list[list[object]]:
 
 def _is_rows(file: Path, folder: Path) -> bool:
     is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.name.endswith(FILE_SUFFIXES) and not is_hidden and file.is_file()
+    return file.name.lower().endswith(FILE_SUFFIXES) and not is_hidden and file.is_file()
 
 
 def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(file))
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         # Imported here, as below: importing `data` must stay fast.
         from pyarrow import input_stream
 
@@ -137,7 +137,7 @@ def _read_lines(file: Path) -> Iterator[tuple[int, object]]:
     with _open(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield number, _parse_json(line)
+                yield number, parse_json(line)
 
 
 def _whole_list(file: Path) -> list[object] | None:
@@ -146,7 +146,7 @@ def _whole_list(file: Path) -> list[object] | None:
         first = next((line for line in lines if line.strip()), b"")
         if not first.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
             return None
-        records = _parse_json(first + lines.read())
+        records = parse_json(first + lines.read())
     is_rows = isinstance(records, list) and any(isinstance(record, dict) for record in records)
     return records if is_rows else None  # type: ignore[return-value]  # a list
 
@@ -154,9 +154,9 @@ def _whole_list(file: Path) -> list[object] | None:
 def _read_json(file: Path) -> Iterator[tuple[int, object]]:
     with _open(file) as opened:
         text = opened.read()
-    records = _parse_json(text)
+    records = parse_json(text)
     if isinstance(records, InputError):
-        first = _parse_json(text.lstrip().partition(b"\n")[0])
+        first = parse_json(text.lstrip().partition(b"\n")[0])
         if isinstance(first, dict):  # JSON Lines in a file with the name of JSON
             yield from _read_lines(file)
             return
@@ -173,10 +173,10 @@ def _read_json(file: Path) -> Iterator[tuple[int, object]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than some conversations
-    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    delimiter = "\t" if ".tsv" in file.name.lower() else ","
     with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(lines, [])
+        header = [name.strip() for name in next(lines, [])]
         if header and not header[0]:  # of the index that pandas writes
             header[0] = "index"
         if len(set(header)) < len(header) or not all(header):
@@ -194,7 +194,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as table:
-        records = (record for batch in table.iter_batches() for record in batch.to_pylist())
+        records = (table_value(record) for batch in table.iter_batches() for record in batch.to_pylist())
         yield from enumerate(records, start=1)
 
 
@@ -202,18 +202,8 @@ def _read_arrow(file: Path) -> Iterator[tuple[int, object]]:
     from pyarrow import ipc, memory_map
 
     with memory_map(str(file)) as mapped, ipc.open_stream(mapped) as batches:
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
-
-
-def _parse_json(text: bytes) -> object:
-    """Return the value of a JSON text, or the error of one that cannot be parsed."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return InputError(f"it is not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        # The parser counts lines within its text, so its line 1 would contradict the line number in the file.
-        return InputError(f"it is not valid JSON: {str(error).replace('line 1 ', '')}")
+        records = (table_value(record) for batch in batches for record in batch.to_pylist())
+        yield from enumerate(records, start=1)
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {

@@ -4,7 +4,7 @@ Both published forms are read: one tree per record (`prompt` with nested `replie
 (`message_id`, `parent_id`), as the data sets of the hub have it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rekatrain.data.errors import InputError
@@ -24,23 +24,48 @@ def read_threads(records: Iterable[Located]) -> Iterator[Located]:
     """
     roots: list[tuple[str, Node]] = []
     nodes: dict[str, Node] = {}
+    places: dict[str, str] = {}
     for where, record in records:
         if isinstance(record, dict) and isinstance(record.get("prompt"), dict):
             yield where, _thread({**record, **record["prompt"]})
         elif isinstance(record, dict) and isinstance(record.get("message_id"), str):
             # Collected, because replies may come before what they reply to.
-            nodes[record["message_id"]] = {**record, "replies": []}
+            name = record["message_id"]
+            if name in nodes:
+                yield where, InputError(f"message_id {name!r} is also that of {places[name]}: remove one of the two")
+                continue
+            nodes[name], places[name] = {**record, "replies": []}, where
             if record.get("parent_id") is None:
-                roots.append((where, nodes[record["message_id"]]))
+                roots.append((where, nodes[name]))
         elif isinstance(record, InputError):
             yield where, record
         else:
             yield where, InputError("a record of oasst is a tree (prompt with replies) or a message with message_id")
-    for node in nodes.values():
-        if node.get("parent_id") in nodes:
-            nodes[node["parent_id"]]["replies"].append(node)
+    for name, node in nodes.items():
+        parent = node.get("parent_id")
+        if parent in nodes:
+            nodes[parent]["replies"].append(node)
+        elif parent is not None:
+            yield places[name], InputError(f"the file has no message {parent!r}, to which this one replies")
+    for name in _in_circles(nodes):
+        yield places[name], InputError(f"message {name!r} replies to itself, directly or through others")
     for where, root in roots:
         yield where, _thread(root)
+
+
+def _in_circles(nodes: Mapping[str, Node]) -> Iterator[str]:
+    """Yield the messages that no message without a parent leads to, though the file has all of their parents."""
+    ends: dict[str, bool] = {}  # True: going up from the message comes to an end
+    for name in nodes:
+        path = []
+        here: str | None = name
+        while here in nodes and here not in ends and here not in path:
+            path.append(here)
+            here = nodes[here].get("parent_id")
+        has_end = here not in path and ends.get(here or "", True)
+        ends |= dict.fromkeys(path, has_end)
+        if not has_end:
+            yield name
 
 
 def _thread(root: Node) -> dict[str, object] | InputError:

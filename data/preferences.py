@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 
-from rekatrain.data.chat import Message
+from rekatrain.data.chat import Message, split_turn
 from rekatrain.data.errors import InputError
 from rekatrain.data.records import (
     PROMPT_KEYS,
@@ -116,7 +116,7 @@ def _row(record: Record, *used: str, chosen: list[Message], rejected: list[Messa
             raise InputError(f"{side} does not end with an answer of the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise InputError("chosen and rejected differ before their last message: they answer different prompts")
-    if chosen[-1] == rejected[-1]:
+    if split_turn(chosen[-1]) == split_turn(rejected[-1]):
         raise InputError("chosen and rejected are the same, so neither is preferred: remove the row")
     margin = record.get("margin")
     if margin is not None:

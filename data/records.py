@@ -5,8 +5,9 @@ datasets write one for each absent field.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
@@ -106,8 +107,20 @@ def prompt_messages(record: Record, prompt: str) -> list[Message]:
     return [*messages, *_read_history(record), {"role": "user", "content": prompt}]
 
 
+def check_prompt_parts(record: Record, *keys: str) -> None:
+    """Raise InputError for a text under one of `keys`, which other tools write into the prompt."""
+    for key in keys:
+        if record.get(key):
+            raise InputError(
+                f"the row has {key!r}, which this format would leave out of the prompt: write it into the prompt, "
+                f"name it as columns: {{input: {key}}} of format alpaca, or make it a column of another name: "
+                f"columns: {{other_{key}: {key}}}"
+            )
+
+
 def instruction_messages(record: Record) -> list[Message]:
     """Return `instruction` and optional `input`, joined by a blank line, as `prompt_messages` does."""
+    check_prompt_parts(record, "context")
     parts = (read_text(record, "instruction"), read_optional_text(record, "input"))
     return prompt_messages(record, "\n\n".join(part for part in parts if part))
 
@@ -120,8 +133,10 @@ def assistant_message(answer: str, reasoning: str | None = None) -> Message:
 
 
 def number_as_text(value: object) -> str | None:
-    """Return a number as text, and None for any other value."""
+    """Return a number as text, and None for any other value. Raise InputError for NaN, with which pandas marks gaps."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not math.isfinite(cast(float, value)):
+        raise InputError(f"the answer is {value}, which is no number: write null where a row has no answer")
     return str(value) if is_number else None
 
 

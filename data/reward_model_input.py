@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import Message, encode_text, render_completion, render_prompt
 from rekatrain.data.errors import InputError
+from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import is_encoder
 
 # `<...>` without a space inside, and words in capitals in square brackets, as the tokens of Mistral and BERT.
@@ -75,6 +76,8 @@ def encode_reward_model_input(
 ) -> RewardModelIds:
     """Encode an input for a classifier, and cut the beginning where it is longer than `max_length` ids.
 
+    A decoder's input begins with a bos token, also after a cut, where its family was trained with one (families.py).
+
     reka:          the text of `render_text`
     chat_template: the tokenizer's chat template
     pair:          the last message of the prompt and the answer, as the two texts of an encoder
@@ -97,7 +100,10 @@ def encode_reward_model_input(
         second = encode_text(render_text(item, "answer"), tokenizer)
         if not second:  # transformers encodes an empty second text as no second text
             first, second = [], first
-    before, after = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if is_encoder(tokenizer) else ([], [])
+    if is_encoder(tokenizer):
+        before, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    else:
+        before, after = list(bos_ids(tokenizer)), []
     return _frame(first + after if first else [], second, before, after, max_length)
 
 

@@ -15,6 +15,7 @@ from rekatrain.data.files import Located, find_files, is_local, read_file, sampl
 from rekatrain.data.filters import check_only
 from rekatrain.data.finish import FinishOptions, ForgedTurns
 from rekatrain.data.formats import TURN_FORMATS, Format, lay_out
+from rekatrain.data.json_values import table_value
 from rekatrain.data.layouts import reasoning_gym_row
 from rekatrain.data.oasst import read_threads
 from rekatrain.data.overlap import make_overlap
@@ -128,7 +129,7 @@ def open_rows(
         if isinstance(path, str) and not is_local(path):
             _reject_options(title, "a Hugging Face dataset", for_task)
             dataset = _open_dataset(path, name, cut.of or "train", revision, streaming=streaming)
-            records = ((f"{path}:{number}", record) for number, record in enumerate(dataset, start=1))
+            records = ((f"{path}:{number}", table_value(record)) for number, record in enumerate(dataset, start=1))
             contents = partial(getattr, dataset, "_fingerprint", None)
         else:
             _reject_options(title, "a local file", for_dataset | for_task)

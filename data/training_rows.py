@@ -6,6 +6,7 @@ has reasoning: it is trained with it, and later turns are trained without it, as
 
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from typing import Literal, cast
@@ -79,7 +80,7 @@ class RowEncoder:
 
         Raises InputError, which names the rows, for a row that its source refuses, and at the end where none is left.
         """
-        for batch in _batches(rows):
+        for batch in _read_ahead(_batches(rows)):
             made = encode_conversations(batch, self._tokenizer, end_of_turn=self._end_of_turn, turns=self._turns)
             for row, result in zip(batch, made, strict=True):
                 self._num_rows += 1
@@ -235,6 +236,15 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     remaining = iter(rows)
     while batch := list(islice(remaining, BATCH_ROWS)):
         yield batch
+
+
+def _read_ahead(batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """Yield batches; a thread reads the next one while the tokenizer, which needs no interpreter, encodes this one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, batches, None)
+        while batch := following.result():
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 def _check_ids(row: EncodedRow, num_ids: int) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
-from rekatrain.data.records import Record, add_system, field_error, prompt_messages, read_text, type_name
+from rekatrain.data.records import (
+    Record,
+    add_system,
+    check_prompt_parts,
+    field_error,
+    prompt_messages,
+    read_text,
+    type_name,
+)
 from rekatrain.data.tool_text import ToolTurns, call_texts
 
 # Usual spellings, in lower case -> our role. A `tool_call` is a turn of the assistant that calls a function.
@@ -93,6 +101,7 @@ def read_prompt(record: Record, options: TurnOptions = DEFAULT) -> tuple[list[Me
         if record.get("history"):
             raise InputError("the row has 'history', and a prompt that holds earlier turns: remove one of them")
     else:
+        check_prompt_parts(record, "input", "context")
         messages = prompt_messages(record, read_text(record, "prompt"))
     return messages, [False] * len(messages)
 
@@ -216,7 +225,10 @@ def _read_content(
         if kind == "tool_call" and options.tool_turns == "refuse":
             raise InputError(f"message {number} has a tool_call part: set tool_turns to literal to write it as text")
         names = PART_KEYS.get(kind, PART_KEYS["text"])
-        text = next((part[name] for name in names if part.get(name) is not None), None)
+        given_texts = [part[name] for name in names if part.get(name) is not None]
+        if len(given_texts) > 1:
+            raise InputError(f"message {number}: a part of {key} has two of {', '.join(names)}: remove one")
+        text = given_texts[0] if given_texts else None
         if not isinstance(text, str):
             raise InputError(f"message {number}: a part of {key} must be text, not {type_name(text)}")
         texts[kind].append(text)

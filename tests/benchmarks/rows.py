@@ -2,7 +2,8 @@
 
     python tests/benchmarks/rows.py --model runs/smollm2-135m --rows 10000 100000 1000000
 
-Each point is a separate process with an empty cache: it reads a file of conversations with two trained turns. `first`
+Each point is a separate process with an empty cache: it reads a file of conversations with two trained turns, each turn
+of `--words` words. `first`
 encodes the rows into Arrow files, `again` is the start of a second run, and `read` goes over all ids and labels, as a
 fingerprint does. TRL's SFTTrainer (of a tiny model) loads the file by `datasets` and encodes the messages by our chat
 template; it makes no loss mask, which is less work. `anonymous` is memory that is not a mapped file.
@@ -47,8 +48,8 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
-def write_rows(path: Path, num_rows: int) -> None:
-    """Write conversations with about 150 tokens."""
+def write_rows(path: Path, num_rows: int, num_words: int = 30) -> None:
+    """Write conversations of four turns; with 30 words a turn, they have about 165 tokens."""
     draw = random.Random(0)
 
     def words(count: int) -> str:
@@ -57,7 +58,7 @@ def write_rows(path: Path, num_rows: int) -> None:
     with path.open("w") as file:
         for number in range(num_rows):
             roles = ("user", "assistant") * 2
-            messages = [{"role": role, "content": f"{number}: {words(30)}."} for role in roles]
+            messages = [{"role": role, "content": f"{number}: {words(num_words)}."} for role in roles]
             file.write(json.dumps({"messages": messages, "level": number % 7}) + "\n")
 
 
@@ -117,11 +118,11 @@ def _memory(memory: PeakMemory, base: int) -> dict[str, float]:
     return {"anonymous MB": (memory.peak - base) / 1e6, "resident MB": peak / 1e6}
 
 
-def measure(arm: str, num_rows: int, model: str) -> dict[str, Any]:
+def measure(arm: str, num_rows: int, num_words: int, model: str) -> dict[str, Any]:
     """Measure one point in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        write_rows(file, num_rows)
+        write_rows(file, num_rows, num_words)
         command = [sys.executable, __file__, "--model", model, "--point", arm, str(file)]
         hidden = {"HF_HOME": folder, "HF_DATASETS_CACHE": f"{folder}/cache"}
         done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True)
@@ -136,6 +137,7 @@ def main() -> None:
     parser = make_parser(__doc__, "rows.json")
     parser.add_argument("--model", required=True, help="folder with a tokenizer")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--words", type=int, default=30, help="words of a turn")
     parser.add_argument("--arms", nargs="+", default=["rekatrain", "trl", "trl-2"], help="trl-2: two processes")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -150,7 +152,7 @@ def main() -> None:
     points = []
     for num_rows in options.rows:
         for arm in options.arms:
-            points.append(measure(arm, num_rows, options.model))
+            points.append(measure(arm, num_rows, options.words, options.model))
             print(points[-1], file=sys.stderr, flush=True)
     print_table(points)
     write_report(options.out, options, points)

@@ -1,9 +1,11 @@
 """Inputs of reward models: templates, and special tokens that an answer cannot forge."""
 
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rekatrain.data.chat import Message, render_completion
+from rekatrain.data.chat import Message, encode_row, encode_text, render_completion
 from rekatrain.data.reward_model_input import (
     RewardModelInput,
     break_markup,
@@ -11,6 +13,8 @@ from rekatrain.data.reward_model_input import (
     encode_reward_model_input,
     render_text,
 )
+from rekatrain.data.tokenizer import load_tokenizer
+from tests.helpers.families import FAMILIES
 
 QUESTION: Message = {"role": "user", "content": "Say hello."}
 
@@ -26,6 +30,24 @@ def test_render_text_and_encoding_write_the_template(tokenizer: PreTrainedTokeni
     assert tokenizer.decode(ids) == render_text(plain, "reka")
     cut = encode_reward_model_input(plain, tokenizer, "reka", max_length=10)
     assert cut.is_cut and cut.input_ids == ids[-10:]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoding_begins_with_the_familys_bos_token(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    bos = [tokenizer.bos_token_id] if FAMILIES[name].has_bos else []
+    item = RewardModelInput(prompt=[QUESTION], answer="Hello!")
+    row = encode_row([QUESTION, {"role": "assistant", "content": "Hello!"}], tokenizer)
+    whole = encode_reward_model_input(item, tokenizer, "reka", max_length=1000)
+    assert whole.input_ids == row.input_ids and whole.input_ids[: len(bos)] == bos
+    cut = encode_reward_model_input(item, tokenizer, "reka", max_length=10)
+    assert cut.is_cut and cut.input_ids == [*bos, *row.input_ids[len(bos) - 10 :]]
+    for template in ("answer", "pair"):
+        ids = encode_reward_model_input(item, tokenizer, template, max_length=1000).input_ids
+        assert ids == bos + encode_text("Hello!" if template == "answer" else "Say hello.", tokenizer) + (
+            encode_text("Hello!", tokenizer) if template == "pair" else []
+        )
 
 
 def test_encoding_gives_a_typed_special_token_ordinary_ids(tokenizer: PreTrainedTokenizerFast) -> None:

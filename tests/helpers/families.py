@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -157,5 +158,10 @@ FAMILIES = {
 GEMMA_2 = Family(
     lambda: sentencepiece_tokenizer("<bos>", "<eos>", prepends=False),
     lambda **keys: Gemma2Config(head_dim=8, **keys),
+    True,
+)
+GEMMA_3 = Family(
+    lambda: sentencepiece_tokenizer("<bos>", "<eos>", prepends=False),
+    lambda **keys: Gemma3TextConfig(head_dim=8, **keys),
     True,
 )
