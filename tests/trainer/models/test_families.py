@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rekatrain.data.chat import encode_prompt, encode_row, encode_text, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.families import TEXTS
 from rekatrain.data.stop import StopSearch, decode_completion
 from rekatrain.data.tokenizer import load_tokenizer
+from rekatrain.trainer import sft as sft_stage
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.setup import prepare
 from rekatrain.trainer.rloo.train import train
 from tests.conftest import CORPUS, write_jsonl
-from tests.helpers.families import FAMILIES, GEMMA_2, Family
+from tests.helpers.families import FAMILIES, GEMMA_2, GEMMA_3, Family
 
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Yes"}]
 
@@ -72,6 +73,30 @@ def test_family_is_sampled_and_trained_alike(name: str, tmp_path: Path, monkeypa
     starts = {FAMILIES[name].tokenizer().bos_token_id} if FAMILIES[name].has_bos else set()
     prompts = prepare(recipe).prompts
     assert all((prompt.ids[0] in starts) == bool(starts) for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma-2", "gemma-3"])
+def test_family_is_trained_by_sft_on_its_own_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    family = (FAMILIES | {"gemma-2": GEMMA_2, "gemma-3": GEMMA_3})[name]
+    model = save(family, tmp_path / "model")
+    write_jsonl(Path("rows.jsonl"), {"prompt": "2+2?", "answer": "Yes"})
+    sft = {"max_steps": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 3}
+    sections = {"sft": sft, "rloo": {}, "rewards": {}, "scoring": {}}
+    sft_stage.train(rloo_recipe(model, stage="sft", **sections), resume=False)
+    losses = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+
+    # the first loss, by transformers alone: the family's bos token, the prompt, and labels on the turn
+    tokenizer = load_tokenizer(model)
+    prompt = encode_text("human: 2+2? <sep> assistant:", tokenizer)
+    trained = encode_text(" Yes <sep>", tokenizer)
+    before = [*([family.tokenizer().bos_token_id] if family.has_bos else []), *prompt]
+    labels = torch.tensor([[-100] * len(before) + trained])
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        expected = reference(input_ids=torch.tensor([before + trained]), labels=labels).loss.item()
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[2] < losses[0]
 
 
 def rloo_recipe(model: str, **sections: Any) -> Recipe:
