@@ -65,16 +65,16 @@ def launch(
     if not dry_run:
         check_hosts(hosts)
     node, missing = _find_node(config, hosts)
+    if missing and not dry_run:
+        raise InputError(missing)
     python = config.vllm_python or os.environ.get(VLLM_PYTHON) or sys.executable
     placement = place(recipe, config, node, has_vllm=_knows_vllm(config), ignores_memory=skip_memory_check)
     servers: list[Server] = []
-    with ExitStack() as reserved:
-        if placement.server_gpus:
-            if not dry_run:
-                check_vllm_python(python, "launch.vllm_python" if config.vllm_python else VLLM_PYTHON)
-            setup = prepare(recipe)
-            ports = _choose_ports(config, len(placement.server_gpus), reserved)
-            servers = server_commands(recipe, setup, config, placement, hosts, ports, python)
+    if placement.server_gpus:
+        if not dry_run:
+            check_vllm_python(python, "launch.vllm_python" if config.vllm_python else VLLM_PYTHON)
+        ports = _choose_ports(config, len(placement.server_gpus))
+        servers = server_commands(recipe, prepare(recipe), config, placement, hosts, ports, python)
     flags = [flag for flag, is_on in (("--resume", resume), ("--skip-memory-check", skip_memory_check)) if is_on]
     arguments = train_arguments(str(recipe_path), overrides, servers, placement, flags)
     trainers = trainer_commands(arguments, config, placement, hosts)
@@ -121,21 +121,22 @@ def _find_node(config: LaunchConfig, hosts: Sequence[Host]) -> tuple[Node, str |
     return node, missing
 
 
-def _choose_ports(config: LaunchConfig, number: int, reserved: ExitStack) -> list[int]:
+def _choose_ports(config: LaunchConfig, number: int) -> list[int]:
     """Return a free port for each server of a node; InputError if the section names one that is in use."""
     ports = []
-    for index in range(number):
-        wanted = 0 if config.port is None else config.port + index
-        free = reserved.enter_context(socket.socket())
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            free.bind(("127.0.0.1", wanted))
-        except (OSError, OverflowError) as error:
-            raise InputError(
-                f"port {wanted} for server {index} cannot be used ({error}): end what listens there, or change "
-                "launch.port; without the key a free port is chosen"
-            ) from None
-        ports.append(free.getsockname()[1])
+    with ExitStack() as bound:  # until all are chosen
+        for index in range(number):
+            wanted = 0 if config.port is None else config.port + index
+            free = bound.enter_context(socket.socket())
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                free.bind(("127.0.0.1", wanted))
+            except (OSError, OverflowError) as error:
+                raise InputError(
+                    f"port {wanted} for server {index} cannot be used ({error}): end what listens there, or change "
+                    "launch.port; without the key a free port is chosen"
+                ) from None
+            ports.append(free.getsockname()[1])
     return ports
 
 

@@ -35,10 +35,10 @@ def place(
     finder = PlacementFinder(recipe, config, node, ignores_memory)
     if kind == "in_process":
         return finder.in_process()
-    if kind == "split" or config.servers or (config.num_processes or node.num_gpus) < node.num_gpus:
-        return finder.split()
     if kind == "shared":
         return finder.shared()
+    if kind == "split" or config.servers or (config.num_processes or node.num_gpus) < node.num_gpus:
+        return finder.split()
     try:
         return finder.split()
     except InputError as no_split:

@@ -143,7 +143,7 @@ def test_cpu_has_one_server_and_one_trainer(model: str) -> None:
         (4, 80, {"placement": "shared", "num_processes": 2}, {}, "with placement shared all 4 GPUs serve and train"),
         (4, 80, {"placement": "shared", "gpu_memory_utilization": 0.05}, {}, "has no room for one completion"),
         (1, 80, {"placement": "split"}, {}, "1 GPU of a node cannot be split"),
-        (2, 6, {"placement": "split"}, {}, "does not fit"),
+        (2, 6, {"placement": "split"}, {}, "a server needs 4 GPUs, but the run has 2 on a node"),
         (2, 80, {"placement": "in_process", "num_processes": 4}, {}, "num_processes is 4, but a node has 2 GPUs"),
         (2, 80, {"config_file": "zero9.yaml"}, {}, "launch.config_file is 'zero9.yaml': there is no such file"),
         (4, 80, {"placement": "in_process", "config_file": "single.yaml"}, {}, "distributed_type NO with 4 processes"),
