@@ -132,13 +132,14 @@ def check_command_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
             calls.append(name)
             if name in ("train", "evaluate", "sample"):
                 api.check_recipe(*positional)  # type: ignore[arg-type]
-            return True
+            return name != "launch"  # whose result is an exit status
 
         return called
 
     for name in ("train", "evaluate", "sample", "export"):
         monkeypatch.setattr(api, name, record(name))
     monkeypatch.setattr("rekatrain.trainer.plan.plan.plan", record("plan"))
+    monkeypatch.setattr("rekatrain.trainer.launch.launch.launch", record("launch"))
     monkeypatch.setattr("rekatrain.trainer.rloo.sampler.vllm.serve.serve_rollouts", record("serve-rollouts"))
     monkeypatch.setattr("rekatrain.trainer.recipe.shipped.write_recipes", record("recipes"))
     monkeypatch.setattr("rekatrain.trainer.chat.chat", record("chat"))

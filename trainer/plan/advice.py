@@ -4,65 +4,42 @@ Each change is planned again before it is recommended.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.plan.combinations import LORA, LORA_TEXT, QUANTIZATION, QUANTIZATION_TEXT, Change, combinations
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.recipe.load import Recipe, Section
 
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Number of changes that are recommended, and number of times that a batch size is halved.
 MAX_CHANGES = 4
 MAX_HALVINGS = 3
-QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A change of the recipe or the launch.
-
-    text: the change as a command-line override or a phrase
-    """
-
-    text: str
-    recipe: Recipe
-    launch: PlannedLaunch
-
-    @property
-    def kind(self) -> str:
-        """The name of the changed setting, without its value."""
-        return self.text.split("=")[0].split(":")[0].split("-")[0]
 
 
 def advise(plan: Plan) -> list[Change]:
-    """Return single changes that make the plan fit; if there are none, one combined change; if none fits, nothing."""
-    changes = _changes(plan.recipe, plan.launch)
-    single = list(islice((change for change in changes if _fits(plan, change)), MAX_CHANGES))
-    # A quantized base excludes ZeRO-3, which a changed launch has: so the second attempt keeps the launch.
-    return single or _combine(plan, keeps_launch=False) or _combine(plan, keeps_launch=True)
+    """Return single changes that make the plan fit; if there are none, one combined change; if none fits, nothing.
+
+    More GPUs are recommended only where none of the changes on these GPUs fits. Nothing is returned only if no method
+    fits under any engine, with the smallest batches, servers on other GPUs and a 16th of the length.
+    """
+    changes = list(_changes(plan.recipe, plan.launch))
+    here = [change for change in changes if change.launch.num_gpus == plan.launch.num_gpus]
+    single = list(islice((change for change in here if _fits(plan, change)), MAX_CHANGES))
+    combined = single or _combined(plan)
+    more = (change for change in changes if change not in here and _fits(plan, change))
+    return combined or list(islice(more, MAX_CHANGES))
 
 
-def _combine(plan: Plan, *, keeps_launch: bool) -> list[Change]:
-    """Add the strongest change of each kind, in order, until the plan fits."""
-    recipe, launch, texts = plan.recipe, plan.launch, []
-    done: set[str] = set()
-    while change := next((c for c in _strongest(recipe, launch, keeps_launch) if c.kind not in done), None):
-        done.add(change.kind)
-        recipe, launch = change.recipe, change.launch
-        texts.append(change.text)
-        together = replace(change, text="; ".join(texts))
-        if _fits(plan, together):
-            return [together]
-    return []
-
-
-def _strongest(recipe: Recipe, launch: PlannedLaunch, keeps_launch: bool) -> list[Change]:
-    """Return the strongest change of each kind, which is the last one of its kind."""
-    changes = (c for c in _changes(recipe, launch) if not keeps_launch or c.launch == launch)
-    return list({change.kind: change for change in changes}.values())
+def _combined(plan: Plan) -> list[Change]:
+    """Return the first combined change that fits without QLoRA, and the first one with it."""
+    found = []
+    for is_quantized in (False, True):
+        tried = (one for one in combinations(plan) if bool(one.recipe.model.get("quantization_config")) == is_quantized)
+        found += islice((change for change in tried if _fits(plan, change)), 1)
+    return found
 
 
 def _fits(plan: Plan, change: Change) -> bool:
@@ -104,14 +81,13 @@ def _changes(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
         yield from _launches(recipe, launch)
     if recipe.lora is None:
         yield Change(
-            text="'lora={r: 16, lora_alpha: 32, target_modules: all-linear}' model.dtype=bfloat16 (trains an adapter)",
+            text=LORA_TEXT,
             recipe=replace(recipe, lora=LORA, model={**recipe.model, "dtype": "bfloat16"}),
             launch=launch,
         )
     elif not recipe.model.get("quantization_config") and not launch.is_cpu:
         yield Change(
-            text="'model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: "
-            "bfloat16}' (QLoRA: base weights in 4 bits)",
+            text=QUANTIZATION_TEXT,
             recipe=replace(recipe, model={**recipe.model, "quantization_config": QUANTIZATION}),
             launch=launch,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.quantization import check_quantization
-from rekatrain.trainer.plan.advice import LORA, QUANTIZATION
+from rekatrain.trainer.plan.combinations import LORA, QUANTIZATION
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.report import table

@@ -106,11 +106,14 @@ class PlannedLaunch:
         return ", ".join(words)
 
 
-def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None = None) -> PlannedLaunch:
+def read_launch_file(
+    path: Path, *, gpu_memory: float, host_memory: float | None = None, num_gpus: int | None = None
+) -> PlannedLaunch:
     """Read an Accelerate launch file; raise InputError for an engine that the stages do not support.
 
     gpu_memory:  bytes of one GPU
     host_memory: bytes of one host; None if it is not known
+    num_gpus:    processes in place of those of the file, as by `accelerate launch --num_processes`
     """
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), f"the launch file {str(path)!r}")
@@ -130,7 +133,7 @@ def read_launch_file(path: Path, *, gpu_memory: float, host_memory: float | None
     settings = tree.get("deepspeed_config") or {}
     parallelism = tree.get("parallelism_config") or {}
     is_cpu = kind == "MULTI_CPU" or tree.get("use_cpu") is True
-    num_gpus, num_nodes = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
+    num_gpus, num_nodes = num_gpus or int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
     launch = PlannedLaunch(
         engine="single" if num_gpus == 1 and kind != "DEEPSPEED" else ENGINES[kind],
         num_gpus=num_gpus,

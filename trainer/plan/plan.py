@@ -13,7 +13,7 @@ from rekatrain.trainer.plan.machine import GB, PlannedLaunch, current_launch, re
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.model_size import load_config
 from rekatrain.trainer.plan.report import advice_lines, gigabytes, misfits, render_plan
-from rekatrain.trainer.plan.scale_out import scale_out
+from rekatrain.trainer.plan.scale_out import SOME_URL, scale_out
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def plan(
     """Print the plan of a recipe, or a table over many launches; return False if the plan does not fit.
 
     launch_file:   an Accelerate launch file; None: `num_gpus`, or the launch of this process
-    num_gpus:      GPUs with a whole model each; InputError together with `launch_file`
+    num_gpus:      GPUs that train, with a whole model each or as the launch file says; None: those of the file
     num_nodes:     nodes that hold these GPUs
     gpu_memory:    GB (10^9 bytes) of one GPU
     host_memory:   GB of one host; None: not checked
@@ -45,6 +45,7 @@ def plan(
     rates_file:    file with such rates, which the plan uses
     """
     host = None if host_memory is None else host_memory * GB
+    recipe = with_servers(recipe)
     if table == "compare":
         print(compare(recipe, gpu_memory * GB, host, prompt_tokens))
         return True
@@ -52,9 +53,7 @@ def plan(
         print(scale_out(recipe, gpu_memory * GB, prompt_tokens, read_rates(rates_file) if rates_file else None))
         return True
     if launch_file is not None:
-        if num_gpus is not None:
-            raise InputError("--launch sets the number of GPUs: leave out --gpus")
-        launch = read_launch_file(launch_file, gpu_memory=gpu_memory * GB, host_memory=host)
+        launch = read_launch_file(launch_file, gpu_memory=gpu_memory * GB, host_memory=host, num_gpus=num_gpus)
     elif num_gpus is None:
         launch = current_launch()
     else:
@@ -67,6 +66,14 @@ def plan(
         rates = calibrate(planned, calibrated)
     print(render_plan(planned, rates=rates))
     return not planned.overfull
+
+
+def with_servers(recipe: Recipe) -> Recipe:
+    """Return the recipe as `rekatrain launch` trains it, if its section `launch:` places vLLM servers."""
+    placement = (recipe.launch or {}).get("placement")
+    if placement not in ("split", "shared") or recipe.rloo.get("vllm_server_base_url"):
+        return recipe
+    return replace(recipe, rloo={**recipe.rloo, "vllm_server_base_url": SOME_URL})
 
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:

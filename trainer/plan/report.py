@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from rekatrain.trainer.plan.advice import advise
-from rekatrain.trainer.plan.cost import Cost, Rates, estimate
+from rekatrain.trainer.plan.checkpoints import plan_checkpoints
+from rekatrain.trainer.plan.cost import CALIBRATION, Cost, Rates, estimate
+from rekatrain.trainer.plan.export_cost import export_line
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import GB
 from rekatrain.trainer.plan.memory import Plan
@@ -25,6 +27,8 @@ def render_plan(plan: Plan, *, rates: Rates) -> str:
         *_details(plan),
         "",
         *_verdict(plan),
+        "",
+        *_checkpoint_lines(plan, rates),
     ]
     if not launch.is_cpu or rates.measured_on:
         lines += ["", *_cost_lines(plan, estimate(plan, rates), rates)]
@@ -161,6 +165,25 @@ def advice_lines(plan: Plan) -> list[str]:
     return ["each of these changes makes it fit:", *(f"  {text}" for text in texts)]
 
 
+def _checkpoint_lines(plan: Plan, rates: Rates) -> list[str]:
+    """Describe the disk space and the time of checkpoints, and what is served from the disk."""
+    checkpoints = plan_checkpoints(plan)
+    section = getattr(plan.recipe, plan.recipe.stage)
+    kept = "all are kept: set save_total_limit"
+    if checkpoints.disk is not None:
+        kept = f"at most {checkpoints.num_kept} at a time, {gigabytes(checkpoints.disk)} GB of disk"
+    served = f" with {gigabytes(checkpoints.served)} GB that are written for the servers in each step"
+    lines = [
+        f"a checkpoint: {gigabytes(checkpoints.size)} GB ({gigabytes(checkpoints.weights)} of weights, "
+        f"{gigabytes(checkpoints.optimizer)} of optimizer); {kept}{served if checkpoints.served else ''}",
+        f"saving: {checkpoints.seconds(rates):,.0f} s at an assumed {rates.disk / GB:.0f} GB/s per node, every "
+        f"{section.get('save_steps', {'rloo': 50}.get(plan.recipe.stage, 500))} steps",
+        export_line(plan),
+    ]
+    host = max(phase.host_bytes for phase in plan.phases)
+    return lines if plan.launch.is_cpu else [f"host memory: {gigabytes(host)} GB per node at the most", *lines]
+
+
 def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
     seconds = cost.seconds
     arithmetic = ", ".join(f"{name} {count / 1e12:,.0f}" for name, count in cost.flops.items())
@@ -176,6 +199,8 @@ def _cost_lines(plan: Plan, cost: Cost, rates: Rates) -> list[str]:
         f"({cost.train_tokens * copies / sum(seconds.values()):,.0f} trained tokens per second on all GPUs)",
         f"  rates: {rates.describe()}",
     ]
+    if plan.recipe.stage == "rloo" and plan.samples_elsewhere:
+        lines.append("  vLLM servers sample, whose time is not in it: --scale-out estimates both")
     if rates.measured_on:
-        lines.append(f"  these times are estimates from rates that --calibrate measured on {rates.measured_on}")
-    return lines
+        return [*lines, f"  these times are estimates from rates that --calibrate measured on {rates.measured_on}"]
+    return [*lines, f"  these times are estimates, fitted to: {'; '.join(CALIBRATION)}"]

@@ -174,11 +174,11 @@ def test_advise_starts_with_a_change_that_keeps_the_result() -> None:
 
 
 def test_advise_combines_qlora_with_smaller_batches() -> None:
-    """No ZeRO-3 launch fits 4 GPUs of 24 GB, and QLoRA excludes ZeRO-3: the combined change keeps the launch."""
+    """QLoRA excludes ZeRO-3: the change that has it keeps the launch."""
     plan = make_plan(in_process("rloo-8k"), PlannedLaunch(engine="ddp", num_gpus=4, gpu_memory=24 * GB))
-    [change] = advise(plan)
+    [change] = [change for change in advise(plan) if "load_in_4bit: true" in change.text]
     assert change.launch == plan.launch
-    assert "load_in_4bit: true" in change.text and "rloo.micro_batch_tokens=2048" in change.text
+    assert "rloo.micro_batch_tokens=1024" in change.text
     assert make_plan(change.recipe, change.launch).fits
 
 
