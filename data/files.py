@@ -27,6 +27,10 @@ FILE_SUFFIXES = (
     *TABLE_SUFFIXES,
     *(kind + packed for kind in PLAIN_SUFFIXES for packed in COMPRESSIONS),
 )
+# A folder with such a file would be read in part.
+UNREAD_SUFFIXES = tuple(
+    kind + packed for kind in PLAIN_SUFFIXES for packed in (".bz2", ".xz", ".lz4", ".lzma", ".zip", ".br", ".7z")
+)
 KINDS = f"{', '.join(PLAIN_SUFFIXES)} (also with .gz or .zst), {' or '.join(TABLE_SUFFIXES)} file"
 PATH_STARTS = (".", "/", "~")
 # Of the start and of the end of a file.
@@ -60,6 +64,11 @@ def find_files(path: str) -> list[str]:
         if (place / "state.json").is_file():  # of `save_to_disk`; the order of its shards is that of their names
             return sorted(str(file) for file in place.glob("*.arrow"))
         files = sorted(str(file) for file in place.rglob("*") if _is_rows(file, place))
+        packed = [str(file) for file in place.rglob("*") if file.name.lower().endswith(UNREAD_SUFFIXES)]
+        if packed:
+            raise InputError(
+                f"{path} has files that cannot be read, such as {packed[0]}: unpack them, or move them away"
+            )
         if not files:
             raise InputError(f"{path} is a folder without files of rows: no {KINDS}")
         splits = {match[1] for file in files if (match := _SPLITS.search(str(Path(file).relative_to(place)).lower()))}
@@ -147,8 +156,11 @@ def _whole_list(file: Path) -> list[object] | None:
         if not first.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
             return None
         records = parse_json(first + lines.read())
-    is_rows = isinstance(records, list) and any(isinstance(record, dict) for record in records)
-    return records if is_rows else None  # type: ignore[return-value]  # a list
+    return records if _holds_rows(records) else None  # type: ignore[return-value]  # a list
+
+
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(record, dict) for record in value)
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, object]]:
@@ -162,6 +174,9 @@ def _read_json(file: Path) -> Iterator[tuple[int, object]]:
             return
         raise records
     if isinstance(records, dict):
+        rows = [key for key, value in records.items() if _holds_rows(value)]
+        if len(rows) > 1:
+            raise InputError(f"it holds lists of rows under {' and '.join(rows)}: write each as a file of its own")
         lists = [records[key] for key in LIST_KEYS if isinstance(records.get(key), list)]
         records = lists[0] if len(lists) == 1 else records
     if not isinstance(records, list):

@@ -136,3 +136,13 @@ def test_line_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
     for mark in (b"", b"\xef\xbb\xbf"):
         rows = load(tmp_path, mark + line.encode() + b"\r\n" + mark + line.encode())
         assert [row.messages[0]["content"] for row in rows] == [text, text]
+
+
+def test_file_or_folder_is_never_read_in_part(tmp_path: Path) -> None:
+    rows = [{"messages": [HI, HELLO]}]
+    with pytest.raises(InputError, match="lists of rows under data and validation"):
+        load(tmp_path, json.dumps({"data": rows, "validation": rows}), ".json")
+    assert len(load(tmp_path, json.dumps({"data": rows, "version": 1, "tags": ["a"]}), ".json")) == 1
+    (tmp_path / "more.jsonl.bz2").write_bytes(b"")
+    with pytest.raises(InputError, match=r"files that cannot be read, such as .*more.jsonl.bz2"):
+        load_rows(str(tmp_path))
