@@ -114,7 +114,7 @@ def answers_of_export(folder: Path) -> Answer:
     model = load_model(str(folder), dtype="bfloat16" if dtype == "bfloat16" else "float32").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config = model.generation_config
-    config.eos_token_id = tokenizer.eos_token_id
+    config.eos_token_id, config.stop_strings = tokenizer.eos_token_id, [STOP]
 
     class Stopped(StoppingCriteria):
         """Ends the generation when the reader has gone."""
@@ -132,8 +132,9 @@ def answers_of_export(folder: Path) -> Answer:
         length, context = ids.shape[1], model.config.max_position_embeddings
         if length >= context:
             raise InputError(f"the conversation has {length} tokens and the model's context {context}: start a new one")
-        options = {"stop_strings": [STOP], "tokenizer": tokenizer, "streamer": streamer, "generation_config": config}
-        options |= {"max_new_tokens": min(MAX_NEW_TOKENS, context - length), "stopping_criteria": [stopped]}
+        config.max_new_tokens = min(MAX_NEW_TOKENS, context - length)
+        options = {"tokenizer": tokenizer, "streamer": streamer, "generation_config": config}
+        options |= {"stopping_criteria": [stopped]}
 
         def generate() -> None:
             try:

@@ -125,7 +125,9 @@ def classify(model: PreTrainedModel, sequences: Sequence[RewardModelIds], *, mic
             inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
             if takes_types:
                 inputs["token_type_ids"] = types_BT
-            output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+            # A model that reads its weights layer by layer, in an export, has none on a device.
+            device = torch.device("cpu") if model.device.type == "meta" else model.device
+            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
             logits_NC[indices] = output.logits.float().cpu()
     return logits_NC
 

@@ -105,9 +105,7 @@ class RewardModel:
         if self._mean is None or self._std is None:
             self._mean, self._std = (card.mean, card.std) if card else (0.0, 1.0)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self._device == "cuda" else self._device
-        self._model, self._tokenizer = classifier.load_classifier(
-            self._path, revision=self._revision, dtype=self._dtype, device=device
-        )
+        self._model, self._tokenizer = self._load(device)
         check_template(self._template, self._tokenizer)
         self._label_id = self._find_label()
         logger.info(
@@ -121,6 +119,12 @@ class RewardModel:
             self._std,
             "" if card or self._mean or self._std != 1.0 else " (as they are: the folder has no reward_model.json)",
         )
+
+    def _load(self, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the classifier; the verification of an export reads it layer by layer."""
+        from rekatrain.rewards.models import classifier
+
+        return classifier.load_classifier(self._path, revision=self._revision, dtype=self._dtype, device=device)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any

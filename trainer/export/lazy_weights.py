@@ -138,10 +138,10 @@ class LazyWeights(Mapping[str, Tensor]):
 
 
 @contextmanager
-def streaming(weights: LazyWeights) -> Iterator[PreTrainedModel]:
-    """Give a model that runs in float32 on the CPU: each layer reads its tensors when it is called, and drops them."""
+def streaming(weights: LazyWeights, device: str = "cpu") -> Iterator[PreTrainedModel]:
+    """Give a model that runs in float32 on a device: each layer reads its tensors when it is called, and drops them."""
     model = weights.model
-    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    attach_align_device_hook(model, execution_device=torch.device(device), offload=True, weights_map=weights)
     try:
         yield model
     finally:

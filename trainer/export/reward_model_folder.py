@@ -1,37 +1,40 @@
 """A reward run's weights as a folder that the reward `reward_model`, transformers and vLLM load.
 
 OUT holds sharded safetensors, the tokenizer with a pad token, the frozen scale of the scores in reward_model.json, the
-model card and serving/. A fresh process scores a few answers with it before it gets its name.
+model card and serving/. A fresh process scores a few answers with it before it gets its name. No process holds the
+whole model: layers are read, merged, written and run one at a time (lazy_weights.py).
 """
 
 import json
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 from tokenizers.processors import ByteLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from rekatrain.data.chat import render_completion, render_prompt
 from rekatrain.data.reward_model_input import RewardModelInput, encode_reward_model_input
 from rekatrain.data.tokenizer import is_encoder, load_classifier_tokenizer
-from rekatrain.rewards.models.classifier import RewardModelCard, classify, context_of
-from rekatrain.trainer.export.folders import save_tokenizer
+from rekatrain.rewards.models.classifier import RewardModelCard, classify, context_of, set_pad
+from rekatrain.trainer.export.folders import save_tokenizer, write_model
+from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish, written_aside
 from rekatrain.trainer.models.source import Source
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.reward_model.evaluate_pairs import MICRO_BATCH_TOKENS, evaluate_pairs
+from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs
 from rekatrain.trainer.reward_model.measures import describe_evaluation
-from rekatrain.trainer.reward_model.model import load_reward_model
 from rekatrain.trainer.reward_model.pairs import leave_out_trained, load_pairs
 from rekatrain.trainer.reward_model.score_probe import check_scores
 
 logger = logging.getLogger(__name__)
 
 NUM_SCALE_PAIRS = 256
+# Tokens of one forward. Each forward reads all layers from the files, so it is larger than for weights in memory.
+STREAMED_TOKENS = 16_384
 PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.", "Hello, <b>you</b> | 1,234!")]
 
 
@@ -43,14 +46,17 @@ def export_reward_model(
     The scale is measured on the first 256 held-out pairs, or on training pairs if the recipe has no eval_dataset.
     """
     tokenizer = load_classifier_tokenizer(source.folder)
-    model = _merged(source, tokenizer)
+    weights = LazyWeights(source, auto_class=AutoModelForSequenceClassification, num_labels=1)
+    model = weights.model
+    set_pad(model, tokenizer)
     trained = getattr(torch, recipe.model.get("dtype", "bfloat16"))
     error = None
     if recipe.model.get("quantization_config") is None:  # QLoRA trains on another base than is exported
-        error = check_scores(model, Path(source.folder), trained)
+        with streaming(weights, _device()):
+            error = check_scores(model, Path(source.folder), trained)
     if error is not None:
         logger.info("scores within %.1e of the training process", error)
-    model = model.to(getattr(torch, stored_dtype))
+    stored = weights.rounded(getattr(torch, stored_dtype))
     if tokenizer.pad_token is None:  # a classifier reads batches, which transformers rejects without a pad token
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
     if not is_encoder(tokenizer):  # the model was trained without a BOS, which servers add if the tokenizer does
@@ -66,7 +72,9 @@ def export_reward_model(
         held_out = load_pairs(recipe.eval_dataset, tokenizer, recipe.chat, max_length=context, name="eval_dataset")
         pairs, measured_on = leave_out_trained(held_out, pairs), "held-out pairs"
     pairs = pairs[:NUM_SCALE_PAIRS]
-    evaluation = evaluate_pairs(model, pairs)
+    with streaming(stored, _device()):
+        evaluation = evaluate_pairs(model, pairs, micro_batch_tokens=STREAMED_TOKENS)
+        reference = _score_probes(model, tokenizer)
     description = describe_evaluation(evaluation, measured_on)
     print(f"{source.folder}: {description}")
 
@@ -78,31 +86,32 @@ def export_reward_model(
         measured_on=f"both answers of {len(pairs)} {measured_on}",
     )
     with written_aside(out) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        write_model(partial, stored, max_shard_size=max_shard_size)
         save_tokenizer(tokenizer, partial)
         card.save(partial)
-        _verify(partial, model, tokenizer, stored_dtype)
+        _verify(partial, reference)
         publish(partial, out, "reward", recipe, run, source, evaluation=description)
 
 
-def _merged(source: Source, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    model = load_reward_model(tokenizer, source.folder, dtype="float32").eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _verify(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str) -> None:
-    """Score the probes with `model`, and verify that the reward `reward_model` gives the same scores from `folder`."""
+def _score_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return prompts, completions and the scores of the exporting process, for the verification."""
     inputs = [
         RewardModelInput(prompt=[{"role": "user", "content": question}], answer=answer) for question, answer in PROBES
     ]
     encoded = [encode_reward_model_input(probe, tokenizer, "reka", max_length=context_of(model)) for probe in inputs]
-    reference = {
-        "dtype": dtype,
+    return {
         "prompts": [render_prompt(probe.prompt) for probe in inputs],
         "completions": [render_completion(None, probe.answer) for probe in inputs],
-        "scores": classify(model, encoded, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist(),
+        "scores": classify(model, encoded, micro_batch_tokens=STREAMED_TOKENS)[:, 0].tolist(),
     }
+
+
+def _verify(folder: Path, reference: dict[str, Any]) -> None:
+    """Verify that the reward `reward_model` gives the same scores from `folder`, in a fresh process."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(reference, file)
         file.flush()

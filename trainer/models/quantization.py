@@ -49,14 +49,15 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
         )
 
 
-def keep_adapter_in_float32(model: nn.Module) -> None:
+def keep_adapter_dtype(model: nn.Module, dtype: str) -> None:
     """Undo TRL's cast of an adapter on a quantized base to bfloat16, which rounds small updates away.
 
-    A run would also go on in float32 after it is resumed, and give other weights than the unbroken run.
+    The matrices of LoRA are trained in float32, as PEFT makes them, and whole modules in the model's dtype. A resumed
+    run has these dtypes too, so that it would otherwise give other weights than the unbroken run.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else getattr(torch, dtype))
 
 
 def check_quantization_here(recipe: Recipe) -> None:

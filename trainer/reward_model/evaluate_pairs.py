@@ -24,13 +24,15 @@ from rekatrain.trainer.reward_model.pairs import Pair, leave_out_trained, load_p
 MICRO_BATCH_TOKENS = 4096
 
 
-def evaluate_pairs(model: Policy, pairs: Sequence[Pair]) -> RewardEvaluation:
+def evaluate_pairs(
+    model: Policy, pairs: Sequence[Pair], *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+) -> RewardEvaluation:
     """Evaluate the model on the pairs, on its own device; leave it in evaluation mode."""
     encoded = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     # PEFT puts the adapter's layers into the base model.
     classifier = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(classifier, PreTrainedModel)
-    scores = classify(classifier.eval(), encoded, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0].tolist()
+    scores = classify(classifier.eval(), encoded, micro_batch_tokens=micro_batch_tokens)[:, 0].tolist()
     lengths = [len(answer.input_ids) for answer in encoded]
     return summarize_scores(
         scores[: len(pairs)],

@@ -27,7 +27,7 @@ from rekatrain.data.mixture import is_shuffled
 from rekatrain.trainer.models.load import check_trainable
 from rekatrain.trainer.models.loraplus import lr_ratio
 from rekatrain.trainer.models.probe import SaveProbe
-from rekatrain.trainer.models.quantization import keep_adapter_in_float32
+from rekatrain.trainer.models.quantization import keep_adapter_dtype
 from rekatrain.trainer.processes.agreement import agree_on_start
 from rekatrain.trainer.processes.launch import (
     USUAL_DDP_TIMEOUT,
@@ -182,7 +182,7 @@ def run_trainer(
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.loraplus_lr_ratio = lr_ratio(recipe.lora)
     if recipe.model.get("quantization_config") is not None:
-        keep_adapter_in_float32(trainer.model)
+        keep_adapter_dtype(trainer.model, recipe.model.get("dtype", "bfloat16"))
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     running = RunningMetrics(trainer, run, checkpoint)
     trainer.add_callback(running)  # its file is there when the checkpoint is completed

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.export.export import export
 from rekatrain.trainer.export.folders import write_merged
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.models.probe import find_difference, read_probe, run_probe
 from rekatrain.trainer.models.source import find_source
 from tests.benchmarks.export_memory import Peak, make_run
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_config, tiny_llama, write_jsonl
 
 TEXTS = [[5, 6, 7, 8], list(range(10, 40))]
 
@@ -44,6 +45,33 @@ def test_merging_and_running_hold_two_layers_and_a_shard(tmp_path: Path, tokeniz
     limit = 2 * layer / 2**20 + 10
     assert 12 * layer / 2**20 > 4 * limit  # the whole model in float32
     assert peak.peak_mb - peak.start_mb < limit
+
+
+def test_reward_export_holds_two_layers_and_a_shard(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config = tiny_config(tokenizer, **sizes, num_labels=1, pad_token_id=tokenizer.eos_token_id)
+    model = LlamaForSequenceClassification(config)
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
+    save(tmp_path / "run" / "checkpoints" / "checkpoint-1", model, tokenizer)
+    del model
+    row = {"prompt": "2 + 2 =", "chosen": "It is 4.", "rejected": "4"}
+    recipe = {
+        "stage": "reward",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"pretrained_model_name_or_path": str(tmp_path / "model"), "dtype": "float32"},
+        "dataset": {"path": write_jsonl(tmp_path / "pairs.jsonl", row), "format": "preference"},
+    }
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+    for name in ("first", "second"):  # the libraries' own buffers are there for the second
+        peak = Peak()
+        peak.start()
+        export(tmp_path / "run" / "checkpoints" / "checkpoint-1", tmp_path / name, max_shard_size="10MB")
+        time.sleep(0.02)
+        peak.is_over = True
+    limit = 2 * layer / 2**20 + 10
+    assert 12 * layer / 2**20 > 4 * limit  # the whole model in float32
+    assert peak.peak_mb - peak.start_mb < limit
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

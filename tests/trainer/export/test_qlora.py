@@ -68,6 +68,7 @@ def test_qlora_run_is_resumed_and_exported(
     main(["train", str(path), "--resume"])
     resumed = load_file(checkpoints / "checkpoint-3" / "adapter_model.safetensors")
     assert all(torch.equal(trained[name], resumed[name]) for name in trained)
-    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}  # small updates are not rounded away
+    # Small updates of an adapter are not rounded away.
+    assert {tensor.dtype for name, tensor in trained.items() if ".lora_" in name} == {torch.float32}
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "model")
