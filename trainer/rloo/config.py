@@ -90,6 +90,7 @@ class RLOOConfig:
     vllm_request_timeout:               seconds until the complete response to one request, for a group or its rest
     vllm_weight_transfer:               how a full model reaches the servers. folder: through output_dir, which they
                                         must see; nccl: between GPUs. An adapter always goes through output_dir
+    vllm_enable_sleep_mode:             the servers use the GPUs that train, by turns: they sleep while it trains
     max_staleness:                      1: the servers sample the next batch while this one trains, with the weights of
                                         one update ago
     """
@@ -148,6 +149,7 @@ class RLOOConfig:
     vllm_server_timeout: Seconds = 600.0
     vllm_request_timeout: Seconds = 1800.0
     vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
+    vllm_enable_sleep_mode: bool = False
     max_staleness: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
@@ -203,6 +205,13 @@ class RLOOConfig:
                 raise InputError(
                     f"rloo.vllm_server_base_url is {url!r}; it should be a URL such as http://localhost:8000"
                 )
+        if self.vllm_enable_sleep_mode and (self.max_staleness or self.vllm_weight_transfer == "nccl"):
+            raise InputError(
+                "rloo.vllm_enable_sleep_mode has servers sleep while the policy trains: set max_staleness to 0 and "
+                "vllm_weight_transfer to folder, or use other GPUs for the servers"
+            )
+        if self.vllm_enable_sleep_mode and not self.vllm_server_urls:
+            raise InputError("rloo.vllm_enable_sleep_mode needs vLLM servers: set vllm_server_base_url, or remove it")
         if self.max_staleness and not self.vllm_server_urls:
             raise InputError(
                 "rloo.max_staleness 1 needs vLLM servers that sample during training: set vllm_server_base_url"

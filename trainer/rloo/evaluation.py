@@ -65,6 +65,7 @@ class Evaluation:
             if self._servers is not None:
                 served = self._servers.sampler_of(held_out.config, step)
                 answers, failure = abandonable(self._accelerator, partial(self._try_to_answer, held_out, served))
+                self._servers.rest()
             else:
                 with self._weights():
                     own = self._make_sampler(held_out.config)

@@ -46,6 +46,7 @@ from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
 from rekatrain.trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, step_metrics
 from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.server_rollouts import ServerRollouts
+from rekatrain.trainer.rloo.sampler.vllm.sleep import check_awake
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
 from rekatrain.trainer.run.checkpoints import checkpoint_step
@@ -207,6 +208,8 @@ def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, check
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
     )
+    if config.vllm_enable_sleep_mode:
+        check_awake(config)
     check_servers(recipe, config, setup.tokenizer, max(len(prompt.ids) for prompt in setup.prompts))
     return keeps_optimizer
 

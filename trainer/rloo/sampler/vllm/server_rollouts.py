@@ -27,6 +27,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
@@ -39,8 +40,9 @@ from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.rollouts import Lap, abandonable, roll_out
 from rekatrain.trainer.rloo.sampler.in_process import Completion
 from rekatrain.trainer.rloo.sampler.vllm.sampler import ServedWeights, VLLMSampler
+from rekatrain.trainer.rloo.sampler.vllm.sleep import SleepingServers
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
-from rekatrain.trainer.rloo.sampler.vllm.weights import publish, send
+from rekatrain.trainer.rloo.sampler.vllm.weights import AdapterWeights, FolderWeights, publish, send
 from rekatrain.trainer.rloo.setup import RunSetup
 
 # Options of training that an evaluation does not have.
@@ -61,6 +63,10 @@ class ServerRollouts:
         self._staleness = self._num_retries = 0
         self._is_abandoned = False
         self._transfer: WeightTransfer | None = None
+        self._sleeping = None
+        if setup.config.vllm_enable_sleep_mode:
+            self._sleeping = SleepingServers(accelerator, setup.config, has_adapter=isinstance(policy, PeftModel))
+            self.rest()
         prompts = [prompt.ids for prompt in setup.prompts]
         context = max(map(len, prompts)) + setup.config.max_completion_length  # at least this, by checks.py
         self._texts = [text[: context - 1] for text in choose_texts(setup.tokenizer, prompts)]
@@ -87,6 +93,7 @@ class ServerRollouts:
             rolled = self._unless_interrupted(
                 partial(roll_out, self.sampler, self._setup, self._prompt_indices, step, lap)
             )
+            self.rest()
         if samples_ahead:
             self._queue[step + 1] = self._background.submit(
                 roll_out, self.sampler, self._setup, self._prompt_indices, step + 1, lambda phase: None
@@ -102,6 +109,17 @@ class ServerRollouts:
             raise
 
     def _publish(self, num_updates: int) -> ServedWeights:
+        weights = self._publish_asleep(num_updates)
+        if self._sleeping is not None and isinstance(weights, AdapterWeights | FolderWeights):
+            self._sleeping.wake(weights)
+        return weights
+
+    def rest(self) -> None:
+        """Have servers that share the GPUs sleep until weights are published again; every process must call this."""
+        if self._sleeping is not None:
+            self._sleeping.sleep()
+
+    def _publish_asleep(self, num_updates: int) -> ServedWeights:
         urls = self._setup.config.vllm_server_urls
         probe = run_probe(self._policy, self._texts)
         if self._setup.config.vllm_weight_transfer == "folder":

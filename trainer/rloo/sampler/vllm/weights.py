@@ -11,7 +11,7 @@ import asyncio
 import shutil
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,11 @@ class AdapterWeights:
         """Model name in requests: the name of the adapter."""
         return self.name
 
-    async def load(self, client: ServerClient) -> None:
-        """Load the adapter unless the server has it, then unload the run's other adapters: nothing uses them now."""
+    async def load(self, client: ServerClient, before_requests: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Load the adapter unless the server has it, then unload the run's other adapters: nothing uses them now.
+
+        before_requests: awaited when the adapter is loaded, before a completion is requested (sleep.py)
+        """
         async with _lock(self.folder, client):
             names = await _served_names(client)
             if self.name not in names:
@@ -58,6 +61,9 @@ class AdapterWeights:
                     await client.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
                 except RequestRejected as error:
                     raise InputError(_explain_rejection(error, client.url, self.folder)) from None
+            if before_requests is not None:
+                await before_requests()
+            if self.name not in names:
                 await check_served(client, self.probe, model=self.name)
             for name in names:
                 if name.startswith(self.prefix) and name != self.name:
@@ -79,10 +85,15 @@ class FolderWeights:
 
     model: None = None
 
-    async def load(self, client: ServerClient) -> None:
-        """Reload the server's model from the folder, unless the server has this version already."""
+    async def load(self, client: ServerClient, before_requests: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Reload the server's model from the folder, unless the server has this version already.
+
+        before_requests: awaited when the model is loaded, before a completion is requested (sleep.py)
+        """
         async with _lock(self.folder, client):
             if await _version(client) == self.name:
+                if before_requests is not None:
+                    await before_requests()
                 return
             try:
                 await client.post(
@@ -91,6 +102,8 @@ class FolderWeights:
                 await client.post("/reset_prefix_cache")  # its states come from the old weights
             except RequestRejected as error:
                 raise InputError(f"{error}; the server must be able to read {str(self.folder)!r}") from None
+            if before_requests is not None:
+                await before_requests()
             await check_served(client, self.probe, model=None)
             await client.post("/update_weight_version", {"new_version": self.name})
 
