@@ -19,7 +19,8 @@ PROMPT_KEYS = (*SYSTEM_KEYS, "history")  # used by `prompt_messages`
 WEIGHT_KEYS = ("weight", "sample_weight", "loss_weight")
 # Fields by which other tools change the prompt or the loss. A layout that does not use one rejects the row.
 SHAPING_KEYS = frozenset(
-    (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs", *WEIGHT_KEYS, "loss_mask")
+    (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs", *WEIGHT_KEYS, "loss_mask", "weights")
+    + ("train_on_inputs",)
     + ("image", "images", "video", "videos", "audio", "audios")
 )
 # Arguments of reward functions: a column of that name would replace what the policy wrote.
@@ -163,6 +164,8 @@ def other_columns(record: Record, *used: str) -> dict[str, Any]:
 
 def field_error(record: Record, key: str, expected: str) -> InputError:
     """Return the error for a field that is missing or is not what `expected` describes."""
+    if key in record and record[key] is None:
+        return InputError(f"{key} is null: it must be {expected}")
     if record.get(key) is None:
         keys = _list_keys(record)
         return InputError(f"there is no {key!r}; the row has {keys}: set format or columns to match the file")

@@ -29,19 +29,21 @@ MAX_FILL_IN = 40  # characters; a longer answer has too many correct wordings to
 
 
 def mbpp_row(record: Record) -> Row:
-    """Row of MBPP: `text`, `code`, `test_list`, and optional `test_setup_code` and `challenge_test_list`.
+    """Row of MBPP: `text`, `code`, `test_list`, and optional `test_setup_code`, `test_imports`, `challenge_test_list`.
 
     The prompt shows the first test, as in the paper (arXiv 2108.07732), because it gives the function's name.
     """
     asserts = [*read_texts(record, "test_list"), *read_texts(record, "challenge_test_list")]
     if not asserts:
         raise InputError("test_list is empty: add at least one test")
+    setup = [record.get("test_setup_code") or "", *read_texts(record, "test_imports")]
+    used = ("text", "code", "test_list", "test_setup_code", "test_imports", "challenge_test_list")
     prompt = f"{read_text(record, 'text')}\nYour code should pass this test:\n{asserts[0]}"
     return Row(
         messages=_conversation(prompt, f"```python\n{read_text(record, 'code').strip()}\n```"),
         columns={
-            **other_columns(record, "text", "code", "test_list", "test_setup_code", "challenge_test_list"),
-            "tests": {"asserts": asserts, "setup": record.get("test_setup_code") or ""},
+            **other_columns(record, *used),
+            "tests": {"asserts": asserts, "setup": "\n".join(line for line in setup if line)},
         },
     )
 

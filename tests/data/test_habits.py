@@ -53,6 +53,8 @@ def test_json_object_with_a_key_twice_is_rejected(line: str, tmp_path: Path) -> 
         ({"prompt": "a", "context": "b", "completion": "c"}, {"format": "prompt_completion"}, "'context'"),
         ({"prompt": "a", "answer": float("nan")}, {"format": "prompt_answer"}, "the answer is nan"),
         ({"prompt": "a", "answer": [1, float("inf")]}, {"format": "prompt_answer"}, "the answer is inf"),
+        ({"messages": [HI, HELLO], "weights": [0, 1]}, {}, "'weights'.*shapes the prompt or the loss"),
+        ({"messages": None}, {}, "messages is null: it must be a list"),
         ({"prompt": "a", "chosen": "b", "rejected": " b\n"}, {"format": "preference"}, "are the same"),
     ],
 )
@@ -146,3 +148,11 @@ def test_file_or_folder_is_never_read_in_part(tmp_path: Path) -> None:
     (tmp_path / "more.jsonl.bz2").write_bytes(b"")
     with pytest.raises(InputError, match=r"files that cannot be read, such as .*more.jsonl.bz2"):
         load_rows(str(tmp_path))
+
+
+def test_imports_of_sanitized_mbpp_reach_the_tests(tmp_path: Path) -> None:
+    line = json.dumps(
+        {"prompt": "Pi.", "code": "p = 3", "test_imports": ["import math"], "test_list": ["assert math.pi"]}
+    )
+    (row,) = load(tmp_path, line, format="mbpp", columns={"text": "prompt"})
+    assert row.columns == {"tests": {"asserts": ["assert math.pi"], "setup": "import math"}}
