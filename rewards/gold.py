@@ -5,7 +5,9 @@ columns of the row, or `response`, the answer of the row's reference response; i
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from rekatrain.rewards.scorers.fences import find_fences
@@ -14,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Gold = Callable[..., str | None]
 
 # Columns with a solution, as data sets name them.
-SOLUTIONS = ("canonical_solution", "solution", "solutions", "code")
+SOLUTIONS = ("canonical_solution", "solution", "solutions", "code", "gold_standard_solution", "completion")
 
 
 def has_gold(build: Gold) -> Callable[[Function], Function]:
@@ -82,6 +84,9 @@ def _python_of(value: Any) -> str | None:
         return _python_of(value[0]) if value else None
     if not isinstance(value, str) or not value.strip():
         return None
+    if value.lstrip().startswith("["):  # APPS and TACO write the list as JSON
+        with suppress(ValueError):
+            return _python_of(json.loads(value))
     fences = find_fences(value)
     return (fences[-1].code if fences else value).strip("\n")
 

@@ -161,6 +161,8 @@ def _read_object(tests: Mapping[str, Any]) -> Tests:
         if not name:
             return _read_text(keys["test"])
         prefix = str(keys.get("prefix", keys.get("prompt", "")))
+        if not name.isidentifier():  # LeetCodeDataset: Solution().add
+            return Statements(asserts=(f"{keys['test']}\ncheck({name})",), prefix=prefix)
         return Statements(asserts=(f"{keys['test']}\ncheck({name})",), prefix=prefix, entry_point=name)
     return _read_statements(tests)
 
