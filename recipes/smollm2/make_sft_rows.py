@@ -1,7 +1,7 @@
 """Write SFT rows of worked sums, as JSONL of messages: one line of reasoning for each addition.
 
 python recipes/smollm2/make_sft_rows.py runs/quickstart/sft.jsonl
-python recipes/smollm2/make_sft_rows.py runs/reasoning/sft.jsonl --recipe recipes/smollm2/reasoning-rloo.yaml --cut
+python recipes/smollm2/make_sft_rows.py runs/reasoning/sft.jsonl --recipe recipes/smollm2/reasoning-rloo.yaml
 """
 
 import argparse
@@ -22,8 +22,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL file to write")
     parser.add_argument("--recipe", type=Path, default=RLOO_RECIPE, help="recipe whose dataset has the sums")
-    cut = "end the reasoning of every second row early: a model under a reasoning budget answers from such a thought"
-    parser.add_argument("--cut", action="store_true", help=cut)
     options = parser.parse_args()
     file: Path = options.file
     recipe = YAML(typ="safe", pure=True).load(options.recipe)
@@ -31,12 +29,9 @@ def main() -> None:
     rows = [row for row in load_rows(**recipe["dataset"]).rows if row.messages[0]["content"] not in held_out]
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
-        for number, row in enumerate(rows[:NUM_ROWS]):
+        for row in rows[:NUM_ROWS]:
             user, assistant = row.messages
             thought = work_out(user["content"].removeprefix("Calculate ").removesuffix("."))
-            if options.cut and number % 2:
-                words = thought.split(" ")
-                thought = " ".join(words[: 1 + number // 2 % len(words)])
             messages = [user, {**assistant, "reasoning_content": thought}]
             lines.write(json.dumps({"messages": messages}) + "\n")
 
