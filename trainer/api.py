@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.launch.section import LAUNCHED
 from rekatrain.trainer.recipe.durations import seconds_of
 from rekatrain.trainer.recipe.load import Recipe, build_recipe, load_recipe
 from rekatrain.trainer.run.places import check_new_file, check_parent
@@ -64,6 +65,8 @@ def train(
 
     check_parent(run, "output_dir")
     checked = continue_adapter(checked)
+    if checked.launch is not None and LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":
+        logger.info("the section launch: is for rekatrain launch: rekatrain train starts no server")
     check_fits(checked, is_overridden=skip_memory_check)
     if dry_run:
         from rekatrain.trainer.dry_run import dry_run as show

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rekatrain.trainer.launch.hosts import Host
 from rekatrain.trainer.launch.nodes import Placement
 from rekatrain.trainer.launch.processes import Command
-from rekatrain.trainer.launch.section import LaunchConfig
+from rekatrain.trainer.launch.section import LAUNCHED, LaunchConfig
 from rekatrain.trainer.launch.servers import Server
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.serve import ServerOptions, server_command
@@ -79,7 +79,7 @@ def trainer_commands(
         command = Command(
             name="trainer" if len(hosts) == 1 else f"trainer {index}",
             argv=[*launcher, "-m", "rekatrain", "train", *arguments],
-            environment=host.environment | _visible(placement.trainer_gpus),
+            environment=host.environment | _visible(placement.trainer_gpus) | {LAUNCHED: "1"},
             unset=LAUNCHER_VARIABLES,
             prefix=host.prefix,
         )

@@ -12,6 +12,8 @@ from rekatrain.data.options import check_keywords
 from rekatrain.data.ranges import Count, CountOrZero, Seconds
 
 Port = Annotated[int, Ge(1), Le(65535)]
+# The environment variable of the trainers that a launch starts.
+LAUNCHED = "REKATRAIN_LAUNCHED"
 # Options of vLLM that the recipe or the launch decides.
 DECIDED = {
     "model": "model.pretrained_model_name_or_path",

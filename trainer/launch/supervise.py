@@ -59,6 +59,7 @@ class Supervisor:
                     status = self._train(resumes=resumes)
                     if status is not None:
                         return status
+                    self._end_servers()  # all: a resumed run needs servers that are awake
                     resumes = True
             finally:
                 self._end_all()
@@ -97,7 +98,10 @@ class Supervisor:
         first_failed = first_failed or next((status for status in ended if status not in (0, INTERRUPTED)), 0)
         if failure is not None and INTERRUPTED in ended:
             raise failure
-        if is_paused and not self._signals and not first_failed and INTERRUPTED in ended:
+        # A trainer that finds the server gone fails before it gets the signal: it resumes too.
+        if self._restarts_trainers and not is_paused and first_failed:
+            is_paused = bool(self._servers.find_dead())
+        if is_paused and not self._signals and any(ended):
             return None
         return first_failed or max(ended)
 
@@ -134,18 +138,24 @@ class Supervisor:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _end_all(self) -> None:
-        """End the servers, then kill whatever is left."""
-        servers = self._servers.kept
+    def _end_servers(self) -> None:
         self._output.hides_servers = True
-        for kept in servers:
+        for kept in self._servers.kept:
             kept.send(signal.SIGTERM)
         deadline = time.monotonic() + SERVER_END_SECONDS
-        while time.monotonic() < deadline and any(kept.poll() is None for kept in servers):
+        while time.monotonic() < deadline and any(kept.poll() is None for kept in self._servers.kept):
             time.sleep(POLL_SECONDS)
-        for kept in (*servers, *self._running):
+        for kept in self._servers.kept:
             kept.end()
-        for kept in (*servers, *self._running):
+            kept.wait(SERVER_END_SECONDS)
+        self._output.hides_servers = False
+
+    def _end_all(self) -> None:
+        """Kill trainers that run still, end the servers, then kill whatever is left."""
+        for kept in self._running:
+            kept.end()
+        self._end_servers()
+        for kept in self._running:
             kept.wait(SERVER_END_SECONDS)
         kill_descendants(spared=self._others)
         self._output.close()

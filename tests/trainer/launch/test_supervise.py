@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -199,3 +200,49 @@ def test_killed_keepers_leave_nothing() -> None:
 
     later(kill)
     assert run([server()], trainer("sleep 600 & touch started; sleep 600"), max_restarts=0) == 137
+
+
+def test_servers_that_share_gpus_all_start_again() -> None:
+    script = "trap 'exit 75' TERM; touch started; [ \"$1\" = --resume ] && exit 0; while :; do sleep 0.05; done"
+    later(lambda: Path("die").touch())  # one of the two reads it
+    assert run([server(), server()], trainer(script), restarts_trainers=True) == 0
+    assert len(Path("children").read_text().split()) == 4
+
+
+def test_trainer_that_finds_a_shared_server_gone_resumes() -> None:
+    script = '[ "$1" = --resume ] && exit 0; touch die; while [ -e die ]; do :; done; exit 2'
+    assert run([server()], trainer(script), restarts_trainers=True) == 0
+
+
+# A terminal of 60 columns, whose text is printed at the end.
+PTY = """
+import os, pty, sys
+pid, terminal = pty.fork()
+if pid == 0:
+    from rekatrain.trainer.launch.output import Output
+    output = Output(["server", "trainer"])
+    output.status("waiting for 1 vLLM server(s)", "servers 0/1 up")
+    output.line("server", "loading")
+    output.status("training", "servers 1/1 up")
+    output.line("trainer", "step 1/3  reward 0.5  eta 0m10s")
+    output.line("trainer", "a line")
+    output.line("server", "launcher.py:70] Route: /docs, Methods: GET")
+    output.close()
+    os._exit(0)
+text = b""
+while True:
+    try:
+        read = os.read(terminal, 1000)
+    except OSError:
+        break
+    text += read
+sys.stdout.write(text.decode())
+"""
+
+
+def test_terminal_has_one_progress_line() -> None:
+    shown = subprocess.run([sys.executable, "-c", PTY], stdout=subprocess.PIPE).stdout.decode()
+    # A line that was cleared is none: what is left of each is after its last clearing.
+    lines = [line.rpartition("\r\x1b[K")[2] for line in shown.replace("\r\n", "\n").split("\n")]
+    assert lines == ["[server]  loading", "[trainer] a line", ""], shown
+    assert "step 1/3  reward 0.5  eta 0m10s | servers 1/1 up | 0m00s" in shown
