@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -186,8 +187,8 @@ def write_jsonl(path: Path, *rows: object) -> str:
 class JsonServer:
     """A real HTTP server on this machine, and a record of its requests.
 
-    answer: called with the path and the JSON body of a POST, or None for a GET; returns status, JSON or bytes, and
-            optional headers of the response
+    answer: called with the path and the JSON body of a POST, or None for a GET; returns status, JSON or bytes or an
+            iterator of bytes, which is a stream, and optional headers of the response
     paths, bodies, headers: one entry per request so far
     most_at_once:           highest number of requests in progress at one time
     """
@@ -203,6 +204,13 @@ class JsonServer:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., JsonServer]]:
     """Return a function that starts a server, which stops with the test: `serve(answer)`."""
+    with json_servers() as start:
+        yield start
+
+
+@contextmanager
+def json_servers() -> Iterator[Callable[..., JsonServer]]:
+    """Yield a function that starts a server, which stops with the context."""
     started: list[ThreadingHTTPServer] = []
 
     def start(answer: Callable[[str, Any], Any]) -> JsonServer:
@@ -229,14 +237,18 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
                 finally:
                     with lock:
                         open_now[0] -= 1
-                sent = content if isinstance(content, bytes) else json.dumps(content).encode()
+                whole = content if isinstance(content, bytes) else None
+                if whole is None and not isinstance(content, Iterator):
+                    whole = json.dumps(content).encode()
                 try:
                     self.send_response(status)
                     for name, value in (headers[0] if headers else {}).items():
                         self.send_header(name, value)
-                    self.send_header("content-length", str(len(sent)))
+                    if whole is not None:
+                        self.send_header("content-length", str(len(whole)))
                     self.end_headers()
-                    self.wfile.write(sent)
+                    for part in content if whole is None else [whole]:
+                        self.wfile.write(part)
                 except ConnectionError:
                     pass  # the client disconnected, as some tests do
 
@@ -249,7 +261,9 @@ def serve() -> Iterator[Callable[..., JsonServer]]:
         record.url = f"http://127.0.0.1:{server.server_port}"
         return record
 
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+    try:
+        yield start
+    finally:
+        for server in started:
+            server.shutdown()
+            server.server_close()

@@ -150,6 +150,15 @@ def test_learning_gives_every_method_as_many_samples(tmp_path: Path, monkeypatch
     assert all(len(of_method) == 2 and len(of_method[0]["rewards"]) == 2 for of_method in results["runs"].values())
 
 
+def test_staleness_keeps_servers_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--steps", "5", "--prompts", "4", "--group", "2", "--rows", "4", "--cap", "30", "--pace", "0.01"]
+    arms = ["--staleness", "0", "3", "--train-seconds", "0.4"]
+    results = run("staleness", [*size, *arms], tmp_path / "out.json", monkeypatch)
+    on_policy, ahead = results["table"]
+    assert (on_policy["max_staleness"], on_policy["staleness"]) == (0, 0) and 1 <= ahead["staleness"] <= 3
+    assert on_policy["busy"] < ahead["busy"] <= 1 and ahead["seconds"] < on_policy["seconds"]
+
+
 @pytest.mark.launched
 def test_trace_of_one_step_stays_short() -> None:
     """A reader follows one completion through few files, and seldom turns back."""

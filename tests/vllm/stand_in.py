@@ -3,7 +3,9 @@
 It draws with the uniform numbers of an in-process run, so a run with it must equal that run.
 """
 
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rekatrain.data.stop import StopSearch
+from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
-from rekatrain.trainer.rloo.sampler.vllm.sampler import seed_of
+from rekatrain.trainer.rloo.sampler.vllm.group_requests import seed_of
 
 # transformers' loader patches its classes while it runs: of two loads at once, in two servers' threads, the second
 # would put the patch back as the original, and no model of this process would tie its embeddings from then on.
@@ -34,6 +38,8 @@ class StandIn:
 
     trouble: called with the number (from 0) and the body of each request for completions; a result that is not None is
              the response
+    pace:    seconds per token of a streamed response
+    events:  begins and ends of streamed groups, with their steps, and loads of weights, with the number of updates
     loaded:  names of the weights that were loaded, in order
     keys:    by seed, the keys of prompts and of the first and second continuation of each completion
     """
@@ -51,6 +57,7 @@ class StandIn:
             seed_of(key): key
             for key in [*keys, *((*key, index, n) for key in keys for index in range(4) for n in (1, 2))]
         }
+        self.pace, self.paths, self.events = 0.0, dict[str, str](), list[tuple[str, int]]()
         self._prompts: dict[tuple[int, ...], list[list[int]]] = {}
         self._lock = threading.Lock()
         self.restart()
@@ -58,6 +65,7 @@ class StandIn:
     def restart(self) -> None:
         """Forget all weights but the first."""
         self.adapters: dict[str, PeftModel] = {}
+        self.is_paused = False
         self.model: Any = self._load(self.folder)
         self.weight_version = "default"
 
@@ -92,6 +100,7 @@ class StandIn:
             return 404, {"error": {"message": f"No adapter found for {body['lora_path']}"}}
         if body["lora_name"] in self.adapters:
             return 400, {"error": {"message": "already loaded"}}
+        self.paths[body["lora_name"]] = body["lora_path"]
         self.adapters[body["lora_name"]] = self._load(self.folder, body["lora_path"])
         self.loaded.append(body["lora_name"])
         return 200, b"Success"
@@ -104,6 +113,12 @@ class StandIn:
         return 200, {"weight_version": self.weight_version}
 
     def _collective_rpc(self, body: Any) -> tuple[int, Any]:
+        if body["method"] == "list_loras":
+            return 200, {"results": [list(range(1, len(self.adapters) + 1))]}
+        if body["method"] == "remove_lora":  # vLLM reads an adapter that it lacks with the next token
+            name = list(self.adapters)[body["args"][0] - 1]
+            self.adapters[name] = self._load(self.folder, self.paths[name])
+            return 200, {"results": ["True"]}
         assert body["method"] == "reload_weights"
         self.model = self._load(body["kwargs"]["weights_path"])
         return 200, {"results": [None]}
@@ -113,8 +128,20 @@ class StandIn:
 
     def _update_weight_version(self, body: Any) -> tuple[int, Any]:
         self.weight_version = body["new_version"]
+        self.events.append(("loads", int(self.weight_version.split("-")[-2])))
         self.loaded.append(self.weight_version)
         return 200, {"success": True}
+
+    def _pause(self, _: None) -> tuple[int, Any]:
+        self.is_paused = True
+        return 200, {"status": "paused"}
+
+    def _resume(self, _: None) -> tuple[int, Any]:
+        self.is_paused = False
+        return 200, {"status": "resumed"}
+
+    def _is_paused(self, _: None) -> tuple[int, Any]:
+        return 200, {"is_paused": self.is_paused}
 
     def _completions(self, body: Any) -> tuple[int, Any]:
         if "prompt_logprobs" in body:
@@ -133,6 +160,8 @@ class StandIn:
             return 404, {"error": {"message": f"The model `{name}` does not exist."}}
         assert body["stop"] == ["<sep>"] and body["include_stop_str_in_output"] and body["return_token_ids"]
         assert sorted(map(int, body["logit_bias"])) == list(range(len(self.tokenizer), len(self.tokenizer) + 20))
+        if body.get("stream"):
+            return 200, self._stream(name, body)
         model = self.adapters.get(name, self.model)
         group = self._sample(model, body)
         choices = [
@@ -141,6 +170,36 @@ class StandIn:
         ]
         self.finished.append((name, body["seed"]))
         return 200, {"model": name, "choices": choices[::-1]}  # out of order: the index counts
+
+    def _stream(self, name: str, body: Any) -> Iterator[bytes]:
+        """Draw token by token, with the weights of that moment; a pause freezes the request."""
+        key, ids = self.keys[body["seed"]], [list[int]() for _ in range(body["n"])]
+        self.events.append(("begins", key[2]))
+        assert len(key) == 4 and body["cache_salt"]
+        uniforms = [np.random.default_rng([*key, index]).random(body["max_tokens"]) for index in range(body["n"])]
+        stop, live = StopSearch(self.tokenizer), list(range(body["n"]))
+        while live:
+            time.sleep(self.pace)
+            with self._lock, torch.no_grad():
+                if self.is_paused:
+                    continue
+                rows = torch.tensor([body["prompt"] + ids[index] for index in live])
+                logits = self.adapters.get(name, self.model)(rows).logits[:, -1, : len(self.tokenizer)]
+                position = len(ids[live[0]])
+                at_position = torch.tensor([uniforms[index][position] for index in live])
+                drawn, logprobs, _ = draw(logits, at_position, body["temperature"])
+            choices = []
+            for index, token, logprob in zip(live, drawn.tolist(), logprobs.tolist(), strict=True):
+                ids[index].append(token)
+                is_last = len(ids[index]) == body["max_tokens"] or token == self.tokenizer.eos_token_id
+                is_last = is_last or stop.completes_at(ids[index], len(ids[index]))
+                choice = {"index": index, "token_ids": [token], "logprobs": {"token_logprobs": [logprob]}}
+                choices.append({**choice, "finish_reason": "stop" if is_last else None})
+            yield f"data: {json.dumps({'model': name, 'choices': choices})}\n\n".encode()
+            live = [choice["index"] for choice in choices if choice["finish_reason"] is None]
+        self.finished.append((name, body["seed"]))
+        self.events.append(("ends", key[2]))
+        yield b"data: [DONE]\n\n"
 
     def _prompt_logprobs(self, body: Any) -> list[dict[str, Any] | None]:
         model, ids = self.adapters.get(body.get("model", "policy"), self.model), torch.tensor([body["prompt"]])

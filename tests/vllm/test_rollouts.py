@@ -12,93 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
 
 from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
-from rekatrain.trainer.rloo.sampler.vllm import server_pool
 from rekatrain.trainer.rloo.sampler.vllm.responses import ResponseReader
 from rekatrain.trainer.run.records import read_records
 from tests.helpers.forks import Launch, start_forked
 from tests.helpers.rloo import open_reasoning
-from tests.vllm.stand_in import StandIn, one_thread
+from tests.vllm.conftest import LORA, error_line, sampled
+from tests.vllm.stand_in import StandIn
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-REWARD = """
-def letters(completions, **kwargs):
-    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
-"""
 ONE_OFF = {"max_staleness": 1, "importance_sampling_correction": "sequence_truncate", "save_steps": 1}
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[list[dict], list[dict], dict]]:
-    """Run RLOO for some steps -> metrics, rollouts, last weights."""
-    rows = [{"prompt": f"{n} + {n} =", "answer": 2 * n} for n in range(1, 9)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(server_pool, "_BACK_OFF", lambda state: 0.02)
-
-    def start(
-        name: str,
-        urls: list[str] | str | None,
-        *arguments: str,
-        lora: dict | None = LORA,
-        model: Path = model_folder,
-        **rloo: Any,
-    ) -> tuple[list[dict], list[dict], dict]:
-        tree = {
-            "stage": "rloo",
-            "output_dir": str(tmp_path / name),
-            "seed": 3,
-            "model": {"pretrained_model_name_or_path": str(model), "dtype": "float32"},
-            "lora": lora,
-            "dataset": {"path": "sums.jsonl", "format": "prompt_answer"},
-            "rewards": {"my_rewards:letters": {"weight": 1.0}},
-            "rloo": {
-                **{"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 12},
-                **{"beta": 0.1, "learning_rate": 3e-3, "vllm_server_base_url": urls},
-                **rloo,
-            },
-        }
-        Path(f"{name}.yaml").write_text(json.dumps(tree))
-        with one_thread():
-            main(["train", f"{name}.yaml", *arguments])
-        last = max((tmp_path / name / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-        (weights,) = last.glob("*model.safetensors")
-        folder = tmp_path / name
-        return read_records(folder / "metrics.jsonl"), read_records(folder / "rollouts.jsonl"), load_file(weights)
-
-    return start
-
-
-@pytest.fixture
-def stand_in(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> StandIn:
-    return StandIn(model_folder, tokenizer, seed=3)
-
-
-def sampled(rollouts: list[dict]) -> list[tuple]:
-    """Return ids, finish reason and reward of each completion, ordered by step and prompt."""
-    ordered = sorted(rollouts, key=lambda record: (record["step"], record["prompt_index"]))
-    return [(r["step"], r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in ordered]
-
-
-def error_line(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:
-    """Return the one line of error that a run exits with."""
-    with pytest.raises(SystemExit) as caught:
-        run("rejected", *arguments, **rloo)
-    assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1
-    return lines[0].split("error: ", 1)[1]
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "whole model"])

@@ -45,7 +45,7 @@ class RLOOConfig:
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
-    full_determinism:                   use deterministic GPU kernels alone, which are slower: equal runs have equal bits
+    full_determinism:                   use deterministic GPU kernels alone, which are slower: equal runs, equal bits
     cast_lm_head_to_fp32:               compute the logits in float32, in trainer, reference and sampler; `rekatrain
                                         serve-rollouts` starts vLLM so, too
     eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
@@ -65,7 +65,8 @@ class RLOOConfig:
 
     num_iterations:                     updates per batch; from the second on, ratios to the sampling policy are clipped
     importance_sampling_level, epsilon: take the ratio and its clip per sequence or per token; width of the clip
-    importance_sampling_correction:     weights for a sampler whose probabilities differ, per token or per sequence
+    importance_sampling_correction:     weights for a sampler whose probabilities differ, per token or per sequence;
+                                        truncate: at most the cap; mask: 0 above the cap
     importance_sampling_cap:            upper limit of those weights
     loss_type:                          sequence_sum (the paper's), sequence_mean or token_mean, over the whole step
     kl_placement:                       reward: the k1 estimate, detached, in the reward and its baseline; loss: the k2
@@ -91,8 +92,9 @@ class RLOOConfig:
     vllm_weight_transfer:               how a full model reaches the servers. folder: through output_dir, which they
                                         must see; nccl: between GPUs. An adapter always goes through output_dir
     vllm_enable_sleep_mode:             the servers use the GPUs that train, by turns: they sleep while it trains
-    max_staleness:                      1: the servers sample the next batch while this one trains, with the weights of
-                                        one update ago
+    max_staleness:                      updates that the weights which drew a token may lie back. 1: the servers sample
+                                        the next batch while this one trains. 2 or more: up to so many batches are
+                                        queued, and weights are updated while completions are in flight
     """
 
     max_steps: Count
@@ -130,7 +132,9 @@ class RLOOConfig:
     num_iterations: Count = 1
     importance_sampling_level: Literal["sequence", "token"] = "sequence"
     epsilon: Annotated[FiniteFloat, Gt(0), Lt(1)] = 0.2
-    importance_sampling_correction: Literal["token_truncate", "sequence_truncate"] | None = None
+    importance_sampling_correction: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
     importance_sampling_cap: PositiveWeight = 2.0
     loss_type: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
     kl_placement: Literal["reward", "loss"] = "reward"
@@ -150,7 +154,7 @@ class RLOOConfig:
     vllm_request_timeout: Seconds = 1800.0
     vllm_weight_transfer: Literal["folder", "nccl"] = "folder"
     vllm_enable_sleep_mode: bool = False
-    max_staleness: Literal[0, 1] = 0
+    max_staleness: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if self.per_device_generation_batch_size < self.num_generations:
@@ -163,11 +167,12 @@ class RLOOConfig:
                 f"rloo.kl_placement loss is exact only on policy, and rloo.num_iterations is {self.num_iterations}: "
                 "set num_iterations to 1, or kl_placement to reward"
             )
-        if self.importance_sampling_correction == "token_truncate" and self.importance_sampling_level == "sequence":
+        correction = self.importance_sampling_correction or ""
+        if correction.startswith("token") and self.importance_sampling_level == "sequence":
             raise InputError(
-                "rloo.importance_sampling_correction token_truncate weights each token, but importance_sampling_level "
+                f"rloo.importance_sampling_correction {correction} weights each token, but importance_sampling_level "
                 "sequence has one ratio per sequence: set importance_sampling_level to token, or the correction to "
-                "sequence_truncate"
+                f"{correction.replace('token', 'sequence')}"
             )
         for key in ("overlong_buffer", "reasoning_budget"):
             value = getattr(self, key)
@@ -193,11 +198,6 @@ class RLOOConfig:
         return [urls] if isinstance(urls, str) else urls
 
     def _check_servers(self) -> None:
-        if self.eval_steps is not None and self.max_staleness:
-            raise InputError(
-                "rloo.eval_steps with max_staleness 1: the servers already sample the next batch from older weights "
-                "when an evaluation is due: set max_staleness to 0, or measure checkpoints with rekatrain evaluate"
-            )
         if self.vllm_server_base_url is not None and not self.vllm_server_urls:
             raise InputError("rloo.vllm_server_base_url names no server: write its URL, or remove the key")
         for url in self.vllm_server_urls:
@@ -214,12 +214,14 @@ class RLOOConfig:
             raise InputError("rloo.vllm_enable_sleep_mode needs vLLM servers: set vllm_server_base_url, or remove it")
         if self.max_staleness and not self.vllm_server_urls:
             raise InputError(
-                "rloo.max_staleness 1 needs vLLM servers that sample during training: set vllm_server_base_url"
+                f"rloo.max_staleness {self.max_staleness} needs vLLM servers that sample during training: set "
+                "vllm_server_base_url"
             )
         if self.max_staleness and (self.importance_sampling_correction is None or self.kl_placement == "loss"):
             raise InputError(
-                "rloo.max_staleness 1 trains on completions of older weights: set importance_sampling_correction, such "
-                "as sequence_truncate, and kl_placement to reward"
+                f"rloo.max_staleness {self.max_staleness} trains on completions of older weights: set "
+                "importance_sampling_correction, such as token_truncate with importance_sampling_level token, and "
+                "kl_placement to reward"
             )
         if self.vllm_server_urls and self.top_p < 1 and self.top_k is None:
             raise InputError(

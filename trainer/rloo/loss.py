@@ -15,6 +15,7 @@ Shapes: P prompts, G completions per prompt, N completions, T tokens of all comp
 An unscorable completion has reward nan: it is in no baseline, has advantage 0 and counts in no mean.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -133,14 +134,14 @@ def policy_loss(
         epsilon=config.epsilon if config.num_iterations > 1 else torch.inf,
     )
     # Weights for a sampler whose arithmetic, or whose weights, differ from the trainer's; by token or by sequence.
-    mismatch_T = batch.old_logprobs - batch.sampler_logprobs
-    if config.importance_sampling_correction == "token_truncate":
-        surrogates = surrogates * truncated_importance_weights(mismatch_T, config.importance_sampling_cap)
+    correction, weights = config.importance_sampling_correction or "", importance_weights(batch, config)
+    if weights is not None and correction.startswith("token"):
+        surrogates = surrogates * weights
     num_trained_N = batch.sums(torch.ones_like(logprobs_T))
     if config.importance_sampling_level == "token":
         surrogates, is_clipped = batch.sums(surrogates), batch.sums(is_clipped.float()) / num_trained_N.clamp(min=1)
-    if config.importance_sampling_correction == "sequence_truncate":
-        surrogates = surrogates * truncated_importance_weights(batch.sums(mismatch_T), config.importance_sampling_cap)
+    if weights is not None and correction.startswith("sequence"):
+        surrogates = surrogates * weights
     # The mean over the step, by the loss type.
     weights_N = sequence_weights(
         num_trained_N,
@@ -173,6 +174,21 @@ def clipped_surrogates(
     ratios = log_ratios.exp()
     free, clipped = ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages
     return torch.minimum(free, clipped), free > clipped
+
+
+def importance_weights(batch: LossInputs, config: RLOOConfig) -> Tensor | None:
+    """Return the weights of the correction for the sampler, by token [T] or by sequence [N]; None without one."""
+    correction, cap = config.importance_sampling_correction, config.importance_sampling_cap
+    if correction is None:
+        return None
+    assert batch.old_logprobs is not None
+    mismatch = batch.old_logprobs - batch.sampler_logprobs
+    if correction.startswith("sequence"):
+        mismatch = batch.sums(mismatch)
+    weights = truncated_importance_weights(mismatch, cap)
+    if correction.endswith("mask"):  # what the policy now finds that much likelier is left out, not cut to the cap
+        weights = torch.where(mismatch > math.log(cap), 0.0, weights)
+    return weights
 
 
 def truncated_importance_weights(log_ratios: Tensor, cap: float) -> Tensor:

@@ -3,20 +3,25 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.data.rows import Row
+from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.group import Group
+from rekatrain.trainer.rloo.loss import importance_weights
 from rekatrain.trainer.rloo.microbatch import MicroBatch
 
 RolloutRecord = dict[str, Any]
 RATIO_NAMES = {FinishReason.STOP: "stop_ratio", FinishReason.EOS: "eos_ratio", FinishReason.LENGTH: "clipped_ratio"}
+# Of a completion's importance weights: how many, their sum, the sum of their squares.
+WEIGHT_SUMS = ("importance_num", "importance_sum", "importance_squares")
 HEADLINE = ["reward", "kl", "completions/mean_length", "completions/clipped_ratio", "tokens_per_second"]
 
 
-def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
+def batch_records(step: int, batch: MicroBatch, config: RLOOConfig) -> list[RolloutRecord]:
     """Make a JSON-ready record for each completion of a trained batch, in order."""
     assert batch.old_logprobs is not None
     log_ratios_T = batch.old_logprobs - batch.sampler_logprobs
@@ -27,6 +32,11 @@ def batch_records(step: int, batch: MicroBatch) -> list[RolloutRecord]:
         "mismatch_kl": batch.sums(log_ratios_T.expm1() - log_ratios_T),
         "clip_ratio": batch.clip_ratio,
     }
+    weights = importance_weights(batch, config)
+    if weights is not None:
+        powers = [weights**power for power in range(len(WEIGHT_SUMS))]
+        is_by_token = str(config.importance_sampling_correction).startswith("token")
+        values |= zip(WEIGHT_SUMS, map(batch.sums, powers) if is_by_token else powers, strict=True)
     columns = {name: [None] * len(batch.members) if N is None else N.tolist() for name, N in values.items()}
     return [
         _record(step, group, index, **{name: _finite(column[number]) for name, column in columns.items()})
@@ -48,6 +58,15 @@ def _finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
+def count_runs(values: Sequence[int]) -> list[list[int]]:
+    """Return each value and its number in a row.
+
+    >>> count_runs([3, 3, 4])
+    [[3, 2], [4, 1]]
+    """
+    return [[value, len(list(run))] for value, run in groupby(values)]
+
+
 def _record(step: int, group: Group, index: int, **trained: float | None) -> RolloutRecord:
     completion = group.completions[index]
     reward = group.rewards[index]
@@ -61,6 +80,7 @@ def _record(step: int, group: Group, index: int, **trained: float | None) -> Rol
         "completion": group.texts[index],
         "completion_ids": completion.ids,
         "num_forced": len(completion.forced),
+        **({"weight_versions": count_runs(completion.versions)} if completion.versions else {}),
         "finish_reason": completion.finish_reason.value,
         "rewards": {name: values[index] for name, values in group.rewards_by_name.items()},
         "reward_errors": dict(group.reward_errors[index]),
@@ -106,6 +126,9 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     mismatch_logprob:                mean over trained completions of |sampler's log p - trainer's log p|, nats
     mismatch_kl:                     KL of the trainer's distribution from the sampler's, nats per token (k3 estimate)
     clip_ratio:                      fraction of importance ratios that the last update clipped
+    importance/mean_weight:          mean of the importance weights, per token or per sequence as the correction is
+    importance/effective_sample_size: (sum of the weights)^2 / (their number * sum of their squares), 1 if all are equal
+    staleness, staleness/max:        updates since the weights that drew a token, mean and maximum over tokens; servers
     completions/mean_length:         tokens
     completions/stop_ratio, .../eos_ratio, .../clipped_ratio: fraction that ended at `<sep>`, eos, the cap
     completions/forced_ratio:        fraction whose reasoning was closed by the reasoning budget
@@ -147,11 +170,31 @@ def step_metrics(records: Sequence[RolloutRecord]) -> dict[str, float | int | No
     num_trained = sum(len(record["completion_ids"]) - record["num_forced"] for record in trained)
     metrics["mismatch_kl"] = sum(record["mismatch_kl"] for record in trained) / num_trained if num_trained else None
     metrics["clip_ratio"] = _mean(record["clip_ratio"] for record in trained)
+    metrics |= {**_importance(trained), **_staleness(records)}
     metrics["completions/forced_ratio"] = sum(record["num_forced"] > 0 for record in records) / len(records)
     metrics["completions/mean_length"] = fmean(lengths)
     for finish_reason, name in RATIO_NAMES.items():
         metrics[f"completions/{name}"] = sum(r["finish_reason"] == finish_reason for r in records) / len(records)
     return metrics
+
+
+def _importance(trained: Sequence[RolloutRecord]) -> dict[str, float]:
+    weighted = [record for record in trained if record.get("importance_num")]
+    num, total, squares = (sum(record[name] for record in weighted) for name in WEIGHT_SUMS)
+    if not squares:
+        return {}
+    size = min(total**2 / (num * squares), 1.0)  # not above 1 by rounding
+    return {"importance/mean_weight": total / num, "importance/effective_sample_size": size}
+
+
+def _staleness(records: Sequence[RolloutRecord]) -> dict[str, float]:
+    runs = [
+        (record["step"] - 1 - version, num) for record in records for version, num in record.get("weight_versions", [])
+    ]
+    if not runs:
+        return {}
+    mean = sum(age * num for age, num in runs) / sum(num for _, num in runs)
+    return {"staleness": mean, "staleness/max": max(age for age, _ in runs)}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

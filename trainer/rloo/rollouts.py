@@ -217,15 +217,16 @@ def sample_groups(
             texts[index] = decode_completion(completion.ids, tokenizer)
     lap("sample")
 
-    scores = grader.score(
-        prompts=[prompt.text for prompt in prompts for _ in range(num_generations)],
-        completions=[texts[index] for index in range(len(flat))],
-        completion_ids=[completion.ids for completion in flat],
-        columns=columns,
-        judges=judges,
-        submitted=jobs,
-        progress=progress,
-    )
+    with grader.turn:  # batches may be sampled at the same time, with max_staleness
+        scores = grader.score(
+            prompts=[prompt.text for prompt in prompts for _ in range(num_generations)],
+            completions=[texts[index] for index in range(len(flat))],
+            completion_ids=[completion.ids for completion in flat],
+            columns=columns,
+            judges=judges,
+            submitted=jobs,
+            progress=progress,
+        )
     groups = []
     for number, (prompt_index, prompt, completions) in enumerate(zip(prompt_indices, prompts, sampled, strict=True)):
         members = slice(number * num_generations, (number + 1) * num_generations)

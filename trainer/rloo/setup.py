@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +40,7 @@ class RunSetup:
 
     is_shuffled: False if each pass over the prompts goes in their order
     held_out:    prompts to evaluate while the run trains; None without `eval_steps`
+    closing:     called when the run ends, in any way
     """
 
     config: RLOOConfig
@@ -49,6 +51,7 @@ class RunSetup:
     seed: int = 0
     is_shuffled: bool = True
     held_out: HeldOut | None = None
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def trained_rows(self) -> Iterator[Sequence[object]]:
         """Return the ids of each prompt and all that its rewards read, which a fingerprint is taken of."""

@@ -92,7 +92,7 @@ def take_step(run: Run, step: int, clock: Clock) -> list[RolloutRecord]:
     clock.lap("train")
 
     # 8. Record each completion.
-    records = [record for batch in batches for record in batch_records(step + 1, batch)]
+    records = [record for batch in batches for record in batch_records(step + 1, batch, config)]
     return [*idle_records(step + 1, [*replaced, *idle]), *records]
 
 

@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, resume: bool) -> None:
         # Check everything that can be wrong before a weight is loaded.
         folder.check(recipe, resume=resume)
         setup = prepare(recipe)
-        with setup.grader:  # however the run ends, its workers end
+        with setup.grader, setup.closing:  # however the run ends, its workers and rollouts end
             _train(recipe, setup, folder, resume=resume)
 
 
@@ -113,6 +113,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     states: dict[str, Stateful] = {"gradient_clipper": clipper}
     if config.vllm_server_urls:
         servers = ServerRollouts(accelerator, policy, setup, folder.path)
+        setup.closing.callback(servers.close)
         run = replace(run, rollouts=servers)
         states["server_rollouts"] = servers
 

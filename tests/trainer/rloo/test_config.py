@@ -24,6 +24,12 @@ def test_rloo_config_defaults_are_the_papers() -> None:
             "rloo.kl_placement loss is exact only on policy, and rloo.num_iterations is 2: set num_iterations to 1",
         ),
         ({"importance_sampling_correction": "token_truncate"}, "rloo.importance_sampling_correction token_truncate"),
+        ({"importance_sampling_correction": "token_mask"}, "rloo.importance_sampling_correction token_mask"),
+        ({"max_staleness": 4}, "rloo.max_staleness 4 needs vLLM servers"),
+        (
+            {"max_staleness": 4, "vllm_server_base_url": "http://localhost:8000"},
+            "rloo.max_staleness 4 trains on completions of older weights: set importance_sampling_correction",
+        ),
         ({"overlong_buffer": 512}, "rloo.overlong_buffer (512) must be smaller than rloo.max_completion_length (512)"),
         ({"reasoning_budget": 600}, "rloo.reasoning_budget (600) must be smaller than rloo.max_completion_length"),
         ({"top_p": 0.9, "num_iterations": 2}, "rloo.top_p and rloo.top_k need num_iterations 1"),

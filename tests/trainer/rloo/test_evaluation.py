@@ -97,15 +97,6 @@ def test_evaluation_metrics_count_first_answers_and_all_lengths() -> None:
     ("settings", "message"),
     [
         ({"eval_on_start": True}, "rloo.eval_on_start needs rloo.eval_steps"),
-        (
-            {
-                "eval_steps": 5,
-                "vllm_server_base_url": "http://localhost:8000",
-                "max_staleness": 1,
-                "importance_sampling_correction": "sequence_truncate",
-            },
-            "rloo.eval_steps with max_staleness 1",
-        ),
     ],
 )
 def test_config_rejects_an_evaluation_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -155,7 +155,10 @@ def mismatch(policy: Policy, setup: RunSetup, sampler: RecordingSampler, record:
 
 @pytest.mark.parametrize(
     ("level", "correction"),
-    [("token", "token_truncate"), ("token", "sequence_truncate"), ("sequence", "sequence_truncate")],
+    [
+        *(("token", name) for name in ("token_truncate", "sequence_truncate", "token_mask", "sequence_mask")),
+        *(("sequence", name) for name in ("sequence_truncate", "sequence_mask")),
+    ],
 )
 @pytest.mark.parametrize("cap", [1.1, 2.0])
 def test_take_step_corrects_for_a_sampler_that_differs(
@@ -174,12 +177,19 @@ def test_take_step_corrects_for_a_sampler_that_differs(
 
     def term(record: RolloutRecord, logprobs_T: Tensor) -> Tensor:
         log_ratios_T = mismatch(policy, setup, sampler, record)
-        log_ratios = log_ratios_T if correction == "token_truncate" else log_ratios_T.sum()
-        weights.append(log_ratios.exp().clamp(max=cap))
+        log_ratios = log_ratios_T if correction.startswith("token") else log_ratios_T.sum()
+        ratios = log_ratios.exp()
+        weights.append(ratios.clamp(max=cap) if correction.endswith("truncate") else ratios * (ratios <= cap))
         return -(weights[-1] * record["advantage"] * logprobs_T).sum() / 20
 
     assert_gradients_close(gradient, gradient_of_terms(policy, setup, records, term))
-    assert max(weight.max() for weight in weights) == cap and min(weight.min() for weight in weights) < 0.8
+    all_weights = torch.cat([weight.flatten() for weight in weights])
+    assert all_weights.min() < 0.8 and (all_weights.max() == cap) == correction.endswith("truncate")
+    assert (all_weights.min() == 0) == correction.endswith("mask")
+    metrics = step_metrics(records)
+    assert metrics["importance/mean_weight"] == pytest.approx(all_weights.mean().item(), rel=1e-4)
+    expected = all_weights.sum() ** 2 / (len(all_weights) * all_weights.square().sum())
+    assert metrics["importance/effective_sample_size"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_take_step_without_correction_only_logs_the_mismatch(

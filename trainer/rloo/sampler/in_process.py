@@ -33,6 +33,7 @@ class Completion:
     logprobs:      log-probability with which each token was drawn, at the sampling temperature; 0 for forced tokens
     finish_reason: `<sep>` was completed, the eos token was drawn, or the length ran out
     forced:        indices of the tokens that the reasoning budget forced instead of a draw
+    versions:      number of updates of the weights that drew each token; empty in process, where they are the step's
     cutoffs:       for each token, the log-prob of the least likely kept token minus this token's, rounded down: at most
                    0, and -inf for forced tokens; empty where no top-k or top-p filter is on
     """
@@ -41,6 +42,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     forced: range = range(0)
+    versions: list[int] = field(default_factory=list)
     cutoffs: list[float] = field(default_factory=list)
 
 

@@ -21,7 +21,7 @@ from tests.conftest import JsonServer
 class AnyWeights:
     """Weights that every server has."""
 
-    model = None
+    name, model = "any", None
 
     async def load(self, client: ServerClient) -> None:
         """Load nothing."""
@@ -72,7 +72,7 @@ def roll_out(
     counts = []
 
     def sample(sampler: VLLMSampler) -> None:
-        sampler.weights = AnyWeights()
+        sampler.served.weights = AnyWeights()
         together.wait()
         sampler.sample([[5]] * groups, [(1, 0, 0, index) for index in range(groups)], 2)
 

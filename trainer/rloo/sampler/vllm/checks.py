@@ -16,6 +16,7 @@ from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
+from rekatrain.trainer.rloo.sampler.vllm.live_weights import RESUME
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed, request_filters
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,26 @@ async def _check(
             f"{name} has a context of {context} tokens, the longest prompt and its completion need {needed}; "
             f"start it with --max-model-len {needed}"
         )
+    await _check_pause(client, config, name)
     await _check_tokenizer(client, model, tokenizer, name)
     await _check_logprobs(client, model, config, tokenizer, name)
     if recipe.lora is not None:
         await _check_adapters(client, name)
     logger.info("rollouts: %s, vLLM %s, %s", client.url, version, model)
+
+
+async def _check_pause(client: ServerClient, config: RLOOConfig, name: str) -> None:
+    """Let a server go on that a killed run has paused; InputError if it cannot be paused and updates need that."""
+    try:
+        if (await client.get("/is_paused")).get("is_paused"):
+            await client.post(RESUME)
+            logger.warning("rollouts: %s was paused by an earlier run; it goes on", name)
+    except RequestRejected:
+        if config.max_staleness > 1:
+            raise InputError(
+                f"{name} cannot be paused, which rloo.max_staleness {config.max_staleness} needs: {START}, or with "
+                "VLLM_SERVER_DEV_MODE=1"
+            ) from None
 
 
 async def _check_tokenizer(client: ServerClient, model: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -1,7 +1,9 @@
 """HTTP client of one vLLM server: a request is answered, rejected for good, or fails because the server is down."""
 
 import asyncio
+import json
 import ssl
+from collections.abc import Callable
 from functools import cache
 from types import TracebackType
 
@@ -57,6 +59,24 @@ class ServerClient:
         """Post a body and return the JSON object of the response; {} if it is not a JSON object."""
         return await self._send("POST", path, body)
 
+    async def stream(self, path: str, body: Json, on_event: Callable[[Json], None]) -> None:
+        """Post a body and call `on_event` with each JSON object of the stream of server-sent events, as it arrives."""
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._http.stream("POST", f"{self.url}{path}", json={**body, "stream": True}) as response,
+            ):
+                if response.status_code != 200:
+                    await response.aread()
+                    self._raise_for_status(path, response)
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        on_event(json.loads(line.removeprefix("data: ")))
+        except TimeoutError:
+            raise ServerDown(f"the vLLM server {self.url} gave no whole answer within {self._timeout:g} s") from None
+        except (httpx2.TransportError, json.JSONDecodeError) as error:
+            raise ServerDown(f"the vLLM server {self.url} broke off: {type(error).__name__} {error}".rstrip()) from None
+
     async def _send(self, method: str, path: str, body: Json | None) -> Json:
         name = f"the vLLM server {self.url}"
         timeout = self._timeout if method == "POST" else min(self._timeout, GET_TIMEOUT)
@@ -67,18 +87,26 @@ class ServerClient:
             raise ServerDown(f"{name} gave no answer within {timeout:g} s") from None
         except httpx2.TransportError as error:
             raise ServerDown(f"{name} cannot be reached: {type(error).__name__} {error}".rstrip()) from None
-        if response.status_code != 200:
-            message = f"{name} answered {path} with {response.status_code}: {shorten(response.text, SHOWN_CHARACTERS)}"
-            # vLLM also answers 500 where its engine is fine and rejects one request: "Call to ... method failed".
-            is_final = response.status_code == 500 and "method failed" in response.text
-            if response.status_code in TRANSIENT_STATUS and not is_final:
-                raise ServerDown(message)
-            raise RequestRejected(message, response.status_code)
+        self._raise_for_status(path, response)
         try:
             content = response.json()
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
+
+    def _raise_for_status(self, path: str, response: httpx2.Response) -> None:
+        """Raise ServerDown or RequestRejected unless the status is 200."""
+        if response.status_code == 200:
+            return
+        message = (
+            f"the vLLM server {self.url} answered {path} with {response.status_code}: "
+            f"{shorten(response.text, SHOWN_CHARACTERS)}"
+        )
+        # vLLM also answers 500 where its engine is fine and rejects one request: "Call to ... method failed".
+        is_final = response.status_code == 500 and "method failed" in response.text
+        if response.status_code in TRANSIENT_STATUS and not is_final:
+            raise ServerDown(message)
+        raise RequestRejected(message, response.status_code)
 
 
 @cache  # it reads the certificates of the system, and a step may have a client for each of a hundred servers

@@ -4,6 +4,7 @@ Ids are the truth: a completion and its finish reason follow from the ids that t
 `<sep>` as in the in-process sampler.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from rekatrain.rewards.models.endpoint import Json
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.draw import TIE
 from rekatrain.trainer.rloo.sampler.in_process import Completion
+from rekatrain.trainer.rloo.sampler.vllm.client import ServerDown
 
 DROPPED_LOGPROB = -9999.0  # vLLM's log-probability of a token that its filters dropped
 
@@ -34,6 +36,44 @@ def request_filters(config: RLOOConfig, tokenizer: PreTrainedTokenizerBase) -> J
     return {"top_k": listed, "top_p": config.top_p, "logprobs": listed, "return_tokens_as_token_ids": True}
 
 
+class StreamedResponse:
+    """Collects the events of a streamed response -> the response as it is without streaming, with versions of tokens.
+
+    version: returns the number of updates of the weights that draw the tokens that arrive now
+    """
+
+    def __init__(self, num_completions: int, version: Callable[[], int]) -> None:
+        self._version, self._model = version, ""
+        self._choices: list[dict[str, Any]] = [
+            {"index": index, "token_ids": [], "versions": [], "token_logprobs": [], "top_logprobs": []}
+            for index in range(num_completions)
+        ]
+
+    def add(self, event: Json) -> None:
+        """Add the tokens of an event; raise ServerDown for an error in the middle of the stream."""
+        if "choices" not in event:
+            raise ServerDown(f"a vLLM server broke a stream off: {str(event)[:300]}")
+        self._model = event.get("model", "")
+        for part in event["choices"]:
+            choice, listing, ids = self._choices[part["index"]], part.get("logprobs") or {}, part.get("token_ids") or []
+            choice["token_ids"] += ids
+            choice["versions"] += [self._version()] * len(ids)
+            for name in ("token_logprobs", "top_logprobs"):
+                choice[name] += listing.get(name) or []
+            if part.get("finish_reason") is not None:
+                choice |= {"finish_reason": part["finish_reason"], "stop_reason": part.get("stop_reason")}
+
+    def response(self) -> Json:
+        """Return the whole response; raise ServerDown if a completion has not ended."""
+        if any("finish_reason" not in choice for choice in self._choices):
+            raise ServerDown("a vLLM server ended a stream before its completions")
+        choices = [
+            {**choice, "logprobs": {name: choice.pop(name) for name in ("token_logprobs", "top_logprobs")}}
+            for choice in self._choices
+        ]
+        return {"model": self._model, "choices": choices}
+
+
 class ResponseReader:
     """Reads completions from responses; one completion may take several requests (reasoning budget)."""
 
@@ -44,10 +84,18 @@ class ResponseReader:
         self._stop = StopSearch(tokenizer)
 
     def read(
-        self, response: Json, url: str, *, num_completions: int, max_tokens: int, is_continuation: bool = False
+        self,
+        response: Json,
+        url: str,
+        *,
+        num_completions: int,
+        max_tokens: int,
+        version: int = 0,
+        is_continuation: bool = False,
     ) -> list[Completion]:
         """Return the completions of one response, ordered by their index.
 
+        version:         number of updates of the weights, where the response does not say it per token
         is_continuation: True where the request continues a partial completion. If the partial text ends within a
                          character, vLLM decodes the prompt again with the first token and may report a stop at a
                          `<sep>` of the prompt. That stop is ignored: the completion continues.
@@ -58,7 +106,7 @@ class ResponseReader:
                 f"the vLLM server {url} must return {num_completions} choices, but returned {str(choices)[:100]}"
             )
         ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [self._read_choice(choice, url, max_tokens, is_continuation) for choice in ordered]
+        return [self._read_choice(choice, url, max_tokens, version, is_continuation) for choice in ordered]
 
     def close_reasoning(self, partial: Completion) -> Completion:
         """Append the closing of the reasoning where it is open, as far as the length limit allows."""
@@ -69,6 +117,7 @@ class ResponseReader:
             ids=partial.ids + closing,
             logprobs=partial.logprobs + [0.0] * len(closing),
             forced=range(len(partial.ids), len(partial.ids) + len(closing)),
+            versions=partial.versions + partial.versions[-1:] * len(closing),
             cutoffs=partial.cutoffs + ([-float("inf")] * len(closing) if self._num_listed else []),
         )
 
@@ -79,6 +128,7 @@ class ResponseReader:
             partial,
             ids=ids,
             logprobs=(partial.logprobs + rest.logprobs)[: len(ids)],
+            versions=(partial.versions + rest.versions)[: len(ids)],
             cutoffs=(partial.cutoffs + rest.cutoffs)[: len(ids)],
             finish_reason=FinishReason.STOP if self._stop.completes_at(ids, len(ids)) else rest.finish_reason,
         )
@@ -88,6 +138,7 @@ class ResponseReader:
         choice: Any,  # a JSON value
         url: str,
         max_tokens: int,
+        version: int,
         is_continuation: bool,
     ) -> Completion:
         listing = choice.get("logprobs") or {}
@@ -115,6 +166,7 @@ class ResponseReader:
             ids=cut,
             logprobs=[float(logprob) for logprob in logprobs[: len(cut)]],
             finish_reason=finish_reason,
+            versions=choice.get("versions", [version] * len(ids))[: len(cut)],
             cutoffs=self._cutoffs(logprobs, listing.get("top_logprobs"), url)[: len(cut)] if self._num_listed else [],
         )
 

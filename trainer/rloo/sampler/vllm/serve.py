@@ -113,6 +113,8 @@ def server_command(recipe: Recipe, setup: RunSetup, server: ServerOptions) -> tu
     }
     if setup.config.cast_lm_head_to_fp32:
         options["hf-overrides"] = json.dumps({"head_dtype": "float32"})
+    if server.gpu_memory_utilization is not None:
+        options["gpu-memory-utilization"] = server.gpu_memory_utilization
     if listed := num_listed(setup.config, setup.tokenizer):
         options["max-logprobs"] = listed
     if revision := base_revision(source, recipe.model.get("revision")):

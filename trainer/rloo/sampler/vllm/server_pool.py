@@ -6,12 +6,14 @@ groups, but together they use all servers evenly.
 """
 
 import asyncio
+import heapq
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import TypeVar
 
@@ -29,6 +31,7 @@ PACE_STEP, PACE_KEPT = 0.5, 0.7
 _BACK_OFF = wait_random_exponential(multiplier=0.25, max=10)
 
 Result = TypeVar("Result")
+Order = tuple[int, ...]
 
 
 class Paces:
@@ -100,11 +103,13 @@ class ServerPool:
         first_server:   index of the server that gets the first group, modulo their number
         paces:          of the servers, from earlier batches
         """
-        count = len(clients)
+        num = len(clients)
         self._servers = [
-            _Server(client=client, turn=(index - first_server) % count - count) for index, client in enumerate(clients)
+            _Server(client=client, turn=(index - first_server) % num - num) for index, client in enumerate(clients)
         ]
         self._num_groups = 0
+        self._waiting: list[tuple[Order, int]] = []
+        self._tickets = count()
         self._paces = paces or Paces()
         self._make_ready = make_ready
         self._max_in_flight, self._server_timeout = max_in_flight, server_timeout
@@ -130,10 +135,11 @@ class ServerPool:
         await self._stack.aclose()
 
     async def run(
-        self, job: Callable[[ServerClient], Awaitable[Result]], num_tokens: Callable[[Result], int]
+        self, job: Callable[[ServerClient], Awaitable[Result]], num_tokens: Callable[[Result], int], order: Order = ()
     ) -> Result:
         """Run `job` on one of the servers and return its result; start it again if it raises ServerDown.
 
+        order:      of jobs that wait for room, the least begins first; of equals, the one that came first
         num_tokens: returns how many tokens of a result were drawn one after the other, for the pace of the server
 
         Raise InputError after MAX_ATTEMPTS attempts, or when no server is up for `server_timeout` seconds.
@@ -141,7 +147,7 @@ class ServerPool:
         message = ""
         for attempt in range(MAX_ATTEMPTS):
             self.num_retries += attempt > 0
-            server = await self._acquire()
+            server = await self._acquire(order)
             start = time.monotonic()
             try:
                 result = await job(server.client)
@@ -155,15 +161,25 @@ class ServerPool:
                 await self._notify()
         raise InputError(f"a group of rollouts failed {MAX_ATTEMPTS} times; last error: {message}")
 
-    async def _acquire(self) -> _Server:
-        async with self._changed:
-            await self._changed.wait_for(self._has_room)
-            if self._error is not None:
-                raise self._error
-            server = min((server for server in self._servers if server.is_up), key=self._work)
-            server.num_in_flight += 1
-            server.turn, self._num_groups = self._num_groups, self._num_groups + 1
-            return server
+    async def _acquire(self, order: Order) -> _Server:
+        ticket = (order, next(self._tickets))
+        heapq.heappush(self._waiting, ticket)
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._has_room() and self._is_next(ticket))
+                if self._error is not None:
+                    raise self._error
+                server = min((server for server in self._servers if server.is_up), key=self._work)
+                server.num_in_flight += 1
+                server.turn, self._num_groups = self._num_groups, self._num_groups + 1
+                return server
+        finally:
+            self._waiting.remove(ticket)
+            heapq.heapify(self._waiting)
+            await self._notify()  # the next one may have room, too
+
+    def _is_next(self, ticket: tuple[Order, int]) -> bool:
+        return self._error is not None or self._waiting[0] == ticket
 
     def _work(self, server: _Server) -> tuple[int, int]:
         """Return the work of a server with one group more, and its turn: the least of them gets the group."""

@@ -54,13 +54,13 @@ class AdapterWeights:
 
         before_requests: awaited when the adapter is loaded, before a completion is requested (sleep.py)
         """
-        async with _lock(self.folder, client):
-            names = await _served_names(client)
+        async with lock_of(self.folder, client):
+            names = await served_names(client)
             if self.name not in names:
                 try:
                     await client.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
                 except RequestRejected as error:
-                    raise InputError(_explain_rejection(error, client.url, self.folder)) from None
+                    raise InputError(explain_rejection(error, client.url, self.folder)) from None
             if before_requests is not None:
                 await before_requests()
             if self.name not in names:
@@ -90,8 +90,8 @@ class FolderWeights:
 
         before_requests: awaited when the model is loaded, before a completion is requested (sleep.py)
         """
-        async with _lock(self.folder, client):
-            if await _version(client) == self.name:
+        async with lock_of(self.folder, client):
+            if await served_version(client) == self.name:
                 if before_requests is not None:
                     await before_requests()
                 return
@@ -109,7 +109,7 @@ class FolderWeights:
 
     async def check(self, client: ServerClient, response: Json) -> None:
         """Raise ServerDown unless the server has this version; versions change between steps only."""
-        version = await _version(client)
+        version = await served_version(client)
         if version != self.name:
             raise ServerDown(f"the vLLM server {client.url} has weights {version!r}, not {self.name!r}")
 
@@ -124,7 +124,7 @@ class SentWeights:
 
     async def load(self, client: ServerClient) -> None:
         """Raise InputError unless the server has the weights: a restarted one lost them, and cannot load them here."""
-        if await _version(client) != self.name:
+        if await served_version(client) != self.name:
             raise InputError(
                 f"the vLLM server {client.url} lost the weights that NCCL sent, for example by a restart; continue the "
                 "run with --resume"
@@ -164,37 +164,55 @@ def publish(
     Every process must call this, because ZeRO-3 gathers the weights from all. Nothing is sent yet: a server loads the
     weights before its first group of the step, and is then held against the probe of these weights.
     """
+    folder = write_weights(accelerator, policy, run_folder, num_updates, num_kept=0)
+    if isinstance(policy, PeftModel):
+        return AdapterWeights(name=folder.name, prefix=prefix_of(folder.parent), folder=folder, probe=probe)
+    return FolderWeights(name=folder.name, folder=folder, probe=probe)
+
+
+def write_weights(
+    accelerator: Accelerator, policy: Policy, run_folder: Path, num_updates: int, *, num_kept: int
+) -> Path:
+    """Write the policy's weights to a new folder, whose name is unique; every process must call this.
+
+    num_kept: number of earlier versions to keep
+    """
     served = run_folder.absolute() / WEIGHTS_FOLDER
-    prefix = f"rekatrain-{zlib.crc32(str(served).encode()):08x}-"
     # A unique name: not even other weights of the same run, before a restart, had it.
-    names = [f"{prefix}{num_updates}-{uuid.uuid4().hex[:8]}"]
+    names = [f"{prefix_of(served)}{num_updates}-{uuid.uuid4().hex[:8]}"]
     broadcast_object_list(names)
     folder = served / names[0]
     state = trained_weights(accelerator, policy)
     if accelerator.is_main_process:
-        older = list(served.glob("*")) if served.exists() else []
+        versions = served.glob(f"{prefix_of(served)}[0-9]*-*")
+        older = sorted(versions, key=lambda path: path.stat().st_mtime_ns, reverse=True)[num_kept:]
         policy.save_pretrained(str(folder), state_dict=state)
         if isinstance(policy, PeftModel):
             fold_scales(folder)
         for path in older:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path)
     accelerator.wait_for_everyone()
-    if isinstance(policy, PeftModel):
-        return AdapterWeights(name=names[0], prefix=prefix, folder=folder, probe=probe)
-    return FolderWeights(name=names[0], folder=folder, probe=probe)
+    return folder
 
 
-def _lock(folder: Path, client: ServerClient) -> AsyncFileLock:
+def prefix_of(served: Path) -> str:
+    """Return the beginning of all names of weights of a run."""
+    return f"rekatrain-{zlib.crc32(str(served).encode()):08x}-"
+
+
+def lock_of(folder: Path, client: ServerClient) -> AsyncFileLock:
     """Return the lock under which one process of the run at a time changes a server's weights."""
     return AsyncFileLock(folder.parent / f"{zlib.crc32(client.url.encode()):08x}.lock")
 
 
-async def _served_names(client: ServerClient) -> list[str]:
+async def served_names(client: ServerClient) -> list[str]:
+    """Return the names of a server's model and adapters."""
     models = (await client.get("/v1/models")).get("data", [])
     return [str(model["id"]) for model in models]
 
 
-async def _version(client: ServerClient) -> str:
+async def served_version(client: ServerClient) -> str:
+    """Return the version of a server's weights that the trainer has set there."""
     try:
         return str((await client.get("/weight_info")).get("weight_version"))
     except RequestRejected as error:
@@ -204,7 +222,8 @@ async def _version(client: ServerClient) -> str:
         ) from None
 
 
-def _explain_rejection(error: RequestRejected, url: str, folder: Path) -> str:
+def explain_rejection(error: RequestRejected, url: str, folder: Path) -> str:
+    """Return the text of an error for weights that a server rejects."""
     if "LoRA is not enabled" in str(error):
         return f"the vLLM server {url} was started without --enable-lora: start it by rekatrain serve-rollouts"
     if error.status == 404 and "No adapter found" not in str(error):

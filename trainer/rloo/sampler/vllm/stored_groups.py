@@ -1,0 +1,72 @@
+"""Sampled groups as JSON values: a checkpoint holds those that wait to be trained."""
+
+import math
+from collections.abc import Sequence
+from itertools import chain, repeat
+
+from rekatrain.data.chat import FinishReason
+from rekatrain.rewards.models.endpoint import Json
+from rekatrain.trainer.rloo.group import Group
+from rekatrain.trainer.rloo.metrics import count_runs
+from rekatrain.trainer.rloo.sampler.in_process import Completion
+from rekatrain.trainer.rloo.setup import RunSetup
+
+
+def completions_to_json(completions: Sequence[Completion]) -> list[Json]:
+    """Return a JSON object for each completion."""
+    return [
+        {
+            "ids": completion.ids,
+            "logprobs": completion.logprobs,
+            "finish_reason": completion.finish_reason.value,
+            "forced": [completion.forced.start, completion.forced.stop],
+            "versions": count_runs(completion.versions),
+        }
+        for completion in completions
+    ]
+
+
+def completions_from_json(stored: Sequence[Json]) -> list[Completion]:
+    """Return the completions that `completions_to_json` stored."""
+    return [
+        Completion(
+            ids=fields["ids"],
+            logprobs=fields["logprobs"],
+            finish_reason=FinishReason(fields["finish_reason"]),
+            forced=range(*fields["forced"]),
+            versions=list(chain.from_iterable(repeat(*run) for run in fields.get("versions", []))),
+        )
+        for fields in stored
+    ]
+
+
+def group_to_json(group: Group, indices: dict[int, int]) -> Json:
+    """Return a JSON object for a group; `indices` gives the index in the data of each prompt by its `id`."""
+    return {
+        "prompt_index": group.prompt_index,
+        "prompt": indices[id(group.prompt)],
+        "completions": completions_to_json(group.completions),
+        "texts": group.texts,
+        "rewards": [None if math.isnan(reward) else reward for reward in group.rewards],  # JSON has no nan
+        "rewards_by_name": {name: list(values) for name, values in group.rewards_by_name.items()},
+        "reward_errors": [dict(errors) for errors in group.reward_errors],
+        "is_in_loss": group.is_in_loss,
+        "reward_metrics": [dict(metrics) for metrics in group.reward_metrics],
+        "reward_notes": [dict(notes) for notes in group.reward_notes],
+        "scaled_rewards": None
+        if group.scaled_rewards is None
+        else [None if math.isnan(reward) else reward for reward in group.scaled_rewards],
+    }
+
+
+def group_from_json(stored: Json, setup: RunSetup) -> Group:
+    """Return the group that `group_to_json` stored."""
+    scaled = stored.get("scaled_rewards")
+    kept = ("prompt_index", "texts", "rewards_by_name", "reward_errors", "is_in_loss", "reward_metrics", "reward_notes")
+    return Group(
+        prompt=setup.prompts[stored["prompt"]],
+        completions=completions_from_json(stored["completions"]),
+        rewards=[math.nan if reward is None else reward for reward in stored["rewards"]],
+        scaled_rewards=None if scaled is None else [math.nan if reward is None else reward for reward in scaled],
+        **{name: stored[name] for name in kept if name in stored},
+    )
