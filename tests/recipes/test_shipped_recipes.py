@@ -14,6 +14,7 @@ from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.run.checkpoints import STATE_FILE
 from tests.conftest import tiny_llama
+from tests.helpers.reward_models import save_decoder
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "smollm2"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -43,10 +44,26 @@ def workspace(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
         ("runs/politeness/train.jsonl", pairs[:16]),
         ("runs/politeness/held_out.jsonl", pairs[16:]),
         *mixed_rows().items(),
+        *multi_task_rows().items(),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_decoder(folder / "runs/multi-task/reward-export", tokenizer)
     return folder
+
+
+def multi_task_rows() -> dict[str, list[dict[str, Any]]]:
+    """Return rows of the tasks of multi-task-rloo.yaml, by path, as make_multi_task_rows.py writes them."""
+    code = [{"prompt": f"Write f{n}(x).", "answer": f"def f{n}(x): return x", "tests": [f"f{n}(1)"]} for n in range(60)]
+    chats = [{"prompt": f"Hi {n}", "chosen": "Hello, dear.", "rejected": "What?"} for n in range(60)]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi.", "reasoning_content": "Hm."}]
+    return {
+        "runs/multi-task/sft.jsonl": [{"messages": turns}] * 8,
+        "runs/multi-task/code.jsonl": code[:30],
+        "runs/multi-task/code-held-out.jsonl": code[30:],
+        "runs/multi-task/chats.jsonl": chats[:30],
+        "runs/multi-task/chats-held-out.jsonl": chats[30:],
+    }
 
 
 def mixed_rows() -> dict[str, list[dict[str, Any]]]:
