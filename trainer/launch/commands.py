@@ -33,7 +33,7 @@ def server_commands(
 
     ports: one per server of a node, the same on all nodes
     """
-    servers = []
+    servers: list[Server] = []
     for host in hosts:
         for gpus, port in zip(placement.server_gpus, ports, strict=True):
             options = ServerOptions(
@@ -53,7 +53,7 @@ def server_commands(
             command = Command(
                 name=name,
                 argv=[vllm_python, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-                environment=host.environment | _visible(gpus) | environment,
+                environment={**host.environment, **_visible(gpus), **environment},
                 unset=["PYTHONPATH", *LAUNCHER_VARIABLES],  # PYTHONPATH points into this environment, not into vLLM's
                 prefix=host.prefix,
             )
@@ -79,7 +79,7 @@ def trainer_commands(
         command = Command(
             name="trainer" if len(hosts) == 1 else f"trainer {index}",
             argv=[*launcher, "-m", "rekatrain", "train", *arguments],
-            environment=host.environment | _visible(placement.trainer_gpus) | {LAUNCHED: "1"},
+            environment={**host.environment, **_visible(placement.trainer_gpus), LAUNCHED: "1"},
             unset=LAUNCHER_VARIABLES,
             prefix=host.prefix,
         )

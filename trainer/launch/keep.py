@@ -79,8 +79,8 @@ def main() -> int:
     numbers: list[int] = []
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in HANDED_ON:
-        signal.signal(number, lambda number, frame: numbers.append(number))
+    for handed_on in HANDED_ON:
+        signal.signal(handed_on, lambda number, frame: numbers.append(number))
     text = b""
     while b"\n" not in text:
         if not (read := os.read(0, 65536)):

@@ -33,6 +33,7 @@ from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.serve import VLLM_PYTHON, check_vllm_python, has_vllm
 from rekatrain.trainer.rloo.setup import prepare
 from rekatrain.trainer.run.folder import RunFolder
+from rekatrain.trainer.run.places import check_parent
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def launch(
     if recipe.rloo.get("vllm_server_base_url"):
         check_no_servers(config)
     recipe = continue_adapter(recipe)
+    check_parent(Path(recipe.output_dir), "output_dir")
     RunFolder(recipe.output_dir).check(recipe, resume=resume)
     hosts = find_hosts(config)
     if not dry_run:

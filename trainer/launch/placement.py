@@ -19,6 +19,7 @@ from rekatrain.trainer.launch.section import LaunchConfig
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.config import RLOOConfig
 
 
 def place(
@@ -30,6 +31,13 @@ def place(
     """
     samples = recipe.stage == "rloo" and not recipe.rloo.get("vllm_server_base_url")
     kind = config.placement if samples and (config.placement or has_vllm) else "in_process"
+    placement = _place(recipe, kind, config, node, ignores_memory)
+    if recipe.stage == "rloo":
+        RLOOConfig(**recipe.rloo).prompts_per_process(placement.num_processes * node.num_nodes)
+    return placement
+
+
+def _place(recipe: Recipe, kind: str | None, config: LaunchConfig, node: Node, ignores_memory: bool) -> Placement:
     if node.num_gpus == 0:
         return _on_cpu(recipe, kind, config, node)
     finder = PlacementFinder(recipe, config, node, ignores_memory)

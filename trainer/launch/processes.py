@@ -18,6 +18,8 @@ from pathlib import Path
 KEEPER = Path(__file__).with_name("keep.py")
 # Lines of a process's output that are kept for a message about its end.
 KEPT_LINES = 200
+# Lines at the end among which an error is the reason of the end.
+END_LINES = 60
 # Escape sequences that color the output of a program.
 COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Lines of an error, of which the last one is the reason.
@@ -107,10 +109,17 @@ class Kept:
         self._keeper.kill()
 
     def reason(self) -> str:
-        """Return the last line of the output that names an error, or else its last line."""
+        """Return why the process has ended, or what it does: its last line that names an error, or its last line."""
+        status = self.poll() or 0
         lines = [line for line in self.lines if line.strip()]
-        errors = [line for line in lines if IS_ERROR.search(line)]
-        return (errors or lines or ["it printed nothing"])[-1].strip()
+        last = lines[-1].strip() if lines else "it printed nothing"
+        if status > 128:
+            by = signal.Signals(status - 128).name if status - 128 in set(signal.Signals) else f"signal {status - 128}"
+            hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
+            return f"killed by {by}{hint}; its last line: {last}"
+        # A server goes on after some errors: only those at the end are the reason.
+        errors = [line for line in lines[-END_LINES:] if IS_ERROR.search(line)]
+        return errors[-1].strip() if errors else last
 
     def _write(self, line: str) -> None:
         assert self._keeper.stdin is not None

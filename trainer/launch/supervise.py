@@ -140,8 +140,10 @@ class Supervisor:
 
     def _end_servers(self) -> None:
         self._output.hides_servers = True
-        for kept in self._servers.kept:
-            kept.send(signal.SIGTERM)
+        for server in self._servers.servers:
+            if server.kept is not None:
+                # One that is being started has nothing to clean up, and does not listen yet.
+                server.kept.send(signal.SIGTERM) if server.is_up else server.kept.end()
         deadline = time.monotonic() + SERVER_END_SECONDS
         while time.monotonic() < deadline and any(kept.poll() is None for kept in self._servers.kept):
             time.sleep(POLL_SECONDS)

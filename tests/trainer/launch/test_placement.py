@@ -149,6 +149,8 @@ def test_cpu_has_one_server_and_one_trainer(model: str) -> None:
         (4, 80, {"placement": "in_process", "config_file": "single.yaml"}, {}, "distributed_type NO with 4 processes"),
         (0, 80, {"placement": "shared"}, {}, "launch.placement shared divides GPUs, and there is none"),
         (0, 80, {"tensor_parallel_size": 2}, {}, "servers on a CPU have no GPU"),
+        (0, 80, {"num_processes": 3}, {}, "prompts_per_step .64. cannot be divided evenly among 3 processes"),
+        (3, 80, {"placement": "in_process"}, {}, "prompts_per_step .64. cannot be divided evenly among 3 processes"),
     ],
 )
 def test_impossible_placement_is_one_error(
