@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import REASONING_CLOSE, REASONING_OPEN, encode_text
@@ -17,12 +15,11 @@ from rekatrain.rewards.errors import RewardError
 from rekatrain.rewards.grader import Grader
 from rekatrain.trainer.evaluation.servers import ServerSampler
 from rekatrain.trainer.held_out_prompts import HeldOut
-from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.metrics import gold_of
 from rekatrain.trainer.rloo.rollouts import reward_columns, sample_groups
-from rekatrain.trainer.rloo.sampler.in_process import Sampler
+from rekatrain.trainer.synthesis.in_process import load_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +38,10 @@ def sampled_answers(
     Draws follow from the recipe's seed, the prompt's index and the answer's index alone, with any budget.
     """
     config = held_out.config
-    model = load_model(**recipe.model)
-    # transformers wraps `to` and loses its signature
-    model.to(_device())  # type: ignore[arg-type]
+    make_sampler = load_sampler(recipe, tokenizer, config)
     at_once = max(1, config.per_device_generation_batch_size // config.num_generations)
     for budget, indices in _by_budget(tasks):
-        sampler = Sampler(
-            model,
-            tokenizer,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            batch_size=config.per_device_generation_batch_size,
-            reasoning_budget=tokens_of_budget(budget, tokenizer),
-        )
+        sampler = make_sampler(reasoning_budget=tokens_of_budget(budget, tokenizer))
         for first in range(0, len(indices), at_once):
             chosen = indices[first : first + at_once]
             groups = sample_groups(
@@ -139,11 +127,6 @@ def served_answers(
             f"{len(failures)} requests have failed, the last: {failures[-1]}; with --out, all other answers are kept: "
             "start the command again to go on"
         )
-
-
-def _device() -> torch.device:
-    """Return this process's GPU, or the CPU."""
-    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
 
 
 def tokens_of_budget(budget: int | None, tokenizer: PreTrainedTokenizerBase) -> int | None:

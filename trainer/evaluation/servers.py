@@ -8,13 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from rekatrain.data.chat import FinishReason, encode_text
 from rekatrain.data.stop import decode_completion, reasoning_closing
 from rekatrain.rewards.errors import RewardError
-from rekatrain.rewards.models.endpoint import Endpoint, Json
+from rekatrain.rewards.models.endpoint import Json
 from rekatrain.trainer.held_out_prompts import EvaluateConfig
 from rekatrain.trainer.prompts import Prompt
 from rekatrain.trainer.synthesis.config import ServerConfig, SynthesisConfig
 from rekatrain.trainer.synthesis.journal import Answer
 from rekatrain.trainer.synthesis.replies import PATHS, make_body, read_reply
 from rekatrain.trainer.synthesis.requests import make_questions, seed_of
+from rekatrain.trainer.synthesis.servers import make_endpoint
 
 
 class ServerSampler:
@@ -30,14 +31,12 @@ class ServerSampler:
             format=config.format,
             reasoning_tags=config.reasoning_tags,
             extra_body=config.extra_body,
-        )
-        self._endpoint = Endpoint(
-            config.base_urls,
             api_key_env=config.api_key_env,
             concurrency=config.concurrency,
             request_timeout=config.request_timeout,
             max_retries=config.max_retries,
         )
+        self._endpoint = make_endpoint(self._server, config.base_urls)
 
     def sample(self, prompts: Sequence[Prompt], budget: int | None) -> list[list[Answer | RewardError]]:
         """Return the answers to each prompt, or the error of a request that failed beyond its retries.

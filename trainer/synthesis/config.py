@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, MinLen
 from pydantic import FiniteFloat, JsonValue
@@ -15,6 +15,7 @@ Text = Annotated[str, MinLen(1)]
 Price = Annotated[FiniteFloat, Ge(0)]
 Keep = Literal["all", "right", "best", "shortest_right", "above"]
 RANGE_KEYS = ("min", "max")
+Config = TypeVar("Config", bound="SynthesisConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,19 @@ class FilterConfig(SynthesisConfig):
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest pass rate to keep."""
         return self.pass_rate.get("min", 0.0), self.pass_rate.get("max", 1.0)
+
+
+def read_section(
+    name: Literal["generate", "filter"],
+    section: Mapping[str, Any] | None,
+    rewards: Collection[str],
+    config_class: type[Config],
+) -> Config:
+    """Return the config of a section; raise InputError where it is missing, or as `check_synthesis` does."""
+    if section is None:
+        raise InputError(f"the recipe has no {name} section: name the folder for the rows there, {name}: {{out: ...}}")
+    check_synthesis(name, section, rewards)
+    return config_class(**section)
 
 
 def check_synthesis(name: Literal["generate", "filter"], section: Mapping[str, Any], rewards: Collection[str]) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.synthesis.config import FilterConfig, check_synthesis
+from rekatrain.trainer.synthesis.config import FilterConfig, read_section
 from rekatrain.trainer.synthesis.engine import Synthesis, synthesize
 from rekatrain.trainer.synthesis.journal import ROWS
 from rekatrain.trainer.synthesis.keep import pass_rate
@@ -22,10 +21,7 @@ from rekatrain.trainer.synthesis.rows import make_row, whole_messages, write_row
 
 def filter_prompts(recipe: Recipe) -> Path:
     """Write the rows and print the counts; return the file."""
-    if recipe.filter is None:
-        raise InputError("the recipe has no filter section: name the folder for the rows there, filter: {out: ...}")
-    check_synthesis("filter", recipe.filter, recipe.rewards)
-    config = FilterConfig(**recipe.filter)
+    config = read_section("filter", recipe.filter, recipe.rewards, FilterConfig)
     path = Path(config.out) / ROWS
 
     def write(synthesis: Synthesis) -> None:

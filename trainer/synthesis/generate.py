@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.synthesis.config import GenerateConfig, check_synthesis
+from rekatrain.trainer.synthesis.config import GenerateConfig, read_section
 from rekatrain.trainer.synthesis.engine import Synthesis, model_name, synthesize
 from rekatrain.trainer.synthesis.journal import ROWS
 from rekatrain.trainer.synthesis.keep import Judged, choose, has_ended, is_right, without_duplicates
@@ -25,10 +25,7 @@ ORIGIN_COLUMNS = ("generated_by", "generated_seed", "generated_index", "generate
 
 def generate(recipe: Recipe) -> Path:
     """Write the rows and print the counts; return the file."""
-    if recipe.generate is None:
-        raise InputError("the recipe has no generate section: name the folder for the rows there, generate: {out: ...}")
-    check_synthesis("generate", recipe.generate, recipe.rewards)
-    config = GenerateConfig(**recipe.generate)
+    config = read_section("generate", recipe.generate, recipe.rewards, GenerateConfig)
     path = Path(config.out) / ROWS
 
     def write(synthesis: Synthesis) -> None:

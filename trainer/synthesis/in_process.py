@@ -1,8 +1,11 @@
 """Completions of the recipe's model, sampled in this process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.stop import decode_completion
@@ -12,6 +15,33 @@ from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.synthesis.config import SynthesisConfig
 from rekatrain.trainer.synthesis.journal import Answer, Journal
 from rekatrain.trainer.synthesis.requests import Question, missing
+
+
+class Sampling(Protocol):
+    """The settings that the sections `generate`, `filter` and `evaluate` have in common."""
+
+    @property
+    def max_completion_length(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def per_device_generation_batch_size(self) -> int: ...
+
+
+def load_sampler(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Sampling) -> Callable[..., Sampler]:
+    """Load the recipe's model onto this process's device; return a constructor of samplers, for their other options."""
+    model = load_model(**recipe.model)
+    device = PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+    # transformers wraps `to` and loses its signature
+    model.to(device)  # type: ignore[arg-type]
+    return partial(
+        Sampler,
+        model,
+        tokenizer,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        batch_size=config.per_device_generation_batch_size,
+    )
 
 
 def sample_answers(
@@ -25,18 +55,7 @@ def sample_answers(
 
     The draws follow from the recipe's seed, the prompt and the index of the completion alone.
     """
-    model = load_model(**recipe.model)
-    # transformers wraps `to` and loses its signature
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    sampler = Sampler(
-        model,
-        tokenizer,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        batch_size=config.per_device_generation_batch_size,
-        top_p=config.top_p,
-        top_k=config.top_k,
-    )
+    sampler = load_sampler(recipe, tokenizer, config)(top_p=config.top_p, top_k=config.top_k)
     at_once = max(1, config.per_device_generation_batch_size // config.num_generations)
     for first in range(0, len(questions), at_once):
         chunk = questions[first : first + at_once]

@@ -20,6 +20,17 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 16
 
 
+def make_endpoint(server: ServerConfig, base_urls: list[str] | None = None) -> Endpoint:
+    """Return the endpoint of a server, or of equal ones at `base_urls`; raise InputError for a wrong address or key."""
+    return Endpoint(
+        base_urls or server.base_url,
+        api_key_env=server.api_key_env,
+        concurrency=server.concurrency,
+        request_timeout=server.request_timeout,
+        max_retries=server.max_retries,
+    )
+
+
 class ServerAnswers:
     """Asks a server for the missing completions; iterating yields the questions that got all they can get.
 
@@ -37,13 +48,7 @@ class ServerAnswers:
     ) -> None:
         """Check the address and the key; nothing is sent."""
         self._config, self._server, self._journal, self._seed = config, server, journal, seed
-        self._endpoint = Endpoint(
-            server.base_url,
-            api_key_env=server.api_key_env,
-            concurrency=server.concurrency,
-            request_timeout=server.request_timeout,
-            max_retries=server.max_retries,
-        )
+        self._endpoint = make_endpoint(server)
         self._questions = questions
         self._done: queue.Queue[Question | BaseException | None] = queue.Queue()
         self._has_answered, self._failures_in_a_row = False, 0
