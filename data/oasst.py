@@ -57,12 +57,12 @@ def _in_circles(nodes: Mapping[str, Node]) -> Iterator[str]:
     """Yield the messages that no message without a parent leads to, though the file has all of their parents."""
     ends: dict[str, bool] = {}  # True: going up from the message comes to an end
     for name in nodes:
-        path = []
-        here: str | None = name
+        path: list[str] = []
+        here = name
         while here in nodes and here not in ends and here not in path:
             path.append(here)
-            here = nodes[here].get("parent_id")
-        has_end = here not in path and ends.get(here or "", True)
+            here = nodes[here].get("parent_id") or ""
+        has_end = here not in path and ends.get(here, True)
         ends |= dict.fromkeys(path, has_end)
         if not has_end:
             yield name
