@@ -20,7 +20,7 @@ MAX_HALVINGS = 3
 
 
 def advise(plan: Plan) -> list[Change]:
-    """Return single changes that make the plan fit; if there are none, one combined change; if none fits, nothing.
+    """Return single changes that make the plan fit; if there are none, combined ones; if none fits, nothing.
 
     More GPUs are recommended only where none of the changes on these GPUs fits. Nothing is returned only if no method
     fits under any engine, with the smallest batches, servers on other GPUs and a 16th of the length.
@@ -28,18 +28,20 @@ def advise(plan: Plan) -> list[Change]:
     changes = list(_changes(plan.recipe, plan.launch))
     here = [change for change in changes if change.launch.num_gpus == plan.launch.num_gpus]
     single = list(islice((change for change in here if _fits(plan, change)), MAX_CHANGES))
-    combined = single or _combined(plan)
+    if all(_is_on_host(change) for change in single):  # slow: there may be a faster way with several changes
+        single = (single or _first(plan, is_quantized=False)) + _first(plan, is_quantized=True)
     more = (change for change in changes if change not in here and _fits(plan, change))
-    return combined or list(islice(more, MAX_CHANGES))
+    return single or list(islice(more, MAX_CHANGES))
 
 
-def _combined(plan: Plan) -> list[Change]:
-    """Return the first combined change that fits without QLoRA, and the first one with it."""
-    found = []
-    for is_quantized in (False, True):
-        tried = (one for one in combinations(plan) if bool(one.recipe.model.get("quantization_config")) == is_quantized)
-        found += islice((change for change in tried if _fits(plan, change)), 1)
-    return found
+def _first(plan: Plan, *, is_quantized: bool) -> list[Change]:
+    """Return the first combined change that fits, with QLoRA or without it."""
+    changes = (one for one in combinations(plan) if bool(one.recipe.model.get("quantization_config")) == is_quantized)
+    return list(islice((change for change in changes if _fits(plan, change)), 1))
+
+
+def _is_on_host(change: Change) -> bool:
+    return change.launch.offload_optimizer or change.launch.offload_parameters
 
 
 def _fits(plan: Plan, change: Change) -> bool:

@@ -9,11 +9,16 @@ from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.recipe.load import Recipe
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+QUANTIZATION = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 LORA_TEXT = "'lora={r: 16, lora_alpha: 32, target_modules: all-linear}' model.dtype=bfloat16 (trains an adapter)"
 QUANTIZATION_TEXT = (
-    "'model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}' "
-    "(QLoRA: base weights in 4 bits)"
+    "'model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true, "
+    "bnb_4bit_compute_dtype: bfloat16}' (QLoRA: base weights in 4 bits)"
 )
 SERVERS_TEXT = "rloo.vllm_server_base_url=URL (sample with vLLM servers on other GPUs)"
 SOME_URL = "http://127.0.0.1:8000"
