@@ -102,7 +102,7 @@ class Source:
         self._sources = sources
         self._code: types.CodeType | None = None
         # inspect reads the lines of a file that does not exist from here, by calling the function.
-        linecache.cache[FILE] = (self._text,)  # type: ignore[assignment]
+        linecache.cache[FILE] = (self._text,)
 
     @property
     def code(self) -> types.CodeType:
@@ -168,4 +168,4 @@ def install(is_remote: Any) -> None:
     def hints_of(value: Any, *arguments: Any, **named: Any) -> Any:
         return dict(value.__annotations__) if is_remote(value) else get_type_hints(value, *arguments, **named)
 
-    typing.get_type_hints = hints_of
+    vars(typing)["get_type_hints"] = hints_of

@@ -141,10 +141,10 @@ class Function(Handle):
     """A function of the solution, which `inspect` takes for one."""
 
     __slots__ = ()
-    __class__ = property(lambda self: types.FunctionType)  # type: ignore[assignment]
+    __class__ = property(lambda self: types.FunctionType)
     __globals__: Any = property(lambda self: {})
     __signature__ = property(lambda self: self._link.about(self).signature)
-    __annotations__ = property(lambda self: dict(self._link.about(self).annotations))  # type: ignore[assignment]
+    __annotations__ = property(lambda self: dict(self._link.about(self).annotations))
     __code__ = property(lambda self: self._link.about(self).code)
     __defaults__ = property(lambda self: self._link.about(self).defaults(keyword_only=False))
     __kwdefaults__ = property(lambda self: self._link.about(self).defaults(keyword_only=True))
@@ -154,7 +154,7 @@ class Method(Handle):
     """A method of an object of the solution."""
 
     __slots__ = ()
-    __class__ = property(lambda self: types.MethodType)  # type: ignore[assignment]
+    __class__ = property(lambda self: types.MethodType)
     __func__ = property(lambda self: self._link.request("get", self, "__func__"))
     __self__ = property(lambda self: self._link.request("get", self, "__self__"))
 
@@ -188,7 +188,7 @@ class RemoteIterator:
 class Generator(RemoteIterator):
     """A generator of the solution."""
 
-    __class__ = property(lambda self: types.GeneratorType)  # type: ignore[assignment]
+    __class__ = property(lambda self: types.GeneratorType)
 
 
 FUNCTIONS = {"function": Function, "method": Method}
