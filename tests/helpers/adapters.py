@@ -37,7 +37,8 @@ METHODS: dict[str, tuple[bool, dict[str, Any]]] = {
     ),
     "layers_to_transform, exclude_modules": (
         False,
-        {**PLAIN, "layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["v_proj"]},
+        PLAIN
+        | {"layers_to_transform": [0, 1], "layers_pattern": "layers", "exclude_modules": ["layers.0.self_attn.q_proj"]},
     ),
     "rsLoRA on embed_tokens, rank_pattern": (
         False,

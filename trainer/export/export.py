@@ -86,7 +86,7 @@ def export(
         raise InputError(
             f"--average {average}: the mean of adapters is no adapter of their rank: export it as merged or gguf"
         )
-    described = f"The weights are the mean of {', '.join(path.name for path in averaged)}." if averaged else None
+    described = f"the weights are the mean of {', '.join(path.name for path in averaged)}" if averaged else None
     tokenizer = load_tokenizer(source.folder)
     template = files("rekatrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8")
     # Servers add no bos token to a conversation: the template has it, where the model's family was trained with one.
@@ -113,7 +113,7 @@ def export(
                 quantized = _write_compressed(
                     partial, weights, checkpoint, tokenizer, stored_dtype, quantize[0], rows, group
                 )
-                described = f"{described or ''} {quantized}".strip()
+                described = "; ".join(filter(None, (described, quantized)))
             else:
                 _write(partial, form, source, weights, checkpoint, tokenizer, stored_dtype, quantize, max_shard_size)
         publish(partial, out, form, recipe, recipe_file.parent, source, evaluation=described)
@@ -162,7 +162,7 @@ def _write_compressed(
     rows: list[list[int]],
     group: int,
 ) -> str:
-    """Write and verify merged weights beside `folder`, quantize them into it, and return a sentence for the card."""
+    """Write and verify merged weights beside `folder`, quantize them into it, and return a phrase for the card."""
     from rekatrain.trainer.export.compressed import compress, verify_compressed
 
     probe = torch.tensor([encode_prompt(render_prompt(PROBE_MESSAGES), tokenizer)])
@@ -175,7 +175,7 @@ def _write_compressed(
         verify_logprobs(whole, probe, logprobs, checkpoint=checkpoint)
         compress(whole, folder, kind, rows, group)
     kl = verify_compressed(folder, kind, read_probe(checkpoint), probe, logprobs)
-    return f"Quantized by llmcompressor ({kind}): a mean KL of {kl:.2g} nats per token from the training process."
+    return f"quantized by llmcompressor ({kind}), a mean KL of {kl:.2g} nats per token from the training process"
 
 
 def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None) -> None:

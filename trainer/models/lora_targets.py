@@ -36,7 +36,12 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
         ("target_parameters", parameters),
     ):
         for name in sorted(_listed(lora, key)):
-            if not any(known == name or known.endswith(f".{name}") for known in names):
+            if not _has(names, name):
+                if key == "target_modules" and _has(modules, name):
+                    raise InputError(
+                        f"lora.target_modules names {name}, which exclude_modules or layers_to_transform leave out "
+                        "everywhere: take it out"
+                    )
                 raise InputError(f"lora.{key} names {name}, which no part of the model is called; {_known(names)}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key) or {}:
@@ -63,6 +68,11 @@ def check_quantized_targets(adapted: PeftModel) -> None:
                 f"lora.modules_to_save includes {name}, whose weight model.quantization_config packs: name it in "
                 "lora.target_modules"
             )
+
+
+def _has(names: Collection[str], end: str) -> bool:
+    """Return True if one of the names is `end`, or ends with it after a dot."""
+    return any(name == end or name.endswith(f".{end}") for name in names)
 
 
 def _listed(lora: Mapping[str, Any], key: str) -> set[str]:

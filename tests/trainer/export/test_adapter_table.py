@@ -127,6 +127,7 @@ def test_exported_adapter_is_loaded_by_peft_and_vllm(trained: tuple[str, Path], 
     main(["export", str(folder / "run"), str(tmp_path / "out"), "--as", "adapter"])
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert distance(folder, PeftModel.from_pretrained(base, str(tmp_path / "out"))) < LIMIT
+    assert (tmp_path / "out" / "serving" / "vllm.sh").exists() == TABLE[method]["vLLM"]
     if TABLE[method]["vLLM"]:  # its arithmetic; tests/vllm/test_adapters.py has the real one
         base = AutoModelForCausalLM.from_pretrained(folder / "model")
         assert distance(folder, load_with_one_scale(tmp_path / "out", base)) < LIMIT

@@ -55,7 +55,7 @@ def test_quantized_export_is_held_against_training(
         config = json.loads((tmp_path / kind / "config.json").read_text())
         (group,) = config["quantization_config"]["config_groups"].values()
         assert group["weights"]["num_bits"] == num_bits
-        assert f"Quantized by llmcompressor ({kind})" in (tmp_path / kind / "README.md").read_text()
+        assert f"quantized by llmcompressor ({kind})" in (tmp_path / kind / "README.md").read_text()
         assert (tmp_path / kind / "serving" / "vllm.sh").exists() and not (tmp_path / kind / "recipe.yaml").exists()
     monkeypatch.setitem(compressed.LIMITS, "fp8", 1e-6)
     with pytest.raises(RuntimeError, match="fp8 moves the distributions of training by a mean KL of"):
