@@ -4,7 +4,10 @@ test_server.py runs the real vLLM.
 """
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,33 @@ def test_resumed_run_loses_no_finished_group(run, serve, stand_in) -> None:
     for (step, index), ids in kept.items():
         trained = [r["completion_ids"] for r in resumed if (r["step"], r["prompt_index"]) == (step + 1, index)]
         assert trained == ids
+
+
+def test_interrupted_run_keeps_the_groups_that_servers_have_finished(run, serve, stand_in) -> None:
+    stand_in.pace = 0.03
+    finished: list[tuple[int, ...]] = []
+
+    def interrupt(number: int, body: dict) -> None:
+        if number == 9:  # of the first batch that follows an update
+            finished.extend(stand_in.keys[seed][2:] for _, seed in stand_in.finished)
+            time.sleep(0.3)  # what was sent arrives
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stand_in.trouble = interrupt
+    url = serve(stand_in).url
+    with pytest.raises(SystemExit) as caught:
+        run("ahead", url, **AHEAD)
+    assert caught.value.code == 75
+    newest = max(Path("ahead/checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    trained = int(newest.name[11:])
+    state = json.loads((newest / "run_state.json").read_text())["server_rollouts"]
+    kept = {(group["step"], group["prompt_index"]) for group in state["groups"]}
+    kept |= {tuple(group["key"][2:]) for group in state["sampled"]}
+    assert {key for key in finished if key[0] >= trained} <= kept and kept
+    stand_in.finished.clear()
+    _, resumed, _ = run("ahead", url, "--resume", **AHEAD)
+    again = {stand_in.keys[seed][2:] for _, seed in stand_in.finished}
+    assert not again & kept and len(resumed) == 7 * 2 * 4
 
 
 def test_a_paused_or_restarted_server_goes_on(run, serve, stand_in) -> None:
