@@ -90,6 +90,14 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, python: str) -> P
     return tmp_path
 
 
+def command_of(process: psutil.Process) -> str:
+    """Return the command of a process; of one that has ended, nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 class Launch:
     """A running `rekatrain launch run.yaml`, and all processes that it has had."""
 
@@ -104,7 +112,7 @@ class Launch:
         """Return the processes of the launch whose command matches."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         self.seen |= {process.pid: process for process in found}
-        return [process for process in found if re.search(pattern, " ".join(process.cmdline()))]
+        return [process for process in found if re.search(pattern, command_of(process))]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
