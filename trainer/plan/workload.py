@@ -18,6 +18,7 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
 from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head
 from rekatrain.trainer.rloo.microbatch import GroupPart, pack
+from rekatrain.trainer.rloo.sampler.in_process import MAX_GROUPS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +114,7 @@ class Workload:
         while room < longest - 1:
             room = min(2 * room, longest)
         completions = self.sampler_batch_size
-        prompts = completions // self.rloo.num_generations
+        prompts = min(self.num_prompts, MAX_GROUPS * completions // self.rloo.num_generations)
         # The cache grows layer by layer: one layer at a time exists twice.
         one_layer = self.kv_bytes_per_token // self.num_layers
         return self.kv_bytes_per_token * (prompts * self.prompt_tokens + completions * room) + (

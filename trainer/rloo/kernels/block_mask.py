@@ -1,4 +1,4 @@
-"""The attention pattern of packed groups as blocks, which FlexAttention reads on a GPU, computed from the spans.
+"""FlexAttention on a GPU: compiled as one graph, and the pattern of packed groups as blocks, computed from the spans.
 
 `create_block_mask` evaluates the pattern for every pair of tokens: 10 bytes per pair, 10.7 GB at 32,768 tokens. Here
 the visible pairs of each block are counted instead, so that memory grows with the number of blocks, squared.
@@ -7,13 +7,17 @@ Shapes: T tokens, B blocks of `BLOCK_SIZE` tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK_SIZE = 128
+# Graphs of FlexAttention in one process: about 7 in a run with an adapter and an evaluation; torch's default is 8.
+RECOMPILE_LIMIT = 32
 
 
 def make_block_mask(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> BlockMask:
@@ -97,3 +101,15 @@ def _ordered(is_set_BB: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each block of queries the number of its blocks of keys, [1, 1, B], and their indices first."""
     order = torch.argsort(is_set_BB.to(torch.int8), dim=1, descending=True, stable=True)
     return is_set_BB.sum(dim=1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+@cache
+def compiled_flex() -> Any:  # torch.compile loses the signature
+    """Return FlexAttention as one compiled graph.
+
+    Uncompiled it is dense attention with a score for each pair of tokens. `fullgraph` makes an error of what would
+    otherwise fall back to that without a message: a graph break, or more graphs than `recompile_limit`. Lengths share a
+    graph; one more is compiled for each of: less than two blocks, a single token, no gradient, another dtype.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

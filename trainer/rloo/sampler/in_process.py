@@ -1,20 +1,23 @@
 """The in-process sampler: completions from the live policy, with string stop, finish reasons and recorded logprobs.
 
-Each prompt is prefilled once, and its group shares that part of the cache. A completion leaves the batch when it ends.
-Each token is drawn with one uniform number, keyed by (seed, step, prompt, completion). A completion therefore depends
-neither on the other completions of its batch nor on the number of processes.
+Each prompt is prefilled once, and its group shares that part of the cache. A completion leaves the batch when it ends,
+and the next group joins as soon as there is room. Each token is drawn with one uniform number, keyed by (seed, step,
+prompt, completion). A completion therefore depends neither on the other completions of its batch nor on the number of
+processes.
 
 Shapes: S tokens of all prompts of a batch, N completions that have not ended yet, T tokens of a completion, V tokens of
 the vocabulary, D hidden size.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import FinishReason
@@ -23,6 +26,12 @@ from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.draw import draw
+
+# Steps of decoding after which drawn tokens are read: a GPU decodes on meanwhile, and the tokens that it draws for
+# completions that have ended are dropped.
+NUM_LATE = {"cpu": 0, "cuda": 4}
+# Groups whose prompts are in the cache, as a multiple of those of a full batch.
+MAX_GROUPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class Sampler:
         """Store the sampling settings.
 
         temperature:      0 is greedy
-        batch_size:       number of completions sampled at the same time
+        batch_size:       number of completions sampled at the same time, in whole groups
         top_p, top_k:     filters of `draw`
         reasoning_budget: tokens after which `</reasoning>` is forced, if `<reasoning>` is still open
         dtype:            dtype in which linear layers compute, as under autocast; None: the dtype of their weights
@@ -77,6 +86,7 @@ class Sampler:
         self.top_p, self.top_k = top_p, top_k
         self.reasoning_budget = reasoning_budget
         self.dtype = dtype
+        self.num_late = NUM_LATE[model.device.type]
         self._tokenizer = tokenizer
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
@@ -96,81 +106,104 @@ class Sampler:
         on_completion: called as soon as a completion ends, with its index in the flattened result; not called for
                        completions that run out of length
         """
-        prompts_at_once = max(1, self.batch_size // num_generations)
-        groups: list[list[Completion]] = []
         num_inputs = min(self.batch_size, len(prompts) * num_generations)
         with torch.no_grad(), _eval_mode(self.model), decoding_weights(self.model, num_inputs, self.dtype):
-            for first in range(0, len(prompts), prompts_at_once):
-                chunk = slice(first, first + prompts_at_once)
-                uniforms = [
-                    np.random.default_rng([*key, number]).random(self.max_completion_length)
-                    for key in keys[chunk]
-                    for number in range(num_generations)
-                ]
-                batch = self._sample_batch(
-                    prompts[chunk], np.stack(uniforms), num_generations, on_completion, len(groups)
-                )
-                groups += [batch[at : at + num_generations] for at in range(0, len(batch), num_generations)]
-        return groups
+            completions = self._sample_all(prompts, keys, num_generations, on_completion)
+        return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
 
-    def _sample_batch(
+    def _sample_all(
         self,
         prompts: Sequence[list[int]],
-        uniforms: np.ndarray,
+        keys: Sequence[tuple[int, ...]],
         num_generations: int,
         on_completion: Callable[[int, Completion], None] | None,
-        first_group: int,
     ) -> list[Completion]:
-        """Sample the completions of some prompts together; `first_group` is the index of the first prompt's group."""
-        device = self.model.device
-        decoder, head = decoder_and_head(self.model)
-        # 1. Prefill: run each prompt once.
-        cache = ForkedCache([len(prompt) for prompt in prompts], num_generations, self.max_completion_length, device)
-        prompt_ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
-        hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
-        last_of_prompts = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0) - 1
-        logits_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
-        uniforms_NT = torch.from_numpy(uniforms).to(device)  # of all completions, ended or not
-
-        partials = [_PartialCompletion() for _ in uniforms]
+        """Sample the completions of all prompts; a group joins the batch once as many of its completions have ended."""
+        device, (decoder, head) = self.model.device, decoder_and_head(self.model)
+        at_once = max(1, self.batch_size // num_generations)
+        cache: ForkedCache | None = None
+        partials: dict[int, _PartialCompletion] = {}
         completions: dict[int, Completion] = {}
-        live = list(range(len(partials)))
-        for length in range(1, self.max_completion_length + 1):
-            # 2. Draw one token for each completion that has not ended.
-            drawn, logprobs, cutoffs = draw(
-                logits_NV[:, : self._num_tokens],
-                uniforms_NT[live, length - 1],
-                self.temperature,
-                self.top_p,
-                self.top_k,
-            )
-            cutoffs_of_live = [None] * len(live) if cutoffs is None else cutoffs.tolist()
-            for index, *token in zip(live, drawn.tolist(), logprobs.tolist(), cutoffs_of_live, strict=True):
-                self._append(partials[index], *token)
-            # 3. Report completions that ended and remove them from the batch.
-            for index in live:
-                partial = partials[index]
-                if partial.finish_reason is None and length < self.max_completion_length:
-                    continue
-                completions[index] = Completion(
-                    ids=partial.ids,
-                    logprobs=partial.logprobs,
-                    finish_reason=partial.finish_reason or FinishReason.LENGTH,
-                    forced=range(partial.forced_from, partial.forced_from + partial.num_forced),
-                    cutoffs=partial.cutoffs,
+        live: list[int] = []  # indices of the completions of the batch, in its order
+        unread: deque[_Drawn] = deque()
+        # Forced tokens depend on all tokens before: those are read at once.
+        num_late = 0 if self.reasoning_budget is not None else self.num_late
+        num_admitted = 0
+        logits_NV, uniforms_NT = torch.empty(0, device=device), torch.empty(0, device=device)
+        while live or unread or num_admitted < len(prompts):
+            # 1. Prefill: run each prompt once, of all groups that there is room for.
+            num_new = min(at_once - -(-len(live) // num_generations), len(prompts) - num_admitted)
+            if cache is not None:  # the last completion of each group keeps its prompt in memory
+                num_new = min(num_new, MAX_GROUPS * at_once - cache.num_groups)
+            if num_new > 0:
+                new = range(num_admitted, num_admitted + num_new)
+                num_admitted += num_new
+                new_lengths = [len(prompts[index]) for index in new]
+                if cache is None:
+                    cache = ForkedCache(new_lengths, num_generations, self.max_completion_length, device)
+                else:
+                    cache.admit(new_lengths)
+                if num_admitted == len(prompts):
+                    cache.close()
+                prompt_ids = torch.tensor([[token for index in new for token in prompts[index]]], device=device)
+                hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
+                last_of_prompts = torch.tensor(new_lengths, device=device).cumsum(0) - 1
+                new_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
+                numbers = [[*keys[index], member] for index in new for member in range(num_generations)]
+                uniforms = [np.random.default_rng(key).random(self.max_completion_length) for key in numbers]
+                new_NT = torch.from_numpy(np.stack(uniforms)).to(device)
+                logits_NV = torch.cat([logits_NV, new_NV]) if live else new_NV
+                uniforms_NT = torch.cat([uniforms_NT, new_NT]) if live else new_NT
+                members = range(new.start * num_generations, new.stop * num_generations)
+                live = [*live, *members]
+                partials |= {index: _PartialCompletion() for index in members}
+            assert cache is not None
+            # 2. Draw one token for each completion of the batch.
+            if live:
+                drawn = draw(
+                    logits_NV[:, : self._num_tokens],
+                    uniforms_NT.gather(1, cache.lengths_N1)[:, 0],
+                    self.temperature,
+                    self.top_p,
+                    self.top_k,
                 )
-                if on_completion is not None and partial.finish_reason is not None:
-                    on_completion(first_group * num_generations + index, completions[index])
-            unfinished = [at for at, index in enumerate(live) if index not in completions]
-            if not unfinished:
-                break
+                unread.append(_Drawn(live, *drawn))
+            # 3. Read the tokens, some steps late on a GPU, which need not wait then. Report completions that ended.
+            while unread and (len(unread) > num_late or not live):
+                for index, *token in unread.popleft().read():
+                    if index in completions:  # drawn after its end, which was not yet known
+                        continue
+                    partial = partials[index]
+                    self._append(partial, *token)
+                    if partial.finish_reason is None and len(partial.ids) < self.max_completion_length:
+                        continue
+                    completions[index] = Completion(
+                        ids=partial.ids,
+                        logprobs=partial.logprobs,
+                        finish_reason=partial.finish_reason or FinishReason.LENGTH,
+                        forced=range(partial.forced_from, partial.forced_from + partial.num_forced),
+                        cutoffs=partial.cutoffs,
+                    )
+                    if on_completion is not None and partial.finish_reason is not None:
+                        on_completion(index, completions[index])
+            if not live:
+                continue
+            # 4. Remove the completions that ended from the batch, and those that have all their tokens.
+            is_last = [length + 1 == self.max_completion_length for length in cache.lengths]
+            unfinished = [at for at, index in enumerate(live) if index not in completions and not is_last[at]]
+            last_N = drawn[0]
             if len(unfinished) < len(live):
-                live = [live[at] for at in cache.keep(unfinished)]
-            # 4. Decode: run the new tokens.
-            last_ids = torch.tensor([[partials[index].ids[-1]] for index in live], device=device)
-            logits_NV = head(run_decoder(decoder, last_ids, cache.position_ids, cache)[:, 0])
-            cache.advance()
-        return [completions[index] for index in range(len(partials))]
+                order = cache.keep(unfinished)
+                live = [live[at] for at in order]
+                order_N = torch.tensor(order, dtype=torch.long, device=device)
+                last_N, uniforms_NT = last_N[order_N], uniforms_NT[order_N]
+            # 5. Decode: run the new tokens.
+            if live:
+                if self.reasoning_budget is not None:
+                    last_N = torch.tensor([partials[index].ids[-1] for index in live], device=device)
+                logits_NV = head(run_decoder(decoder, last_N[:, None], cache.position_ids, cache)[:, 0])
+                cache.advance()
+        return [completions[index] for index in range(len(completions))]
 
     def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""
@@ -204,6 +237,25 @@ class _PartialCompletion:
     num_forced: int = 0
     forced_from: int = 0
     finish_reason: FinishReason | None = None
+
+
+class _Drawn:
+    """Tokens drawn for the completions of a batch, on their way from the device to the host."""
+
+    def __init__(self, live: list[int], ids_N: Tensor, logprobs_N: Tensor, cutoffs_N: Tensor | None) -> None:
+        self._live = live
+        tensors = (ids_N, logprobs_N, cutoffs_N)
+        self._sent = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._arrived = torch.cuda.Event() if ids_N.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Iterator[tuple[int, int, float, float | None]]:
+        """Yield a completion's index, its token, the token's log-probability and its cutoff."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        lists = [[None] * len(self._live) if tensor is None else tensor.tolist() for tensor in self._sent]
+        return zip(self._live, *lists, strict=True)
 
 
 @contextmanager

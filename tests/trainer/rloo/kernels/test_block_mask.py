@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from rekatrain.trainer.rloo.kernels.block_mask import BLOCK_SIZE, block_mask_bytes, make_block_mask
-from rekatrain.trainer.rloo.kernels.grouped_attention import RECOMPILE_LIMIT, compiled_flex
+from rekatrain.trainer.rloo.kernels.block_mask import (
+    BLOCK_SIZE,
+    RECOMPILE_LIMIT,
+    block_mask_bytes,
+    compiled_flex,
+    make_block_mask,
+)
 from tests.trainer.rloo.kernels.test_grouped_attention import LAYOUTS
 
 CPU = torch.device("cpu")
