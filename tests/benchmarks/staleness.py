@@ -246,9 +246,9 @@ def main() -> None:
     parser.add_argument("--url", help="URL of a server that rekatrain serve-rollouts started, with a recipe")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--rounds", type=int, default=1)
-    for name, default in {"servers": 2, "rows": 16, "group": 4, "prompts": 8, "steps": 12, "cap": 200}.items():
+    for name, default in {"servers": 2, "rows": 8, "group": 4, "prompts": 8, "steps": 10, "cap": 100}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of the stand-ins; default {default}")
-    for name, seconds in {"pace": 0.01, "train-seconds": 1.0}.items():
+    for name, seconds in {"pace": 0.02, "train-seconds": 1.0}.items():
         parser.add_argument(f"--{name}", type=float, default=seconds, help=f"of the stand-ins; default {seconds}")
     arguments, overrides = parser.parse_known_args()
     if arguments.recipe is None:
