@@ -1,1 +1,1 @@
-"""Rollouts by vLLM servers: sampling over HTTP, publishing weights to the servers, one step off policy."""
+"""Rollouts by vLLM servers: sampling over HTTP, publishing weights to the servers, sampling ahead of the trainer."""
