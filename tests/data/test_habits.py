@@ -156,3 +156,17 @@ def test_imports_of_sanitized_mbpp_reach_the_tests(tmp_path: Path) -> None:
     )
     (row,) = load(tmp_path, line, format="mbpp", columns={"text": "prompt"})
     assert row.columns == {"tests": {"asserts": ["assert math.pi"], "setup": "import math"}}
+
+
+@pytest.mark.parametrize("arguments", ["arguments", "parameters", "input"])
+@pytest.mark.parametrize("is_text", [True, False])
+def test_tool_call_keeps_its_arguments_under_any_name(arguments: str, is_text: bool, tmp_path: Path) -> None:
+    calls = [{"id": "1", "type": "function", "index": 0, "function": {"name": "f", arguments: {"a": 1}}}]
+    turn = {"role": "assistant", "content": None, "tool_calls": json.dumps(calls) if is_text else calls}
+    turns = [HI, turn, {"role": "tool", "content": "2"}, HELLO]
+    (row,) = load(tmp_path, json.dumps({"messages": turns}), tool_turns="literal")
+    assert row.messages[1]["content"] == '{"name": "f", "arguments": {"a": 1}}'
+    for wrong in ({"name": "f", "arguments": {}, "input": {}}, {"name": "f", "kwargs": {"a": 1}}):
+        turn["tool_calls"] = [{"function": wrong}]
+        with pytest.raises(InputError, match="tool call with (both 'arguments'|the unknown key 'kwargs')"):
+            load(tmp_path, json.dumps({"messages": turns}), tool_turns="literal")
