@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 STDERR = 2
 # Whatever a grader raises is its failure; sys.exit() too. A signal's handler raises KeyboardInterrupt.
-FAILURES = (Exception, SystemExit)
+FAILURES = (Exception, SystemExit, GeneratorExit)
 # Functions of os that the shield replaces.
 ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
 CLOSING = ("close", "closerange")

@@ -123,7 +123,9 @@ def read_signature(name: str) -> Signature:
     names = [parameter.name for parameter in parameters]
     takes_all_columns = any(p.kind is p.VAR_KEYWORD for p in parameters)
     is_scorer = names[:1] == ["completion"]
-    if not is_scorer and not ("completions" in names and takes_all_columns):
+    # TRL's get_soft_overlong_punishment takes completion_ids alone.
+    is_batch = takes_all_columns and any(name in names for name in ("prompts", "completions", "completion_ids"))
+    if not is_scorer and not is_batch:
         raise InputError(
             f"reward {name} has the parameters ({', '.join(names)}); a scorer's first parameter is completion, "
             "and a TRL reward function takes completions and **kwargs"
