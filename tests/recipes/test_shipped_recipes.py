@@ -96,6 +96,7 @@ def test_recipes_of_both_models_have_the_same_names() -> None:
     # What is shown on a small model alone.
     series = ("raft-", "reasoning-", "mixture-", "multi-task-")
     small = {same.get(path.stem, path.stem) for path in RECIPES if not path.stem.startswith(series)}
+    small -= {"rloo-vllm"}  # servers sample for every 21B recipe of stage rloo
     assert small == large - {"rloo-16k", "rloo-32k"}  # a small model's completions are short in every stage
     methods = {"sft-lora", "sft-full", "sft-qlora", "reward", "rloo-full", "rloo-3.1"}
     assert large == methods | {"rloo-8k", "rloo-16k", "rloo-32k"}
