@@ -170,11 +170,11 @@ class Sampler:
                 unread.append(_Drawn(live, *drawn))
             # 3. Read the tokens, some steps late on a GPU, which need not wait then. Report completions that ended.
             while unread and (len(unread) > num_late or not live):
-                for index, *token in unread.popleft().read():
+                for index, token, logprob, cutoff in unread.popleft().read():
                     if index in completions:  # drawn after its end, which was not yet known
                         continue
                     partial = partials[index]
-                    self._append(partial, *token)
+                    self._append(partial, token, logprob, cutoff)
                     if partial.finish_reason is None and len(partial.ids) < self.max_completion_length:
                         continue
                     completions[index] = Completion(
