@@ -100,7 +100,8 @@ def _details(plan: Plan) -> list[str]:
         lines += [
             f"LM head: {tokens} tokens at a time, {gigabytes(tokens * plan.shape.vocab_size * size)} GB of logits "
             "(in the table only if they are in memory at the peak)",
-            f"KV cache: {token_bytes:,} bytes per token, {gigabytes(plan.workload.kv_cache_bytes)} GB in total",
+            f"KV cache: {token_bytes:,} bytes per token, "
+            + ("on the servers" if plan.samples_elsewhere else f"{gigabytes(plan.workload.kv_cache_bytes)} GB in total"),
         ]
         if not plan.launch.is_cpu:
             lines += _vllm_lines(plan, token_bytes)
