@@ -182,6 +182,7 @@ def run_trainer(
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.loraplus_lr_ratio = lr_ratio(recipe.lora)
     if recipe.model.get("quantization_config") is not None:
+        assert trainer.model is not None
         keep_adapter_dtype(trainer.model, recipe.model.get("dtype", "bfloat16"))
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     running = RunningMetrics(trainer, run, checkpoint)
