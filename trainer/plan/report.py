@@ -97,11 +97,12 @@ def _details(plan: Plan) -> list[str]:
         size = 2 if plan.uses_bf16 or is_bfloat16(plan.recipe) else 4
         tokens = min(TOKENS_PER_CHUNK, plan.workload.micro_batch_tokens)
         token_bytes = plan.workload.kv_bytes_per_token
+        in_process = f"{gigabytes(plan.workload.kv_cache_bytes)} GB in total"
+        cache = "on the servers" if plan.samples_elsewhere else in_process
         lines += [
             f"LM head: {tokens} tokens at a time, {gigabytes(tokens * plan.shape.vocab_size * size)} GB of logits "
             "(in the table only if they are in memory at the peak)",
-            f"KV cache: {token_bytes:,} bytes per token, "
-            + ("on the servers" if plan.samples_elsewhere else f"{gigabytes(plan.workload.kv_cache_bytes)} GB in total"),
+            f"KV cache: {token_bytes:,} bytes per token, {cache}",
         ]
         if not plan.launch.is_cpu:
             lines += _vllm_lines(plan, token_bytes)
