@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rekatrain.trainer.cli import main
+from rekatrain.trainer.rloo.sampler.vllm.sleep import ASLEEP
 from rekatrain.trainer.run.records import read_records
 from tests.vllm.stand_in import StandIn, one_thread
 
@@ -47,6 +48,9 @@ class SleepingStandIn(StandIn):
         name, _, query = path.removeprefix("/v1").strip("/").partition("?")
         if name in ("sleep", "wake_up"):
             return self._change(name, query)
+        if name == "update_weight_version" and body["new_version"] == ASLEEP:
+            self.weight_version = ASLEEP
+            return 200, {"success": True}
         if name == "is_sleeping":
             return 200, {"is_sleeping": len(self.resident) < 2}
         if name in NEEDS and (body or {}).get("lora_name") != "rekatrain-none":
