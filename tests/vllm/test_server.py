@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.run.records import read_records
 from tests.helpers.rloo import open_reasoning
-from tests.vllm.conftest import logprob_by_versions, per_version
 
 PROJECT = Path(__file__).parents[2]
 READY_SECONDS = 240
@@ -216,32 +215,6 @@ def test_server_filters_and_budget_are_scored_as_sampled(folder: Path, server: L
         opened, closed, _ = record["completion"].partition("\n</reasoning>\n\n")
         assert record["num_forced"] == 0 or ("<reasoning>" in opened and closed)
         assert len(record["completion_ids"]) <= 24
-
-
-def test_weights_are_updated_while_completions_are_in_flight(
-    folder: Path, server: LiveServer, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    # Below the last layer nothing is trained, so the KV cache, which an update leaves as it is, does not depend on it.
-    last_layer = {**LORA, "target_modules": ["down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}
-    settings = {"importance_sampling_level": "token", "importance_sampling_correction": "token_truncate"}
-    settings |= {
-        "max_staleness": 3,
-        "learning_rate": 3e-2,
-        "max_completion_length": 100,
-        "max_steps": 8,
-        "save_steps": 1,
-    }
-    recipe = write_recipe(folder, "flight", server.url, last_layer, **settings, per_device_generation_batch_size=8)
-    metrics, rollouts = run(folder, recipe)
-    assert len(rollouts) == 8 * 16 and any(len(record["weight_versions"]) > 1 for record in rollouts)
-    policies = per_version(str(folder / "flight"), folder / "model", last_layer)
-    for record in rollouts:
-        prompt = tokenizer.encode(record["prompt"], add_special_tokens=False)
-        expected = logprob_by_versions(record, policies, tokenizer, prompt)
-        assert record["sampler_logprob"] == pytest.approx(expected, abs=2e-3)
-    ages = [record["step"] - 1 - version for record in rollouts for version, _ in record["weight_versions"]]
-    assert 1 <= max(ages) <= 3 and max(step["staleness/max"] for step in metrics) == max(ages)
-    assert sum(name.endswith("-live") for name in server.models()) == 1  # one adapter for all versions
 
 
 def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:
