@@ -143,6 +143,7 @@ def test_engines_finds_a_float32_file_equal_to_transformers(
     assert all(each["engine"] == "model-q8_0.gguf" and each["gap"] > 0 for each in results["differences"])
 
 
+@pytest.mark.slow
 def test_learning_gives_every_method_as_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = ["--steps", "2", "--completions", "8", "--seeds", "2", "--goal", "0", "--workers", "1"]
     results = run("learning", [*size, "--learning-rates", "1e-4"], tmp_path / "out.json", monkeypatch)

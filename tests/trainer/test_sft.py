@@ -49,6 +49,7 @@ def test_prepare_makes_a_row_of_each_assistant_turn(model_folder: Path, tmp_path
     assert trained_texts(last) == [" Blue <sep><|endoftext|>"] * 2 + [f"{thought}<|endoftext|>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_packed_rows_have_the_losses_of_separate_rows(attention: str, model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(

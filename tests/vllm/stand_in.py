@@ -33,6 +33,17 @@ from rekatrain.trainer.rloo.sampler.vllm.group_requests import seed_of
 LOADING = threading.Lock()
 
 
+class GivenUniforms(Sampler):
+    """The sampler in process, which draws by given numbers [N, T] in place of those of a key."""
+
+    def __init__(self, *args: Any, uniforms: np.ndarray, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._given = uniforms
+
+    def _uniforms(self, keys: list[list[int]]) -> np.ndarray:
+        return self._given
+
+
 class StandIn:
     """Responds as a vLLM server that was started with the model in `folder`.
 
@@ -223,17 +234,17 @@ class StandIn:
         )
         end = num_done + body["max_tokens"]
         uniforms = np.stack([np.random.default_rng([*key[:4], index]).random(end)[num_done:] for index in indices])
-        sampler = Sampler(
+        sampler = GivenUniforms(
             model,
             self.tokenizer,
+            uniforms=uniforms,
             max_completion_length=body["max_tokens"],
             temperature=body["temperature"],
             batch_size=body["n"],
             top_p=body["top_p"],
             top_k=body["top_k"] or None,
         )
-        with torch.no_grad():
-            return sampler._sample_batch([body["prompt"]], uniforms, body["n"], None, 0)
+        return sampler.sample([body["prompt"]], [key], body["n"])[0]
 
     def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
         """List log-probs of the drawn token and, of the kept tokens, as many of the most likely as the request says."""

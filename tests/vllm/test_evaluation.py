@@ -94,7 +94,7 @@ def test_sampled_accuracy_of_vllm_is_that_in_process(served: tuple[Path, str]) -
 def test_documented_line_of_lm_eval_measures_a_server(served: tuple[Path, str]) -> None:
     folder, url = served
     text = README.read_text()
-    line = re.search(r"^    (lm_eval .*(?:\\\n.*)*)", text, re.MULTILINE)
+    line = re.search(r"^    (lm_eval (?:.*\\\n)*.*)", text, re.MULTILINE)
     assert line
     tasks = folder / "tasks"
     tasks.mkdir()

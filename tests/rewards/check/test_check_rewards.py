@@ -167,6 +167,7 @@ def test_dry_run_checks_a_sample_of_the_golds(recipe, model_folder, capsys):
     assert "my_rewards:failing of ours 0 of 64 are 1 (64 None)" in line
 
 
+@pytest.mark.slow
 def test_check_rewards_ends_with_one_line_at_ctrl_c(recipe):
     path = recipe({"my_rewards:failing": {"timeout": 30}}, colored(*["green"] * 50))
     process = subprocess.Popen(

@@ -154,6 +154,7 @@ def test_attack_outlives_no_time_limit(place: Place) -> None:
     users.wait_until_gone(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["worker", "server", "keeper", "all but the code"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_attack_outlives_no_process_that_watches_it(level: str, killed: str) -> None:

@@ -105,6 +105,7 @@ def hub_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: p
     return commits
 
 
+@pytest.mark.slow
 def test_export_uses_the_revision_that_was_trained(
     tmp_path: Path, hub_model: dict[str, str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def exports(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
     return folder
 
 
+@pytest.mark.slow
 def test_all_files_name_the_tokenizers_eos(exports: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     eos = tokenizer.eos_token_id
     assert json.loads((exports / "merged" / "config.json").read_text())["eos_token_id"] == eos

@@ -39,6 +39,7 @@ def client(exports: Path) -> OpenAI:
     return client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_generate_works_with_and_without_the_stop(exports: Path, form: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exports / form)

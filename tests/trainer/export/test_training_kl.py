@@ -11,6 +11,7 @@ from rekatrain.trainer.models.probe import PROBE_FILE, read_probe
 from tests.helpers.exports import write_sft_recipe
 
 
+@pytest.mark.slow
 def test_gguf_is_held_against_the_training_process(tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     recipe = write_sft_recipe(tmp_path, tokenizer)
     main(["train", str(recipe), "sft.max_steps=2"])

@@ -149,6 +149,7 @@ def test_make_plan_fits_full_rloo_except_sampling() -> None:
     assert plan.phases[1].gpu["rollout weights"] == 2 * 20_905_482_240
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "launch"),
     [

@@ -85,6 +85,7 @@ def test_train_peak_is_about_the_same_with_fused_attention() -> None:
     assert 0.8 < train_peak(fused, False).total() / train_peak(packed, False).total() <= 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "lora"), [("rloo", None)])
 def test_make_plan_predicts_the_memory_of_a_whole_run(
     stage: str, lora: dict | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
