@@ -6,7 +6,7 @@ It draws with the uniform numbers of an in-process run, so a run with it must eq
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,20 @@ from rekatrain.trainer.rloo.sampler.vllm.group_requests import seed_of
 LOADING = threading.Lock()
 
 
-class GivenUniforms(Sampler):
-    """The sampler in process, which draws by given numbers [N, T] in place of those of a key."""
+class LateSampler(Sampler):
+    """The sampler in process, for the rest of completions of which `num_done` tokens are drawn.
 
-    def __init__(self, *args: Any, uniforms: np.ndarray, **settings: Any) -> None:
+    indices: of these completions in their group
+    """
+
+    def __init__(self, *args: Any, num_done: int, indices: Sequence[int], **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._given = uniforms
+        self._num_done, self._indices = num_done, indices
 
-    def _uniforms(self, keys: list[list[int]]) -> np.ndarray:
-        return self._given
+    def _generator(self, key: list[int]) -> np.random.Generator:
+        generator = np.random.default_rng([*key[:-1], self._indices[key[-1]]])
+        generator.random(self._num_done)
+        return generator
 
 
 class StandIn:
@@ -232,19 +237,18 @@ class StandIn:
         assert (
             body["prompt"][: len(prompt)] == prompt and (num_done > 0) == (len(key) == 6) and len(indices) == body["n"]
         )
-        end = num_done + body["max_tokens"]
-        uniforms = np.stack([np.random.default_rng([*key[:4], index]).random(end)[num_done:] for index in indices])
-        sampler = GivenUniforms(
+        sampler = LateSampler(
             model,
             self.tokenizer,
-            uniforms=uniforms,
+            num_done=num_done,
+            indices=indices,
             max_completion_length=body["max_tokens"],
             temperature=body["temperature"],
             batch_size=body["n"],
             top_p=body["top_p"],
             top_k=body["top_k"] or None,
         )
-        return sampler.sample([body["prompt"]], [key], body["n"])[0]
+        return sampler.sample([body["prompt"]], [key[:4]], body["n"])[0]
 
     def _logprobs(self, model: Any, body: Any, completion: Completion) -> dict[str, Any]:
         """List log-probs of the drawn token and, of the kept tokens, as many of the most likely as the request says."""

@@ -58,6 +58,8 @@ class Completion:
 class Sampler:
     """Samples groups of completions from a causal language model."""
 
+    _generator = staticmethod(np.random.default_rng)  # of the uniform numbers of one completion, from its key
+
     def __init__(
         self,
         model: Policy,
@@ -150,7 +152,8 @@ class Sampler:
                 last_of_prompts = torch.tensor(new_lengths, device=device).cumsum(0) - 1
                 new_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
                 numbers = [[*keys[index], member] for index in new for member in range(num_generations)]
-                new_NT = torch.from_numpy(self._uniforms(numbers)).to(device)
+                uniforms = [self._generator(key).random(self.max_completion_length) for key in numbers]
+                new_NT = torch.from_numpy(np.stack(uniforms)).to(device)
                 logits_NV = torch.cat([logits_NV, new_NV]) if live else new_NV
                 uniforms_NT = torch.cat([uniforms_NT, new_NT]) if live else new_NT
                 members = range(new.start * num_generations, new.stop * num_generations)
@@ -203,10 +206,6 @@ class Sampler:
                 logits_NV = head(run_decoder(decoder, last_N[:, None], cache.position_ids, cache)[:, 0])
                 cache.advance()
         return [completions[index] for index in range(len(completions))]
-
-    def _uniforms(self, keys: list[list[int]]) -> np.ndarray:
-        """Return the numbers by which the tokens of completions are drawn, [N, max_completion_length]."""
-        return np.stack([np.random.default_rng(key).random(self.max_completion_length) for key in keys])
 
     def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""
