@@ -84,9 +84,10 @@ def test_wheel_writes_its_recipes_and_plans_them(package: Path, tmp_path: Path) 
     shown = finish(tmp_path, script, "recipes", "mine", package=package)
     assert "mine/reka-flash-3" in shown and "rekatrain train mine/reka-flash-3/sft-lora.yaml --dry-run" in shown
     assert (tmp_path / "mine" / "accelerate" / "zero3.yaml").exists()
-    assert not (tmp_path / "mine" / "quickstart.sh").exists()
+    assert not list((tmp_path / "mine").glob("*.sh"))
     recipe = tmp_path / "mine" / "reka-flash-3" / "sft-lora.yaml"
-    assert "--config_file mine/accelerate/ddp.yaml -m rekatrain train mine/" in recipe.read_text()
+    assert "--launch mine/accelerate/ddp.yaml" in recipe.read_text()
+    assert "rekatrain launch mine/reka-flash-3/sft-lora.yaml" in recipe.read_text()
     again = run(tmp_path, script, "recipes", "mine", package=package)
     assert (again.returncode, again.stderr) == (2, "rekatrain: error: 'mine' exists already; choose a new folder\n")
     # The plan reads the model's configuration from the package.

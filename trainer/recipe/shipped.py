@@ -8,8 +8,8 @@ from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.run.places import check_parent
 
-# They belong to a checkout: its set-up, and a picture of its README.
-CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "__pycache__")
+# They belong to a checkout, whose environment they set up.
+CHECKOUT_ONLY = ("environment.sh", "quickstart.sh", "multi-task.sh", "__pycache__")
 
 
 def shipped_file(name: str) -> str:
