@@ -19,6 +19,7 @@ from rekatrain.trainer.plan.cost import Rates, estimate
 from rekatrain.trainer.plan.machine import GB, PlannedLaunch, read_launch_file
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.model_size import ModelShape
+from rekatrain.trainer.plan.plan import with_servers
 from rekatrain.trainer.plan.rollout_step import simulate_step
 from rekatrain.trainer.plan.states import count_states
 from rekatrain.trainer.recipe.load import Recipe, load_recipe
@@ -138,7 +139,7 @@ def test_count_states_divides_zero3_states_evenly(num_gpus: int) -> None:
     ],
 )
 def test_make_plan_fits_every_21b_recipe_on_its_launch(name: str, launch: PlannedLaunch) -> None:
-    plan = make_plan(reka(name), launch)
+    plan = make_plan(with_servers(reka(name)), launch)
     assert plan.overfull == []
     assert plan.worst.gpu_bytes > 20 * GB  # the model is counted
 
