@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
