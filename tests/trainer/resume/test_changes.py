@@ -115,8 +115,9 @@ KEYS = {
     },
     WARNED: {
         "model": "attn_implementation",
-        "sft": "optim pad_to_multiple_of",
-        "reward": "optim pad_to_multiple_of",
+        "sft": "optim pad_to_multiple_of full_determinism",
+        "reward": "optim pad_to_multiple_of full_determinism",
+        "rloo": "full_determinism",
         "rewards.reward_model": "device micro_batch_tokens",
     },
 }
