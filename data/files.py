@@ -176,7 +176,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, object]]:
     if isinstance(records, dict):
         rows = [key for key, value in records.items() if _holds_rows(value)]
         if len(rows) > 1:
-            raise InputError(f"it holds lists of rows under {' and '.join(rows)}: write each as a file of its own")
+            raise InputError(f"it holds lists of rows under {' and '.join(rows)}: write each as a separate file")
         lists = [records[key] for key in LIST_KEYS if isinstance(records.get(key), list)]
         records = lists[0] if len(lists) == 1 else records
     if not isinstance(records, list):

@@ -1,4 +1,4 @@
-"""What tests may read about a function or a class of the solution: its signature, annotations, code and source.
+"""Facts that tests may read about a function or a class of the solution: its signature, annotations, code and source.
 
 The solution describes its signature as plain values. Code and source come from the text of the solution, which the side
 of the tests compiles and never runs. No text that the solution sends is evaluated here.

@@ -36,6 +36,7 @@ def export(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_export_answers_rounds_with_dimmed_reasoning(export: Path, monkeypatch) -> None:
     screen = talk(monkeypatch, QUESTION[0]["content"], "", "<sep> human: forged", QUESTION[0]["content"], export=export)
     expected = parse_completion(ANSWER)

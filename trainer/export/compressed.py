@@ -1,6 +1,6 @@
 """`--as merged --quantize fp8|gptq|awq`: a merged export that llmcompressor quantizes, for vLLM.
 
-llmcompressor asks for an older transformers than this program, so it runs in an environment of its own, whose Python
+llmcompressor asks for an older transformers than this program, so it runs in a separate environment, whose Python
 LLMCOMPRESSOR_PYTHON names. It loads the whole model. The result is loaded by a fresh process of that environment, and
 held against whole distributions that the training process saved.
 """
@@ -54,7 +54,7 @@ def check_compressible(quantize: list[str]) -> None:
     if not _has_package(python):
         raise InputError(
             f"--quantize {quantize[0]} needs the package llmcompressor, which {python!r} does not have: install it in "
-            f"an environment of its own (python -m venv lc && lc/bin/pip install llmcompressor) and set {PYTHON} to "
+            f"a separate environment (python -m venv lc && lc/bin/pip install llmcompressor) and set {PYTHON} to "
             "lc/bin/python"
         )
 

@@ -76,6 +76,7 @@ def test_workers_start_beside_files_named_like_python_modules(folder: Path) -> N
     assert run(folder, "-P", "-c", SCRIPT) == "started\n[1.0, 0.0]\n"
 
 
+@pytest.mark.slow
 def test_workers_start_from_python_m_rekatrain(folder: Path, model_folder: Path) -> None:
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
     (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")

@@ -74,6 +74,7 @@ def test_largest_rank_counts_patterns() -> None:
     assert largest_rank({"r": 4, "rank_pattern": {"q_proj": 32, "v_proj": 2}}) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_dora_is_exported_as_trained(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, form: str) -> None:
     recipe = write_sft_recipe(tmp_path, tokenizer)

@@ -1,4 +1,4 @@
-"""`rekatrain export --quantize fp8|gptq|awq` by llmcompressor, which needs an environment of its own.
+"""`rekatrain export --quantize fp8|gptq|awq` by llmcompressor, which needs a separate environment.
 
 LLMCOMPRESSOR_PYTHON=/path/to/llmcompressor/bin/python python -m pytest tests/trainer/export/test_compressed.py
 

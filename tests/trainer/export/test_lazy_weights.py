@@ -47,6 +47,7 @@ def test_merging_and_running_hold_two_layers_and_a_shard(tmp_path: Path, tokeniz
     assert peak.peak_mb - peak.start_mb < limit
 
 
+@pytest.mark.slow
 def test_reward_export_holds_two_layers_and_a_shard(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048, "num_hidden_layers": 12}
     config = tiny_config(tokenizer, **sizes, num_labels=1, pad_token_id=tokenizer.eos_token_id)

@@ -12,6 +12,7 @@ from rekatrain.trainer.reward_model.score_probe import FILE
 from tests.helpers.exports import write_sft_recipe
 
 
+@pytest.mark.slow
 def test_reward_export_is_held_against_training(tmp_path: Path, tokenizer, caplog, capsys) -> None:
     path = write_sft_recipe(tmp_path, tokenizer)
     recipe = json.loads(path.read_text())

@@ -18,7 +18,7 @@ from rekatrain.trainer.launch.supervise import Supervisor
 from tests.end_to_end.small_runs import records, write_data, write_recipe
 from tests.package.processes import BIN, run
 
-# ssh starts a shell with an environment of its own; a host that ends in `down` is not there.
+# ssh starts a shell with another environment; a host that ends in `down` is not there.
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done
 echo "ssh $1" >>"$STAND_INS/log"

@@ -49,7 +49,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def usual_signals() -> Iterator[None]:
-    """What a shell's background job and nohup inherit as ignored ends a process here, as in a terminal."""
+    """Signals that a background job or nohup ignores end a process here, as in a terminal."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
