@@ -70,14 +70,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and one row, and stop"
     )
-    command.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in output_dir; start from the beginning if there is none",
-    )
-    command.add_argument(
-        "--skip-memory-check", action="store_true", help="start even if the plan says that the run cannot fit"
-    )
+    _add_start(command)
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
@@ -87,6 +80,10 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     )
     _add_recipe(command)
     command.add_argument("--dry-run", action="store_true", help="print the commands that would be started, and stop")
+    _add_start(command)
+
+
+def _add_start(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume",
         action="store_true",

@@ -6,7 +6,6 @@ is a function of api.py or of the module that it imports when it runs.
 
 import argparse
 import errno
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
 from rekatrain.trainer.processes.early_signals import interruptible_imports
+from rekatrain.trainer.processes.launched import is_launched
 from rekatrain.trainer.terminal import set_up_terminal
 
 # A disk that is full, over its quota, read-only or failing is no bug of ours.
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(message: str, status: int, *, details: str = "") -> NoReturn:
     """Print one line and exit; in a launch, one of the ranks that have it prints it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_launched():
         print(f"rekatrain: {message}", file=sys.stderr)
     else:
         from rekatrain.trainer.processes.failure import print_failure
@@ -79,7 +79,7 @@ def _fail(message: str, status: int, *, details: str = "") -> NoReturn:
 
 def _fail_of_a_bug(error: Exception) -> NoReturn:
     """Show a traceback; in a launch, once, with the rank."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_launched():
         raise error
     details = "".join(traceback.format_exception(error))
     _fail(f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}", 1, details=details)

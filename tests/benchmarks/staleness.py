@@ -33,7 +33,8 @@ from wall_clock import compare_rewards
 
 from rekatrain.trainer.cli import main as rekatrain
 from rekatrain.trainer.rloo import train
-from tests.conftest import json_servers, tiny_llama, tiny_tokenizer
+from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.helpers.json_servers import json_servers
 from tests.vllm.stand_in import StandIn
 
 PROJECT = Path(__file__).parents[2]

@@ -3,10 +3,9 @@
 Like vLLM it has a process for its engine, which would outlive it.
 """
 
-import json
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import threading
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -22,33 +21,17 @@ def main(arguments: list[str]) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from tests.helpers.json_servers import json_servers
     from tests.vllm.stand_in import StandIn
 
     torch.set_num_threads(1)
     folder = Path(options["--model"])
     answer = StandIn(folder, AutoTokenizer.from_pretrained(folder), seed=3)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(None)
-
-        def do_POST(self) -> None:
-            length = int(self.headers.get("content-length", 0))
-            self._answer(json.loads(self.rfile.read(length)) if length else None)
-
-        def _answer(self, body: object) -> None:
-            status, content = answer(self.path, body)[:2]
-            sent = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(sent)))
-            self.end_headers()
-            self.wfile.write(sent)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    print("ready", flush=True)
-    ThreadingHTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+    with json_servers() as serve:
+        serve(answer, host=options["--host"], port=int(options["--port"]))
+        print("ready", flush=True)
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tests.vllm.stand_in import StandIn
 AHEAD = {
     **{"max_staleness": 3, "importance_sampling_level": "token", "importance_sampling_correction": "token_truncate"},
     **{"max_steps": 7, "save_steps": 1, "prompts_per_step": 2},
+    "per_device_generation_batch_size": 64,  # room for all groups of the queue: none waits for another to end
 }
 
 

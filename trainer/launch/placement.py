@@ -1,4 +1,4 @@
-"""Which GPUs of a node serve and which train: by the section `launch:`, and where it is silent by the plan.
+"""The division of a node's GPUs between servers and training: the section `launch:` decides, then the plan.
 
 split:      the GPUs are divided between vLLM servers and training processes; the split with the shortest step by the
             estimates of `rekatrain plan --scale-out`, of those that fit

@@ -104,10 +104,6 @@ class Kept:
             self._keeper.wait(timeout=seconds)
         return self._keeper.poll() is not None
 
-    def kill_keeper(self) -> None:
-        """Kill the program that keeps the process, if it does not end."""
-        self._keeper.kill()
-
     def reason(self) -> str:
         """Return why the process has ended, or what it does: its last line that names an error, or its last line."""
         status = self.poll() or 0

@@ -21,6 +21,8 @@ POLL_SECONDS = 0.1
 SERVER_END_SECONDS = 15.0
 TRAINER_END_SECONDS = 60.0
 TRAINER_KILL_SECONDS = 10.0
+# Seconds until a server that a trainer found gone must be seen to have ended.
+SERVER_DEATH_SECONDS = 3.0
 
 
 class Supervisor:
@@ -100,7 +102,7 @@ class Supervisor:
             raise failure
         # A trainer that finds the server gone fails before it gets the signal: it resumes too.
         if self._restarts_trainers and not is_paused and first_failed:
-            is_paused = bool(self._servers.find_dead())
+            is_paused = self._finds_dead_server()
         if is_paused and not self._signals and any(ended):
             return None
         return first_failed or max(ended)
@@ -114,6 +116,15 @@ class Supervisor:
         if not self._restarts_trainers:
             self._servers.start()
         return self._restarts_trainers
+
+    def _finds_dead_server(self) -> bool:
+        """Wait a little for a server to have ended: the program that keeps it ends after it."""
+        deadline = time.monotonic() + SERVER_DEATH_SECONDS
+        while not self._servers.find_dead():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _send(self, number: signal.Signals) -> None:
         for kept in self._running:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rekatrain.data.errors import INTERRUPTED
+from rekatrain.trainer.processes.launched import is_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -22,13 +23,12 @@ def interruptible_imports() -> Iterator[None]:
     A launcher sends SIGTERM to all ranks after one has failed, and that cannot be seen before the ranks are connected.
     A second signal ends the process at once.
     """
-    is_launch = int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     def end(number: int, frame: FrameType | None) -> None:
-        if is_launch and not _pending:
+        if is_launched() and not _pending:
             _pending.append(number)
             return
-        if not is_launch:
+        if not is_launched():
             name = signal.Signals(number).name
             line = f"rekatrain: interrupted by {name} before its first step: nothing is lost"
             print(line, file=sys.stderr, flush=True)

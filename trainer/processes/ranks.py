@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 from torch.distributed.rendezvous import rendezvous
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.processes.launched import is_launched
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,6 @@ FAILURE_SECONDS = 2.0
 CONNECT_SECONDS = 600.0
 # Differences that an error names.
 MAX_DIFFERENCES = 3
-
-
-def is_launched() -> bool:
-    """Return True in a process of a launch of several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @cache

@@ -5,7 +5,6 @@ Answers are written as they come, and scores batch by batch, so a start after a 
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from rekatrain.rewards.gradable import check_source_columns, keep_gradable
 from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.trainer.models.load import check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.processes.launched import is_launched
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.resume.fingerprints import take_fingerprints
@@ -52,7 +52,7 @@ def synthesize(recipe: Recipe, config: SynthesisConfig, write: Callable[[Synthes
     Raises InputError for what is wrong with the recipe, its data or its rewards, before a weight is loaded or a request
     is sent, and where the folder holds answers of another recipe.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_launched():
         raise InputError("generate and filter run as one process: for several GPUs, name vLLM servers under server")
     server = config.endpoint
     tokenizer = load_model_tokenizer(recipe)

@@ -15,8 +15,9 @@ from rekatrain.data.errors import InputError
 from rekatrain.trainer import evaluate as command
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.held_out_prompts import EvaluateConfig
-from tests.conftest import JsonServer, write_jsonl
+from tests.conftest import write_jsonl
 from tests.helpers.forks import Launch, start_forked
+from tests.helpers.json_servers import JsonServer
 from tests.helpers.rloo import open_reasoning
 
 SUMS = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "source": ("even", "odd")[n % 2]} for n in range(1, 7)]

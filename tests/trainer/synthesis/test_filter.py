@@ -10,7 +10,8 @@ import pytest
 from rekatrain import load_recipe
 from rekatrain.data.mixture import load_mixture
 from rekatrain.trainer import api
-from tests.conftest import JsonServer, write_jsonl
+from tests.conftest import write_jsonl
+from tests.helpers.json_servers import JsonServer
 
 # The digit that a prompt asks for, and how many of four completions are right.
 NUM_RIGHT = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}

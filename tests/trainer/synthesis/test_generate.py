@@ -23,7 +23,8 @@ from rekatrain.trainer.cli import main
 from rekatrain.trainer.synthesis.config import GenerateConfig
 from rekatrain.trainer.synthesis.journal import Answer, Score
 from rekatrain.trainer.synthesis.keep import choose, without_duplicates
-from tests.conftest import JsonServer, write_jsonl
+from tests.conftest import write_jsonl
+from tests.helpers.json_servers import JsonServer
 from tests.package.processes import environment
 
 SUMS = [{"prompt": f"{n} + {n} =", "answer": 2 * n, "level": n} for n in range(1, 7)]

@@ -15,7 +15,7 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import ServerClient
 from rekatrain.trainer.rloo.sampler.vllm.sampler import VLLMSampler
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import Paces
-from tests.conftest import JsonServer
+from tests.helpers.json_servers import JsonServer
 
 
 class AnyWeights:

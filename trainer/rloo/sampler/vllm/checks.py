@@ -18,6 +18,7 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
 from rekatrain.trainer.rloo.sampler.vllm.live_weights import RESUME
 from rekatrain.trainer.rloo.sampler.vllm.responses import num_listed, request_filters
+from rekatrain.trainer.rloo.sampler.vllm.weights import load_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ async def _check_logprobs(
 async def _check_adapters(client: ServerClient, name: str) -> None:
     """Raise InputError unless the server loads adapters at runtime; one that does looks for a missing folder."""
     try:
-        await client.post("/v1/load_lora_adapter", {"lora_name": "rekatrain-none", "lora_path": "/nonexistent"})
+        await load_adapter(client, "rekatrain-none", Path("/nonexistent"))
     except RequestRejected as error:
         if "No adapter found" in str(error):
             return

@@ -34,8 +34,11 @@ from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import (
     WEIGHTS_FOLDER,
     explain_rejection,
+    load_adapter,
     lock_of,
+    lost_weights,
     prefix_of,
+    reload_model,
     served_names,
     served_version,
     write_weights,
@@ -96,21 +99,16 @@ class LiveWeights:
     async def swap(self, client: ServerClient) -> None:
         """Let a paused server use these weights, and set its version."""
         if self.is_sent:
-            raise InputError(
-                f"the vLLM server {client.url} lost the weights that NCCL sent, for example by a restart; continue the "
-                "run with --resume"
-            )
+            raise lost_weights(client)
         try:
             if self.live is None:
-                reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-                await client.post("/collective_rpc", reload)
+                await reload_model(client, self.folder)
             elif self.live.name in await served_names(client):
                 loaded = await client.post("/collective_rpc", {"method": "list_loras"})
                 for number in sorted(set(re.findall(r"\d+", str(loaded.get("results"))))):
                     await client.post("/collective_rpc", {"method": "remove_lora", "args": [int(number)]})
             else:
-                adapter = {"lora_name": self.live.name, "lora_path": str(self.live)}
-                await client.post("/v1/load_lora_adapter", adapter)
+                await load_adapter(client, self.live.name, self.live)
         except RequestRejected as error:
             raise InputError(explain_rejection(error, client.url, self.live or self.folder)) from None
         await client.post("/update_weight_version", {"new_version": self.name})

@@ -67,16 +67,18 @@ def serve_rollouts(recipe: Recipe, *, host: str, port: int | None, tensor_parall
     if print_only:
         print(" ".join([*(f"{key}={value}" for key, value in environment.items()), shlex.join(command)]))
         return
-    # PYTHONPATH points into this environment, not into vLLM's.
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     check_vllm_python(python, VLLM_PYTHON)
-    os.execve(python, command, {**inherited, **environment})
+    os.execve(python, command, {**_inherited(), **environment})
+
+
+def _inherited() -> dict[str, str]:
+    """Return the variables that vLLM's Python inherits; PYTHONPATH points into this environment, not into vLLM's."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 def has_vllm(python: str) -> bool:
     """Return True if the environment of this Python has vLLM; OSError if the program cannot be started."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([python, "-c", FIND_VLLM], env=inherited, capture_output=True).returncode == 0
+    return subprocess.run([python, "-c", FIND_VLLM], env=_inherited(), capture_output=True).returncode == 0
 
 
 def check_vllm_python(python: str, key: str) -> None:

@@ -47,15 +47,13 @@ def group_to_json(group: Group, indices: dict[int, int]) -> Json:
         "prompt": indices[id(group.prompt)],
         "completions": completions_to_json(group.completions),
         "texts": group.texts,
-        "rewards": [None if math.isnan(reward) else reward for reward in group.rewards],  # JSON has no nan
+        "rewards": _to_json(group.rewards),
         "rewards_by_name": {name: list(values) for name, values in group.rewards_by_name.items()},
         "reward_errors": [dict(errors) for errors in group.reward_errors],
         "is_in_loss": group.is_in_loss,
         "reward_metrics": [dict(metrics) for metrics in group.reward_metrics],
         "reward_notes": [dict(notes) for notes in group.reward_notes],
-        "scaled_rewards": None
-        if group.scaled_rewards is None
-        else [None if math.isnan(reward) else reward for reward in group.scaled_rewards],
+        "scaled_rewards": None if group.scaled_rewards is None else _to_json(group.scaled_rewards),
     }
 
 
@@ -66,7 +64,16 @@ def group_from_json(stored: Json, setup: RunSetup) -> Group:
     return Group(
         prompt=setup.prompts[stored["prompt"]],
         completions=completions_from_json(stored["completions"]),
-        rewards=[math.nan if reward is None else reward for reward in stored["rewards"]],
-        scaled_rewards=None if scaled is None else [math.nan if reward is None else reward for reward in scaled],
+        rewards=_from_json(stored["rewards"]),
+        scaled_rewards=None if scaled is None else _from_json(scaled),
         **{name: stored[name] for name in kept if name in stored},
     )
+
+
+def _to_json(rewards: Sequence[float]) -> list[float | None]:
+    """Return null for each nan, which JSON does not have."""
+    return [None if math.isnan(reward) else reward for reward in rewards]
+
+
+def _from_json(rewards: Sequence[float | None]) -> list[float]:
+    return [math.nan if reward is None else reward for reward in rewards]

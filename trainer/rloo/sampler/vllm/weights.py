@@ -58,7 +58,7 @@ class AdapterWeights:
             names = await served_names(client)
             if self.name not in names:
                 try:
-                    await client.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
+                    await load_adapter(client, self.name, self.folder)
                 except RequestRejected as error:
                     raise InputError(explain_rejection(error, client.url, self.folder)) from None
             if before_requests is not None:
@@ -96,9 +96,7 @@ class FolderWeights:
                     await before_requests()
                 return
             try:
-                await client.post(
-                    "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-                )
+                await reload_model(client, self.folder)
                 await client.post("/reset_prefix_cache")  # its states come from the old weights
             except RequestRejected as error:
                 raise InputError(f"{error}; the server must be able to read {str(self.folder)!r}") from None
@@ -125,10 +123,7 @@ class SentWeights:
     async def load(self, client: ServerClient) -> None:
         """Raise InputError unless the server has the weights: a restarted one lost them, and cannot load them here."""
         if await served_version(client) != self.name:
-            raise InputError(
-                f"the vLLM server {client.url} lost the weights that NCCL sent, for example by a restart; continue the "
-                "run with --resume"
-            )
+            raise lost_weights(client)
 
     async def check(self, client: ServerClient, response: Json) -> None:
         """Raise InputError unless the server has this version; versions change between steps only."""
@@ -203,6 +198,24 @@ def prefix_of(served: Path) -> str:
 def lock_of(folder: Path, client: ServerClient) -> AsyncFileLock:
     """Return the lock under which one process of the run at a time changes a server's weights."""
     return AsyncFileLock(folder.parent / f"{zlib.crc32(client.url.encode()):08x}.lock")
+
+
+async def load_adapter(client: ServerClient, name: str, folder: Path) -> None:
+    """Have a server read an adapter from a folder, under a name."""
+    await client.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+
+async def reload_model(client: ServerClient, folder: Path) -> None:
+    """Have a server replace its whole model by the one in a folder."""
+    await client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+
+
+def lost_weights(client: ServerClient) -> InputError:
+    """Return the error for a server without the weights that NCCL has sent."""
+    return InputError(
+        f"the vLLM server {client.url} lost the weights that NCCL sent, for example by a restart; continue the run "
+        "with --resume"
+    )
 
 
 async def served_names(client: ServerClient) -> list[str]:
