@@ -40,6 +40,7 @@ def figures(answers: Sequence[Answer], reward: str) -> Figures:
     pass_at:   k -> chance that k answers contain a right one, unbiased
     maj_at:    k -> chance that the most frequent of k answers is right, unbiased
     maj:       the last of them, with the Wilson 95 % interval of as many prompts
+    maj_gain:  the difference of maj and avg on its prompts, with a 95 % interval by bootstrap over prompts
     rewards:   name -> mean over prompts of their mean, with a 95 % interval by bootstrap over prompts, and the number
                of answers that have the reward
     thinking_tokens, completions: mean tokens of the reasoning; mean tokens, and the fraction of each finish reason
@@ -107,11 +108,16 @@ def _several(groups: Sequence[Sequence[Answer]], reward: str, num_answers: int) 
         result["maj_at"] = {k: fmean(values) for k, values in rates.items()}
         last = wilson_interval(num_right=sum(rates[num_answers]), num_graded=len(rates[num_answers]))
         result["maj"] = {"accuracy": last.accuracy, "low": last.low, "high": last.high}
+        complete = [ballot for ballot in ballots if len(ballot) == num_answers]
+        gains = [majority_rate(ballot, num_answers) - fmean(right for _, right in ballot) for ballot in complete]
+        low, high = bootstrap_interval(gains)
+        result["maj_gain"] = {"mean": fmean(gains), "low": low, "high": high}
     return result
 
 
 def _point(values: Figures) -> Figures:
-    keys = ("accuracy", "low", "high", "num_right", "num_graded", "thinking_tokens", "avg", "maj", "pass_at", "maj_at")
+    keys = ("accuracy", "low", "high", "num_right", "num_graded", "thinking_tokens", "avg", "maj", "maj_gain")
+    keys += ("pass_at", "maj_at")
     return {key: values[key] for key in keys if key in values}
 
 

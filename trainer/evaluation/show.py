@@ -29,6 +29,9 @@ def lines_of(model: str, config: EvaluateConfig, figures: Mapping[str, Any]) -> 
         yield f"  avg@{most} {_rate(figures['avg'])}" + (
             f", maj@{most} {_rate(figures['maj'])}" if "maj" in figures else ""
         )
+        if "maj_gain" in figures:
+            mean, low, high = (100 * figures["maj_gain"][key] for key in ("mean", "low", "high"))
+            yield f"  maj@{most} - avg@{most}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
         for name in ("avg", "pass", "maj"):
             if f"{name}_at" in figures:
                 yield "  " + ", ".join(f"{name}@{k} {rate:.1%}" for k, rate in figures[f"{name}_at"].items())

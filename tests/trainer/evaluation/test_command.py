@@ -107,7 +107,13 @@ def test_evaluate_prints_every_figure(recipe_of: Callable[..., str], capsys: pyt
     sources = [{"path": name, "format": "prompt_answer", "source": name[:-6]} for name in ("sums.jsonl", "other.jsonl")]
     main(["evaluate", path, f"eval_dataset={json.dumps(sources)}", "--out", "out.json"])
     output = capsys.readouterr().out
-    for pattern in (r"regex \d+\.\d% \[", r"avg@2 \S+ \[.*maj@2", "pass@1 .*pass@2", r"regex: mean \S+ \["):
+    for pattern in (
+        r"regex \d+\.\d% \[",
+        r"avg@2 \S+ \[.*maj@2",
+        r"maj@2 - avg@2: \S+ points \[",
+        "pass@1 .*pass@2",
+        r"regex: mean \S+ \[",
+    ):
         assert re.search(pattern, output), pattern
     assert "source sums: " in output and "source other: " in output
     result = json.loads(Path("out.json").read_text())

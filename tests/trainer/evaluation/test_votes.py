@@ -84,6 +84,8 @@ def test_figures_of_several_answers_by_hand() -> None:
     assert found["avg_at"] == pytest.approx({1: 0.5, 2: 0.75, 4: 3 / 8})
     assert found["pass_at"] == pytest.approx({1: 3 / 8, 2: (5 / 6 + 1 / 2) / 2, 4: 1.0})
     assert found["maj_at"][1] == pytest.approx(3 / 8) and found["maj_at"][4] == 0.5 == found["maj"]["accuracy"]
+    # The first prompt gains 1 - 1/2, the second 0 - 1/4.
+    assert found["maj_gain"] == {"mean": pytest.approx(1 / 8), "low": -0.25, "high": 0.5}
     assert found["rewards"]["style"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "num_graded": 8}
     assert found["completions"]["stop_ratio"] == 1 and found["thinking_tokens"] == 4
 
