@@ -74,6 +74,7 @@ class RowEncoder:
         self._bad: list[str] = []
         self._long: dict[LongRows, dict[str, int]] = {"refuse": {}, "skip": {}, "truncate": {}}
         self._num_rows, self._num_encoded = 0, 0
+        self._num_unanswered, self._first_unanswered = 0, ""
 
     def encode(self, rows: Iterable[Row]) -> Iterator[list[EncodedRow]]:
         """Yield the training rows of each conversation: none where it is left out.
@@ -86,6 +87,9 @@ class RowEncoder:
                 self._num_rows += 1
                 kept = self._without_bad(row, result)
                 self._num_encoded += len(kept)
+                if kept and row.tokens is None and row.messages[-1]["role"] != "assistant":
+                    self._num_unanswered += 1
+                    self._first_unanswered = self._first_unanswered or row.where
                 yield kept
         self._check()
 
@@ -93,6 +97,12 @@ class RowEncoder:
         """Yield a level of logging and a message for each kind of row that was left out or cut."""
         if self._bad:
             yield logging.WARNING, f"{len(self._bad)} rows that cannot be trained skipped; the first: {self._bad[0]}"
+        if self._num_unanswered:
+            yield (
+                logging.WARNING,
+                f"{self._num_unanswered} of {self._num_rows} rows end with a turn that no assistant answers, "
+                f"which is left out; the first: {self._first_unanswered}",
+            )
         for done, policy in (("skipped", "skip"), ("cut after the last trained turn that fits", "truncate")):
             if named := self._long[cast(LongRows, policy)]:
                 counts = f"{len(named)} of {self._num_rows} rows"

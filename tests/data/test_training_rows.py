@@ -153,6 +153,17 @@ def test_long_rows_are_skipped_or_cut_and_named(
     assert "a.jsonl:2 (" in record.getMessage()
 
 
+def test_turn_that_no_assistant_answers_is_reported(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        encoded = encode_rows(rows_of(SHORT, [*SHORT, user("c")], [*SHORT, user("d")]), tokenizer, 100)
+    assert encoded == [encode_row(SHORT, tokenizer)] * 3
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of 3 rows end with a turn that no assistant answers")
+    assert record.getMessage().endswith("the first: a.jsonl:2")
+
+
 def test_row_with_no_turn_that_fits_is_skipped_not_cut(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
