@@ -7,6 +7,7 @@ configs in recipes/reka-flash-3/configs/ are used for the models that they are n
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +114,7 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
     num_layers: number of decoder layers to build; None: all
     options:    further arguments of `from_config`
     """
-    config = copy.deepcopy(config)
+    whole, config = config, copy.deepcopy(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
@@ -126,7 +127,49 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
     if recipe.lora is None:
         return model
-    return add_adapter(model, recipe.lora, task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM")
+    lora = recipe.lora
+    if config.num_hidden_layers < whole.num_hidden_layers and _names_layers(lora):
+        sections = json.dumps(recipe.model), json.dumps(lora)
+        lora = json.loads(_lora_of_every_layer(type(whole), whole.to_json_string(), recipe.stage, *sections))
+    return add_adapter(model, lora, task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM")
+
+
+def _names_layers(lora: dict[str, Any]) -> bool:
+    """Return True if the section may give some layers other adapters than others."""
+    if lora.get("layers_to_transform") is not None or lora.get("exclude_modules") is not None:
+        return True
+    targets = lora.get("target_modules")
+    return targets != "all-linear" and (isinstance(targets, str) or any("." in name for name in targets or []))
+
+
+@lru_cache(maxsize=64)
+def _lora_of_every_layer(
+    architecture: type[PretrainedConfig],
+    config: str,
+    stage: Literal["sft", "reward", "rloo"],
+    model: str,
+    lora: str,
+) -> str:
+    """Return a section `lora:` for fewer layers, in which each layer has the adapters that any layer of the model has.
+
+    Fewer layers may lack those that the recipe's section names. Their memory is an upper bound.
+
+    config, model, lora: as JSON text, which is hashable
+    """
+    section = json.loads(lora)
+    recipe = Recipe(stage=stage, output_dir="", model=json.loads(model), lora=section, dataset={})
+    with torch.device("meta"):
+        adapted = build(architecture.from_dict(json.loads(config)), recipe)
+    assert isinstance(adapted, PeftModel)
+    ranks: dict[str, int] = {}
+    for name, module in adapted.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and not name.endswith(".lora_A"):
+            # model.layers.7.mlp.up_proj: the name within a layer; of a module outside the layers, the last one
+            kind = re.split(r"\.\d+\.", name)[-1] if re.search(r"\.\d+\.", name) else name.rsplit(".", 1)[-1]
+            ranks[kind] = max(ranks.get(kind, 0), module.r["default"])
+    own = {"layers_to_transform", "layers_pattern", "exclude_modules", "alpha_pattern"}
+    kept = {key: value for key, value in section.items() if key not in own}
+    return json.dumps(kept | {"target_modules": sorted(ranks), "rank_pattern": ranks})
 
 
 def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:

@@ -75,6 +75,24 @@ def test_train_peak_grows_linearly_with_layers(stage: str, checkpointing: bool) 
     assert train_peak(whole, checkpointing).total() == pytest.approx(exact.total(), rel=0.005)
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [4, 5], "rank_pattern": {"q_proj": 8}},
+        {"target_modules": r".*layers\.[45]\.(mlp\.down_proj|self_attn\.q_proj)"},
+        {"target_modules": ["layers.4.mlp.down_proj", "layers.5.mlp.down_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.[0-3]\..*"},
+        {"target_modules": r".*layers\.5\.mlp\.up_proj|lm_head"},
+    ],
+    ids=["layers_to_transform", "regex", "full names", "exclude_modules", "head"],
+)
+def test_train_peak_bounds_adapters_of_some_layers(section: dict) -> None:
+    some = workload(num_layers=7, lora={**LORA, **section}, reduces_in_backward=True)
+    planned, exact = train_peak(some, False).total(), measure_train(some, 7, False).total()
+    every = train_peak(workload(num_layers=7, lora=LORA | {"r": 8}, reduces_in_backward=True), False).total()
+    assert exact * 0.995 <= planned <= every * 1.1
+
+
 def test_extrapolate_layers_grows_each_part_linearly() -> None:
     assert extrapolate_layers(lambda layers: Counter(saved=10 * layers, once=7), 44) == Counter(saved=440, once=7)
 
