@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.cli import main
+from rekatrain.trainer.resume.states import read_states
 from rekatrain.trainer.rloo.sampler.vllm import server_pool
 from rekatrain.trainer.run.records import read_records
 from tests.vllm.stand_in import StandIn, one_thread
@@ -76,6 +77,14 @@ def sampled(rollouts: list[dict]) -> list[tuple]:
     """Return ids, finish reason and reward of each completion, ordered by step and prompt."""
     ordered = sorted(rollouts, key=lambda record: (record["step"], record["prompt_index"]))
     return [(r["step"], r["prompt_index"], r["completion_ids"], r["finish_reason"], r["reward"]) for r in ordered]
+
+
+def read_waiting(checkpoint: Path) -> dict[tuple[int, int], list[list[int]]]:
+    """Return the ids of the groups that a checkpoint's queue holds, by (step, index of the prompt)."""
+    queue = read_states(checkpoint)["server_rollouts"]
+    keyed = [((group["step"], group["prompt_index"]), group) for group in queue["groups"]]
+    keyed += [((group["key"][2], group["key"][3]), group) for group in queue["sampled"]]
+    return {key: [completion["ids"].tolist() for completion in group["completions"]] for key, group in keyed}
 
 
 def error_line(run: Callable, *arguments: Any, capsys: pytest.CaptureFixture[str], **rloo: Any) -> str:

@@ -1,6 +1,6 @@
 """Rollouts several updates ahead, `max_staleness` above 1, with a stand-in that draws token by token.
 
-The real vLLM is not run here.
+test_in_flight.py runs the real vLLM.
 """
 
 import json
@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from rekatrain.trainer.resume.states import RUN_ARRAYS_FILE, RUN_STATE_FILE, read_states
+from rekatrain.trainer.run.checkpoints import read_manifest, seal
 from rekatrain.trainer.run.records import read_records
 from tests.helpers.forks import Launch, start_forked
-from tests.vllm.conftest import LORA, logprob_by_versions, per_version, sampled
+from tests.vllm.conftest import LORA, logprob_by_versions, per_version, read_waiting, sampled
 from tests.vllm.stand_in import StandIn
 
 AHEAD = {
@@ -93,22 +95,40 @@ def test_resumed_run_loses_no_finished_group(run, serve, stand_in) -> None:
     _, rollouts, _ = run("ahead", url, **AHEAD)
     for step in range(4, 8):
         shutil.rmtree(f"ahead/checkpoints/checkpoint-{step}")
-    state = json.loads(Path("ahead/checkpoints/checkpoint-3/run_state.json").read_text())["server_rollouts"]
-    scored = {(group["step"], group["prompt_index"]) for group in state["groups"]}
-    only_sampled = {tuple(group["key"][2:]) for group in state["sampled"]}
-    assert scored or only_sampled
+    kept = read_waiting(Path("ahead/checkpoints/checkpoint-3"))
+    assert kept
     stand_in.restart()
     stand_in.finished.clear()
     metrics, resumed, _ = run("ahead", url, "--resume", **AHEAD)
     assert [step["step"] for step in metrics] == list(range(1, 8)) and len(resumed) == len(rollouts)
     again = {stand_in.keys[seed][2:] for _, seed in stand_in.finished}
-    assert not again & (scored | only_sampled)  # none of them is sampled a second time
-    assert again | scored | only_sampled == {(step, index) for step in range(3, 7) for index in range(2)}
+    assert not again & kept.keys()  # none of them is sampled a second time
+    assert again | kept.keys() == {(step, index) for step in range(3, 7) for index in range(2)}
     # They are trained with the ids that they had.
-    kept = {tuple(group["key"][2:]): [c["ids"] for c in group["completions"]] for group in state["sampled"]}
-    kept |= {
-        (group["step"], group["prompt_index"]): [c["ids"] for c in group["completions"]] for group in state["groups"]
-    }
+    for (step, index), ids in kept.items():
+        trained = [r["completion_ids"] for r in resumed if (r["step"], r["prompt_index"]) == (step + 1, index)]
+        assert trained == ids
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_queue_of_an_earlier_version_is_resumed(run, serve, stand_in, staleness: int) -> None:
+    settings = {**AHEAD, "max_staleness": staleness, "max_steps": 4}
+    url = serve(stand_in).url
+    run("ahead", url, **settings)
+    shutil.rmtree("ahead/checkpoints/checkpoint-4")
+    checkpoint = Path("ahead/checkpoints/checkpoint-3")
+    kept = read_waiting(checkpoint)
+    states = read_states(checkpoint)
+    # Until arrays were in a separate file, lists were in their place.
+    text = json.dumps(states, default=lambda array: array.tolist())
+    (checkpoint / RUN_ARRAYS_FILE).unlink()
+    (checkpoint / RUN_STATE_FILE).write_text(text)
+    manifest = read_manifest(checkpoint)
+    seal(checkpoint, **{key: manifest[key] for key in ("step", "stage", "launch", "records")})
+    stand_in.restart()
+    stand_in.finished.clear()
+    _, resumed, _ = run("ahead", url, "--resume", **settings)
+    assert kept and not {stand_in.keys[seed][2:] for _, seed in stand_in.finished} & kept.keys()
     for (step, index), ids in kept.items():
         trained = [r["completion_ids"] for r in resumed if (r["step"], r["prompt_index"]) == (step + 1, index)]
         assert trained == ids
@@ -131,9 +151,7 @@ def test_interrupted_run_keeps_the_groups_that_servers_have_finished(run, serve,
     assert caught.value.code == 75
     newest = max(Path("ahead/checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     trained = int(newest.name[11:])
-    state = json.loads((newest / "run_state.json").read_text())["server_rollouts"]
-    kept = {(group["step"], group["prompt_index"]) for group in state["groups"]}
-    kept |= {tuple(group["key"][2:]) for group in state["sampled"]}
+    kept = read_waiting(newest).keys()
     assert {key for key in finished if key[0] >= trained} <= kept and kept
     stand_in.finished.clear()
     _, resumed, _ = run("ahead", url, "--resume", **AHEAD)

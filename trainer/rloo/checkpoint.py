@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.models.loraplus import is_fast
 from rekatrain.trainer.models.probe import run_probe
@@ -30,6 +29,7 @@ from rekatrain.trainer.processes.launch import read_launch
 from rekatrain.trainer.resume.resharding import restore_converted
 from rekatrain.trainer.resume.safe_load import tensors_only
 from rekatrain.trainer.resume.saved_optimizer import Layout, check_convertible, make_layout, saved_layout
+from rekatrain.trainer.resume.states import read_states, write_states
 from rekatrain.trainer.rloo.distributed import trained_weights, writable, zero_stage
 from rekatrain.trainer.run.best import BestModel
 from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, write_failures
@@ -37,13 +37,12 @@ from rekatrain.trainer.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# The states of our own objects, which Accelerate would pickle: a pickle runs code when it is read.
-RUN_STATE_FILE = "run_state.json"
-PICKLES = "custom_checkpoint_*.pkl"
-
 
 class Stateful(Protocol):
-    """An object with a state of JSON values. `state_dict` is called on all processes, and must be the same on them."""
+    """An object with a state of JSON values and numpy arrays.
+
+    `state_dict` is called on all processes, and must be the same on them.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -92,7 +91,7 @@ class Checkpointer:
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             probe.save(partial)
-            (partial / RUN_STATE_FILE).write_text(json.dumps(states), encoding="utf-8")
+            write_states(partial, states)
             self._tokenizer.save_pretrained(partial)
             self._best.save(partial)
             (partial / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")
@@ -140,25 +139,6 @@ class Checkpointer:
             return  # DeepSpeed has loaded them with their optimizer
         models.clear()
         load_weights(self._accelerator, self._policy, Path(folder))
-
-
-def read_states(checkpoint: Path) -> dict[str, Any]:
-    """Return the states of a checkpoint's further objects; InputError if they are missing, damaged or in a pickle."""
-    pickles = sorted(path.name for path in checkpoint.glob(PICKLES))
-    if pickles:
-        raise InputError(
-            f"{str(checkpoint)!r} holds {pickles[0]}, a pickle, which can run code and is not read: an earlier version "
-            "wrote it; resume it with that version, or start a new run from its weights"
-        )
-    try:
-        states = json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{str(checkpoint / RUN_STATE_FILE)!r} cannot be read ({error}): delete this checkpoint to resume from the "
-            "one before it"
-        ) from error
-    assert isinstance(states, dict)
-    return states
 
 
 def check_layout(accelerator: Accelerator, checkpoint: Path, *, restarts_optimizer: bool) -> bool:

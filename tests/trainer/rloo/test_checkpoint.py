@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.rloo.checkpoint import RUN_STATE_FILE
+from rekatrain.trainer.resume.states import RUN_STATE_FILE
 from rekatrain.trainer.run.checkpoints import seal
 from tests.end_to_end.small_runs import rloo_recipe, write_data
 

@@ -1,8 +1,10 @@
-"""Sampled groups as JSON values: a checkpoint holds those that wait to be trained."""
+"""Sampled groups as JSON values and arrays: a checkpoint holds those that wait to be trained."""
 
 import math
 from collections.abc import Sequence
 from itertools import chain, repeat
+
+import numpy as np
 
 from rekatrain.data.chat import FinishReason
 from rekatrain.rewards.models.endpoint import Json
@@ -13,11 +15,11 @@ from rekatrain.trainer.rloo.setup import RunSetup
 
 
 def completions_to_json(completions: Sequence[Completion]) -> list[Json]:
-    """Return a JSON object for each completion."""
+    """Return a JSON object for each completion, with its ids and log-probabilities as arrays."""
     return [
         {
-            "ids": completion.ids,
-            "logprobs": completion.logprobs,
+            "ids": np.array(completion.ids, np.int32),
+            "logprobs": _to_array(completion.logprobs),
             "finish_reason": completion.finish_reason.value,
             "forced": [completion.forced.start, completion.forced.stop],
             "versions": count_runs(completion.versions),
@@ -27,11 +29,11 @@ def completions_to_json(completions: Sequence[Completion]) -> list[Json]:
 
 
 def completions_from_json(stored: Sequence[Json]) -> list[Completion]:
-    """Return the completions that `completions_to_json` stored."""
+    """Return the completions that `completions_to_json` stored; earlier versions stored lists in place of arrays."""
     return [
         Completion(
-            ids=fields["ids"],
-            logprobs=fields["logprobs"],
+            ids=np.asarray(fields["ids"]).tolist(),
+            logprobs=np.asarray(fields["logprobs"]).tolist(),
             finish_reason=FinishReason(fields["finish_reason"]),
             forced=range(*fields["forced"]),
             versions=list(chain.from_iterable(repeat(*run) for run in fields.get("versions", []))),
@@ -68,6 +70,13 @@ def group_from_json(stored: Json, setup: RunSetup) -> Group:
         scaled_rewards=None if scaled is None else _from_json(scaled),
         **{name: stored[name] for name in kept if name in stored},
     )
+
+
+def _to_array(logprobs: Sequence[float]) -> np.ndarray:
+    """Return the numbers in float32 if that is exact, as it is for those of vLLM, otherwise in float64."""
+    exact = np.array(logprobs, np.float64)
+    short = exact.astype(np.float32)
+    return short if np.array_equal(short, exact) else exact
 
 
 def _to_json(rewards: Sequence[float]) -> list[float | None]:
