@@ -1,7 +1,7 @@
 """The states of objects of a run in a checkpoint: JSON values in one file, numpy arrays in another.
 
-Accelerate would pickle them, and a pickle runs code when it is read. Token ids and log-probabilities are arrays, because
-a queue of long completions has millions of them.
+Accelerate would pickle them, and a pickle runs code when it is read. Token ids and log-probabilities are arrays, for a
+queue of long completions has millions of them.
 """
 
 import json
