@@ -7,29 +7,27 @@
 Without a recipe the servers are stand-ins: each token takes `--pace` seconds, lengths are long-tailed (lognormal), and
 an update takes `--train-seconds`. They compute nothing, so the figures are those of the scheduling, without the noise
 of a CPU. With a recipe, each arm is a whole run by `rekatrain train` on a real vLLM; rounds interleave the arms.
+staleness.sh starts the server too, and ends it.
 
 busy: fraction of the time from the first request to the last update in which a server has a request. rows: fraction of
 its rows that are in use (stand-ins only).
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx2
 import numpy as np
 from common import make_parser, print_table, write_report
+from staleness_vllm import compare_real, settings_of
 from transformers import PreTrainedTokenizerFast
-from wall_clock import compare_rewards
 
 from rekatrain.trainer.cli import main as rekatrain
 from rekatrain.trainer.rloo import train
@@ -37,9 +35,7 @@ from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.helpers.json_servers import json_servers
 from tests.vllm.stand_in import StandIn
 
-PROJECT = Path(__file__).parents[2]
 REWARD = "def one(completions, **kwargs):\n    return [float(len(text) % 2) for text in completions]\n"
-POLL_SECONDS = 0.2
 
 
 class TimedServer(StandIn):
@@ -111,12 +107,6 @@ class TimedServer(StandIn):
                 ]
                 yield f"data: {json.dumps({'model': name, 'choices': choices})}\n\n".encode()
         yield b"data: [DONE]\n\n"
-
-
-def settings_of(staleness: int) -> dict[str, Any]:
-    """Return the settings of an arm; all use the weights per token, which are 1 on policy up to rounding."""
-    weights = {"importance_sampling_level": "token", "importance_sampling_correction": "token_truncate"}
-    return {"max_staleness": staleness, **weights}
 
 
 def run_timed(folder: Path, staleness: int, options: Any, number: int) -> dict[str, Any]:
@@ -194,52 +184,6 @@ def compare_timed(options: Any) -> dict[str, Any]:
     return {"table": table, "runs": results}
 
 
-@contextmanager
-def watch(url: str) -> Iterator[Callable[[], float]]:
-    """Watch whether vLLM has running requests -> a function that returns the fraction of the time."""
-    samples: list[bool] = []
-    stopped = threading.Event()
-
-    def poll() -> None:
-        while not stopped.wait(POLL_SECONDS):
-            lines = httpx2.get(f"{url}/metrics", timeout=60).text.splitlines()
-            running = [line for line in lines if line.startswith("vllm:num_requests_running")]
-            samples.append(float(running[0].split()[-1]) > 0)
-
-    def share() -> float:
-        used = samples[samples.index(True) :] if True in samples else []
-        return sum(used) / max(len(used), 1)
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    yield share
-    stopped.set()
-    thread.join()
-
-
-def run_real(recipe: str, url: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run one arm by `rekatrain train` -> its steps and the busy share of the server."""
-    command = [sys.executable, "-m", "rekatrain", "train", recipe, f"output_dir={folder}", *overrides]
-    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-    with watch(url) as busy:
-        subprocess.run(
-            [*command, f"rloo.vllm_server_base_url={url}"], check=True, env={**os.environ, "PYTHONPATH": path}
-        )
-        share = busy()
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("reward", "staleness", "staleness/max", "importance/mean_weight", "importance/effective_sample_size")
-    return {
-        "busy": share,
-        "steps": [
-            {
-                "seconds": sum(value for name, value in step.items() if name.startswith("time/")),
-                **{name: step.get(name) for name in (*kept, "completions/mean_length", "completions/clipped_ratio")},
-            }
-            for step in steps
-        ],
-    }
-
-
 def main() -> None:
     """Print the table and write the report."""
     parser = make_parser(__doc__, "staleness.json")
@@ -255,18 +199,7 @@ def main() -> None:
     if arguments.recipe is None:
         write_report(arguments.out, arguments, compare_timed(arguments))
         return
-    results = {}
-    for number in range(arguments.rounds):
-        for staleness in arguments.staleness:
-            settings = [f"rloo.{name}={value}" for name, value in settings_of(staleness).items()]
-            seeded = [f"seed={arguments.seed + number}", *overrides, *settings]
-            folder = arguments.out.parent / "staleness" / f"{staleness}-{number}"
-            results[f"staleness {staleness}, seed {arguments.seed + number}"] = run_real(
-                arguments.recipe, arguments.url, folder, seeded
-            )
-    compared = compare_rewards(results, arguments.out)
-    print_table([{"arm": arm, "busy": result["busy"]} for arm, result in results.items()])
-    write_report(arguments.out, arguments, compared)
+    write_report(arguments.out, arguments, compare_real(arguments, overrides))
 
 
 if __name__ == "__main__":
