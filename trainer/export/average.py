@@ -6,6 +6,7 @@ computes the log-probabilities that the export is held against: a separate proce
 does, holds it against its own probe, and adds the weights up. It needs two whole models in float32.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,20 @@ from transformers import PreTrainedModel
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.load import load_model
 from rekatrain.trainer.models.probe import find_difference, read_probe, run_probe
-from rekatrain.trainer.run.checkpoints import checkpoint_step, numbered_checkpoints
+from rekatrain.trainer.run.checkpoints import MANIFEST_FILE, checkpoint_step, find_fault, numbered_checkpoints
+from rekatrain.trainer.run.folder import WEIGHTS_FILES
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Raise InputError for a folder that is no checkpoint of a run, and for weights that are not those of its manifest.
+
+    A checkpoint of a version before 0.2.0 has no manifest.
+    """
+    if not re.fullmatch("checkpoint-[0-9]+", checkpoint.name):
+        raise InputError(f"{str(checkpoint)!r} is not named checkpoint-N, as the checkpoints of a run are: rename it")
+    fault = find_fault(checkpoint, is_needed=lambda name: name.endswith(WEIGHTS_FILES))
+    if fault is not None and (checkpoint / MANIFEST_FILE).exists():
+        raise InputError(f"{str(checkpoint)!r} cannot be exported: {fault}; choose another one: --checkpoint N")
 
 
 def last_checkpoints(newest: Path, number: int) -> list[Path]:
@@ -27,6 +41,8 @@ def last_checkpoints(newest: Path, number: int) -> list[Path]:
             f"--average {number}: there are {len(found)} checkpoints up to {newest.name}: "
             f"{', '.join(path.name for path in found)}; average fewer, or train with a larger save_total_limit"
         )
+    for path in found[-number:-1]:
+        check_checkpoint(path)
     return found[-number:]
 
 

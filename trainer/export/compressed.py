@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rekatrain.data.chat import encode_prompt
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.export.probe import ExportRejected
 from rekatrain.trainer.export.serving import TEMPLATES
 from rekatrain.trainer.models.probe import TrainingProbe
 from rekatrain.trainer.recipe.load import Recipe
@@ -120,7 +121,7 @@ def compress(whole: Path, folder: Path, kind: str, rows: Sequence[Sequence[int]]
 def verify_compressed(
     folder: Path, kind: str, training: TrainingProbe | None, probe: Tensor, logprobs: Tensor
 ) -> float:
-    """Return the mean KL of the quantized model from training, in nats per token; RuntimeError beyond the limit.
+    """Return the mean KL of the quantized model from training, in nats per token; ExportRejected beyond the limit.
 
     training:        of the checkpoint; None for one without a probe
     probe, logprobs: ids [1, L] and log-probabilities [L, V] of the exporting process, which replace a missing one
@@ -135,9 +136,9 @@ def verify_compressed(
         quantized = load_file(Path(work, "logprobs.safetensors"))["logprobs"][positions]
     kl = (expected.exp() * (expected - quantized)).sum(dim=1).mean().item()
     if not kl <= LIMITS[kind]:
-        raise RuntimeError(
-            f"the export in {folder} failed its verification: {kind} moves the distributions of training by a mean KL "
-            f"of {kl:.3g} nats per token, and {LIMITS[kind]:g} is allowed; export another form"
+        raise ExportRejected(
+            f"the export failed its verification and is not kept: {kind} moves the distributions of training by a mean "
+            f"KL of {kl:.3g} nats per token, and {LIMITS[kind]:g} is allowed; export another form"
         )
     logger.info("verified in a fresh process: %s, KL from training %.2g nats per token", kind, kl)
     return kl

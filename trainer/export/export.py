@@ -23,7 +23,7 @@ from rekatrain.data.chat import Message, encode_prompt, render_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import load_tokenizer
-from rekatrain.trainer.export.average import last_checkpoints
+from rekatrain.trainer.export.average import check_checkpoint, last_checkpoints
 from rekatrain.trainer.export.folders import write_adapter, write_merged
 from rekatrain.trainer.export.gguf_type_names import TYPE_OF_DTYPE
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
@@ -56,6 +56,8 @@ def export(
     dtype:    of merged weights; None means the recipe's. A LoRA adapter is merged in float32 first.
     quantize: types of GGUF files, None means the type of the dtype; or one method of llmcompressor for merged weights
     """
+    if run.is_symlink():  # checkpoints/best
+        run = run.resolve()
     recipe_file = next((path for path in (run / RECIPE_FILE, run.parent.parent / RECIPE_FILE) if path.exists()), None)
     if recipe_file is None:
         raise InputError(
@@ -66,12 +68,15 @@ def export(
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
+    source = find_source(str(run))
+    if Path(source.folder) == run:  # the newest one of a run is verified already
+        check_checkpoint(run)
     if recipe.stage == "reward":
         _check_reward_model(form, quantize, average)
         from rekatrain.trainer.export.reward_model_folder import export_reward_model
 
         export_reward_model(
-            find_source(str(run)),
+            source,
             out,
             recipe,
             run=recipe_file.parent,
@@ -79,7 +84,6 @@ def export(
             max_shard_size=max_shard_size,
         )
         return
-    source = find_source(str(run))
     _check(source, form, dtype, quantize)
     averaged = last_checkpoints(Path(source.folder), average) if average > 1 else []
     if form == "adapter" and average > 1:

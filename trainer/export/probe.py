@@ -12,8 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rekatrain.data.chat import Message
+from rekatrain.data.errors import TrainingStopped
 
 logger = logging.getLogger(__name__)
+
+
+class ExportRejected(TrainingStopped):
+    """An export differs from the trained model by more than its form allows; nothing is left of it."""
 
 
 # Each conversation uses one rule of the format: system folding, reasoning of earlier turns, an open last turn, a role
@@ -55,9 +60,10 @@ def verify_logprobs(
 
 
 def verify_in_fresh_process(module: str, target: Path, *references: str) -> None:
-    """Run `python -m MODULE TARGET REFERENCE...` and raise RuntimeError if it fails.
+    """Run `python -m MODULE TARGET REFERENCE...`.
 
-    A fresh process, because weights in memory prove nothing about the files.
+    A fresh process, because weights in memory prove nothing about the files. Raises ExportRejected for a property that
+    does not hold, and RuntimeError with the process's output for other errors.
     """
     # The child imports from exactly where this process does. Without -P it would search the working folder first, and a
     # user's `random.py` there would replace the standard library's, which the `rekatrain` script never does.
@@ -65,5 +71,10 @@ def verify_in_fresh_process(module: str, target: Path, *references: str) -> None
     command = [sys.executable, "-P", "-m", module, str(target), *references]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
+        *_, last = result.stderr.strip().splitlines() or [""]
+        if last.startswith("AssertionError: "):
+            raise ExportRejected(
+                f"the export failed its verification and is not kept: {last.removeprefix('AssertionError: ')}"
+            )
         raise RuntimeError(f"the export in {target} failed its verification:\n{result.stderr.strip()}")
     logger.info(result.stdout.strip())

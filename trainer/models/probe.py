@@ -39,9 +39,11 @@ QUESTION: list[Message] = [
     {"role": "user", "content": "What is 2+2? Explain in one sentence why 1,234 is even."},
 ]
 ANSWER = render_completion("Its last digit is 4.", "4; 1,234 ends in an even digit: def f(x):\n    return x % 2")
-# Largest difference of a log-probability, and largest mean difference over a text, in nats, by the weights' dtype.
-# bfloat16 has 8 bits: a logit of 16 is rounded by up to 0.06. QLoRA trains on a quantized base; its export is not.
-TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.05), "quantized": (math.inf, 1.0)}
+# Largest difference of a log-probability, largest mean difference over a text, and largest mean KL after the prefixes,
+# in nats, by the weights' dtype. bfloat16 has 8 bits: in SmolLM2-135M, trained by recipes/smollm2, rounding of weights
+# and arithmetic moves a token of probability e^-25 by 1.9, all tokens by 0.13 on average, and the distributions by a
+# KL of 4e-3. In float32 the log-probabilities say enough. QLoRA trains on a quantized base; its export is not.
+TOLERANCES = {"float32": (1e-3, 1e-4, math.inf), "bfloat16": (4.0, 0.25, 2e-2), "quantized": (math.inf, 1.0, math.inf)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +160,27 @@ def compare(probe: TrainingProbe, logprobs: Sequence[Tensor]) -> tuple[float, fl
 def find_difference(training: TrainingProbe, other: TrainingProbe) -> str | None:
     """Return the difference between two probes of the same texts as text, or None if it is within the tolerance.
 
-    The coarser of the two dtypes sets the tolerance.
+    The coarser of the two dtypes sets the tolerance. A server returns no whole distributions, and so no KL.
     """
     largest, mean = compare(training, other.logprobs)
     limits = max(TOLERANCES[training.dtype], TOLERANCES[other.dtype])
-    if largest <= limits[0] and mean <= limits[1]:
+    if not (largest <= limits[0] and mean <= limits[1]):
+        return (
+            f"log-probabilities differ from those of the training process by up to {largest:.3g} and by {mean:.3g} on "
+            f"average over a text; {limits[0]:g} and {limits[1]:g} are allowed"
+        )
+    kl = mean_kl(training, other)
+    if kl is not None and not kl <= limits[2]:
+        return (
+            f"distributions differ from those of the training process by a mean KL of {kl:.3g} nats per token; "
+            f"{limits[2]:g} is allowed"
+        )
+    return None
+
+
+def mean_kl(training: TrainingProbe, other: TrainingProbe) -> float | None:
+    """Return KL(training || other) in nats per token, the mean after the prefixes; None if one has no distributions."""
+    if training.nexts is None or other.nexts is None:
         return None
-    return (
-        f"log-probabilities differ from those of the training process by up to {largest:.3g} and by {mean:.3g} on "
-        f"average over a text; {limits[0]:g} and {limits[1]:g} are allowed"
-    )
+    expected, actual = (nexts[0].double().log_softmax(1) for nexts in (training.nexts, other.nexts))
+    return float((expected.exp() * (expected - actual)).sum(1).mean())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, numbered_checkpoints
+from rekatrain.trainer.run.checkpoints import STATE_FILE, checkpoint_step, find_fault, numbered_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def resolve_checkpoint(run: Path, name: str) -> Path:
     checkpoints = numbered_checkpoints(run / "checkpoints")
     if not checkpoints:
         raise InputError(f"--checkpoint {name}: {str(run)!r} has no checkpoints: give the folder of a run")
-    step = best_step(checkpoints[-1]) if name == BEST else name.removeprefix("checkpoint-")
+    step = best_step(_newest_whole(checkpoints)) if name == BEST else name.removeprefix("checkpoint-")
     if step is None:
         raise InputError(
             f"--checkpoint best: the run {str(run)!r} has no best checkpoint: it was trained without "
@@ -145,7 +145,16 @@ def resolve_checkpoint(run: Path, name: str) -> Path:
     found = next((path for path in checkpoints if path.name == f"checkpoint-{step}"), None)
     if found is None:
         raise InputError(
-            f"--checkpoint {name}: the run {str(run)!r} has none of step {step}; it has "
+            f"--checkpoint {name or repr(name)}: the run {str(run)!r} has none of step {step or repr(step)}; it has "
             + ", ".join(path.name for path in checkpoints)
         )
     return found
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path:
+    """Return the newest checkpoint whose record of the best one is that of its manifest, or else the newest."""
+
+    def is_whole(checkpoint: Path) -> bool:
+        return find_fault(checkpoint, is_needed=lambda name: name in (BEST_FILE, STATE_FILE)) is None
+
+    return next((path for path in reversed(checkpoints) if is_whole(path)), checkpoints[-1])

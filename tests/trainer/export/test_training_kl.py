@@ -1,5 +1,6 @@
 """GGUF files are held against distributions of the training process by a stated KL."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tests.helpers.exports import write_sft_recipe
 
 
 @pytest.mark.slow
-def test_gguf_is_held_against_the_training_process(tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_gguf_is_held_against_the_training_process(
+    tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_sft_recipe(tmp_path, tokenizer)
     main(["train", str(recipe), "sft.max_steps=2"])
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -33,7 +36,12 @@ def test_gguf_is_held_against_the_training_process(tmp_path: Path, tokenizer, ca
     tensors = load_file(checkpoint / PROBE_FILE)
     tensors["next_logprobs"] = (tensors["next_logprobs"] * 1.2).log_softmax(1)  # as if another model had been trained
     save_file(tensors, checkpoint / PROBE_FILE, metadata={"dtype": "float32"})
+    (checkpoint / "manifest.json").unlink()  # which knows the old file
     command[1:3] = [str(checkpoint), str(tmp_path / "never")]
-    with pytest.raises(RuntimeError, match="the KL from the training process is .* nats per token, above 1.01e-06"):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
         main(command)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 1 and line.count("\n") == 1
+    assert re.search("the KL from the training process is .* nats per token, above 1.01e-06", line)
     assert not (tmp_path / "never").exists()
