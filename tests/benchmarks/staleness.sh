@@ -29,12 +29,12 @@ VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH="$PWD${PYTH
 server=$!
 set +m
 trap 'kill -TERM -- -$server 2>/dev/null; sleep 2; kill -KILL -- -$server 2>/dev/null; true' EXIT
-for _ in $(seq 300); do
+for _ in $(seq 600); do
     curl -fsS "$url/health" >/dev/null 2>&1 && break
     kill -0 $server 2>/dev/null || { tail -20 "$out/staleness-server.log" >&2; exit 1; }
     sleep 1
 done
-curl -fsS "$url/health" >/dev/null || { echo "the server is not ready after 300 s: $out/staleness-server.log" >&2; exit 1; }
+curl -fsS "$url/health" >/dev/null || { echo "the server is not ready after 600 s: $out/staleness-server.log" >&2; exit 1; }
 
 # 2. Run the arms, interleaved.
 taskset -c "${cores[0]}" "$python" tests/benchmarks/staleness.py "$recipe" --url "$url" --out "$out/staleness.json" --rounds 2 "$@"

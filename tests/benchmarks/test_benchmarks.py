@@ -161,6 +161,26 @@ def test_staleness_keeps_servers_busy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert on_policy["busy"] < ahead["busy"] <= 1
 
 
+def test_staleness_compares_rewards_at_equal_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"staleness": 0.0, "completions/mean_length": 30.0, "completions/clipped_ratio": 0.5}
+
+    def arm(seconds: float, busy: float, rewards: list[float]) -> dict:
+        return {"busy": busy, "steps": [{"seconds": seconds, "reward": reward, **others} for reward in rewards]}
+
+    for step in (slow := arm(20.0, 0.5, [0.0, 0.2, 0.6]))["steps"]:
+        step["importance/effective_sample_size"] = 1.0
+    fast = [arm(10.0, 0.8, [0.1, 0.3, 0.5, 0.9]), arm(10.0, 1.0, [0.3, 0.5, 0.5, 0.9])]
+    for step in [step for each in fast for step in each["steps"]]:
+        step["importance/effective_sample_size"] = 0.75
+    on_policy, ahead = load("staleness_vllm", monkeypatch).summarize({0: [slow], 4: fast})
+    assert (on_policy["seconds"], ahead["seconds"]) == (60, 40) and ahead["server busy"] == pytest.approx(0.9)
+    # The fastest run takes 40 s: after 20 s the slow one has ended one step, the fast ones two.
+    assert (on_policy["reward at 20 s"], ahead["reward at 20 s"]) == (0, pytest.approx(0.3))
+    assert (on_policy["reward at 40 s"], ahead["reward at 40 s"]) == (pytest.approx(0.1), pytest.approx(0.5))
+    assert (on_policy["last rewards"], ahead["first reward"]) == (pytest.approx(0.8 / 3), pytest.approx(0.2))
+    assert (on_policy["ESS"], ahead["ESS"]) == (1, 0.75)
+
+
 @pytest.mark.launched
 def test_trace_of_one_step_stays_short() -> None:
     """A reader follows one completion through few files, and seldom turns back."""
