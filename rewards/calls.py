@@ -1,32 +1,25 @@
-"""Call the reward functions that score a whole batch, and shield the process from what they do.
+"""Call the reward functions that score a whole batch, behind the shield of shield.py.
 
 A plain function runs on the main thread, as in TRL, and cannot be interrupted there: one that hangs ends the process
 and prints the stack of every thread. Coroutine functions run together (async_calls.py). A function that fails gives
 errors, never values. It gets copies, which it may change.
-
-A reward that calls `sys.exit`, `os._exit`, `os.killpg(0, ...)` or `os.close` on a descriptor that it did not open, or
-that changes the current folder, has a mistake. It costs the reward's value, never the run. The shield is no sandbox:
-calls of C are not shielded, and neither are the processes that a reward starts.
 """
 
 import copy
 import faulthandler
 import inspect
 import logging
-import os
-import reprlib
-import threading
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rekatrain.data.errors import InputError, TrainingStopped
-from rekatrain.rewards.errors import RewardError, describe_error
+from rekatrain.rewards.errors import RewardError, describe_error, format_traceback, show
 from rekatrain.rewards.outcome import MAX_REWARD, Outcome, read_value
+from rekatrain.rewards.process_state import kept_state
 from rekatrain.rewards.progress import Progress
 from rekatrain.rewards.registry import REWARDS
+from rekatrain.rewards.shield import shielded
 from rekatrain.rewards.trl_arguments import WRONG_FORM, Reports, messages_of, read_form
 
 if TYPE_CHECKING:  # compose.py imports the workers, which import this file
@@ -35,12 +28,7 @@ if TYPE_CHECKING:  # compose.py imports the workers, which import this file
 logger = logging.getLogger(__name__)
 
 STDERR = 2
-# Whatever a grader raises is its failure; sys.exit() too. A signal's handler raises KeyboardInterrupt.
-FAILURES = (Exception, SystemExit, GeneratorExit)
-# Functions of os that the shield replaces.
-ENDING = ("_exit", "abort", "execv", "execve", "kill", "killpg")
-CLOSING = ("close", "closerange")
-LOCK = threading.RLock()
+_perf_counter = time.perf_counter  # a reward may replace it in its module
 
 
 class BatchCaller:
@@ -64,16 +52,18 @@ class BatchCaller:
 
     def call(self, arguments: Mapping[str, Any], size: int) -> list[Outcome]:
         """Score a batch by a plain function."""
-        started = time.perf_counter()
+        started = _perf_counter()
         faulthandler.dump_traceback_later(self.timeout, exit=True, file=STDERR)
         try:
-            with shielded():
-                returned, reports = _drive(self.call_in_its_form(arguments))
-        except FAILURES as error:
-            return failures(error, size, time.perf_counter() - started)
+            with kept_state() as interrupts:
+                try:
+                    with shielded():
+                        returned, reports = _drive(self.call_in_its_form(arguments))
+                        return self.read(returned, reports, size, _perf_counter() - started)
+                except BaseException as error:
+                    return failures(error, size, _perf_counter() - started, interrupts)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        return self.read(returned, reports, size, time.perf_counter() - started)
 
     async def call_in_its_form(self, arguments: Mapping[str, Any]) -> tuple[Any, Reports]:
         """Call the function with text or messages; try both, once, if nothing says which it takes."""
@@ -84,7 +74,7 @@ class BatchCaller:
                 raise
             try:
                 result = await self._call_once(arguments, as_messages=True)
-            except FAILURES:
+            except Exception:
                 raise error from None
             self._as_messages = True
             logger.info(
@@ -116,7 +106,7 @@ class BatchCaller:
         expected = f"expected a list of {size}, one finite number or None per completion"
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-            raise InputError(f"reward {name} returned {type(returned).__name__} {reprlib.repr(returned)}; {expected}")
+            raise InputError(f"reward {name} returned {type(returned).__name__} {show(returned)}; {expected}")
         if len(values) != size:
             raise InputError(f"reward {name} returned {len(values)} values; {expected}")
         outcomes = [_read_one(value, seconds / size) for value in values]
@@ -146,12 +136,17 @@ def call_batch_functions(
 
 
 def set_up(name: str, setup: Callable[[], object]) -> None:
-    """Call the `setup` of a batch function; raise RewardError if it ends the process."""
-    try:
-        with shielded():
-            setup()
-    except SystemExit as error:
-        raise RewardError(f"reward {name}: its setup called sys.exit({error.code!r})") from error
+    """Call the `setup` of a batch function; raise RewardError if it would end the process."""
+    with kept_state() as interrupts:
+        try:
+            with shielded():
+                setup()
+        except SystemExit as error:
+            raise RewardError(f"reward {name}: its setup called sys.exit({error.code!r})") from error
+        except BaseException as error:
+            if isinstance(error, Exception) or any(error is one for one in interrupts):
+                raise
+            raise RewardError(f"reward {name}: its setup raised {describe_error(error)}") from error
 
 
 def _read_one(value: Any, seconds: float) -> Outcome:
@@ -170,80 +165,15 @@ def _drive(call: Any) -> Any:
     raise AssertionError("a plain function never waits")
 
 
-def failures(error: BaseException, size: int, seconds: float) -> list[Outcome]:
-    """Return the failure of a whole batch as one error per completion; raise an error that ends the run instead."""
-    if isinstance(error, InputError | TrainingStopped):
+def failures(
+    error: BaseException, size: int, seconds: float, interrupts: Sequence[BaseException] = ()
+) -> list[Outcome]:
+    """Return the failure of a whole batch as one error per completion; raise an error that ends the run instead.
+
+    interrupts: errors of signal handlers. Whatever else a grader raises is its failure, a KeyboardInterrupt too.
+    """
+    if isinstance(error, InputError | TrainingStopped) or any(error is one for one in interrupts):
         raise error
-    text = "".join(traceback.format_exception(error))
+    text = format_traceback(error)
     outcome = Outcome(error=describe_error(error), traceback=text, seconds=seconds / max(size, 1))
     return [outcome] * size
-
-
-def open_descriptors() -> set[int]:
-    """Return the descriptors of this process that are open."""
-    return {number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)}
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:  # it was that of the listing
-        return False
-    return True
-
-
-@contextmanager
-def shielded(names: Collection[str] = ENDING + CLOSING, kept: Collection[int] | None = None) -> Iterator[None]:
-    """Make a context in which functions of `os` raise RewardError where they would harm this process.
-
-    The context also restores the current folder. It holds for the thread that enters it and, if that is the main
-    thread, for those that start within; other threads, and processes forked within, are not affected.
-
-    names: of the functions
-    kept:  descriptors that may not be closed; None: all that are open now, whose listing takes 50 microseconds
-    """
-    is_active = [True]  # emptied first of all, as a signal's handler may raise while functions are restored
-    process, thread = os.getpid(), threading.get_ident()
-    is_main = threading.current_thread() is threading.main_thread()
-    others = {other.ident for other in threading.enumerate()} - {thread}
-    folder = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    ours = open_descriptors() if kept is None else kept
-
-    def is_harmful(name: str, arguments: tuple[Any, ...]) -> bool:
-        here = threading.get_ident()
-        is_own = here == thread or (is_main and here not in others)
-        if not is_active or not is_own or os.getpid() != process:
-            return False
-        if name == "kill":
-            # A signal to this process alone is delivered: the run listens for some.
-            is_ours = arguments[:1] in ((0,), (-1,), (-os.getpgrp(),))
-            return is_ours and arguments[1:] != (0,)
-        if name == "killpg":
-            return arguments[:1] in ((0,), (os.getpgrp(),)) and arguments[1:] != (0,)
-        if name == "close":
-            return bool(arguments) and arguments[0] in ours
-        if name == "closerange":
-            return len(arguments) == 2 and any(int(arguments[0]) <= number < int(arguments[1]) for number in ours)
-        return True
-
-    def guard(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*arguments: Any, **keywords: Any) -> Any:
-            if is_harmful(name, (*arguments, *keywords.values())):
-                shown = ", ".join(map(str, arguments))[:100]
-                raise RewardError(f"the reward called os.{name}({shown}), which would harm the process that runs it")
-            return original(*arguments, **keywords)
-
-        return guarded
-
-    with LOCK:  # functions are restored in the order opposite to that in which they were replaced
-        originals = {name: getattr(os, name) for name in names}
-        for name, original in originals.items():
-            setattr(os, name, guard(name, original))
-        try:
-            yield
-        finally:
-            is_active.clear()
-            for name, original in originals.items():
-                setattr(os, name, original)
-            os.fchdir(folder)
-            os.close(folder)

@@ -2,12 +2,11 @@
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rekatrain.rewards.errors import RewardError, describe_error
+from rekatrain.rewards.errors import RewardError, describe_error, show
 
 MAX_REWARD = 3.4028234663852886e38  # the largest float32
 MAX_METRICS, MAX_NAME = 16, 60
@@ -81,20 +80,20 @@ def check_number(value: Any) -> float | None:
         return None
     number = value.item() if getattr(value, "ndim", None) == 0 else value
     if not isinstance(number, int | float) or not abs(number) <= MAX_REWARD:
-        raise RewardError(f"returned {reprlib.repr(value)}; expected one finite number or None per completion")
+        raise RewardError(f"returned {show(value)}; expected one finite number or None per completion")
     return float(number)
 
 
 def check_metric(name: Any, value: Any) -> float:
     """Return a metric as a float; raise RewardError for a name that is no short text and for any other value."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        raise RewardError(f"the name of a metric is {reprlib.repr(name)}; expected text of 1 to {MAX_NAME} characters")
+        raise RewardError(f"the name of a metric is {show(name)}; expected text of 1 to {MAX_NAME} characters")
     try:
         number = check_number(value)
     except RewardError:
         number = None
     if number is None:
-        raise RewardError(f"the metric {name} is {reprlib.repr(value)}; expected a finite number")
+        raise RewardError(f"the metric {name} is {show(value)}; expected a finite number")
     return number
 
 
@@ -131,6 +130,6 @@ def limit_notes(notes: Any, limit: int) -> Any:
 def _check_metrics(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, Mapping) or len(metrics) > MAX_METRICS:
         raise RewardError(
-            f"the metrics of a score are {reprlib.repr(metrics)}; expected names with numbers, at most {MAX_METRICS}"
+            f"the metrics of a score are {show(metrics)}; expected names with numbers, at most {MAX_METRICS}"
         )
     return {name: check_metric(name, value) for name, value in metrics.items()}

@@ -1,17 +1,16 @@
 """A pool of worker processes that score one completion at a time, each under a time and a memory limit.
 
-pebble's process pool kills a worker at the time limit and replaces it. Workers are forked from a server process that
-has no threads and no torch, only the modules of the recipe's built-in rewards; so a replacement costs milliseconds.
+Workers are forked from a server process that has no threads and no torch, only the modules of the recipe's built-in
+rewards; so a replacement costs milliseconds. Each has its own thread and pipe here (worker.py).
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import TimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import queue
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import connection, util
+from multiprocessing.process import BaseProcess
 from typing import Any
-
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.errors import RewardError
@@ -19,10 +18,12 @@ from rekatrain.rewards.outcome import Outcome
 from rekatrain.rewards.registry import REWARDS, Spec
 from rekatrain.rewards.workers.context import WorkerContext, read_environment
 from rekatrain.rewards.workers.environment import read_passed
-from rekatrain.rewards.workers.process import OUT_OF_MEMORY, do_nothing, score_completion, start_worker
+from rekatrain.rewards.workers.process import serve
+from rekatrain.rewards.workers.worker import NUM_TRIES, Task, WorkerThread
 
 # A worker that is not killed and replaced this long after its time limit never will be.
 GRACE_SECONDS = 60.0
+JOIN_SECONDS = 5.0
 SLOW_START = (
     ": its first call may load something. Do that in setup() of a class, whose time does not count, or raise timeout"
 )
@@ -41,10 +42,7 @@ class Job:
     """A completion that is being scored by one reward; `scorer` is the index of the reward in the pool."""
 
     scorer: int
-    text: str
-    columns: Mapping[str, Any]  # Any: JSON values of the row
-    timeout: float
-    future: ProcessFuture
+    task: Task
 
 
 class WorkerPool:
@@ -60,70 +58,72 @@ class WorkerPool:
         self.environment = read_passed(environment)
         self.num_workers = num_workers
         self.limits = limits
-        self._pool: ProcessPool | None = None
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._threads: list[WorkerThread] = []
         self._num_open = 0
         self._have_answered: set[int] = set()
 
     def warm_up(self) -> None:
         """Start the workers without waiting for them: their imports take seconds."""
-        self._schedule(do_nothing, (), None)
-
-    def submit(self, scorer: int, text: str, columns: Mapping[str, Any], timeout: float | None = None) -> Job:
-        """Start scoring a completion by the reward with the index `scorer`; never waits."""
-        timeout = timeout or self.limits.timeout
-        self._num_open += 1
-        future = self._schedule(score_completion, (scorer, text, columns), timeout)
-        return Job(scorer=scorer, text=text, columns=columns, timeout=timeout, future=future)
-
-    def result(self, job: Job, *, is_last_try: bool = False) -> Outcome:
-        """Wait for the score, not longer than the time limits of all open jobs."""
-        wait = GRACE_SECONDS + self._num_open * job.timeout / self.num_workers
-        try:
-            score = job.future.result(timeout=wait)
-        except TimeoutError as error:
-            if not job.future.done():
-                raise RewardError(f"the reward workers have not answered for {wait:.0f} seconds") from error
-            hint = "" if job.scorer in self._have_answered else SLOW_START
-            message = f"no result after {job.timeout:g} seconds{hint}"
-            score = Outcome(error=message, seconds=job.timeout, is_late=True)
-        except ProcessExpired as error:
-            is_memory = error.exitcode == OUT_OF_MEMORY
-            score = Outcome(error="out of memory" if is_memory else f"the worker died (exit code {error.exitcode})")
-        except BrokenProcessPool as error:
-            # pebble closes a pool if a worker dies at a moment that cannot be assigned to a completion.
-            if is_last_try:
-                raise RewardError(f"the reward workers die before they score: {error}") from error
-            return self.result(self.submit(job.scorer, job.text, job.columns, job.timeout), is_last_try=True)
-        finally:
-            self._num_open -= 1
-        if not isinstance(score, str) and not score.is_late:
-            self._have_answered.add(job.scorer)
-        return Outcome(error=score, is_input=True) if isinstance(score, str) else score
-
-    def close(self) -> None:
-        """End the workers, whatever they are doing."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-
-    def _schedule(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float | None
-    ) -> ProcessFuture:
-        if self._pool is None or not self._pool.active:
-            self._pool = self._new_pool()
-        return self._pool.schedule(function, args=arguments, timeout=timeout)
-
-    def _new_pool(self) -> ProcessPool:
+        if self._threads:
+            return
         context = WorkerContext()
         ours = [REWARDS[spec.name].partition(":")[0] for spec in self.specs if spec.name in REWARDS]
         context.preload(["rekatrain.rewards.workers.process", *ours])
-        return ProcessPool(
-            max_workers=self.num_workers,
-            initializer=start_worker,
-            initargs=(self.specs, self.limits.memory, os.getcwd(), {**read_environment(), **self.environment}),
-            context=context,
-        )
+        arguments = (self.specs, self.limits.memory, os.getcwd(), {**read_environment(), **self.environment})
+
+        def start_process() -> tuple[BaseProcess, connection.Connection]:
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, *arguments), name="reward worker")
+            process.start()
+            there.close()
+            return process, here
+
+        self._threads = [WorkerThread(self._tasks, start_process) for _ in range(self.num_workers)]
+        for thread in self._threads:
+            thread.start()
+        # Before multiprocessing waits for its processes when Python ends.
+        self._finalizer = util.Finalize(self, _close, (self._threads, self._tasks), exitpriority=10)
+
+    def submit(self, scorer: int, text: str, columns: Mapping[str, Any], timeout: float | None = None) -> Job:
+        """Start scoring a completion by the reward with the index `scorer`; never waits."""
+        self.warm_up()
+        self._num_open += 1
+        task = Task(arguments=(scorer, text, columns), timeout=timeout or self.limits.timeout)
+        self._tasks.put(task)
+        return Job(scorer=scorer, task=task)
+
+    def result(self, job: Job) -> Outcome:
+        """Wait for the score, not longer than the time limits of all open jobs."""
+        timeout = job.task.timeout
+        wait = GRACE_SECONDS + NUM_TRIES * self._num_open * timeout / self.num_workers
+        try:
+            score = job.task.future.result(timeout=wait)
+        except TimeoutError as error:
+            raise RewardError(f"the reward workers have not answered for {wait:.0f} seconds") from error
+        finally:
+            self._num_open -= 1
+        if isinstance(score, str):
+            return Outcome(error=score, is_input=True)
+        if not score.is_late:
+            self._have_answered.add(job.scorer)
+        elif job.scorer not in self._have_answered:
+            return replace(score, error=f"{score.error}{SLOW_START}")
+        return score
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        if self._threads:
+            self._finalizer()
+            self._threads, self._tasks = [], queue.SimpleQueue()
+
+
+def _close(threads: Sequence[WorkerThread], tasks: "queue.SimpleQueue[Task | None]") -> None:
+    for thread in threads:
+        thread.close()
+        tasks.put(None)
+    for thread in threads:
+        thread.join(JOIN_SECONDS)
 
 
 class LiftedScorer:

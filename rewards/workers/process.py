@@ -10,27 +10,54 @@ import os
 import resource
 import select
 import signal
+import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from rekatrain.data.chat import parse_completion
 from rekatrain.data.errors import InputError
-from rekatrain.rewards.calls import CLOSING, open_descriptors, shielded
-from rekatrain.rewards.errors import describe_error
+from rekatrain.rewards.errors import describe_error, format_traceback
 from rekatrain.rewards.outcome import MAX_WORKER_NOTES, Outcome, read_value
-from rekatrain.rewards.registry import Spec
+from rekatrain.rewards.process_state import ProcessState
+from rekatrain.rewards.registry import REWARDS, Spec
+from rekatrain.rewards.shield import CLOSING, open_descriptors, shielded
 from rekatrain.rewards.workers.environment import set_environment
 
-# If a worker is killed, a message of at most PIPE_BUF bytes over the shared pipe arrives whole or not at all.
 MAX_TRACEBACK = 2_000
 OUT_OF_MEMORY = 77  # exit code of a worker
-
+# Threads that scorers may leave behind: a client keeps some. Beyond that, the worker is replaced.
+MAX_THREADS = 16
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_STACK, resource.RLIMIT_FSIZE)
+GUARDED = (*CLOSING, "os.kill", "os.killpg")  # os.kill(-1, ...) would reach the training process
+_perf_counter, _getpid, _exit_at_once = time.perf_counter, os.getpid, os._exit  # a scorer may replace them
 
 # The scorers of this worker. For one that cannot be made: the message of an InputError, or the Outcome of its failure.
 _scorers: list[Callable[..., Any] | str | Outcome] = []
 _kept: set[int] = set()  # descriptors that no scorer may close
+_states: dict[int, ProcessState] = {}  # for each scorer of the user's: what is restored after its calls
+
+
+def serve(
+    tasks: Connection, specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]
+) -> None:
+    """Score the completions that come over `tasks`, until it is closed.
+
+    The first message says that the scorers are made. Each answer is an outcome, and False if the worker should be
+    replaced.
+    """
+    start_worker(specs, memory, folder, environment)
+    limits = [resource.getrlimit(limit) for limit in LIMITS]
+    tasks.send(None)
+    while True:
+        try:
+            task = tasks.recv()
+        except EOFError:
+            _exit_at_once(0)
+        answer = score_completion(*task)
+        is_fit = threading.active_count() <= MAX_THREADS and limits == [resource.getrlimit(limit) for limit in LIMITS]
+        tasks.send((answer, is_fit))
 
 
 def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: Mapping[str, str | None]) -> None:
@@ -40,10 +67,12 @@ def start_worker(specs: Sequence[Spec], memory: int, folder: str, environment: M
     set_environment(environment)
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core, and numpy's threads reserve memory for each core
     _die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for a C call that hangs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _scorers[:] = [_make(spec) for spec in specs]
+    state = ProcessState()
+    _states.update({number: state for number, spec in enumerate(specs) if spec.name not in REWARDS})
     _kept.update(open_descriptors())
 
 
@@ -72,12 +101,8 @@ def _make(spec: Spec) -> Callable[..., Any] | str | Outcome:
         return scorer
     except InputError as error:
         return str(error)
-    except (Exception, SystemExit) as error:  # whatever a grader raises is its failure, reported with each completion
+    except BaseException as error:  # whatever a grader raises is its failure, reported with each completion
         return _failure(error, seconds=0.0)
-
-
-def do_nothing() -> None:
-    """Return None: a first job, with which a pool starts its workers."""
 
 
 def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Outcome | str:
@@ -85,19 +110,23 @@ def score_completion(number: int, text: str, columns: Mapping[str, Any]) -> Outc
     scorer = _scorers[number]
     if not callable(scorer):
         return scorer
-    started = time.perf_counter()
+    started, process = _perf_counter(), _getpid()
     try:
-        with shielded(CLOSING, _kept):
+        with shielded(GUARDED, _kept):
             value = scorer(parse_completion(text), **columns)
+        return read_value(value, seconds=_perf_counter() - started, max_notes=MAX_WORKER_NOTES)
     except InputError as error:
         return str(error)[:MAX_TRACEBACK]
     except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # how much memory is still held is unknown: a fresh worker goes on
+        _exit_at_once(OUT_OF_MEMORY)  # how much memory is still held is unknown: a fresh worker goes on
     except BaseException as error:  # whatever a grader raises is its failure, sys.exit() too
-        return _failure(error, time.perf_counter() - started)
-    return read_value(value, seconds=time.perf_counter() - started, max_notes=MAX_WORKER_NOTES)
+        return _failure(error, _perf_counter() - started)
+    finally:
+        if _getpid() != process:  # a child that the scorer forked
+            _exit_at_once(0)
+        if number in _states:
+            _states[number].restore()
 
 
 def _failure(error: BaseException, seconds: float) -> Outcome:
-    text = "".join(traceback.format_exception(error))
-    return Outcome(error=describe_error(error), traceback=text[-MAX_TRACEBACK:], seconds=seconds)
+    return Outcome(error=describe_error(error), traceback=format_traceback(error)[-MAX_TRACEBACK:], seconds=seconds)

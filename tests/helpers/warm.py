@@ -3,7 +3,6 @@
 import accelerate.commands.launch  # noqa: F401
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401
-import pebble  # noqa: F401
 import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 import trl.trainer.sft_trainer  # noqa: F401

@@ -1,14 +1,20 @@
 """Reward functions written for TRL: the same function gets the same arguments from the installed TRL and from us."""
 
 import asyncio
+import builtins
 import copy
 import json
+import locale
 import os
+import random
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from accelerate import PartialState
@@ -241,6 +247,16 @@ def test_log_metric_takes_finite_numbers(value):
 # Code that would end or move the process
 
 
+class Mine(BaseException):
+    def __str__(self):
+        raise Mine
+
+
+class Unreadable:
+    def __repr__(self):
+        raise Mine
+
+
 def harm(how):
     def harmful(completions, **kwargs):
         if how == "exit":
@@ -257,6 +273,23 @@ def harm(how):
             os.kill(0, 9)
         if how == "exec":
             os.execvp("true", ["true"])
+        if how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "raise SIGKILL":
+            signal.raise_signal(signal.SIGKILL)
+        if how == "kill the launcher":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if how == "own class":
+            raise Mine
+        if how in ("GeneratorExit", "KeyboardInterrupt"):
+            raise getattr(builtins, how)
+        if how == "CancelledError":
+            raise asyncio.CancelledError
+        if how == "value":
+            return [Unreadable()] * len(completions)
+        if how == "alarm":
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            time.sleep(5)
         if how == "close":
             os.close(1)
         if how == "close all":
@@ -277,7 +310,12 @@ def harm(how):
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(
-    "how", ["exit", "_exit", "abort", "killpg", "killpg 0", "kill all", "exec", "close", "close all"]
+    "how",
+    [
+        *("exit", "_exit", "abort", "killpg", "killpg 0", "kill all", "exec", "close", "close all"),
+        *("SIGKILL", "raise SIGKILL", "kill the launcher", "own class", "GeneratorExit", "KeyboardInterrupt"),
+        *("CancelledError", "value", "alarm"),
+    ],
 )
 def test_function_that_would_end_the_run_is_an_error(how, is_async):
     scores = score([reward(harm(how)[is_async])], config=ScoringConfig(max_error_share=1.0))
@@ -291,6 +329,66 @@ def test_function_that_would_move_the_run_does_not(how):
     folder = Path.cwd()
     assert score([reward(harm(how)[False])]).total == [1.0, 1.0]
     assert Path.cwd() == folder and os.fstat(1) and os._exit.__module__ == "posix"
+
+
+def test_ctrl_c_ends_a_function_that_runs():
+    def waits(completions, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        return [1.0] * len(completions)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score([reward(waits)])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_state_of_the_run_is_restored_after_each_function():
+    def vandal(completions, **kwargs):
+        random.seed(0), torch.manual_seed(0), numpy.random.seed(0)
+        drawn.append((random.random(), torch.rand(1).item(), numpy.random.rand()))
+        torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)
+        os.umask(0o777), os.environ.pop("HOME"), locale.setlocale(locale.LC_ALL, "C")
+        sys.stdout, sys.stderr = None, None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)
+        sys.setrecursionlimit(3000), sys.settrace(lambda *_: None), signal.alarm(1)
+        return [1.0] * len(completions)
+
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+        switches = (torch.is_grad_enabled(), torch.get_default_dtype(), sys.getrecursionlimit(), sys.gettrace())
+        masks = (Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], os.environ["HOME"])
+        return handlers, switches, masks, locale.setlocale(locale.LC_ALL), sys.stdout, os.fstat(2).st_ino
+
+    drawn = []
+    before = state(), random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
+    assert score([reward(vandal)]).total == [1.0, 1.0]
+    assert before == (state(), random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state()))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_random_numbers_of_a_function_go_on_from_step_to_step():
+    drawn = []
+    functions = [reward(lambda completions, **_: drawn.append(random.random()) or [1.0] * len(completions))]
+    for _ in range(3):
+        score(functions)
+    assert len(set(drawn)) == 3
+
+
+def test_process_that_a_function_forks_ends_with_the_call():
+    def forks(completions, **kwargs):
+        if os.fork() == 0:
+            return ["the child"] * len(completions)  # it would go on as a second run
+        os.wait()
+        return [0.25] * len(completions)
+
+    process = os.getpid()
+    assert score([reward(forks)]).total == [0.25, 0.25] and os.getpid() == process
 
 
 def test_function_may_fork_and_close_what_it_opened(tmp_path):

@@ -42,6 +42,11 @@ def dangerous(completion):
         os._exit(3)
     if text == "kill":
         os.kill(os.getpid(), 9)
+    if text == "kill by C":
+        import ctypes
+        ctypes.CDLL(None).kill(os.getpid(), 9)
+    if text == "exit 0":
+        os._exit(0)
     if text == "memory":
         bytearray(10 << 30)
     if text == "close":
@@ -114,7 +119,9 @@ DANGERS = {
     "loop": "no result after 0.5 seconds",
     "power": "no result after 0.5 seconds",
     "exit": "the worker died (exit code 3)",
-    "kill": "the worker died (exit code -9)",
+    "kill": "RewardError: the reward called os.kill(",
+    "kill by C": "the worker died (exit code -9: killed by SIGKILL)",
+    "exit 0": "the worker died (exit code 0)",
     "memory": "out of memory",
     "raise": "KeyError: 'solution'",
     "system exit": "SystemExit",
