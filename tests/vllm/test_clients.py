@@ -16,6 +16,7 @@ import pytest
 from openai import OpenAI
 from transformers import PreTrainedTokenizerFast
 
+from rekatrain.data.chat import parse_completion, render_prompt
 from rekatrain.trainer.cli import main
 from tests.helpers.exports import ask, serve_by_vllm, train_run
 
@@ -107,3 +108,26 @@ def test_stop_in_a_prompt_neither_ends_nor_enters_the_answer(client: OpenAI) -> 
         assert alone.reasoning + alone.content  # the answer has begun
         assert answer(client, [{"role": "user", "content": text}], {}, stream=True) == alone
         assert "<sep>" not in alone.reasoning + alone.content
+
+
+def test_rounds_are_split_as_their_text_is(client: OpenAI) -> None:
+    name = client.models.list().data[0].id
+    openings = []
+    for first in ("3 + 3 =", "Calculate 4 + 1 + 7."):  # which the tiny model has learned, and which SmolLM2 has
+        messages: list[dict[str, str]] = []
+        for question in (first, "Calculate 23 + 4 + 11 + 2.", first, "Is that right?"):
+            messages.append({"role": "user", "content": question})
+            whole = answer(client, messages, {}, stream=False)
+            assert answer(client, messages, {}, stream=True) == whole
+            prompt = render_prompt(messages)
+            assert "<reasoning>" not in prompt  # of earlier rounds
+            text = client.completions.create(model=name, prompt=prompt, max_tokens=60, temperature=0, stop="<sep>")
+            parsed = parse_completion(text.choices[0].text)
+            assert (whole.reasoning, whole.content) == (parsed.reasoning or "", parsed.answer)
+            if len(messages) == 1:
+                openings.append(whole)
+            turn = (
+                f"<reasoning>\n{whole.reasoning}\n</reasoning>\n\n{whole.content}" if whole.reasoning else whole.content
+            )
+            messages.append({"role": "assistant", "content": turn})
+    assert any(opening.reasoning and opening.content and opening.finish_reason == "stop" for opening in openings)

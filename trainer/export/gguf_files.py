@@ -18,6 +18,7 @@ from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import verify_logprobs
 from rekatrain.trainer.export.publish import final_name
 from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.weights import readable
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ def check_convertible(source: Source, quantize: list[str]) -> None:
     from rekatrain.trainer.export.gguf_model import check_architecture
     from rekatrain.trainer.export.gguf_tokenizer import find_pre_tokenizer
 
-    check_architecture(AutoConfig.from_pretrained(source.base, revision=source.revision))
+    with readable(source.base):
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    check_architecture(config)
     find_pre_tokenizer(load_tokenizer(source.folder))
 
 

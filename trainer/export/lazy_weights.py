@@ -87,6 +87,8 @@ class LazyWeights(Mapping[str, Tensor]):
             tensor = self._trained[name].clone()
         else:
             tensor = self._stored[self._untied.get(name, name)].float()
+            if not self.is_streamed:  # the base's own tensor, which a merge in place would change
+                tensor = tensor.clone()
         for layer in self._layers.get(name, []):
             tensor = _merge(layer, name.rpartition(".")[2], tensor)
         lowest, highest = torch.aminmax(tensor)  # NaN if one is; torch.isfinite would need two more tensors

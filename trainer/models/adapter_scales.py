@@ -41,7 +41,7 @@ def fold_scales(folder: Path) -> None:
         alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
         factor = alpha / divisor(rank) / common
         if factor != 1:
-            tensors[name] = (tensor.double() * factor).to(tensor.dtype)
+            tensors[name] = (tensor.double() * factor).float()  # bfloat16 would round it anew
         if rank != config["r"]:
             folded_alphas[module] = common * divisor(rank)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

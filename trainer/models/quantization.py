@@ -40,6 +40,10 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
             f"{NAME} packs weights, so that lora.target_parameters has nothing to adapt: name layers in "
             "lora.target_modules"
         )
+    if recipe.lora.get("init_lora_weights") == "orthogonal":
+        raise InputError(
+            f"{NAME} packs weights, of whose dtype lora.init_lora_weights: orthogonal makes its matrices: remove it"
+        )
     if not has_gpu:
         raise InputError(f"{NAME} needs a GPU, and there is none: remove it to train a plain adapter here")
     if zero_stage == 3:

@@ -5,10 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from rekatrain.trainer.cli import main
-from tests.helpers.exports import write_sft_recipe
+from rekatrain.trainer.export.lazy_weights import LazyWeights
+from rekatrain.trainer.models.source import find_source
+from tests.helpers.exports import servable_llama, write_sft_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -81,3 +85,27 @@ def test_best_is_found_beside_a_damaged_record(run: Path, capsys) -> None:
 def test_link_best_is_exported(run: Path) -> None:
     main(["export", str(run / "checkpoints" / "best"), str(run.parent / "out"), "--as", "adapter"])
     assert "after 3 steps" in (run.parent / "out" / "README.md").read_text()
+
+
+def test_adapter_on_a_pickled_base_is_merged_once(run: Path, tokenizer) -> None:
+    base = run.parent / "model"
+    model = servable_llama(tokenizer)
+    model.config.save_pretrained(base)
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    config_file = run / "checkpoints" / "checkpoint-3" / "adapter_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"base_model_name_or_path": str(base)}))
+    weights = LazyWeights(find_source(str(config_file.parent)))
+    assert not weights.is_streamed
+    expected = PeftModel.from_pretrained(model, str(config_file.parent)).merge_and_unload().state_dict()
+    for _ in range(2):  # reading merges
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_base_without_config_is_one_line_in_every_form(run: Path, capsys) -> None:
+    config_file = run / "checkpoints" / "checkpoint-3" / "adapter_config.json"
+    (run.parent / "empty").mkdir()
+    changed = json.loads(config_file.read_text()) | {"base_model_name_or_path": str(run.parent / "empty")}
+    config_file.write_text(json.dumps(changed))
+    (run / "checkpoints" / "checkpoint-3" / "manifest.json").unlink()
+    for form in ("merged", "adapter", "gguf"):
+        assert "empty" in refusal(capsys, config_file.parent, run.parent / "out", "--as", form)
