@@ -39,6 +39,9 @@ class GuardedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, with the rates of LoRA+ if the recipe has them."""
+        made: torch.optim.Optimizer | None = self.optimizer
+        if made is not None:  # DeepSpeed's start calls this twice: the ratio would be squared
+            return made
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.loraplus_lr_ratio is not None:
             trained = self.model if model is None else model
