@@ -1,6 +1,6 @@
 """Rollouts several updates ahead, `max_staleness` above 1, with a stand-in that draws token by token.
 
-test_in_flight.py runs the real vLLM.
+The real vLLM is not run here.
 """
 
 import json
