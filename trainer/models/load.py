@@ -20,6 +20,7 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.models.config import build_skeleton, check_config
 from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
+from rekatrain.trainer.models.optimizers import check_matrices, check_optim_here
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source, read_adapter_config
 from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
@@ -33,6 +34,7 @@ from rekatrain.trainer.models.weights import (
 )
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.lora_keys import LORA_OWN
+from rekatrain.trainer.recipe.optimizers import MUON, optim_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,8 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
         check_targets(adapted, recipe.lora)
         if recipe.model.get("quantization_config") is not None:
             check_quantized_targets(adapted)
+    if optim_of(recipe) == MUON:
+        check_matrices(policy)
     logger.info("model: %s", describe(policy, source.base))
     return config
 
@@ -130,10 +134,11 @@ def check_attention(config: PretrainedConfig) -> None:
 
 
 def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
-    """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say.
+    """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say, by its optimizer.
 
     bf16: True if the stage computes in bfloat16; DeepSpeed then keeps float32 copies of bfloat16 weights
     """
+    check_optim_here(recipe, is_deepspeed=is_deepspeed)
     is_bfloat16 = recipe.model.get("dtype", "bfloat16") == "bfloat16"
     if is_deepspeed and is_bfloat16 and not bf16:
         raise InputError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rekatrain.trainer.plan.cost import Rates
 from rekatrain.trainer.plan.memory import Plan
-from rekatrain.trainer.plan.states import is_bfloat16
+from rekatrain.trainer.plan.states import is_bfloat16, moment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Checkpoints:
     """The checkpoints of a run, in bytes.
 
     weights:    trained weights in one checkpoint, as other programs load them
-    optimizer:  AdamW's moments, with DeepSpeed also float32 weights, in one checkpoint
+    optimizer:  the optimizer's state, with DeepSpeed also float32 weights, in one checkpoint
     num_kept:   checkpoints on the disk at once, one that is being written included; None if all are kept
     served:     weights that are written in each step for vLLM servers
     num_nodes:  nodes that write the optimizer's shards at the same time
@@ -49,7 +49,7 @@ def plan_checkpoints(plan: Plan) -> Checkpoints:
         # float32 weights and two moments; below stage 3 DeepSpeed writes the trained weights a second time.
         optimizer = shape.num_trained * (12 + (size if launch.zero_stage < 3 else 0))
     else:
-        optimizer = 2 * shape.num_trained * (4 if recipe.lora else size)
+        optimizer = moment_bytes(recipe, shape, 4 if recipe.lora else size)
     limit = section.get("save_total_limit")
     in_folder = plan.samples_elsewhere and recipe.lora is None and plan.rloo.vllm_weight_transfer == "folder"
     return Checkpoints(

@@ -11,6 +11,7 @@ from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.report import table
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import check_optim
 
 NUM_GPUS = (1, 2, 4, 8, 16, 64)
 ENGINES: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ METHODS = ("full", "LoRA", "QLoRA")
 def compare(recipe: Recipe, gpu_memory: float, host_memory: float | None, prompt_tokens: int | None) -> str:
     """Return a table of the GPU memory that SFT and RLOO need with each method, engine and number of GPUs.
 
-    Combinations that a run rejects, such as ZeRO-3 with QLoRA, are left out.
+    Combinations that a run rejects, such as ZeRO-3 with QLoRA, or ZeRO with Muon, are left out.
 
     gpu_memory:    bytes of one GPU
     host_memory:   bytes of one host; None: not checked
@@ -77,6 +78,7 @@ def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> s
 def _is_rejected(recipe: Recipe, settings: dict[str, Any]) -> bool:
     try:
         check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
+        check_optim(recipe, has_gpu=True, is_deepspeed=settings["engine"] == "deepspeed")
         return False
     except InputError:
         return True

@@ -22,6 +22,7 @@ from rekatrain.trainer.plan.passes import sample_peak, score_peak, train_peak
 from rekatrain.trainer.plan.states import States, count_states, is_bfloat16, quantization_of, reward_models
 from rekatrain.trainer.plan.workload import Workload, checkpoints_activations, make_workload, uses_bf16
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import check_optim
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.block_mask import block_mask_bytes
 
@@ -188,7 +189,8 @@ class Plan:
 
     def _update(self) -> tuple[Parts, Parts]:
         static, host = self._static
-        return static + Counter({"gradients": self.states.gradients}) + self._buffers, host
+        parts = Counter({"gradients": self.states.gradients, "optimizer's temporaries": self.states.temporary})
+        return static + parts + self._buffers, host
 
     def _save(self) -> tuple[Parts, Parts]:
         static, host = self._static
@@ -248,6 +250,7 @@ def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | Non
     prompt_tokens: tokens per prompt in stage rloo; None: 256
     """
     check_quantization(recipe, has_gpu=not launch.is_cpu, zero_stage=launch.zero_stage)
+    check_optim(recipe, has_gpu=not launch.is_cpu, is_deepspeed=launch.engine == "deepspeed")
     config, shape = model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
     if recipe.stage == "rloo":
         room = shape.context - RLOOConfig(**recipe.rloo).max_completion_length

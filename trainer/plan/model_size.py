@@ -7,6 +7,7 @@ configs in recipes/reka-flash-3/configs/ are used for the models that they are n
 import copy
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.config import check_config, check_numbers
 from rekatrain.trainer.models.load import Policy, add_adapter
+from rekatrain.trainer.models.optimizers import is_8bit, is_matrix
 from rekatrain.trainer.models.source import base_revision, find_source
 from rekatrain.trainer.models.weights import readable
 from rekatrain.trainer.recipe.load import Recipe
@@ -44,6 +46,10 @@ class ModelShape:
 
     num_base:       parameters without the adapter
     num_trained:    parameters that have a gradient
+    num_matrices:   trained weights that Muon updates
+    largest_matrix: rows and columns of the largest of them
+    num_8bit:       trained weights whose moments 8-bit AdamW keeps in 8 bits
+    largest_trained: weights of the largest trained tensor
     num_adapter:    parameters of the adapter and of modules that are trained with it (a classifier's head)
     num_linear:     weights of the decoder's linear layers, which a quantized base stores in 4 bits
     num_head:       weights of the LM head, counted even if they are tied to the embedding
@@ -58,6 +64,10 @@ class ModelShape:
 
     num_base: int
     num_trained: int
+    num_matrices: int
+    largest_matrix: tuple[int, int]
+    num_8bit: int
+    largest_trained: int
     num_adapter: int
     num_linear: int
     num_head: int
@@ -180,7 +190,10 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
     assert isinstance(base, PreTrainedModel)
     head = base.get_output_embeddings()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trained = [parameter.numel() for parameter in parameters.values()]
+    matrices = [tuple(each.shape) for name, each in parameters.items() if is_matrix(name, each)]
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     num_adapter = sum(trained) if isinstance(model, PeftModel) else 0
     linear = [module.weight.numel() for module in _linear_modules(base.base_model.modules()) if module is not head]
     text = config.get_text_config()
@@ -188,6 +201,10 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
     return ModelShape(
         num_base=sum(sizes.values()) - num_adapter,
         num_trained=sum(trained),
+        num_matrices=sum(rows * columns for rows, columns in matrices),
+        largest_matrix=max(matrices, key=math.prod, default=(0, 0)),
+        num_8bit=sum(each.numel() for each in parameters.values() if is_8bit(each) and each not in embeddings),
+        largest_trained=max(trained),
         num_adapter=num_adapter,
         num_linear=sum(linear),
         num_head=head.weight.numel() if isinstance(head, nn.Linear) else 0,

@@ -15,16 +15,21 @@ from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.model_size import ModelShape
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import ADAMW_8BIT, MUON, TORCH_ADAMW, optim_of
 
 # DeepSpeed's defaults, as numbers of parameters: the most that ZeRO-3 keeps gathered, the bucket that it fetches in
 # advance, and the bucket of gradients that it reduces at once.
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 REDUCE_BUCKET = 500_000_000
+# Parameters that ZeRO-3 updates at once.
+SUB_GROUP = 1_000_000_000
 # Bytes per weight in NF4 (QLoRA, arXiv 2305.14314): half a byte, and one scale per 64 weights. The scale is a float32,
 # or with double quantization 8 bits and one float32 per 256 scales.
 NF4_BYTES = 0.5 + 4 / 64
 DOUBLE_QUANTIZED_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes per moment of 8-bit AdamW (arXiv 2110.02861): one, and a float32 scale per block of 256.
+MOMENT_8BIT_BYTES = 1 + 4 / 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class States:
 
     weights:   parameters and adapters, present all the time
     gradients: present from the first backward pass of an update to its end
-    optimizer: AdamW's moments, with DeepSpeed also float32 weights and gradients
+    optimizer: the optimizer's state, with DeepSpeed also float32 weights and gradients
+    temporary: tensors that an update makes and frees
     buffers:   gathered parameters and buckets of gradients, during training
     reference: copy of the model that the KL penalty needs
     gathered:  unsharded parameters for in-process sampling under ZeRO-3
@@ -43,6 +49,7 @@ class States:
     weights: Parts
     gradients: float
     optimizer: float
+    temporary: float
     buffers: float
     reference: float
     gathered: float
@@ -70,7 +77,8 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, us
     return States(
         weights=weights,
         gradients=gradients,
-        optimizer=2 * shape.num_trained * trained_size,
+        optimizer=moment_bytes(recipe, shape, trained_size),
+        temporary=_update_bytes(recipe, shape, trained_size, is_cpu=launch.is_cpu),
         buffers=gradients if launch.engine == "ddp" else 0,  # DDP's buckets are a copy of all gradients
         reference=base if has_copy else 0,
         gathered=0,
@@ -99,6 +107,9 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
     if launch.offload_parameters and launch.zero_stage == 3:
         host["parameters"] = weights.total() * launch.gpus_per_node
         weights = Counter()
+    # torch's AdamW without the fused kernel makes a square root of each second moment, at stage 3 by sub-groups.
+    in_update = trained if launch.zero_stage < 3 else min(trained, SUB_GROUP)
+    temporary = 4 * in_update / launch.shards(1) if optim_of(recipe) == "adamw_torch" and not launch.is_cpu else 0.0
     # A bucket of 16-bit gradients is reduced as a float32 copy.
     buffers = float((size + (4 if is_16_bit else 0)) * min(trained, REDUCE_BUCKET))
     if launch.zero_stage == 3:
@@ -109,11 +120,39 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
+        temporary=0.0 if launch.offload_optimizer else temporary,
         buffers=buffers if launch.num_gpus > 1 else 0,
         reference=base if has_copy else 0,
         gathered=base_bytes(recipe, shape, size) + size * shape.num_adapter if needs_whole else 0,
         host=host,
     )
+
+
+def moment_bytes(recipe: Recipe, shape: ModelShape, size: int) -> float:
+    """Return the bytes of an unsharded optimizer's state: AdamW has two moments per weight, Muon one per matrix.
+
+    size: bytes of one trained weight, in whose dtype torch's optimizers keep their state
+    """
+    optim = optim_of(recipe)
+    if optim == MUON:
+        return float(size * (2 * shape.num_trained - shape.num_matrices))
+    if optim in ADAMW_8BIT:
+        return 2 * (MOMENT_8BIT_BYTES * shape.num_8bit + 4 * (shape.num_trained - shape.num_8bit))
+    assert optim in TORCH_ADAMW
+    return 2.0 * shape.num_trained * size
+
+
+def _update_bytes(recipe: Recipe, shape: ModelShape, size: int, *, is_cpu: bool) -> float:
+    """Return the bytes of the tensors that an update of an unsharded model makes and frees."""
+    optim = optim_of(recipe)
+    if optim == MUON:
+        # The momentum with Nesterov's step, twice a bfloat16 matrix, and two products of it with itself.
+        rows, columns = shape.largest_matrix
+        return (size + 2 + 2) * rows * columns + 2 * 2 * min(rows, columns) ** 2
+    if optim == "adamw_torch":
+        # The square root of the second moments: on a GPU of all weights at once, on a CPU of one after the other.
+        return float(size * (shape.largest_trained if is_cpu else shape.num_trained))
+    return 0.0
 
 
 def base_bytes(recipe: Recipe, shape: ModelShape, size: int) -> float:

@@ -18,6 +18,7 @@ from rekatrain.data.ranges import (
     Seconds,
     Weight,
 )
+from rekatrain.trainer.recipe.optimizers import Optim
 
 # Keywords that the program itself passes: the run folder, its seed, the form of the rows.
 TRL_RESERVED = (
@@ -59,7 +60,7 @@ COMMON_ALLOWED: dict[str, Any] = {
     "lr_scheduler_type": SCHEDULES,
     "lr_scheduler_kwargs": dict[str, bool | int | float | str] | None,
     "warmup_steps": IntervalOrZero,
-    "optim": Literal["adamw_torch", "adamw_torch_fused"],
+    "optim": Optim,
     "weight_decay": FractionBelowOne,
     "adam_beta1": FractionBelowOne,
     "adam_beta2": FractionBelowOne,

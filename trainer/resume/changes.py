@@ -15,6 +15,7 @@ from typing import Any
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.defaults import ABSENT, values_with_defaults
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import ADAMW_8BIT, TORCH_ADAMW
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,21 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """The class of some keys of some sections, with shell patterns; `-` stands for the keys outside sections."""
+    """The class of some keys of some sections, with shell patterns; `-` stands for the keys outside sections.
+
+    among: the values between which a key changes, for a rule about those alone; empty: all
+    """
 
     effect: Effect
     sections: str
     keys: str
     reason: str
+    among: tuple[str, ...] = ()
 
-    def matches(self, key: str) -> bool:
-        """Return True if a dotted key is one of these."""
+    def matches(self, key: str, *values: object) -> bool:
+        """Return True if a dotted key is one of these, and the values before and now are, too."""
+        if self.among and not (values and all(value in self.among for value in values)):
+            return False
         prefixes = ["" if section == "-" else f"{section}." for section in self.sections.split()]
         return any(fnmatchcase(key, prefix + pattern) for prefix in prefixes for pattern in self.keys.split())
 
@@ -109,7 +116,10 @@ RULES = (
     Rule(FREE, "model rewards.reward_model", "pretrained_model_name_or_path revision", _WEIGHTS),
     Rule(FREE, "rewards.json_schema", "schema", "as long as the schema stays"),
     Rule(WARNED, "model", "attn_implementation", _BITS),
-    Rule(WARNED, _TRL, "optim pad_to_multiple_of", _BITS),
+    Rule(WARNED, _ALL, "optim", _BITS, among=TORCH_ADAMW),
+    Rule(FREE, _ALL, "optim", "two names of one optimizer", among=ADAMW_8BIT),
+    Rule(REFUSED, _ALL, "optim", "the checkpoint holds the state of the earlier optimizer"),
+    Rule(WARNED, _TRL, "pad_to_multiple_of", _BITS),
     Rule(WARNED, _ALL, "full_determinism", _BITS),
     Rule(WARNED, "rewards.reward_model", "device micro_batch_tokens", _BITS),
     Rule(REFUSED, "-", "stage", "it is another kind of run"),
@@ -154,9 +164,9 @@ class Change:
         return f"{self.key} was {_shorten(self.before)} and is {_shorten(self.now)}"
 
 
-def rule_of(key: str) -> Rule:
-    """Return the rule that decides about a dotted key."""
-    return next((rule for rule in RULES if rule.matches(key)), UNKNOWN)
+def rule_of(key: str, *values: object) -> Rule:
+    """Return the rule that decides about a dotted key with these values before and now; without them, about others."""
+    return next((rule for rule in RULES if rule.matches(key, *values)), UNKNOWN)
 
 
 def find_changes(before: Recipe, now: Recipe) -> list[Change]:
@@ -167,7 +177,7 @@ def find_changes(before: Recipe, now: Recipe) -> list[Change]:
     """
     old, new = values_with_defaults(before, now)
     return [
-        Change(key=key, before=was, now=value, rule=rule_of(key))
+        Change(key=key, before=was, now=value, rule=rule_of(key, was, value))
         for key in dict.fromkeys([*old, *new])
         if (was := old.get(key, ABSENT)) != (value := new.get(key, ABSENT))
     ]

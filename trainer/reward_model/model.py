@@ -12,6 +12,7 @@ from rekatrain.rewards.models.classifier import set_pad
 from rekatrain.trainer.models.config import build_skeleton
 from rekatrain.trainer.models.load import Policy, add_adapter, describe
 from rekatrain.trainer.models.lora_targets import check_targets
+from rekatrain.trainer.models.optimizers import check_matrices
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source
 from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
@@ -24,6 +25,7 @@ from rekatrain.trainer.models.weights import (
     readable,
 )
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import MUON, optim_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
     if recipe.lora is not None:
         classifier = adapted = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
         check_targets(adapted, recipe.lora)
+    if optim_of(recipe) == MUON:
+        check_matrices(classifier)
     logger.info("reward model: %s", describe(classifier, source.base))
     return int(text_config.max_position_embeddings)
 

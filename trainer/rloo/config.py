@@ -19,6 +19,7 @@ from rekatrain.data.ranges import (
     Temperature,
     Weight,
 )
+from rekatrain.trainer.recipe.optimizers import DEFAULT, Optim
 from rekatrain.trainer.run.best import check_best
 
 
@@ -34,10 +35,13 @@ class RLOOConfig:
     max_completion_length:              tokens after which a completion is truncated
     temperature:                        divides the logits, in sampling and in the loss alike
     beta:                               weight of the KL to the reference; 0 loads no reference
-    learning_rate:                      AdamW's peak rate; about ten times higher for LoRA than for full fine-tuning
+    learning_rate:                      the peak rate; about ten times higher for LoRA than for full fine-tuning
+    optim:                              adamw_torch_fused, adamw_torch, adamw_8bit (adamw_bnb_8bit) or muon, see
+                                        ../recipe/optimizers.py
     lr_scheduler_type, warmup_steps:    as in `transformers.get_scheduler`, but the first update has a rate above 0:
                                         update s of a warm-up, from 0, has (s + 1) / (warmup_steps + 1) of the peak
-    weight_decay, adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
+    weight_decay:                       AdamW's and Muon's, of all trained weights
+    adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
     max_grad_norm:                      the gradient is scaled down to this norm
     max_unscorable_steps:               stop after so many steps in a row in which no completion has a reward
     micro_batch_tokens:                 tokens in one forward and backward pass; a larger group is split, a larger
@@ -104,6 +108,7 @@ class RLOOConfig:
     temperature: Temperature = 1.0
     beta: Weight = 0.05
     learning_rate: LearningRate = 1e-6
+    optim: Optim = DEFAULT
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: CountOrZero = 0
     weight_decay: FractionBelowOne = 0.0

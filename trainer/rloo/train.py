@@ -14,9 +14,10 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models import optimizers
 from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
 from rekatrain.trainer.models.loraplus import lr_ratio, split_groups
@@ -230,15 +231,16 @@ def load_prepared_policy(recipe: Recipe, config: RLOOConfig, accelerator: Accele
 
 def make_optimizer(
     model: torch.nn.Module, config: RLOOConfig, loraplus_lr_ratio: float | None = None
-) -> tuple[AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """Make AdamW over the trained parameters, and its learning-rate schedule."""
-    optimizer = AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+) -> tuple[Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Make the recipe's optimizer over the trained parameters, and its learning-rate schedule."""
+    optimizer = optimizers.make_optimizer(
+        config.optim,
+        model,
+        [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
     )
     if loraplus_lr_ratio is not None:
         split_groups(optimizer, model.named_parameters(), loraplus_lr_ratio)

@@ -18,6 +18,8 @@ from transformers import (
 
 from rekatrain.data.chat import IGNORED_LABEL
 from rekatrain.trainer.models.loraplus import split_groups
+from rekatrain.trainer.models.optimizers import keep_kernels, make_optimizer
+from rekatrain.trainer.recipe.optimizers import DEFAULT, MUON, Optim
 from rekatrain.trainer.run.guards import NonFiniteGuard, StopGuard, check_finite_weights
 from rekatrain.trainer.run.schedule import make_schedule
 
@@ -27,6 +29,7 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.loraplus_lr_ratio: float | None = None
+        self.optim: Optim = DEFAULT
         self.micro_batches: list[tuple[dict[str, Any], Tensor]] = []  # inputs and loss, of one update
         super().__init__(*args, **kwargs)
 
@@ -38,16 +41,38 @@ class GuardedTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer, with the rates of LoRA+ if the recipe has them."""
+        """Make the recipe's optimizer, with the rates of LoRA+ if the recipe has them."""
         made: torch.optim.Optimizer | None = self.optimizer
         if made is not None:  # DeepSpeed's start calls this twice: the ratio would be squared
             return made
+        if self.optimizer is not None:  # transformers asks twice under DeepSpeed, and LoRA+ would multiply twice
+            made: torch.optim.Optimizer = self.optimizer
+            return made
+        trained = self.model if model is None else model
+        assert trained is not None
+        if self.optim == MUON:  # transformers has none
+            self.optimizer = self._make_muon(trained)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        keep_kernels(optimizer)
         if self.loraplus_lr_ratio is not None:
-            trained = self.model if model is None else model
-            assert trained is not None
             split_groups(optimizer, trained.named_parameters(), self.loraplus_lr_ratio)
         return optimizer
+
+    def _make_muon(self, model: nn.Module) -> torch.optim.Optimizer:
+        decayed = set(self.get_decay_parameter_names(model))
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return make_optimizer(
+            MUON,
+            model,
+            [
+                {"params": [parameter for name, parameter in named if (name in decayed) == is_decayed], **decay}
+                for is_decayed, decay in ((True, {}), (False, {"weight_decay": 0.0}))
+            ],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            weight_decay=self.args.weight_decay,
+        )
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -41,6 +41,7 @@ from rekatrain.trainer.processes.launch import (
 )
 from rekatrain.trainer.recipe.defaults import bf16_default
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.recipe.optimizers import MUON, optim_of
 from rekatrain.trainer.resume.fingerprints import take_fingerprints
 from rekatrain.trainer.resume.origin import check_origin
 from rekatrain.trainer.resume.safe_load import tensors_only
@@ -84,6 +85,8 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     # The run folder deletes old checkpoints: transformers goes by the time of the files, and deletes before it has
     # written the whole of the new one.
     section = defaults | {key: value for key, value in section.items() if key not in KEYS} | {"save_total_limit": None}
+    if section.get("optim") == MUON:
+        del section["optim"]  # transformers has none: GuardedTrainer makes it
     check_mixed_precision(name, bf16=bool(section["bf16"]), fp16=bool(section.get("fp16")))
     if section.get("save_strategy") == "no":
         raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
@@ -180,7 +183,7 @@ def run_trainer(
     """
     # TRL writes a model card beside the checkpoints, about a base model that it cannot name; an export has our own.
     trainer.create_model_card = lambda *_, **__: None  # type: ignore[method-assign]
-    trainer.loraplus_lr_ratio = lr_ratio(recipe.lora)
+    trainer.loraplus_lr_ratio, trainer.optim = lr_ratio(recipe.lora), optim_of(recipe)
     if recipe.model.get("quantization_config") is not None:
         assert trainer.model is not None
         keep_adapter_dtype(trainer.model, recipe.model.get("dtype", "bfloat16"))

@@ -122,7 +122,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "sft.lr_scheduler_kwargs: "),
     ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, "sft.lr_scheduler_type cosine_with_min_lr needs"),
     ("sft", {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "sft.grad"),
-    ("sft", {"optim": "adamw_bnb_8bit"}, "sft.optim is 'adamw_bnb_8bit'; it should be 'adamw_torch' or"),
+    ("sft", {"optim": "sgd"}, "sft.optim is 'sgd'; it should be 'adamw_torch'"),
     ("sft", {"learning_rat": 1}, "unknown key sft.learning_rat: did you mean sft.learning_rate?"),
     ("lora", {"r": 0}, "lora.r is 0; it should be greater than or equal to 1"),
     ("lora", {"lora_dropout": 1.0}, "lora.lora_dropout is 1.0; it should be less than 1"),

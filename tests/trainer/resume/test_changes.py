@@ -115,8 +115,8 @@ KEYS = {
     },
     WARNED: {
         "model": "attn_implementation",
-        "sft": "optim pad_to_multiple_of full_determinism",
-        "reward": "optim pad_to_multiple_of full_determinism",
+        "sft": "pad_to_multiple_of full_determinism",
+        "reward": "pad_to_multiple_of full_determinism",
         "rloo": "full_determinism",
         "rewards.reward_model": "device micro_batch_tokens",
     },
@@ -161,7 +161,8 @@ def test_each_key_has_its_class() -> None:
 def test_each_key_has_a_rule_and_each_rule_a_key() -> None:
     keys = [*all_keys(), *WHOLE]
     assert [key for key in keys if rule_of(key) is UNKNOWN] == []
-    assert {rule_of(key) for key in keys} == set(RULES)
+    with_values = {rule_of("rloo.optim", *rule.among) for rule in RULES if rule.among}
+    assert {rule_of(key) for key in keys} | with_values == set(RULES)
     assert rule_of("rloo.new_key").effect is REFUSED
 
 
@@ -198,6 +199,30 @@ def test_find_changes_names_both_values() -> None:
     assert len(long[0]) < 200
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
+@pytest.mark.parametrize(
+    ("before", "now", "effect"),
+    [
+        (None, "adamw_torch", WARNED),  # the default is adamw_torch_fused
+        ("adamw_torch", "adamw_torch_fused", WARNED),
+        ("adamw_bnb_8bit", "adamw_8bit", FREE),
+        ("muon", None, REFUSED),
+        ("adamw_torch", "muon", REFUSED),
+        ("adamw_8bit", "adamw_torch", REFUSED),
+        (None, "adamw_8bit", REFUSED),
+    ],
+)
+def test_another_optimizer_needs_the_same_state(
+    stage: str, before: str | None, now: str | None, effect: Effect
+) -> None:
+    def recipe(optim: str | None) -> Recipe:
+        section = {"max_steps": 4} | ({} if optim is None else {"optim": optim})
+        return replace(RECIPE, **{"stage": stage, "rloo": {}, stage: section})
+
+    (change,) = find_changes(recipe(before), recipe(now))
+    assert (change.key, change.rule.effect) == (f"{stage}.optim", effect)
+
+
 def test_refused_changes_are_one_line_with_reasons() -> None:
     changes = find_changes(RECIPE, replace(RECIPE, seed=1, rloo={"max_steps": 9, "learning_rate": 1e-5}))
     with pytest.raises(InputError) as error:
@@ -230,6 +255,7 @@ def test_readme_has_the_table() -> None:
     for rule in RULES:
         sections = "" if rule.sections == "-" else f"{', '.join(rule.sections.split())}: "
         keys = ", ".join(f"`{key}`" for key in rule.keys.split())
+        keys += f" ({', '.join(rule.among)})" if rule.among else ""
         grouped.setdefault((rule.effect.value, rule.reason), []).append(sections + keys)
     table = "".join(f"| {effect} | {'; '.join(keys)} | {reason} |\n" for (effect, reason), keys in grouped.items())
     assert f"|---|---|---|\n{table}\n" in README.read_text()
