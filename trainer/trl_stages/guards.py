@@ -45,9 +45,6 @@ class GuardedTrainer(Trainer):
         made: torch.optim.Optimizer | None = self.optimizer
         if made is not None:  # DeepSpeed's start calls this twice: the ratio would be squared
             return made
-        if self.optimizer is not None:  # transformers asks twice under DeepSpeed, and LoRA+ would multiply twice
-            made: torch.optim.Optimizer = self.optimizer
-            return made
         trained = self.model if model is None else model
         assert trained is not None
         if self.optim == MUON:  # transformers has none
