@@ -116,8 +116,8 @@ def _several(groups: Sequence[Sequence[Answer]], reward: str, num_answers: int) 
 
 
 def _point(values: Figures) -> Figures:
-    keys = ("accuracy", "low", "high", "num_right", "num_graded", "thinking_tokens", "avg", "maj", "maj_gain")
-    keys += ("pass_at", "maj_at")
+    rates = ("accuracy", "low", "high", "num_right", "num_graded", "thinking_tokens")
+    keys = (*rates, "avg", "maj", "maj_gain", "pass_at", "maj_at")
     return {key: values[key] for key in keys if key in values}
 
 

@@ -47,7 +47,7 @@ def plan_checkpoints(plan: Plan) -> Checkpoints:
     size = 2 if is_bfloat16(recipe) or (is_sharded and plan.uses_bf16) else 4
     if is_sharded:
         # float32 weights and two moments; below stage 3 DeepSpeed writes the trained weights a second time.
-        optimizer = shape.num_trained * (12 + (size if launch.zero_stage < 3 else 0))
+        optimizer: float = shape.num_trained * (12 + (size if launch.zero_stage < 3 else 0))
     else:
         optimizer = moment_bytes(recipe, shape, 4 if recipe.lora else size)
     limit = section.get("save_total_limit")

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -140,7 +140,7 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
     lora = recipe.lora
     if config.num_hidden_layers < whole.num_hidden_layers and _names_layers(lora):
         sections = json.dumps(recipe.model), json.dumps(lora)
-        lora = json.loads(_lora_of_every_layer(type(whole), whole.to_json_string(), recipe.stage, *sections))
+        lora = json.loads(_lora_of_every_layer(type(whole).from_dict, whole.to_json_string(), recipe.stage, *sections))
     return add_adapter(model, lora, task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM")
 
 
@@ -154,7 +154,7 @@ def _names_layers(lora: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=64)
 def _lora_of_every_layer(
-    architecture: type[PretrainedConfig],
+    make_config: Callable[[dict[str, Any]], PretrainedConfig],
     config: str,
     stage: Literal["sft", "reward", "rloo"],
     model: str,
@@ -164,12 +164,13 @@ def _lora_of_every_layer(
 
     Fewer layers may lack those that the recipe's section names. Their memory is an upper bound.
 
+    make_config:         makes a configuration of its values
     config, model, lora: as JSON text, which is hashable
     """
     section = json.loads(lora)
     recipe = Recipe(stage=stage, output_dir="", model=json.loads(model), lora=section, dataset={})
     with torch.device("meta"):
-        adapted = build(architecture.from_dict(json.loads(config)), recipe)
+        adapted = build(make_config(json.loads(config)), recipe)
     assert isinstance(adapted, PeftModel)
     ranks: dict[str, int] = {}
     for name, module in adapted.named_modules():
@@ -192,7 +193,7 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     trained = [parameter.numel() for parameter in parameters.values()]
-    matrices = [tuple(each.shape) for name, each in parameters.items() if is_matrix(name, each)]
+    matrices = [(each.shape[0], each.shape[1]) for name, each in parameters.items() if is_matrix(name, each)]
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     num_adapter = sum(trained) if isinstance(model, PeftModel) else 0
     linear = [module.weight.numel() for module in _linear_modules(base.base_model.modules()) if module is not head]

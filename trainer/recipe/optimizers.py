@@ -8,7 +8,7 @@ muon                     torch.optim.Muon for matrices in the layers, AdamW for 
 Names are those of `transformers.TrainingArguments`, which has no Muon yet.
 """
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe
@@ -17,7 +17,7 @@ Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bi
 DEFAULT: Optim = "adamw_torch_fused"
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
-MUON = "muon"
+MUON: Final = "muon"
 
 
 def optim_of(recipe: Recipe) -> Optim:
