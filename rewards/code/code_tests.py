@@ -11,7 +11,7 @@ from rekatrain.data.chat import ParsedCompletion
 from rekatrain.data.errors import InputError
 from rekatrain.rewards.code.launcher import Isolation, Limits
 from rekatrain.rewards.code.outputs import ask_checker, is_right
-from rekatrain.rewards.code.packages import find_packages
+from rekatrain.rewards.code.packages import check_installed, find_packages
 from rekatrain.rewards.code.sandbox import (
     check_isolation,
     check_memory,
@@ -101,6 +101,7 @@ class CodeTests:
             return None
         read = read_tests(tests)
         code = extract_code(completion.answer)
+        check_installed(code)
         if isinstance(read, Programs):
             passed = self._run_programs(code, read)
         else:

@@ -1,12 +1,15 @@
 """Changes that a function makes to its arguments in place, carried over to the objects of its caller."""
 
 import collections
+import importlib
 from typing import Any
+
+tables: Any = importlib.import_module("jail_tables")  # beside this file, which is in no package inside the sandbox
 
 
 def is_changeable(value: Any) -> bool:
     """Return True if a plain value is, or holds, one that a function can change in place."""
-    if isinstance(value, list | dict | set | bytearray | collections.deque) or _is_array(value):
+    if isinstance(value, list | dict | set | bytearray | collections.deque) or tables.is_table(value):
         return True
     return isinstance(value, tuple) and any(is_changeable(item) for item in value)
 
@@ -32,17 +35,20 @@ def assign(target: Any, value: Any) -> None:
     elif isinstance(target, collections.deque):
         target.clear()
         target.extend(value)
-    elif _is_array(target) and target.shape == value.shape:
-        target[...] = value
+    elif tables.is_table(target):
+        tables.assign(target, value)
 
 
 def _keep(old: Any, new: Any) -> Any:
     """Return the old object with the new contents where it can have them, so that other names of it see the change."""
-    if type(old) is type(new) and isinstance(old, list | dict | set | bytearray):
+    if type(old) is type(new) and (isinstance(old, list | dict | set | bytearray) or _fits(old, new)):
         assign(old, new)
         return old
     return new
 
 
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+def _fits(old: Any, new: Any) -> bool:
+    """Return True for two tables, or two arrays of the same form."""
+    if not tables.is_table(old):
+        return False
+    return type(old).__name__ != "ndarray" or (old.shape, old.dtype) == (new.shape, new.dtype)

@@ -161,10 +161,11 @@ class Link:
         """Return how the solution refers to an object: its own, a function of the tests, or an object of theirs."""
         if isinstance(value, handles.Handle | handles.RemoteIterator | handles.Proxy):
             return value._number
-        if not callable(value) and type(value).__module__ not in ("tests", "unittest.mock"):
+        is_object = type(value).__module__ in ("tests", "unittest.mock")
+        if not callable(value) and not is_object:
             raise TypeError(f"tests cannot pass {type(value).__name__} to the solution")
         self.local.append(value)
-        return ["local", len(self.local) - 1]
+        return ["local", len(self.local) - 1, is_object]
 
     def open(self, handle: Any) -> Any:
         """Return the object of a handle."""

@@ -11,7 +11,7 @@ REMOTE_OPERATORS = (
 
 
 class Remote:
-    """An object of the tests: a function that they have passed, or an object of a class of theirs."""
+    """A function that the tests have passed. It has no operators: pandas takes what can be iterated for a list."""
 
     _is_remote = True
 
@@ -38,12 +38,16 @@ class Remote:
         return int(self._exchange("operator", self._number, "hash"))
 
 
+class RemoteObject(Remote):
+    """An object of a class of the tests, with its operators."""
+
+
 def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *operands: self._exchange("operator", self._number, name, *operands)
 
 
 for _name in REMOTE_OPERATORS:
-    setattr(Remote, f"__{_name}__", _operator(_name))
+    setattr(RemoteObject, f"__{_name}__", _operator(_name))
 setattr(Remote, "__doc__", property(lambda self: self._exchange("get", self._number, "__doc__")))  # noqa: B010
 
 

@@ -9,10 +9,13 @@ import collections
 import datetime
 import decimal
 import fractions
+import importlib
 import itertools
 import zoneinfo
 from collections.abc import Callable, Iterator
 from typing import Any
+
+tables: Any = importlib.import_module("jail_tables")  # beside this file, which is in no package inside the sandbox
 
 SEQUENCES: dict[str, type] = {
     "list": list,
@@ -26,7 +29,6 @@ VIEWS: dict[str, type] = {"keys": type({}.keys()), "values": type({}.values()), 
 DERIVED = (list, tuple, dict, set, frozenset, collections.deque)
 CONTAINERS: dict[str, Any] = {**SEQUENCES, **VIEWS}
 BUILTIN_TYPES = {value: name for name, value in vars(builtins).items() if isinstance(value, type)}
-ARRAY_KINDS = "biufcSU"  # of numpy: values without references to objects
 MAX_ITEMS = 100_000  # read from an iterator
 Hold = Callable[[Any], Any]  # returns how the other side refers to an object
 
@@ -59,7 +61,7 @@ class Encoder:
             self.seen[id(value)] = len(self.kept)
             self.kept.append(value)
             return {"derived": [tree, self.hold(value)]} if is_derived(value) else tree
-        for encode in (_encode_simple, _encode_library, _encode_numpy):
+        for encode in (_encode_simple, _encode_library):
             tree = encode(value)
             if tree is not None:
                 return tree
@@ -80,7 +82,7 @@ class Encoder:
         for name, sequence in CONTAINERS.items():
             if isinstance(value, sequence):
                 return {name: [self.encode(item) for item in value]}
-        return None
+        return tables.encode(value, self.encode)
 
 
 class Decoder:
@@ -119,6 +121,8 @@ class Decoder:
             return MAPPINGS[kind]({self.decode(key): self.decode(item) for key, item in content})
         if kind == "namedtuple":
             return collections.namedtuple(content[0], content[1])(*map(self.decode, content[2:]))
+        if kind not in CONTAINERS:
+            return tables.decode(kind, content, self.decode)
         items = [self.decode(item) for item in content]
         if kind in VIEWS:
             pairs = {"keys": lambda: ((key, None) for key in items), "values": lambda: enumerate(items)}
@@ -186,21 +190,6 @@ def _encode_library(value: Any) -> Any:
     return None
 
 
-def _encode_numpy(value: Any) -> Any:
-    if type(value).__module__ != "numpy" or not hasattr(value, "dtype") or isinstance(value, type):
-        return None
-    if value.dtype.kind not in ARRAY_KINDS:
-        return None
-    kind = "ndarray" if type(value).__name__ == "ndarray" else "scalar"
-    return {kind: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
-
-
-def _array(content: Any) -> Any:
-    import numpy
-
-    return numpy.frombuffer(bytes.fromhex(content[2]), content[0]).reshape(content[1]).copy()
-
-
 def _library(module: str, name: str) -> Any:
     return getattr(__import__(module), name)
 
@@ -226,6 +215,4 @@ SIMPLE: dict[str, Callable[[Any], Any]] = {
         content[1]
     ),
     "array": lambda content: _library("array", "array")(content[0], bytes.fromhex(content[1])),
-    "ndarray": _array,
-    "scalar": lambda content: _array(content)[()],
 }

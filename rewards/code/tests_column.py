@@ -23,6 +23,9 @@ import bisect, collections, functools, heapq, itertools, math, operator, random,
 # A tuple equals a list, for JSON has lists only; a rounded float equals another.
 SAME = """
 def _plain(value):
+    if type(value).__module__.partition(".")[0] in ("numpy", "pandas"):
+        value = getattr(value, "values", value)
+        value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return {str(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
