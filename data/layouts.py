@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
+from rekatrain.data.prime import code_tests_of
 from rekatrain.data.records import (
     PROMPT_KEYS,
     SYSTEM_KEYS,
@@ -43,10 +44,17 @@ def prompt_answer_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
     """Row of `prompt` with optional `answer`, `reasoning`, `system` and `history`.
 
     The answer is also a column, as text. A list of answers is a column of texts, and the first one is the reference.
+    Tests of code in `answer`, as older rows of PRIME have them, become the column `tests`.
     """
     columns = other_columns(record, "prompt", "answer", "reasoning", *PROMPT_KEYS)
     messages, trains = read_prompt(record, options)
     reasoning, answer = read_optional_text(record, "reasoning"), record.get("answer")
+    if not isinstance(answer, list) and answer is not None and "tests" not in record:
+        tests = code_tests_of(record, answer)
+        if tests is not None:
+            return Row(messages=messages, trains=trains, columns={**columns, "tests": tests, "answer": None})
+        if "ability" in record:  # a set of several tasks, of which this is another
+            columns["tests"] = None
     if answer is None:
         if reasoning:
             raise InputError("there is reasoning but no answer: add the answer, or remove the reasoning")
