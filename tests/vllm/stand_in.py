@@ -168,6 +168,8 @@ class StandIn:
         if (forced := body.get("logit_bias")) and list(forced.values()) == [100.0]:
             choice = {"token_ids": [int(*forced)], "logprobs": {"token_logprobs": [self.forced_logprob]}}
             return 200, {"choices": [choice]}
+        if body["max_tokens"] == 1 and "stop" not in body:
+            return 200, {"choices": [{"logprobs": {"top_logprobs": [self._likeliest(body)]}}]}
         self.num_requests += 1
         if (trouble := self.trouble(self.num_requests - 1, body)) is not None:
             return trouble
@@ -223,6 +225,12 @@ class StandIn:
             logprobs = model(ids).logits[0].log_softmax(dim=1)
         after_first = zip(logprobs, body["prompt"][1:], strict=False)
         return [None, *({str(token): {"logprob": row[token].item()}} for row, token in after_first)]
+
+    def _likeliest(self, body: Any) -> dict[str, float]:
+        model, ids = self.adapters.get(body.get("model", "policy"), self.model), torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            top = model(ids).logits[0, -1].log_softmax(dim=0).topk(body["logprobs"])
+        return {f"token_id:{token}": value for value, token in zip(*(each.tolist() for each in top), strict=True)}
 
     forced_logprob = 0.0
 

@@ -99,15 +99,15 @@ def write_recipe(folder: Path, name: str, url: str, lora: dict | None = LORA, **
     return f"{name}.yaml"
 
 
-def start_run(folder: Path, recipe: str) -> subprocess.Popen[str]:
+def start_run(folder: Path, recipe: str, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rekatrain", "train", recipe]
+    command = [sys.executable, "-m", "rekatrain", "train", recipe, *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def run(folder: Path, recipe: str) -> tuple[list[dict], list[dict]]:
+def run(folder: Path, recipe: str, *arguments: str) -> tuple[list[dict], list[dict]]:
     """Run a recipe to its end -> metrics, rollouts."""
-    process = start_run(folder, recipe)
+    process = start_run(folder, recipe, *arguments)
     _, output = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, output
     name = folder / recipe.removesuffix(".yaml")

@@ -29,7 +29,7 @@ from rekatrain.rewards.models.endpoint import Json
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.models.probe import TrainingProbe
 from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerClient, ServerDown
-from rekatrain.trainer.rloo.sampler.vllm.served_probe import check_served
+from rekatrain.trainer.rloo.sampler.vllm.served_probe import check_busy
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 from rekatrain.trainer.rloo.sampler.vllm.weights import (
     WEIGHTS_FOLDER,
@@ -94,7 +94,7 @@ class LiveWeights:
                 await self.swap(client)
             finally:
                 await client.post(RESUME)
-            await check_served(client, self.probe, model=self.model)
+            await check_busy(client, self.probe, model=self.model)
 
     async def swap(self, client: ServerClient) -> None:
         """Let a paused server use these weights, and set its version."""
@@ -192,7 +192,7 @@ def check_live(urls: Sequence[str], weights: LiveWeights, *, request_timeout: fl
     async def check(url: str) -> None:
         async with ServerClient(url, request_timeout=request_timeout) as client:
             try:
-                await check_served(client, weights.probe, model=weights.model)
+                await check_busy(client, weights.probe, model=weights.model)
             except (ServerDown, RequestRejected):
                 return
             except InputError:
