@@ -13,6 +13,7 @@ Value = Any  # a Fraction, or a real or complex number of MP
 
 MAX_BITS = 40_000  # of an exact power; a larger one is a number of MP
 MAX_FACTORIAL = 10_000  # that is computed exactly
+MAX_DEGREE = 50  # of a binomial coefficient as a polynomial
 MAX_EXPONENT = 10**9  # of 2, of any number
 MAX_ANGLE = 10**30
 FUNCTIONS: dict[str, Callable[[Value], Value]] = {
@@ -103,11 +104,33 @@ def double_factorial(value: Value) -> Value:
 
 
 def binomial(above: Value, below: Value) -> Value:
-    if not all(isinstance(value, Fraction) and value.denominator == 1 for value in (above, below)):
+    """Return a binomial coefficient: a polynomial of a letter above, or by the gamma function for one below."""
+    is_whole = [isinstance(value, Fraction) and value.denominator == 1 for value in (above, below)]
+    if not isinstance(above, Fraction) and is_whole[1] and 0 <= below <= MAX_DEGREE:
+        return math.prod((above - MP.mpf(index)) / (index + 1) for index in range(below.numerator))
+    if not (isinstance(above, Fraction) and isinstance(below, Fraction)):
+        above, below = to_mp(above), to_mp(below)
+        if max(abs(above), abs(below)) > MAX_FACTORIAL:
+            raise TooLarge("a binomial coefficient is too large")
+        return MP.binomial(above, below)
+    if not all(is_whole):
         raise ValueError("a binomial coefficient of no whole numbers")
     if not 0 <= below <= MAX_FACTORIAL or not 0 <= above <= MAX_FACTORIAL:
         raise TooLarge("a binomial coefficient is too large")
     return Fraction(math.comb(above.numerator, below.numerator))
+
+
+def common(function: Callable[..., int], values: list[Value]) -> Value:
+    """Return the greatest common divisor or the least common multiple of whole numbers."""
+    if not all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
+        raise ValueError("a divisor of no whole numbers")
+    return Fraction(function(*(value.numerator for value in values)))
+
+
+def modulo(value: Value, divisor: Value) -> Value:
+    if not all(isinstance(number, Fraction) and number.denominator == 1 for number in (value, divisor)) or divisor <= 0:
+        raise ValueError("a remainder of no whole numbers")
+    return value % divisor
 
 
 def logarithm(value: Value, base: Value) -> Value:

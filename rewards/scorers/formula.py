@@ -8,6 +8,7 @@ know (matrices, sums, integrals) is left to math-verify.
 mpf('2.78539816339744830961566084581987568')
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -105,6 +106,14 @@ class _Reader:
         if self.depth > MAX_DEPTH:
             raise Unreadable("nested too deeply")
         node = self.product()
+        if self.take(r"\mod"):
+            node = _apply(arithmetic.modulo, node, self.signed(self.power))
+            if self.names:
+                raise Unreadable("a remainder of letters")
+            if self.peek() in ("+", "-"):
+                raise TooLarge("a remainder with two readings")
+            self.depth -= 1
+            return node
         while (sign := self.peek()) in ("+", "-") and sign:
             self.position += 1
             node = _apply(arithmetic.add if sign == "+" else arithmetic.subtract, node, self.product())
@@ -136,7 +145,7 @@ class _Reader:
         if following.isdigit() or following == ".":
             return not re.search(r"[\d.]\s*$", self.text[: self.position])
         if following == "\\":
-            return self.command() not in ("", r"\rfloor", r"\rceil", r"\rvert")
+            return self.command() not in ("", r"\rfloor", r"\rceil", r"\rvert", r"\mod")
         return following.isalpha() or following == "("
 
     def power(self) -> Node:
@@ -222,6 +231,9 @@ class _Reader:
         if command == r"\sqrt":
             degree = self.group("[", "]") if self.peek() == "[" else _constant(Fraction(2))
             return _apply(arithmetic.root, self.argument(), degree)
+        if command in (r"\gcd", r"\lcm"):
+            function, nodes = (math.gcd if command == r"\gcd" else math.lcm), self.arguments()
+            return lambda letters: arithmetic.common(function, [node(letters) for node in nodes])
         for name, rounded in ((r"floor", MP.floor), (r"ceil", MP.ceil), (r"vert", abs)):
             if command == rf"\l{name}":
                 return _map(rounded, self.group_until(rf"\r{name}"))
@@ -233,6 +245,14 @@ class _Reader:
             node = _map(arithmetic.bounded(command), self.function_argument())
             return node if exponent is None else _apply(arithmetic.power, node, exponent)
         raise Unreadable(f"unknown {command or self.peek()!r}")
+
+    def arguments(self) -> list[Node]:
+        self.expect("(")
+        nodes = [self.sum()]
+        while self.take(","):
+            nodes.append(self.sum())
+        self.expect(")")
+        return nodes
 
     def group_until(self, closing: str) -> Node:
         node = self.sum()

@@ -1,11 +1,12 @@
 """Read a text as the value of an answer: whole, or not at all."""
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from rekatrain.rewards.scorers import formula as formulas
-from rekatrain.rewards.scorers import math_text, symbolic
+from rekatrain.rewards.scorers import math_notation, math_text, symbolic
 from rekatrain.rewards.scorers.arithmetic import TooLarge
 from rekatrain.rewards.scorers.formula import Formula, Unreadable
 from rekatrain.rewards.scorers.math_relations import equation, inequality, intersect, is_infinite, is_interval, unite
@@ -19,14 +20,17 @@ THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?![\d,])")
 NUMERAL = re.compile(r"(?<![A-Za-z\\])(?:\(\s*)?\d[0-9A-F]*\)?_(?:\{\s*\d+\s*\}|\d)")
 # Other words are prose: read as a product of their letters they would equal any anagram ("east", "seat").
 PROSE = re.compile(
-    r"(?<![\\\w])(?:[A-Za-z]{3,}|(?i:so|at|is|it|in|on|of|to|he|we|my|me|be|by|do|if|as|an|no|up|us|go)(?![A-Za-z]))"
+    r"(?<![\\\w])(?<!_\{)(?:[A-Za-z]{3,}|(?i:so|at|is|it|in|on|of|to|he|we|my|me|be|by|do|if|as|an|no|up|us|go)(?![A-Za-z]))"
 )
 COMMAND_WITH_WORDS = re.compile(r"\\[a-z]+\s*\{[A-Za-z .]*\}")  # \text{east}, \begin{pmatrix}
 RELATION = re.compile(r"[=<>≤≥≠≈∈]")
 COMMA = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*[,;]\s*")
-MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}")
+MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 RATIO = re.compile(r"(\d+)\s*:\s*(\d+)")
+COLON = re.compile(r"\s*:\s*")
+REPEATING = re.compile(r"(-?\d+\.\d*)\((\d{1,20})\)")  # 0.1(6), where it is the whole answer
+DEGREES = re.compile(r"(?:\^\\circ|degrees?\s*\}?)$")
 MINUS_INFINITY = re.compile(r"-\s*\\infty|^\\infty")
 
 
@@ -35,10 +39,15 @@ def read(text: str) -> Any:
     """Return the value of a text that is an answer and no more; None for any other text, and for a false equation."""
     if len(text) > MAX_LENGTH:
         return None
-    number = _read_plain(text.strip().rstrip("."))
+    number = _read_plain(text.strip().rstrip(".")) if "..." not in text else None
     if number is not None:
         return number
+    text = REPEATING.sub(r"\1\\overline{\2}", text) if REPEATING.fullmatch(text.strip(" .$")) else text
     text = math_text.respell(text)
+    is_named = math_notation.SET_WORDS.search(text) is not None
+    named = math_notation.read_set_words(math_text.read_words(text)) if is_named else ""
+    if named:
+        return unite([_read_value(named)]) if "infty" in named else _read_value(named)
     judgment = math_text.read_judgment(text)
     if judgment:
         return Exactly(kind="judgment", parts=(judgment,))
@@ -86,6 +95,12 @@ def _read_value(text: str) -> Any:
     """Read a respelled text: relations first, then lists, brackets and scalars."""
     if not text:
         return None
+    condition = math_notation.split_condition(text)
+    if condition is not None:
+        return _read_condition(*condition) or _read_symbolic(text)
+    round_text = math_notation.respell_intervals(text)
+    if round_text != text:
+        return unite([_read_value(round_text)])
     based = math_text.read_based(text)
     if based is not None:
         digits, base = based
@@ -105,12 +120,41 @@ def _read_value(text: str) -> Any:
     if matrix is not None:
         rows = [row for row in matrix[2].split(math_text.NEXT_ROW) if row.strip()]
         cells = [tuple(_read_value(cell.strip()) for cell in row.split("&")) for row in rows]
+        if not cells or any(cell is None for row in cells for cell in row):
+            return None
         return Items(brackets="matrix", items=tuple(Items(brackets="matrix", items=row) for row in cells))
     brackets = _find_brackets(text)
     if brackets:
         return _read_brackets(text, brackets)
     ratio = _read_ratio(text)
-    return ratio if ratio is not None else _read_scalar(math_text.drop_unit(text))
+    if ratio is not None:
+        return ratio
+    terms = split_top(text, COLON)
+    if len(terms) > 2:
+        return _read_terms(terms)
+    shorter = math_text.drop_unit(text)
+    value = _read_scalar(shorter)
+    is_angle = shorter != text and isinstance(value, Number) and DEGREES.search(text) is not None
+    return replace(value, is_degrees=True) if is_angle else value
+
+
+def _read_terms(terms: list[str]) -> Items | None:
+    """Read a ratio such as 2:3:4 as the quotients of its terms by the first."""
+    try:
+        values = [Number(formula=Formula(f"({term})/({terms[0]})")) for term in terms]
+    except (Unreadable, TooLarge):
+        return None
+    return Items(brackets=":", items=tuple(values))
+
+
+def _read_condition(name: str, condition: str) -> Union | None:
+    """Return the real numbers for which an inequality of the letter holds; commas join what must hold at once."""
+    parts = split_top(condition.replace("∈ ", "∈"), re.compile(r"\s*[,;]\s*|\s+and\s+"))
+    if not all(name in map(str.strip, split_top(part, RELATION)) for part in parts):
+        return None
+    parts = [part for part in parts if split_top(part, RELATION)[1:] != [r"(-\infty,\infty)"]]
+    value = _read_value(" and ".join(part.strip() for part in parts))
+    return value if isinstance(value, Union) else None
 
 
 def _read_scalar(text: str) -> Any:

@@ -1,18 +1,19 @@
 """Texts as people write answers: one spelling of their LaTeX, and the answers that are words, dates or times."""
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 
-Replacement = str | Callable[[re.Match[str]], str]
+from rekatrain.rewards.scorers.math_notation import NOTATION_TABLE, Replacement
+
 # Ordered: each replacement sees the result of those before it. The first column has texts of which one is in each text
 # that the pattern matches: most answers have few of them, and to look for them is faster than to try the pattern.
 SPELLING_TABLE: list[tuple[str, str, Replacement]] = [
     (
-        r"\left \right \big \Big \displaystyle \textstyle \limits",
-        r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|textstyle|limits)(?![A-Za-z])\.?",
+        r"\left \right \middle \big \Big \displaystyle \textstyle \limits",
+        r"\\(?:left|right|middle|bigl?|bigr?|Bigl?|Bigr?|displaystyle|textstyle|limits)(?![A-Za-z])\.?",
         "",
     ),
+    (r"\lbrack \rbrack", r"\\[lr]brack(?![A-Za-z])", lambda m: "[" if m.group()[1] == "l" else "]"),
     (r"\lbrace \rbrace", r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if m.group()[1] == "l" else r"\}"),
     (r"\dfrac \tfrac \cfrac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\dbinom \tbinom", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
@@ -60,13 +61,15 @@ SPELLING_TABLE: list[tuple[str, str, Replacement]] = [
     (r"\circ \degree °", r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|°", r"^\\circ"),
     (
         "C_",  # combinations, as {}_{10}C_3
-        r"(?:\{\})?(?:[_^]\s*)(?:\{\s*(\w+)\s*\}|(\w))\s*C_\s*(?:\{\s*(\w+)\s*\}|(\w))",
+        r"(?:\{\}\s*|(?<![\w)}\]!]))[_^]\s*(?:\{\s*(\w+)\s*\}|(\w))\s*C_\s*(?:\{\s*(\w+)\s*\}|(\w))",
         lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}",
     ),
     ("e E", r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r"*10^{\1}"),
     ("/", r"^(\s*-?\d+)\s+(\d+)\s*/\s*(\d+)(?=\s*$)", r"\1\\frac{\2}{\3}"),
+    *NOTATION_TABLE,
 ]
 SPELLINGS = [(tuple(starts.split()) or (starts,), re.compile(pattern), new) for starts, pattern, new in SPELLING_TABLE]
+HAS_ROWS = re.compile(r"matrix|\{array")
 NEXT_ROW = "⏎"  # of a matrix, in place of two backslashes
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")
 LAST_PUNCTUATION = re.compile(r"(?:\s|[.,;]|\\\\|\\[\s,;!])+$")
@@ -100,7 +103,7 @@ JUDGMENTS = ("yes", "no", "true", "false")
 
 def respell(text: str) -> str:
     """Return the text with one spelling of each sign, without decoration, units or final punctuation."""
-    text = text.replace("\\\\", NEXT_ROW) if "matrix" in text else DOUBLED.sub(r"\\", text)
+    text = text.replace("\\\\", NEXT_ROW) if HAS_ROWS.search(text) else DOUBLED.sub(r"\\", text)
     for starts, pattern, replacement in SPELLINGS:
         for start in starts:
             if start in text:
@@ -175,9 +178,15 @@ BASED = re.compile(
     re.IGNORECASE,
 )
 
+PREFIXES = {"b": 2, "o": 8, "x": 16}
+PREFIXED = re.compile(r"0([box])([0-9a-f]+)", re.IGNORECASE)  # 0b1010
+
 
 def read_based(text: str) -> tuple[str, int] | None:
     """Return the digits and the base of a numeral that names its base: `25_6`, `1A_{16}`, `101 (base 2)`."""
+    prefixed = PREFIXED.fullmatch(text)
+    if prefixed is not None:
+        text = f"{prefixed[2]}_{{{PREFIXES[prefixed[1].lower()]}}}"
     match = BASED.fullmatch(text.replace("(base", "base").rstrip(")") if "(base" in text else text)
     if match is None:
         return None

@@ -12,9 +12,10 @@ from typing import Any
 
 from rekatrain.rewards.scorers import formula as formulas
 from rekatrain.rewards.scorers import symbolic
-from rekatrain.rewards.scorers.arithmetic import TooLarge, is_close, scaled, to_mp
+from rekatrain.rewards.scorers.arithmetic import MP, TooLarge, is_close, scaled, to_mp
 from rekatrain.rewards.scorers.formula import Formula
 
+RADIANS = MP.pi / 180  # a degree
 SYMBOL = re.compile(formulas.NAME.pattern + r"|\\text\s*\{[^{}]*\}")
 
 
@@ -24,12 +25,13 @@ class Number:
 
     formula: Formula
     is_percent: bool = False
+    is_degrees: bool = False
     is_decimal: bool = False  # written with a decimal point, so perhaps rounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """Values in brackets: `()`, `[]`, `{}`, `[)`, `(]`; "" for a bare list, "matrix" for rows."""
+    """Values in brackets: `()`, `[]`, `{}`, `[)`, `(]`; "" for a bare list, "matrix" for rows, ":" for a ratio."""
 
     brackets: str
     items: tuple[Any, ...]  # values
@@ -94,23 +96,25 @@ def is_equal(gold: Any, answer: Any) -> bool:
 
 
 def _equal_numbers(gold: Number, answer: Number) -> bool:
-    """Compare at several points; 50% equals both 50 and 0.5."""
-    scales = [Fraction(1)]
+    """Compare at several points; 50% equals both 50 and 0.5, and 180 degrees both 180 and pi."""
+    scales: list[Any] = [Fraction(1)]
     if gold.is_percent != answer.is_percent:
         scales.append(Fraction(1, 100))
+    elif gold.is_degrees != answer.is_degrees:
+        scales.append(RADIANS)
     return any(_equal_scaled(gold, answer, scale) for scale in scales)
 
 
-def _equal_scaled(gold: Number, answer: Number, scale: Fraction) -> bool:
+def _equal_scaled(gold: Number, answer: Number, scale: Any) -> bool:
     if gold.formula.names != answer.formula.names and not (gold.formula.names and answer.formula.names):
         return False
     points = formulas.NUM_POINTS if gold.formula.names else 1
     try:
         for point in range(points):
             left, right = gold.formula.at(point), answer.formula.at(point)
-            if gold.is_percent and not answer.is_percent:
+            if gold.is_percent > answer.is_percent or gold.is_degrees > answer.is_degrees:
                 left = scaled(left, scale)
-            elif answer.is_percent and not gold.is_percent:
+            elif answer.is_percent > gold.is_percent or answer.is_degrees > gold.is_degrees:
                 right = scaled(right, scale)
             if not is_close(left, right, rounded=(gold.is_decimal, answer.is_decimal)):
                 return False
@@ -132,6 +136,9 @@ def _equal_exactly(gold: Exactly, answer: Exactly) -> bool:
 def _equal_items(gold: Items, answer: Items) -> bool:
     """Compare in order, or in any order where both are sets or lists of alternatives; a point is no set."""
     kinds = {gold.brackets, answer.brackets}
+    if "matrix" in kinds and len(kinds) == 2:
+        is_gold = gold.brackets == "matrix"
+        return _equal_matrix(*((gold, answer) if is_gold else (answer, gold)), is_gold=is_gold)
     if len(gold.items) != len(answer.items):
         return kinds <= {"{}", ""} and _equal_in_any_order(_distinct(gold.items), _distinct(answer.items))
     in_order = all(map(is_equal, gold.items, answer.items))
@@ -145,6 +152,23 @@ def _equal_items(gold: Items, answer: Items) -> bool:
     if kinds == {"()", "[]"}:
         return not is_pair and in_order
     return "" in kinds and kinds <= {"", "()", "[]"} and in_order
+
+
+def _equal_matrix(matrix: Items, other: Items, *, is_gold: bool) -> bool:
+    """Compare a matrix with [[1, 0], [0, 1]], or one row or column with a point; a gold of [1, 2] is an interval."""
+    rows = [row.items for row in matrix.items]
+    if len(rows) > 1 and len(rows[0]) > 1:
+        if other.brackets != "[]" or not all(isinstance(row, Items) and row.brackets == "[]" for row in other.items):
+            return False
+        others = [row.items for row in other.items]
+        return [*map(len, rows)] == [*map(len, others)] and all(
+            is_equal(cell, entry)
+            for row, entries in zip(rows, others, strict=True)
+            for cell, entry in zip(row, entries, strict=True)
+        )
+    cells = [cell for row in rows for cell in row]
+    is_point = other.brackets == "()" or (other.brackets == "[]" and (is_gold or len(cells) > 2))
+    return is_point and len(cells) == len(other.items) > 1 and all(map(is_equal, cells, other.items))
 
 
 def _intervals(value: Any) -> list[Any]:
@@ -210,7 +234,7 @@ def _text(value: Any) -> str:
         return value.formula.text + (r"\%" if value.is_percent else "")
     if isinstance(value, Union):
         return r" \cup ".join(map(_text, value.parts))
-    if isinstance(value, Items) and value.brackets != "matrix":
+    if isinstance(value, Items) and value.brackets not in ("matrix", ":"):
         opening, closing = value.brackets[:1], value.brackets[1:]
         escape = "\\" if opening == "{" else ""
         return f"{escape}{opening}{', '.join(map(_text, value.items))}{escape}{closing}"
