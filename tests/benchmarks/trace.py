@@ -4,7 +4,7 @@
 
 The step: 1 prompt x 2 completions on a tiny Llama made on the spot, beta 0.1, a plain batch reward, no workers, no
 servers, through `rekatrain train`. Functions count from the call of `take_step` to its return, comprehensions and
-lambdas apart. A change of file: the next function of the list is in another file than the one before it.
+lambdas apart, and the files of GUARDS, which save and restore the process around a reward and never see a completion. A change of file: the next function of the list is in another file than the one before it.
 """
 
 import importlib.util
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 STEP = "take_step"
 PACKAGES = ("data", "rewards", "trainer")
+GUARDS = ("rewards/process_state.py", "rewards/shield.py")
 REWARD = "def count_a(completions, **kwargs):\n    return [float(text.count('a')) for text in completions]\n"
 
 
@@ -85,7 +86,7 @@ def main() -> None:
         codes = trace_step(write_run(Path(folder)), package)
     paths = [(Path(code.co_filename).resolve(), code) for code in codes if not code.co_name.startswith("<")]
     ours = [(path.relative_to(root), code) for path, code in paths if path.is_relative_to(root)]
-    ours = [(path, code) for path, code in ours if path.parts[0] in PACKAGES]
+    ours = [(path, code) for path, code in ours if path.parts[0] in PACKAGES and str(path) not in GUARDS]
     visits = [(path, list(group)) for path, group in groupby(ours, key=lambda pair: pair[0])]
     for number, (path, group) in enumerate(visits):
         print(f"{number:3} {path!s:45} {', '.join(code.co_qualname for _, code in group)}")
