@@ -3,8 +3,9 @@
     python tests/benchmarks/trace.py
 
 The step: 1 prompt x 2 completions on a tiny Llama made on the spot, beta 0.1, a plain batch reward, no workers, no
-servers, through `rekatrain train`. Functions count from the call of `take_step` to its return, comprehensions and
-lambdas apart, and the files of GUARDS, which save and restore the process around a reward and never see a completion. A change of file: the next function of the list is in another file than the one before it.
+servers, through `rekatrain train`. Functions count from the call of `take_step` to its return. Comprehensions and
+lambdas do not count, nor do the files of GUARDS, which save and restore the process around a reward and never see a
+completion. A change of file: the next function of the list is in another file than the one before it.
 """
 
 import importlib.util
