@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 # Beside this file, which is in no package inside the sandbox.
@@ -80,14 +80,21 @@ class Link:
         if len(self.lent) > MAX_LENT:
             del self.lent[next(iter(self.lent))]
 
+    def _change_lent(self, number: int, value: Any) -> None:
+        if number in self.lent:
+            changes.assign(self.lent[number][0], value)
+            self.lent[number] = (self.lent[number][0], json.dumps(values.encode(self.lent[number][0], id)))
+
+    def _known(self, call: Sequence[Any]) -> dict[int, int]:
+        """Return the numbers of the objects that the solution has kept, by their ids, for a call that passes them."""
+        return {id(value): number for number, (value, _) in self.lent.items()} if call[0] == "call" else {}
+
     def _request(self, *call: Any) -> Any:
         if self.num_requests == 0:
             self.report_use()
         self.num_requests += 1
-        changeable = []
-        if call[0] == "call":
-            changeable = [item for item in (*call[2], *call[3].values()) if changes.is_changeable(item)]
-        self.write(values.encode(list(call), self.hold, reads_iterators=True))
+        given = [*call[2], *call[3].values()] if call[0] == "call" else []
+        self.write(values.encode(list(call), self.hold, reads_iterators=True, known=self._known(call)))
         while True:
             line = self.answers.readline()
             if not line:
@@ -98,14 +105,20 @@ class Link:
                 continue
             sys.stdout.write(str(answer.get("printed", "")))
             decoder = values.Decoder(self.open)
-            for item, tree in zip(changeable, answer.get("changed", ()), strict=False):
-                new = decoder.decode(tree)
+            for position, tree in answer.get("changed", ()):
+                item, new = given[position], decoder.decode(tree)
                 changes.assign(item, new)
                 # A result that is an argument is that object here, too.
                 decoder.seen = [item if one is new else one for one in decoder.seen]
+            for number, tree in answer.get("later", ()):
+                self._change_lent(int(number), values.decode(tree, self.open))
+            for position, number in answer.get("kept", ()):
+                self._lend(int(number), given[position])
             if "error" in answer:
                 raise self.make_error(answer["error"])
             value = decoder.decode(answer["value"])
+            if answer.get("is") in self.lent:
+                return self.lent[answer["is"]][0]
             if "held" in answer:
                 self._lend(int(answer["held"]), value)
             return value

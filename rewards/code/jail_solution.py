@@ -16,6 +16,8 @@ remote: Any = importlib.import_module("jail_remote")
 OPERATORS: Any = importlib.import_module("jail_operators").OPERATORS
 values: Any = importlib.import_module("jail_values")
 
+MAX_KEPT, MAX_KEPT_TEXT = 8, 5_000  # lists and such that are compared after each operation, characters of JSON of one
+REFERENCES = 4  # to an argument that the code does not keep, where `_keep_arguments` counts them
 MAX_PRINTED = 1 << 20  # characters in one call that the tests may see
 
 
@@ -26,6 +28,9 @@ class Solution:
         self.calls, self.answers = calls, answers
         self.held: list[Any] = []
         self.numbers: dict[int, int] = {}  # of held objects, by their ids
+        # Arguments that the code keeps, and lists that the tests have read as attributes: their contents, by numbers.
+        self.kept: dict[int, str] = {}
+        self.given: set[int] = set()  # numbers of the arguments among them
         self.printed = sys.stdout = io.StringIO()
         self.num_open = 0  # operations for the tests that have not ended
         builtins.input, sys.stdin = self.input, remote.Lines(self.input)
@@ -109,7 +114,10 @@ class Solution:
 
     def _answer(self, tree: Any) -> str:
         operation, *arguments = values.decode(tree, self.open)
-        changeable = [item for item in _arguments(operation, arguments) if changes.is_changeable(item)]
+        given = _arguments(operation, arguments)
+        positions = [index for index, item in enumerate(given) if changes.is_changeable(item)]
+        changeable = [given[index] for index in positions]
+        del given
         before = [values.encode(item, id) for item in changeable]
         encoder = values.Encoder(self.hold)
         answer: dict[str, Any] = {}
@@ -117,16 +125,49 @@ class Solution:
             value = self.operations[operation](*arguments)
             if any(value is item for item in changeable):
                 before = []  # the tests then find it among the arguments
-            self._report_changes(answer, encoder, changeable, before)
+            self._report_changes(answer, encoder, positions, changeable, before)
             answer["value"] = encoder.encode(value)
+            number = self.numbers.get(id(value), -1)
+            # What a call returns is judged as it is then, but for an object that the tests have given.
+            if number in self.kept and (operation == "get" or number in self.given):
+                answer["is"] = number
             if operation == "get" and changes.is_changeable(value) and not isinstance(value, tuple):
                 answer["held"] = self.number_of(value)
+                self._keep(answer["held"])
+            del value
+            self._keep_arguments(answer, positions, changeable)
             text = json.dumps(answer)
         except Exception as error:
             answer = {}
-            self._report_changes(answer, values.Encoder(self.hold), changeable, before)
+            self._report_changes(answer, values.Encoder(self.hold), positions, changeable, before)
             text = json.dumps({**answer, "error": self.describe(error)})
         return text
+
+    def _keep_arguments(self, answer: dict[str, Any], positions: list[int], changeable: list[Any]) -> None:
+        """Keep the arguments of a call to which the code has references left: a later call may change them."""
+        answer["kept"] = []
+        for position, item in zip(positions, changeable, strict=True):
+            if type(item) is not tuple and sys.getrefcount(item) > REFERENCES and id(item) not in self.numbers:
+                answer["kept"].append([position, self.number_of(item)])
+                self.given.add(self.number_of(item))
+                self._keep(self.number_of(item))
+
+    def _keep(self, number: int) -> None:
+        text = json.dumps(values.encode(self.held[number], id))
+        self.kept.pop(number, None)
+        if len(text) <= MAX_KEPT_TEXT:
+            self.kept[number] = text
+        if len(self.kept) > MAX_KEPT:
+            del self.kept[next(iter(self.kept))]
+
+    def _report_kept(self, answer: dict[str, Any]) -> None:
+        """Report what has changed since in the objects that are kept."""
+        answer["later"] = []
+        for number, before in self.kept.items():
+            now = json.dumps(values.encode(self.held[number], id))
+            if now != before:
+                self.kept[number] = now
+                answer["later"].append([number, values.encode(self.held[number], self.hold)])
 
     def input(self, prompt: object = "") -> str:
         """Return a line of the tests' standard input, or what they have put in place of `input`."""
@@ -134,9 +175,14 @@ class Solution:
             raise EOFError("EOF when reading a line")  # the tests have not begun
         return str(self.exchange("input", 0, str(prompt)))
 
-    def _report_changes(self, answer: dict[str, Any], encoder: Any, changeable: list[Any], before: list[Any]) -> None:
+    def _report_changes(
+        self, answer: dict[str, Any], encoder: Any, positions: list[int], changeable: list[Any], before: list[Any]
+    ) -> None:
+        self._report_kept(answer)
         if [values.encode(item, id) for item in changeable] != before:
-            answer["changed"] = [encoder.encode(item) for item in changeable]
+            answer["changed"] = [
+                [position, encoder.encode(item)] for position, item in zip(positions, changeable, strict=True)
+            ]
         if printed := self.printed.getvalue():
             answer["printed"] = printed[:MAX_PRINTED]
             self.printed.seek(0)

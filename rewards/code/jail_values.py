@@ -12,7 +12,7 @@ import fractions
 import importlib
 import itertools
 import zoneinfo
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 tables: Any = importlib.import_module("jail_tables")  # beside this file, which is in no package inside the sandbox
@@ -34,9 +34,13 @@ Hold = Callable[[Any], Any]  # returns how the other side refers to an object
 
 
 class Encoder:
-    """Encodes values of one message. An iterator is read if `reads_iterators`, and held otherwise."""
+    """Encodes values of one message. An iterator is read if `reads_iterators`, and held otherwise.
 
-    def __init__(self, hold: Hold, *, reads_iterators: bool = False) -> None:
+    known: handles of objects that the other side has, by their ids
+    """
+
+    def __init__(self, hold: Hold, *, reads_iterators: bool = False, known: Mapping[int, Any] | None = None) -> None:
+        self.known = known or {}
         self.hold = hold
         self.reads_iterators = reads_iterators
         self.seen: dict[int, int] = {}
@@ -48,6 +52,8 @@ class Encoder:
             return str.__str__(value) if isinstance(value, str) else value  # json.dumps escapes half a surrogate pair
         if hasattr(type(value), "_is_remote"):
             return {"handle": self.hold(value)}
+        if id(value) in self.known:
+            return {"handle": self.known[id(value)]}
         if id(value) in self.seen:
             return {"again": self.seen[id(value)]}
         if isinstance(value, int):
@@ -130,9 +136,9 @@ class Decoder:
         return SEQUENCES[kind](items)
 
 
-def encode(value: Any, hold: Hold, *, reads_iterators: bool = False) -> Any:
+def encode(value: Any, hold: Hold, *, reads_iterators: bool = False, known: Mapping[int, Any] | None = None) -> Any:
     """Return one value as JSON."""
-    return Encoder(hold, reads_iterators=reads_iterators).encode(value)
+    return Encoder(hold, reads_iterators=reads_iterators, known=known).encode(value)
 
 
 def decode(tree: Any, open_handle: Callable[[Any], Any]) -> Any:
