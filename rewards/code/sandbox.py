@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from rekatrain.rewards.code.launcher import Isolation, Limits, start_sandbox
 from rekatrain.rewards.code.pipes import memory_file, read, read_verdicts
 from rekatrain.rewards.errors import RewardError
 
+# Threads of the tests beside those that the code may have: they may call it from several at once.
+TEST_THREADS = 16
 # Written and run by a program that shows that this machine can make a sandbox.
 TRIAL = "import threading\nt = threading.Thread(target=print, args=(6 * 7,))\nt.start()\nt.join()"
 
@@ -102,7 +104,7 @@ def run_tests(
         ) as solution,
         start_sandbox(
             {"kind": "tests", "sources": solutions, **tests},
-            limits,
+            replace(limits, processes=limits.processes + TEST_THREADS),
             isolation,
             channels=(answers_out, calls_in, verdicts_in),
             paths=paths,
