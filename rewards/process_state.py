@@ -1,12 +1,12 @@
 """The state of a process that a reward may change by mistake, and its restoration after the call.
 
 It is the state on which the run or another reward depends: standard streams, timers, signal handlers, environment,
-locale, umask, recursion limit, tracing, random numbers, and PyTorch's switches.
+locale, umask, recursion limit, tracing, and PyTorch's switches. Random numbers are those of the run, whose state is in
+its checkpoints: a resumed reward draws on.
 """
 
 import locale
 import os
-import random
 import signal
 import sys
 import threading
@@ -34,9 +34,6 @@ _setlocale, _settrace, _setprofile, _setrecursionlimit = (
     sys.setprofile,
     sys.setrecursionlimit,
 )
-
-# The random numbers of rewards are a stream beside those of the run: a reward that sets a seed changes no sampling.
-_random_of_rewards: dict[str, Any] = {}
 
 
 class ProcessState:
@@ -97,21 +94,18 @@ class ProcessState:
 
 @contextmanager
 def kept_state() -> Iterator[list[BaseException]]:
-    """Make a context that restores the state, with random numbers of the rewards.
+    """Make a context that restores the state.
 
     Its value is the list of errors that signal handlers raise within: those interrupt the run, and all others are the
     reward's, even a KeyboardInterrupt.
     """
     raised: list[BaseException] = []
-    state, random_of_run = ProcessState(), _read_random()
-    _set_random(_random_of_rewards)
+    state = ProcessState()
     try:
         if threading.current_thread() is threading.main_thread():
             _note_signals(raised)
         yield raised
     finally:
-        _random_of_rewards.update(_read_random())
-        _set_random(random_of_run)
         state.restore()
         state.close()
 
@@ -158,27 +152,3 @@ def _read_umask() -> int:
 def _read_torch() -> tuple[bool, Any] | None:
     torch = sys.modules.get("torch")
     return None if torch is None else (torch.is_grad_enabled(), torch.get_default_dtype())
-
-
-def _read_random() -> dict[str, Any]:
-    """Return the state of the global generators of Python, numpy and PyTorch, as far as they are loaded."""
-    state: dict[str, Any] = {"random": random.getstate()}
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None:
-        state["numpy"] = numpy.random.get_state()
-    if torch is not None:
-        state["torch"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random(state: dict[str, Any]) -> None:
-    if "random" in state:
-        random.setstate(state["random"])
-    if "numpy" in state:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    if "torch" in state:
-        sys.modules["torch"].set_rng_state(state["torch"])
-    if "cuda" in state:
-        sys.modules["torch"].cuda.set_rng_state(state["cuda"])

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from accelerate import PartialState
@@ -348,8 +347,6 @@ def test_ctrl_c_ends_a_function_that_runs():
 
 def test_state_of_the_run_is_restored_after_each_function():
     def vandal(completions, **kwargs):
-        random.seed(0), torch.manual_seed(0), numpy.random.seed(0)
-        drawn.append((random.random(), torch.rand(1).item(), numpy.random.rand()))
         torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64)
         os.umask(0o777), os.environ.pop("HOME"), locale.setlocale(locale.LC_ALL, "C")
         sys.stdout, sys.stderr = None, None
@@ -365,10 +362,9 @@ def test_state_of_the_run_is_restored_after_each_function():
         masks = (Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], os.environ["HOME"])
         return handlers, switches, masks, locale.setlocale(locale.LC_ALL), sys.stdout, os.fstat(2).st_ino
 
-    drawn = []
-    before = state(), random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
+    before = state()
     assert score([reward(vandal)]).total == [1.0, 1.0]
-    assert before == (state(), random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state()))
+    assert before == state()
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
