@@ -94,7 +94,7 @@ def test_recipes_of_both_models_have_the_same_names() -> None:
     large = {path.stem for path in (FOLDER.parent / "reka-flash-3").glob("*.yaml")}
     same = {"sft": "sft-full", "rloo": "rloo-full", "rloo-lora": "rloo-8k"}
     # What is shown on a small model alone.
-    series = ("raft-", "reasoning-", "mixture-", "multi-task-")
+    series = ("raft-", "reasoning-", "mixture-", "multi-task-", "staleness")
     small = {same.get(path.stem, path.stem) for path in RECIPES if not path.stem.startswith(series)}
     small -= {"rloo-vllm"}  # servers sample for every 21B recipe of stage rloo
     assert small == large - {"rloo-16k", "rloo-32k"}  # a small model's completions are short in every stage
