@@ -68,11 +68,12 @@ def export(
         raise InputError(f"{str(out)!r} exists already; choose a new folder")
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
+    if recipe.stage == "reward":
+        _check_reward_model(form, quantize, average)
     source = find_source(str(run))
     if Path(source.folder) == run:  # the newest one of a run is verified already
         check_checkpoint(run)
     if recipe.stage == "reward":
-        _check_reward_model(form, quantize, average)
         from rekatrain.trainer.export.reward_model_folder import export_reward_model
 
         export_reward_model(
