@@ -1,7 +1,8 @@
 """Weights updated in flight, `max_staleness` above 1, on the real vLLM that VLLM_PYTHON names.
 
-The trainer is killed by SIGKILL and resumed; the server stays up. Whether an update comes in the middle of a completion,
-and whether groups wait at the kill, depends on the machine: test_staleness.py makes both happen, with stand-ins.
+The trainer is killed by SIGKILL and resumed; the server stays up. Whether an update comes in the middle of a
+completion, and whether groups wait at the kill, depends on the machine: test_staleness.py makes both happen, with
+stand-ins.
 """
 
 import os
