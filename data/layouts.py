@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rekatrain.data.chat import Message
 from rekatrain.data.errors import InputError
-from rekatrain.data.prime import code_tests_of
+from rekatrain.data.prime import columns_of_tests
 from rekatrain.data.records import (
     PROMPT_KEYS,
     SYSTEM_KEYS,
@@ -49,12 +49,11 @@ def prompt_answer_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
     columns = other_columns(record, "prompt", "answer", "reasoning", *PROMPT_KEYS)
     messages, trains = read_prompt(record, options)
     reasoning, answer = read_optional_text(record, "reasoning"), record.get("answer")
-    if not isinstance(answer, list) and answer is not None and "tests" not in record:
-        tests = code_tests_of(record, answer)
-        if tests is not None:
-            return Row(messages=messages, trains=trains, columns={**columns, "tests": tests, "answer": None})
-        if "ability" in record:  # a set of several tasks, of which this is another
-            columns["tests"] = None
+    if answer is not None and not isinstance(answer, list):
+        of_tests = columns_of_tests(record, answer)
+        columns |= of_tests
+        if "answer" in of_tests:
+            return Row(messages=messages, trains=trains, columns=columns)
     if answer is None:
         if reasoning:
             raise InputError("there is reasoning but no answer: add the answer, or remove the reasoning")

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from rekatrain.data.chat import IGNORED_LABEL, EncodedRow
 from rekatrain.data.errors import InputError
-from rekatrain.data.prime import code_tests_of
+from rekatrain.data.prime import columns_of_tests
 from rekatrain.data.records import (
     PROMPT_KEYS,
     Record,
@@ -51,12 +51,7 @@ def verl_row(record: Record, options: TurnOptions = DEFAULT) -> Row:
         raise InputError("there is no reward_model.ground_truth: set format or columns to match the file")
     messages, trains = read_prompt(record, options)
     columns = {**other_columns(record, "prompt", *PROMPT_KEYS), "answer": number_as_text(truth) or truth}
-    if "tests" not in record:
-        tests = code_tests_of(record, truth)
-        if tests is not None:
-            columns |= {"tests": tests, "answer": None}
-        elif "ability" in record:  # a set of several tasks, of which this is another
-            columns["tests"] = None
+    columns |= columns_of_tests(record, truth)
     return Row(messages=messages, trains=trains, columns=columns)
 
 

@@ -9,6 +9,20 @@ from rekatrain.data.records import Record
 CODE = ("code", "coding")  # the field `ability` of a row of code
 
 
+def columns_of_tests(record: Record, answer: Any) -> dict[str, Any]:  # Any: JSON values
+    """Return the columns that follow from tests in place of an answer, beside a row's other columns.
+
+    They are `tests`, and a null `answer`. A row of another task, in a set that has `ability`, has null `tests`.
+    Raises InputError as `code_tests_of` does.
+    """
+    if "tests" in record:
+        return {}
+    tests = code_tests_of(record, answer)
+    if tests is not None:
+        return {"tests": tests, "answer": None}
+    return {"tests": None} if "ability" in record else {}
+
+
 def code_tests_of(record: Record, answer: Any) -> dict[str, Any] | None:  # Any: a JSON value
     """Return the tests that `answer` holds: `inputs`, `outputs` and perhaps `fn_name`; None if it is no code test.
 

@@ -73,7 +73,7 @@ def make_optimizer(
 
 
 def keep_kernels(optimizer: Optimizer) -> None:
-    """Have a resumed run use the kernels that its recipe names: a saved state would bring those of its own run."""
+    """Keep the kernels that the recipe names when a saved state is loaded, which names those of its run."""
 
     def replace_kernels(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         own = ({key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups)
