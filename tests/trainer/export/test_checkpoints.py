@@ -78,7 +78,7 @@ def test_best_is_found_beside_a_damaged_record(run: Path, capsys) -> None:
     main(["export", str(run), str(run.parent / "out"), "--checkpoint", "best", "--as", "adapter"])
     exported = load_file(run.parent / "out" / WEIGHTS)
     second = load_file(run / "checkpoints" / "checkpoint-2" / WEIGHTS)
-    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"  # no alpha_pattern names it, so the export stores it as it is
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"  # stored as trained: no alpha_pattern
     assert (exported[name] == second[name]).all()
 
 
