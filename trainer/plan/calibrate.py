@@ -25,7 +25,8 @@ from rekatrain.trainer.plan.cost import Rates, estimate
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.passes import make_model, run_loss
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
-from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
+from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 
 ROUNDS = 3

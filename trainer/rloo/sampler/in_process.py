@@ -24,7 +24,8 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
-from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
+from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.draw import draw
 
 # Steps of decoding after which drawn tokens are read: a GPU decodes on meanwhile, and the tokens that it draws for
