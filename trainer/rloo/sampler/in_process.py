@@ -3,7 +3,7 @@
 Each prompt is prefilled once, and its group shares that part of the cache. A completion leaves the batch when it ends,
 and the next group joins as soon as there is room. Each token is drawn with one uniform number, keyed by (seed, step,
 prompt, completion). A completion therefore depends neither on the other completions of its batch nor on the number of
-processes.
+processes. A GPU replays decoding steps as CUDA graphs (decode_step.py).
 
 Shapes: S tokens of all prompts of a batch, N completions that have not ended yet, T tokens of a completion, V tokens of
 the vocabulary, D hidden size.
@@ -24,8 +24,10 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
+from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache, send
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
+from rekatrain.trainer.rloo.sampler.decode_step import Calls, CudaGraphs, DecodeStep, Drawn, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
 
 # Steps of decoding after which drawn tokens are read: a GPU decodes on meanwhile, and the tokens that it draws for
@@ -89,7 +91,10 @@ class Sampler:
         self.top_p, self.top_k = top_p, top_k
         self.reasoning_budget = reasoning_budget
         self.dtype = dtype
+        # Tests set these three to a GPU's, on a CPU.
         self.num_late = NUM_LATE[model.device.type]
+        self.is_static = model.device.type == "cuda"
+        self.make_calls: Callable[[], Calls] = CudaGraphs if self.is_static else EagerCalls
         self._tokenizer = tokenizer
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
@@ -110,7 +115,8 @@ class Sampler:
                        completions that run out of length
         """
         num_inputs = min(self.batch_size, len(prompts) * num_generations)
-        with torch.no_grad(), _eval_mode(self.model), decoding_weights(self.model, num_inputs, self.dtype):
+        weights, adapters = decoding_weights(self.model, num_inputs, self.dtype), decoding_adapters(self.model)
+        with torch.no_grad(), _eval_mode(self.model), weights, adapters:
             completions = self._sample_all(prompts, keys, num_generations, on_completion)
         return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
 
@@ -123,7 +129,8 @@ class Sampler:
     ) -> list[Completion]:
         """Sample the completions of all prompts; a group joins the batch once as many of its completions have ended."""
         device, (decoder, head) = self.model.device, decoder_and_head(self.model)
-        at_once = max(1, self.batch_size // num_generations)
+        at_once = min(max(1, self.batch_size // num_generations), len(prompts))
+        max_prompts = min(MAX_GROUPS * at_once, len(prompts))
         cache: ForkedCache | None = None
         partials: dict[int, _PartialCompletion] = {}
         completions: dict[int, Completion] = {}
@@ -132,46 +139,48 @@ class Sampler:
         # Forced tokens depend on all tokens before: those are read at once.
         num_late = 0 if self.reasoning_budget is not None else self.num_late
         num_admitted = 0
-        logits_NV, uniforms_NT = torch.empty(0, device=device), torch.empty(0, device=device)
+        uniforms_MT = torch.zeros(max_prompts * num_generations, self.max_completion_length, dtype=torch.float64)
+        uniforms_MT = uniforms_MT.to(device)
         while live or unread or num_admitted < len(prompts):
-            # 1. Prefill: run each prompt once, of all groups that there is room for.
+            # 1. Prefill: run each prompt once, of all groups that there is room for, and draw their first tokens.
             num_new = min(at_once - -(-len(live) // num_generations), len(prompts) - num_admitted)
             if cache is not None:  # the last completion of each group keeps its prompt in memory
-                num_new = min(num_new, MAX_GROUPS * at_once - cache.num_groups)
+                num_new = min(num_new, max_prompts - cache.num_groups)
             if num_new > 0:
                 new = range(num_admitted, num_admitted + num_new)
                 num_admitted += num_new
                 new_lengths = [len(prompts[index]) for index in new]
                 if cache is None:
-                    cache = ForkedCache(new_lengths, num_generations, self.max_completion_length, device)
+                    room = {"max_prompts": max_prompts, "longest_prompt": max(map(len, prompts))}
+                    cache = ForkedCache(
+                        new_lengths,
+                        num_generations,
+                        self.max_completion_length,
+                        device,
+                        is_static=self.is_static,
+                        **room,
+                    )
+                    step = DecodeStep((decoder, head), cache, self._draw, uniforms_MT, self.make_calls())
                 else:
                     cache.admit(new_lengths)
                 if num_admitted == len(prompts):
                     cache.close()
-                prompt_ids = torch.tensor([[token for index in new for token in prompts[index]]], device=device)
+                prompt_ids = send([token for index in new for token in prompts[index]], device)[None]
                 hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
-                last_of_prompts = torch.tensor(new_lengths, device=device).cumsum(0) - 1
-                new_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
+                last_of_prompts = send(new_lengths, device).cumsum(0) - 1
+                logits_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
                 numbers = [[*keys[index], member] for index in new for member in range(num_generations)]
                 uniforms = [self._generator(key).random(self.max_completion_length) for key in numbers]
                 new_NT = torch.from_numpy(np.stack(uniforms)).to(device)
-                logits_NV = torch.cat([logits_NV, new_NV]) if live else new_NV
-                uniforms_NT = torch.cat([uniforms_NT, new_NT]) if live else new_NT
+                uniforms_MT[send(cache.new_members, device)] = new_NT
+                drawn = self._draw(logits_NV, new_NT[:, 0])
+                step.set_last(drawn[0], first=len(live))
                 members = range(new.start * num_generations, new.stop * num_generations)
+                unread.append(_Drawn(list(members), drawn))
                 live = [*live, *members]
                 partials |= {index: _PartialCompletion() for index in members}
             assert cache is not None
-            # 2. Draw one token for each completion of the batch.
-            if live:
-                drawn = draw(
-                    logits_NV[:, : self._num_tokens],
-                    uniforms_NT.gather(1, cache.lengths_N1)[:, 0],
-                    self.temperature,
-                    self.top_p,
-                    self.top_k,
-                )
-                unread.append(_Drawn(live, *drawn))
-            # 3. Read the tokens, some steps late on a GPU, which need not wait then. Report completions that ended.
+            # 2. Read the tokens, some steps late on a GPU, which need not wait then. Report completions that ended.
             while unread and (len(unread) > num_late or not live):
                 for index, token, logprob, cutoff in unread.popleft().read():
                     if index in completions:  # drawn after its end, which was not yet known
@@ -189,24 +198,23 @@ class Sampler:
                     )
                     if on_completion is not None and partial.finish_reason is not None:
                         on_completion(index, completions[index])
-            if not live:
-                continue
-            # 4. Remove the completions that ended from the batch, and those that have all their tokens.
-            is_last = [length + 1 == self.max_completion_length for length in cache.lengths]
-            unfinished = [at for at, index in enumerate(live) if index not in completions and not is_last[at]]
-            last_N = drawn[0]
-            if len(unfinished) < len(live):
-                order = cache.keep(unfinished)
-                live = [live[at] for at in order]
-                order_N = torch.tensor(order, dtype=torch.long, device=device)
-                last_N, uniforms_NT = last_N[order_N], uniforms_NT[order_N]
-            # 5. Decode: run the new tokens.
+            # 3. Remove the completions that ended from the batch, and those that have all their tokens.
+            if live:
+                is_last = [length + 1 == self.max_completion_length for length in cache.lengths]
+                unfinished = [at for at, index in enumerate(live) if index not in completions and not is_last[at]]
+                if len(unfinished) < len(live):
+                    order = cache.keep(unfinished)
+                    step.reorder(order)
+                    live = [live[at] for at in order]
+            # 4. Decode: run the new tokens, and draw the next.
             if live:
                 if self.reasoning_budget is not None:
-                    last_N = torch.tensor([partials[index].ids[-1] for index in live], device=device)
-                logits_NV = head(run_decoder(decoder, last_N[:, None], cache.position_ids, cache)[:, 0])
-                cache.advance()
+                    step.set_last(send([partials[index].ids[-1] for index in live], device))
+                unread.append(_Drawn(live, step()))
         return [completions[index] for index in range(len(completions))]
+
+    def _draw(self, logits_NV: Tensor, uniforms_N: Tensor) -> Drawn:
+        return draw(logits_NV[:, : self._num_tokens], uniforms_N, self.temperature, self.top_p, self.top_k)
 
     def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""
@@ -245,11 +253,13 @@ class _PartialCompletion:
 class _Drawn:
     """Tokens drawn for the completions of a batch, on their way from the device to the host."""
 
-    def __init__(self, live: list[int], ids_N: Tensor, logprobs_N: Tensor, cutoffs_N: Tensor | None) -> None:
+    def __init__(self, live: list[int], drawn: Drawn) -> None:
         self._live = live
-        tensors = (ids_N, logprobs_N, cutoffs_N)
-        self._sent = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._arrived = torch.cuda.Event() if ids_N.is_cuda else None
+        # Copies: the next step may overwrite what this one has drawn. Rows beyond the live completions are unused.
+        self._sent = [
+            None if tensor is None else tensor[: len(live)].to("cpu", non_blocking=True, copy=True) for tensor in drawn
+        ]
+        self._arrived = torch.cuda.Event() if drawn[0].is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
 

@@ -1,0 +1,121 @@
+"""One decoding step over tensors with fixed addresses, which a GPU replays as a CUDA graph.
+
+A step runs the decoder on the last token of each row and draws the next one. The host sends nothing and reads nothing
+within a step: tokens, lengths, indices and uniform numbers lie on the device, where the step updates them. A GPU
+therefore launches the thousands of kernels of a step at once (`CudaGraphs`); a CPU calls the same function.
+
+Shapes: R rows of the batch, unused ones included; M members of the batch's slots, T tokens of a completion, V tokens of
+the vocabulary.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache, send
+from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
+
+# Graphs that are kept. A graph of a large model takes tens of megabytes on the GPU.
+MAX_GRAPHS = 32
+
+Drawn = tuple[Tensor, Tensor, Tensor | None]  # ids, log-probabilities and cutoffs, as `draw` returns them
+Result = TypeVar("Result")
+
+
+class Calls(Protocol):
+    """A way to call a function of tensors that keep their addresses."""
+
+    def __call__(self, key: Hashable, function: Callable[[], Result]) -> Result:
+        """Call the function; calls with equal keys run the same kernels on the same memory."""
+        ...
+
+
+class EagerCalls:
+    """Calls the function."""
+
+    def __call__(self, key: Hashable, function: Callable[[], Result]) -> Result:
+        """Call the function."""
+        return function()
+
+
+class CudaGraphs:
+    """Replays the CUDA graph of the function, which is captured at the second call with a key.
+
+    The first call with a key runs the function, so that what is allocated or compiled once lies outside the graph; a
+    shape that occurs once is never captured. A replay overwrites the result of the calls before it: copy from it first,
+    on the same stream.
+    """
+
+    def __init__(self) -> None:
+        """Begin without graphs; all of them share memory for what a step computes in between."""
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object] | None] = {}
+
+    def __call__(self, key: Hashable, function: Callable[[], Result]) -> Result:
+        """Run, or capture and replay."""
+        if key not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]  # the one that was used least recently
+            self._graphs[key] = None
+            return function()
+        captured = self._graphs.pop(key)
+        if captured is None:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result: object = function()
+            captured = graph, result
+        self._graphs[key] = captured
+        captured[0].replay()
+        return captured[1]  # type: ignore[return-value]  # the function's result
+
+
+class DecodeStep:
+    """The next token of every row."""
+
+    def __init__(
+        self,
+        halves: tuple[PreTrainedModel, nn.Module],
+        cache: ForkedCache,
+        draw: Callable[[Tensor, Tensor], Drawn],
+        uniforms_MT: Tensor,
+        calls: Calls,
+    ) -> None:
+        """Store the parts of a step.
+
+        halves:      decoder and LM head
+        draw:        logits [R, V] and uniform numbers [R] -> tokens
+        uniforms_MT: uniform numbers by member of the cache; may be overwritten between steps
+        """
+        self._decoder, self._head = halves
+        self._cache = cache
+        self._draw = draw
+        self._uniforms_MT = uniforms_MT
+        self._calls = calls
+        self._last_R = torch.zeros(cache.max_rows, dtype=torch.long, device=uniforms_MT.device)
+
+    def __call__(self) -> Drawn:
+        """Run the last tokens and draw the next; rows beyond the live completions are unused."""
+        self._cache.reserve()
+        drawn = self._calls(self._cache.shape, self._step)
+        self._cache.advance()
+        return drawn
+
+    def _step(self) -> Drawn:
+        cache, last_R = self._cache, self._last_R[: self._cache.num_rows]
+        hidden_R1D = run_decoder(self._decoder, last_R[:, None], cache.position_ids, cache)
+        drawn = self._draw(self._head(hidden_R1D[:, 0]), self._uniforms_MT[cache.members_R, cache.lengths_R])
+        last_R.copy_(drawn[0])
+        return drawn
+
+    def set_last(self, ids: Tensor, first: int = 0) -> None:
+        """Set the last tokens of the rows from `first` on."""
+        self._last_R[first : first + len(ids)] = ids
+
+    def reorder(self, order: list[int]) -> None:
+        """Move the last tokens as `ForkedCache.keep` moved completions."""
+        if order != list(range(len(order))):
+            self.set_last(self._last_R[send(order, self._last_R.device)])
