@@ -1,6 +1,6 @@
 """One arm of a comparison of RLOO engines, run alone in its process:  python tests/benchmarks/arms.py ARM JSON OUT
 
-ARM is `rekatrain` or a key of TRL_SETTINGS. JSON holds the fields of `Work`, which all arms have in common. The
+ARM is a key of OWN_SETTINGS or of TRL_SETTINGS. JSON holds the fields of `Work`, which all arms have in common. The
 measurements are written to OUT. Both arms train all weights of the same model in float32 with torch's fused AdamW on
 the same prompts in the same order.
 """
@@ -26,6 +26,15 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.rollouts import step_prompts
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 
+# Options of this project's engine.
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "rekatrain": {},
+    "rekatrain-bf16-rollouts": {
+        "rollout_dtype": "bfloat16",
+        "importance_sampling_level": "token",
+        "importance_sampling_correction": "token_truncate",
+    },
+}
 # `trl_arm` holds the settings that the comparison fixes (lengths, k, learning rate, precision, ...). `trl-defaults` are
 # TRL's defaults; the others are its options on a CPU. A batch size is completions per pass; None: all of a step.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
@@ -42,7 +51,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_task(work: Work) -> RunSetup:
+def make_task(work: Work, options: dict[str, Any]) -> RunSetup:
     """Make the prompts, rewards and settings of the arms."""
     settings = {
         "max_steps": work.steps,
@@ -53,6 +62,7 @@ def make_task(work: Work) -> RunSetup:
         "learning_rate": work.learning_rate,
         "per_device_generation_batch_size": work.prompts_per_step * work.num_generations,
         "micro_batch_tokens": work.micro_batch_tokens,
+        **options,
     }
     if work.recipe:
         overrides = [f"rloo.{name}={value}" for name, value in settings.items()]
@@ -210,7 +220,7 @@ def main() -> None:
     """Run one arm and write its measurements."""
     arm, work_json, out = sys.argv[1:]
     work = Work(**json.loads(work_json))
-    task = make_task(work)
+    task = make_task(work, OWN_SETTINGS.get(arm, {}))
     set_seed(work.seed)
     model = load_model(work.model)
     if work.equal_lengths:
@@ -218,7 +228,7 @@ def main() -> None:
     gc.collect()
     loaded = memory_mb("VmRSS")
     meter = Meter()
-    if arm == "rekatrain":
+    if arm in OWN_SETTINGS:
         settings = rekatrain_arm(work, task, model, meter)
     else:
         settings = trl_arm(work, task, model, meter, TRL_SETTINGS[arm])

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rekatrain.data.chat import render_prompt  # noqa: E402  # the package is in
 from rekatrain.data.rows import Row  # noqa: E402
 from rekatrain.data.sources import load_rows  # noqa: E402
 from rekatrain.data.tokenizer import load_tokenizer  # noqa: E402
+from rekatrain.trainer.plan.calibrate import copy_rate, product_rate  # noqa: E402
 from rekatrain.trainer.prompts import Prompt  # noqa: E402
 
 # glibc returns large blocks to the kernel, which clears them page by page at the next allocation.
@@ -107,7 +109,7 @@ def memory_mb(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its threads and the versions of the packages."""
+    """Return the processor, its threads and rates, and the versions of the packages."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     packages = ("torch", "transformers", "trl", "accelerate", "numpy")
     return {
@@ -117,7 +119,18 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "malloc": {name: os.environ.get(name) for name in TUNED_MALLOC},
         "python": platform.python_version(),
+        **machine_rates(),
         **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+@cache
+def machine_rates() -> dict[str, float]:
+    """Return the rate of a large matrix product in float32 and that of a copy, in all threads of torch."""
+    device = torch.device("cpu")
+    return {
+        "GFLOP/s in products": product_rate(device, torch.float32) / 1e9,
+        "GB/s in copies": copy_rate(device, device) / 1e9,
     }
 
 

@@ -25,8 +25,8 @@ from itertools import product
 from statistics import fmean, median
 from typing import Any
 
-from arms import TRL_SETTINGS
-from common import add_model_arguments, make_parser, print_table, write_report
+from arms import OWN_SETTINGS, TRL_SETTINGS
+from common import add_model_arguments, machine_rates, make_parser, print_table, write_report
 from wall_clock import compare_rewards
 from work import Result, Work, run_arm
 
@@ -65,18 +65,17 @@ def compare(arms: Sequence[str], work: Work, rounds: int, *, is_tuned: bool) -> 
     quartiles = [lengths[len(lengths) * quarter // 4] for quarter in (1, 2, 3)]
     print(f"lengths: quartiles {quartiles}, {at_cap:.0%} at the cap")
     ratios = {}
-    trl_arms = [arm for arm in arms if arm != "rekatrain"]
-    if "rekatrain" in arms and trl_arms:
+    own_arms, trl_arms = ([arm for arm in arms if arm in settings] for settings in (OWN_SETTINGS, TRL_SETTINGS))
+    if own_arms and trl_arms:
         best = max(trl_arms, key=lambda arm: rows[arm]["completions/s"])
-        for arm in dict.fromkeys([best, "trl-defaults"]):
-            if arm in rows:
-                ratios[arm] = {
-                    "completions/s": rows["rekatrain"]["completions/s"] / rows[arm]["completions/s"],
-                    "peak MB": rows["rekatrain"]["peak MB"] / rows[arm]["peak MB"],
-                    "above loaded": rows["rekatrain"]["above loaded"] / rows[arm]["above loaded"],
-                }
-                print(f"rekatrain / {arm}{' (best)' if arm == best else ''}:", end=" ")
-                print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios[arm].items()))
+        others = [arm for arm in dict.fromkeys([best, "trl-defaults"]) if arm in rows]
+        for own, other in product(own_arms, others):
+            pair = f"{own} / {other}"
+            ratios[pair] = {
+                name: rows[own][name] / rows[other][name] for name in ("completions/s", "peak MB", "above loaded")
+            }
+            print(f"{pair}{' (best)' if other == best else ''}:", end=" ")
+            print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios[pair].items()))
     return {
         "title": title,
         "work": vars(work),
@@ -90,7 +89,7 @@ def compare(arms: Sequence[str], work: Work, rounds: int, *, is_tuned: bool) -> 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "rloo_vs_trl.json")
     add_model_arguments(parser)
-    arms = ["rekatrain", *TRL_SETTINGS]
+    arms = [*OWN_SETTINGS, *TRL_SETTINGS]
     parser.add_argument("--arms", nargs="+", choices=arms, default=["rekatrain", "trl-defaults", "trl-8"])
     parser.add_argument("--caps", nargs="+", type=int, default=[64], help="largest number of new tokens")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.0])
@@ -119,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the tables and write the report."""
     arguments = parse_arguments()
+    print("this machine: " + ", ".join(f"{rate:.3g} {name}" for name, rate in machine_rates().items()))
     common = {
         "model": arguments.model,
         "steps": arguments.steps,

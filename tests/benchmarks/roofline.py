@@ -58,6 +58,7 @@ GROUPS = {
         "aten::matmul",
         "aten::baddbmm",
         "mkl::",
+        "mkldnn::",
     ),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous", "aten::split"),

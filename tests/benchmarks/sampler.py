@@ -42,7 +42,7 @@ from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 # bmm belongs to attention and does not count.
-PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise", "aten::mkldnn_linear")
 Prompts = list[list[int]]
 Engine = Callable[[Prompts], int]  # -> number of tokens sampled
 

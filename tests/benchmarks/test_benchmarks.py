@@ -69,7 +69,7 @@ def test_rloo_vs_trl_gives_both_engines_the_same_work(
         padded = 4 * max(trl_step["prompt_tokens"])
         # Prefill and five decoding steps, two scoring passes, and the training pass twice because of checkpointing.
         assert trl_step["slots"] == {"sample": padded + 4 * 5, "score": 2 * (padded + 24), "train": 2 * (padded + 24)}
-    assert case["ratios"]["trl-defaults"]["completions/s"] > 0
+    assert case["ratios"]["rekatrain / trl-defaults"]["completions/s"] > 0
 
 
 def test_rloo_vs_trl_compares_rewards_against_time(

@@ -43,7 +43,7 @@ def calibrate(plan: Plan, file: Path) -> Rates:
     is_16_bit = is_bfloat16(plan.recipe) or plan.uses_bf16
     disk = _disk_rate(file)  # first: the folder may not exist
     flops = product_rate(device, torch.bfloat16 if is_16_bit else torch.float32)
-    memory = _copy_rate(device, device)
+    memory = copy_rate(device, device)
     measured = {
         "training pass, seconds": _deep(plan, lambda layers: _seconds(training_pass(plan, layers, device)[1], device))
     }
@@ -59,7 +59,7 @@ def calibrate(plan: Plan, file: Path) -> Rates:
     )
     if torch.cuda.device_count() > 1:
         # Measured, not a data sheet's rate: nothing is lost of it.
-        rates = replace(rates, nvlink=_copy_rate(torch.device("cuda:0"), torch.device("cuda:1")), link_fraction=1.0)
+        rates = replace(rates, nvlink=copy_rate(torch.device("cuda:0"), torch.device("cuda:1")), link_fraction=1.0)
     if plan.recipe.stage == "rloo" and not plan.samples_elsewhere:
         batch_size, size = plan.workload.sampler_batch_size, 2 if is_16_bit else 4
         weights = base_bytes(plan.recipe, plan.shape, size)
@@ -134,8 +134,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / _seconds(lambda: left @ right, device)
 
 
-def _copy_rate(source: torch.device, target: torch.device) -> float:
-    """Bytes per second: read and written within a device, or sent from one device to another."""
+def copy_rate(source: torch.device, target: torch.device) -> float:
+    """Return bytes per second: read and written within a device, or sent from one device to another."""
     data = torch.ones(COPIED[source.type], dtype=torch.uint8, device=source)
     copied = torch.empty_like(data, device=target)
     sides = 2 if source == target else 1

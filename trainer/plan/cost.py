@@ -156,7 +156,7 @@ def _decoding_seconds(plan: Plan, rates: Rates) -> float:
     config = plan.rloo
     batch_size = plan.workload.sampler_batch_size
     batches = -(-plan.num_prompts * config.num_generations // batch_size)
-    size = 2 if is_bfloat16(plan.recipe) or plan.uses_bf16 else 4
+    size = 2 if is_bfloat16(plan.recipe) or plan.uses_bf16 or config.rollout_dtype else 4
     weights = base_bytes(plan.recipe, plan.shape, size)
     # On average half of a completion is in the cache. A group's prompt is in it once.
     token_bytes = plan.shape.num_layers * plan.shape.kv_dims * size

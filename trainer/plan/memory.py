@@ -241,7 +241,8 @@ class Plan:
         is_16_bit = is_bfloat16(self.recipe) or (self.launch.engine == "deepspeed" and self.uses_bf16)
         if is_16_bit:
             return 0.0
-        return float(weights * (2 if self.uses_bf16 else 4 if self.launch.is_cpu else 0))
+        casts = self.uses_bf16 or (self.recipe.stage == "rloo" and self.recipe.rloo.get("rollout_dtype") is not None)
+        return float(weights * (2 if casts else 4 if self.launch.is_cpu else 0))
 
 
 def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | None = None) -> Plan:

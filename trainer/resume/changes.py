@@ -127,7 +127,7 @@ RULES = (
     Rule(REFUSED, "model", "dtype quantization_config", "the weights would have other values"),
     Rule(REFUSED, "-", "lora lora.*", "the adapter of the checkpoint has the earlier form"),
     Rule(REFUSED, "-", "rewards.*", "it changes the reward of a completion"),
-    Rule(REFUSED, _ALL, "bf16 tf32 cast_lm_head_to_fp32", "it changes the precision of the arithmetic"),
+    Rule(REFUSED, _ALL, "bf16 tf32 cast_lm_head_to_fp32 rollout_dtype", "it changes the precision of the arithmetic"),
     Rule(REFUSED, _ALL, "learning_rate lr_scheduler_* warmup_steps weight_decay adam_* max_grad_norm", _STEPS),
     Rule(REFUSED, "rloo", "grad_norm_quantile grad_norm_window", _STEPS),
     Rule(REFUSED, _TRL, "max_length packing packing_strategy train_sampling_strategy", "a step would have other rows"),

@@ -49,6 +49,9 @@ class RLOOConfig:
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights
+    rollout_dtype:                      bfloat16: the in-process sampler computes its linear layers in it, from a copy
+                                        of the weights, and importance weights correct for the difference; null: as in
+                                        training
     full_determinism:                   use deterministic GPU kernels alone, which are slower: equal runs, equal bits
     cast_lm_head_to_fp32:               compute the logits in float32, in trainer, reference and sampler; `rekatrain
                                         serve-rollouts` starts vLLM so, too
@@ -121,6 +124,7 @@ class RLOOConfig:
     per_device_generation_batch_size: Count = 64
     gradient_checkpointing: bool = False
     bf16: bool = False
+    rollout_dtype: Literal["bfloat16"] | None = None
     full_determinism: bool = False
     cast_lm_head_to_fp32: bool = False
     eval_steps: Count | None = None
@@ -190,6 +194,11 @@ class RLOOConfig:
             raise InputError(
                 "rloo.top_p and rloo.top_k need num_iterations 1 and max_staleness 0: after an update the policy's "
                 "most likely tokens are no longer the set that was sampled from"
+            )
+        if self.rollout_dtype and (self.importance_sampling_correction is None or self.vllm_server_urls):
+            raise InputError(
+                "rloo.rollout_dtype bfloat16 samples in process with other probabilities than training has: set "
+                "importance_sampling_correction, such as sequence_truncate, and no vllm_server_base_url"
             )
         if self.eval_on_start and self.eval_steps is None:
             raise InputError("rloo.eval_on_start needs rloo.eval_steps, the steps between two evaluations: set it")

@@ -113,7 +113,7 @@ class RunSetup:
             top_p=self.config.top_p,
             top_k=self.config.top_k,
             reasoning_budget=self.config.reasoning_budget,
-            dtype=torch.bfloat16 if self.config.bf16 else None,
+            dtype=torch.bfloat16 if self.config.bf16 or self.config.rollout_dtype else None,
         )
 
 

@@ -30,6 +30,15 @@ def test_rloo_config_defaults_are_the_papers() -> None:
             {"max_staleness": 4, "vllm_server_base_url": "http://localhost:8000"},
             "rloo.max_staleness 4 trains on completions of older weights: set importance_sampling_correction",
         ),
+        ({"rollout_dtype": "bfloat16"}, "rloo.rollout_dtype bfloat16 samples in process with other probabilities"),
+        (
+            {
+                "rollout_dtype": "bfloat16",
+                "importance_sampling_correction": "sequence_truncate",
+                "vllm_server_base_url": "http://localhost:8000",
+            },
+            "rloo.rollout_dtype bfloat16 samples in process with other probabilities",
+        ),
         ({"overlong_buffer": 512}, "rloo.overlong_buffer (512) must be smaller than rloo.max_completion_length (512)"),
         ({"reasoning_budget": 600}, "rloo.reasoning_budget (600) must be smaller than rloo.max_completion_length"),
         ({"top_p": 0.9, "num_iterations": 2}, "rloo.top_p and rloo.top_k need num_iterations 1"),

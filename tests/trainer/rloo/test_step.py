@@ -139,6 +139,23 @@ def test_take_step_works_in_bfloat16_arithmetic(
     assert distance(gradient, expected) < 0.05
 
 
+def test_take_step_samples_in_bfloat16_and_trains_in_float32(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    setup = make_setup(tokenizer, rollout_dtype="bfloat16", importance_sampling_correction="sequence_truncate")
+    records, _ = run_step(policy, setup, None)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    for record in records:
+        if record["logprob"] is not None:
+            exact = sequence_logprob(policy, setup, record).item()
+            assert record["logprob"] == pytest.approx(exact, abs=1e-4)
+    trained = [record for record in records if record["mismatch_kl"] is not None]
+    assert 1e-3 < max(abs(record["sampler_logprob"] - record["logprob"]) for record in trained) < 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = [sequence_logprob(policy, setup, record).item() for record in trained]
+    assert [record["sampler_logprob"] for record in trained] == pytest.approx(rounded, abs=0.2)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_take_step_is_equal_with_micro_batches_of_any_size(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, beta: float
