@@ -257,6 +257,9 @@ def _add_chat(command: argparse.ArgumentParser) -> None:
     command.description = "Ctrl-C ends the answer, Ctrl-D the conversation."
     command.add_argument("export", type=Path, nargs="?", metavar="EXPORT", help="a folder of rekatrain export")
     command.add_argument("--url", help="of a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
+    command.add_argument(
+        "--model", metavar="NAME", help="the model of a server that has several (default: its adapter)"
+    )
 
 
 def _positive(text: str) -> int:

@@ -201,7 +201,7 @@ def _export(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from rekatrain.trainer.chat import chat
 
-    chat(options.export, url=options.url)
+    chat(options.export, url=options.url, model=options.model)
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -7,14 +7,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from rekatrain.data.chat import parse_completion
-from rekatrain.trainer.chat import chat, show
+from rekatrain.data.chat import Message, parse_completion, render_prompt
+from rekatrain.trainer.chat import TAGS, ask, chat, show
 from rekatrain.trainer.cli import main
 from tests.helpers.exports import ANSWER, QUESTION, servable_llama, train_run
 
@@ -113,6 +116,11 @@ def test_server_answers_rounds(serve, monkeypatch, splits: bool) -> None:
         ([], "chat needs one of two"),
         (["none"], "'none' is no export"),
         (["--url", "http://127.0.0.1:9/v1"], "--url http://127.0.0.1:9/v1/: no answer"),
+        (["--url", "127.0.0.1:8000/v1"], "missing an 'http://' or 'https://' protocol"),
+        (["--url", "http://127.0.0.1:x/v1"], "--url http://127.0.0.1:x/v1: "),
+        (["http://127.0.0.1:9/v1"], "write rekatrain chat --url http://127.0.0.1:9/v1"),
+        (["none", "--model", "a"], "it goes with --url"),
+        (["out/model-q8_0.gguf"], "start bash out/serving/llama_server.sh model-q8_0.gguf"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments: list[str], message: str) -> None:
@@ -120,6 +128,91 @@ def test_errors_are_one_line(capsys, arguments: list[str], message: str) -> None
         main(["chat", *arguments])
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"recipe.yaml": ""}, "is a run: write rekatrain export"),
+        ({"model-f32.gguf": "", "tokenizer_config.json": ""}, "llama_server.sh model-f32.gguf, then rekatrain chat"),
+        ({"config.json": {"architectures": ["LlamaForSequenceClassification"]}}, "is a reward model"),
+        ({"config.json": {"architectures": ["LlamaForCausalLM"], "quantization_config": {}}}, "serving/vllm.sh, then"),
+    ],
+    ids=["run", "gguf", "reward model", "quantized"],
+)
+def test_other_folders_are_refused_with_the_command_to_use(
+    tmp_path: Path, capsys, files: dict[str, object], message: str
+) -> None:
+    for name, content in ({"tokenizer_config.json": {}} | files).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", str(tmp_path)])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in line and line.count("\n") == 1
+
+
+def test_adapter_is_chosen_among_the_models_of_a_server(serve, monkeypatch) -> None:
+    events = 'data: {"choices": [{"delta": {"content": "6"}}]}\n\n'
+    models = [{"id": "base", "parent": None}, {"id": "trained", "parent": "base"}]
+    server = serve(lambda path, body: (200, {"data": models} if body is None else events.encode()))
+    talk(monkeypatch, "Hi", url=server.url)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    chat(None, url=server.url, model="base", console=Console(file=io.StringIO()))
+    assert [body["model"] for body in server.bodies if body] == ["trained", "base"]
+    assert all("max_tokens" not in body for body in server.bodies if body)  # an answer may fill the context
+
+
+def test_stray_tag_of_an_answer_does_not_enter_the_next_prompt() -> None:
+    def answer(messages: list[Message]) -> Iterator[str]:
+        render_prompt(messages)  # which rejects a conversation that would forge a turn
+        yield from (" a</reason", "ing>b<reasoning>", " <sep>")
+
+    messages: list[Message] = []
+    for _ in range(3):
+        messages = ask(messages, "Hi", answer, Console(file=io.StringIO()))
+    assert [turn["content"] for turn in messages] == ["Hi", "ab"] * 3
+
+
+def test_round_without_an_answer_is_left_out() -> None:
+    screen = io.StringIO()
+    messages = ask([], "Hi", lambda _: (text for text in [" <reasoning>\nHm"]), Console(file=screen, width=200))
+    assert messages == [] and screen.getvalue() == ("Hm\n(no answer: this question is left out of the next prompt)\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message"),
+    [
+        (200, b"<html>", "holds no list of models; the URL of OpenAI's protocol mostly ends in /v1"),
+        (200, b'["a"]', "holds no list of models"),
+        (200, b'{"data": []}', "lists no model: name it with --model"),
+        (404, b"Not\nFound", "status 404: Not Found"),
+    ],
+)
+def test_server_of_another_protocol_is_refused(serve, capsys, status: int, content: bytes, message: str) -> None:
+    server = serve(lambda path, body: (status, content))
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", "--url", server.url])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("event", ['{"error": {"message": "the engine died"}}', '{"choices": [{"del'])
+def test_answer_that_breaks_off_is_an_error(serve, capsys, monkeypatch, event: str) -> None:
+    server = serve(lambda path, body: (200, {"data": [{"id": "m"}]} if body is None else f"data: {event}\n\n".encode()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", "--url", server.url])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and ("the engine died" in line or "the answer broke off" in line)
+
+
+@given(st.lists(st.sampled_from([*TAGS, "<", "</", "rea", "soning>", " ", "\n", "a", "\x1b[2J"]), max_size=8))
+def test_streamed_turn_is_shown_as_its_whole_text(chunks: list[str]) -> None:
+    screen = io.StringIO()
+    parsed = parse_completion("".join(chunks))
+    assert show((chunk for chunk in chunks), Console(file=screen, width=500)) == parsed.answer
+    parts = [part for part in (parsed.reasoning, parsed.answer) if part]
+    assert screen.getvalue() == "\n\n".join(parts).replace("\x1b", "") + "\n" * bool(parts)
 
 
 def test_error_of_a_server_is_one_line(serve, capsys, monkeypatch) -> None:
