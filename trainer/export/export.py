@@ -69,10 +69,13 @@ def export(
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
     if recipe.stage == "reward":
-        _check_reward_model(form, quantize, average)
+        _check_reward_model(form, quantize)
     source = find_source(str(run))
     if Path(source.folder) == run:  # the newest one of a run is verified already
         check_checkpoint(run)
+    if recipe.stage != "reward":
+        _check(source, form, dtype, quantize)
+    averaged = last_checkpoints(Path(source.folder), average) if average > 1 else []
     if recipe.stage == "reward":
         from rekatrain.trainer.export.reward_model_folder import export_reward_model
 
@@ -81,12 +84,11 @@ def export(
             out,
             recipe,
             run=recipe_file.parent,
+            averaged=averaged,
             stored_dtype=stored_dtype,
             max_shard_size=max_shard_size,
         )
         return
-    _check(source, form, dtype, quantize)
-    averaged = last_checkpoints(Path(source.folder), average) if average > 1 else []
     if form == "adapter" and average > 1:
         raise InputError(
             f"--average {average}: the mean of adapters is no adapter of their rank: export it as merged or gguf"
@@ -201,12 +203,10 @@ def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | 
         check_convertible(source, quantize or [])
 
 
-def _check_reward_model(form: Form, quantize: list[str] | None, average: int) -> None:
+def _check_reward_model(form: Form, quantize: list[str] | None) -> None:
     """Raise InputError for options that the export of a reward model does not have."""
     if form != "merged":
         raise InputError(f"--as {form}: a reward model is exported as merged only")
-    if average > 1:
-        raise InputError(f"--average {average}: the mean of reward models is not supported; export one checkpoint")
     if quantize is not None:
         raise InputError("--quantize applies to GGUF files; a reward model has none: leave it out")
 

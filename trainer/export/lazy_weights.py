@@ -11,19 +11,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+from peft import set_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.export.stored_tensors import StoredTensors, open_tensors
 from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.weight_files import ADAPTER
 from rekatrain.trainer.models.weights import load_adapter, quiet_transformers, readable
 
 # A parameter of glibc's mallopt.
@@ -128,6 +132,9 @@ class LazyWeights(Mapping[str, Tensor]):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=False))
         peft = load_adapter(skeleton, adapter, low_cpu_mem_usage=True, torch_device="cpu")
+        # An adapter on embeddings stores them too, in the base's dtype, to which PEFT has just rounded A and B.
+        stored = load_file(Path(adapter) / ADAPTER)
+        set_peft_model_state_dict(peft, {name: stored[name] for name in stored if ".base_layer." not in name})
         for name, parameter in peft.named_parameters():
             if (
                 parameter.data_ptr() != zero.data_ptr() and ".lora_" not in name

@@ -8,6 +8,7 @@ whole model: layers are read, merged, written and run one at a time (lazy_weight
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rekatrain.trainer.export.folders import save_tokenizer, write_model
 from rekatrain.trainer.export.lazy_weights import LazyWeights, streaming
 from rekatrain.trainer.export.probe import verify_in_fresh_process
 from rekatrain.trainer.export.publish import publish, written_aside
-from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.source import Source, find_source
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.reward_model.evaluate_pairs import evaluate_pairs
 from rekatrain.trainer.reward_model.measures import describe_evaluation
@@ -39,23 +40,28 @@ PROBES = [("What is 2+2?", "4"), ("What is 2+2?", ""), ("Say hello.\nBe brief.",
 
 
 def export_reward_model(
-    source: Source, out: Path, recipe: Recipe, *, run: Path, stored_dtype: str, max_shard_size: str
+    source: Source,
+    out: Path,
+    recipe: Recipe,
+    *,
+    run: Path,
+    averaged: Sequence[Path] = (),
+    stored_dtype: str,
+    max_shard_size: str,
 ) -> None:
     """Write a checkpoint of a reward run as a classifier's folder, and verify it.
 
     The scale is measured on the first 256 held-out pairs, or on training pairs if the recipe has no eval_dataset.
+
+    averaged: checkpoints whose mean is exported, the last one that of `source`; empty for one checkpoint
     """
     tokenizer = load_classifier_tokenizer(source.folder)
-    weights = LazyWeights(source, auto_class=AutoModelForSequenceClassification, num_labels=1)
+    weights = _open(source)
+    if averaged:
+        weights = weights.averaged([_open(find_source(str(path))) for path in averaged[:-1]])
     model = weights.model
     set_pad(model, tokenizer)
-    trained = getattr(torch, recipe.model.get("dtype", "bfloat16"))
-    error = None
-    if recipe.model.get("quantization_config") is None:  # QLoRA trains on another base than is exported
-        with streaming(weights, _device()):
-            error = check_scores(model, Path(source.folder), trained)
-    if error is not None:
-        logger.info("scores within %.1e of the training process", error)
+    _check_training(weights, recipe, source, averaged)
     stored = weights.rounded(getattr(torch, stored_dtype))
     if tokenizer.pad_token is None:  # a classifier reads batches, which transformers rejects without a pad token
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
@@ -76,6 +82,8 @@ def export_reward_model(
         evaluation = evaluate_pairs(model, pairs, micro_batch_tokens=STREAMED_TOKENS)
         reference = _score_probes(model, tokenizer)
     description = describe_evaluation(evaluation, measured_on)
+    if averaged:
+        description += f"; the weights are the mean of {', '.join(path.name for path in averaged)}"
     print(f"{source.folder}: {description}")
 
     card = RewardModelCard(
@@ -91,6 +99,26 @@ def export_reward_model(
         card.save(partial)
         _verify(partial, reference)
         publish(partial, out, "reward", recipe, run, source, evaluation=description)
+
+
+def _open(source: Source) -> LazyWeights:
+    return LazyWeights(source, auto_class=AutoModelForSequenceClassification, num_labels=1)
+
+
+def _check_training(weights: LazyWeights, recipe: Recipe, source: Source, averaged: Sequence[Path]) -> None:
+    """Raise InputError if the loaded model is another than the one in training, or than the mean of checkpoints."""
+    trained, error = getattr(torch, recipe.model.get("dtype", "bfloat16")), None
+    if averaged:
+        with tempfile.TemporaryDirectory() as folder:
+            verify_in_fresh_process("rekatrain.trainer.export.average", Path(folder), *map(str, averaged))
+            with streaming(weights, _device()) as model:
+                error = check_scores(model, Path(folder), torch.float32)
+    elif recipe.model.get("quantization_config") is None:  # QLoRA trains on another base than is exported
+        with streaming(weights, _device()) as model:
+            error = check_scores(model, Path(source.folder), trained)
+    if error is not None:
+        by = "a separate mean" if averaged else "the training process"
+        logger.info("scores within %.1e of %s", error, by)
 
 
 def _device() -> str:

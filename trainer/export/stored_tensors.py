@@ -9,20 +9,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rekatrain.trainer.models.source import Source
-from rekatrain.trainer.models.weight_files import PICKLED, check_weight_files, local_folder
+from rekatrain.trainer.models.weight_files import check_weight_files, local_folder, stored_names
 from rekatrain.trainer.models.weights import check_report, quiet_transformers, readable
 
 FILES = ("*.safetensors", "*.json")
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of the safetensors files of a folder: names come from headers, an item is a copy of its bytes."""
+    """The tensors of a folder's safetensors files that transformers reads: an item is a copy of its bytes."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+        self._files = stored_names(folder)
 
     def __getitem__(self, name: str) -> Tensor:
         # A file that stays open keeps the pages that were read; and a tensor may share them, so it is copied.
@@ -49,8 +46,7 @@ def open_tensors(source: Source, auto_class: Any, names: Collection[str], **opti
     if folder is None:
         with readable(source.base):
             folder = Path(snapshot_download(source.base, revision=source.revision, allow_patterns=list(FILES)))
-    if not any((folder / name).exists() for name in PICKLED) or any(folder.glob("*.safetensors")):
-        check_weight_files(folder)
+    if check_weight_files(folder):
         stored = StoredTensors(folder)
         if set(names) <= set(stored):
             return stored

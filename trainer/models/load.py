@@ -1,7 +1,9 @@
 """Model loading: the checks before a weight is read, and the reading itself."""
 
 import logging
+import re
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +21,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.models.config import build_skeleton, check_config
-from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
+from rekatrain.trainer.models.lora_targets import check_head, check_quantized_targets, check_targets
 from rekatrain.trainer.models.optimizers import check_matrices, check_optim_here
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source, read_adapter_config
+from rekatrain.trainer.models.tied_weights import check_tied_model
 from rekatrain.trainer.models.weight_files import check_weight_files, local_folder
 from rekatrain.trainer.models.weights import (
     check_finite,
@@ -71,6 +74,7 @@ def load_model(
         )
     model, report = loaded
     check_report(source.base, model, report)
+    check_tied_model(source.base, model)
     policy = load_adapter(model, source.adapter) if source.adapter else model
     check_finite(policy, pretrained_model_name_or_path)
     return policy
@@ -163,6 +167,8 @@ def add_adapter(
 
     revision: commit of the model on the hub, which the adapter's config names; an export merges onto that commit
     """
+    if task_type == "SEQ_CLS":
+        check_head(model, lora)
     try:
         with warnings.catch_warnings():
             # Of names that match nothing, and of tied weights: both are errors of check_targets.
@@ -171,18 +177,28 @@ def add_adapter(
             # DeepSpeed the optimizer keeps its float32 copy.
             adapted = get_peft_model(
                 model,
-                LoraConfig(task_type=task_type, **{key: lora[key] for key in lora if key not in LORA_OWN}),
+                # A copy: PEFT adds a classifier's head to the list in modules_to_save.
+                LoraConfig(task_type=task_type, **{key: deepcopy(lora[key]) for key in lora if key not in LORA_OWN}),
                 autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
                 revision=revision,
             )
     except (ValueError, TypeError) as error:
-        raise InputError(f"lora: {str(error).splitlines()[0]}") from error
+        raise InputError(f"lora: {_reason(error)}") from error
     config = adapted.peft_config["default"]
     for key in ("target_modules", "exclude_modules"):
         names = getattr(config, key)
         if isinstance(names, set):  # PEFT would save them in an order that differs between processes
             setattr(config, key, sorted(names))
     return adapted
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of PEFT's message; where it shows a module on many lines, the class of that module."""
+    first = str(error).splitlines()[0]
+    shown = re.match(r"Target module (\w+)\(", first)
+    if shown is None:
+        return first
+    return f"target_modules includes a {shown[1]}, and LoRA adapts Linear and Embedding layers alone: name those"
 
 
 def load_policy(recipe: Recipe) -> Policy:

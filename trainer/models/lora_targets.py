@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -57,12 +58,27 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
     _check_embeddings(base, {name.rpartition(".")[0] for name in parameters_with_adapter}, "target_parameters")
 
 
+def check_head(classifier: nn.Module, lora: Mapping[str, Any]) -> None:
+    """Raise InputError for an adapter on the head of a classifier, which is new and is trained whole.
+
+    classifier: the model without an adapter; it needs no weights
+    """
+    heads = [name for name, _ in classifier.named_children() if name in SEQ_CLS_HEAD_NAMES]
+    for key in ("target_modules", "target_parameters"):
+        for name in sorted(_listed(lora, key)):
+            if _has(heads, name.removesuffix(".weight")):
+                raise InputError(
+                    f"lora.{key} names {name}, the head of the reward model, which is new and is trained whole with "
+                    "every adapter: take it out"
+                )
+
+
 def check_quantized_targets(adapted: PeftModel) -> None:
     """Raise InputError for a layer of `lora.modules_to_save` that `model.quantization_config` would pack."""
     base = adapted.get_base_model()
     assert isinstance(base, PreTrainedModel)
     for name, module in base.named_modules():
-        is_head = base.can_generate() and module is base.get_output_embeddings()
+        is_head = name in SEQ_CLS_HEAD_NAMES or (base.can_generate() and module is base.get_output_embeddings())
         if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear) and not is_head:
             raise InputError(
                 f"lora.modules_to_save includes {name}, whose weight model.quantization_config packs: name it in "

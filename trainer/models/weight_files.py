@@ -58,6 +58,15 @@ def check_weight_files(folder: Path) -> bool:
     raise InputError(f"no weights in {str(folder)!r}: it has neither {SAFETENSORS} nor {INDEX}; {HOW_TO_COPY}")
 
 
+def stored_names(folder: Path) -> dict[str, Path]:
+    """Return the tensors of a checked folder, each with its file: those that transformers reads, and no other files."""
+    if (folder / SAFETENSORS).exists():
+        return dict.fromkeys(read_header(folder / SAFETENSORS), folder / SAFETENSORS)
+    if not (folder / INDEX).exists():
+        return {}
+    return {name: folder / shard for shard, names in _read_index(folder / INDEX).items() for name in names}
+
+
 def read_header(path: Path) -> dict[str, Any]:  # JSON values
     """Return the header of a safetensors file: name -> dtype, shape and data_offsets.
 

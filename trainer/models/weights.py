@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.tied_weights import check_tied_files
 from rekatrain.trainer.models.weight_files import ADAPTER, HOW_TO_COPY, check_weight_files, local_folder, read_header
 
 # Buffers that older versions of transformers saved.
@@ -42,6 +43,7 @@ def check_tensors(
     folder = local_folder(source.base, revision)
     if folder is None or not check_weight_files(folder):
         return
+    check_tied_files(source.base, folder, skeleton)
     if is_deepspeed_zero3_enabled():  # transformers then builds no model on the meta device
         return
     with quiet_transformers(has_bar=False), readable(source.base):

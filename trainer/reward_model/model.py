@@ -11,7 +11,7 @@ from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
 from rekatrain.trainer.models.config import build_skeleton
 from rekatrain.trainer.models.load import Policy, add_adapter, describe
-from rekatrain.trainer.models.lora_targets import check_targets
+from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
 from rekatrain.trainer.models.optimizers import check_matrices
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source
@@ -70,6 +70,8 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
     if recipe.lora is not None:
         classifier = adapted = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
         check_targets(adapted, recipe.lora)
+        if recipe.model.get("quantization_config") is not None:
+            check_quantized_targets(adapted)
     if optim_of(recipe) == MUON:
         check_matrices(classifier)
     logger.info("reward model: %s", describe(classifier, source.base))

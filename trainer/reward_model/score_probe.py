@@ -31,18 +31,25 @@ class SaveScores(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Write the file into the checkpoint that is being written; under ZeRO-3 every process must call this."""
         model = extract_model_from_parallel(event["model"])
-        was_training = model.training
-        model.eval()
         with own_arithmetic(model):
-            scores = classify(model, self._sequences, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0]
-        model.train(was_training)
+            scores = _scores(model, self._sequences)
         if state.is_world_process_zero:
-            tensors = {"scores": scores.contiguous()}
-            for index, sequence in enumerate(self._sequences):
-                tensors[f"ids.{index}"] = torch.tensor(sequence.input_ids)
-                tensors[f"types.{index}"] = torch.tensor(sequence.token_type_ids)
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            save_file(tensors, self._run.partial_checkpoint(state.global_step) / FILE, metadata={"dtype": dtype})
+            _write(self._run.partial_checkpoint(state.global_step), model, self._sequences, scores)
+
+
+def save_scores(folder: Path, model: PreTrainedModel, sequences: Sequence[RewardModelIds]) -> None:
+    """Write the scores of a model that is not in training, such as a mean of checkpoints, into a folder."""
+    _write(folder, model, sequences, _scores(model, sequences))
+
+
+def read_scores(checkpoint: Path) -> tuple[list[RewardModelIds], Tensor]:
+    """Return the conversations of a checkpoint's file and their scores, [N] float32."""
+    tensors = load_file(checkpoint / FILE)
+    sequences = [
+        RewardModelIds(input_ids=tensors[f"ids.{n}"].tolist(), token_type_ids=tensors[f"types.{n}"].tolist())
+        for n in range(len(tensors["scores"]))
+    ]
+    return sequences, tensors["scores"]
 
 
 def check_scores(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> float | None:
@@ -54,14 +61,8 @@ def check_scores(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -
     """
     if not (checkpoint / FILE).exists():
         return None
-    tensors = load_file(checkpoint / FILE)
-    expected: Tensor = tensors["scores"]
-    sequences = [
-        RewardModelIds(input_ids=tensors[f"ids.{n}"].tolist(), token_type_ids=tensors[f"types.{n}"].tolist())
-        for n in range(len(expected))
-    ]
-    scores = classify(model, sequences, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0]
-    error = (scores - expected).abs().max().item()
+    sequences, expected = read_scores(checkpoint)
+    error = (_scores(model, sequences) - expected).abs().max().item()
     limit = TOLERANCES[dtype] * max(1.0, expected.abs().max().item())
     if error > limit:
         raise InputError(
@@ -69,3 +70,20 @@ def check_scores(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -
             f"{error:.3g}, and {limit:.3g} is allowed. Restore the files of its base model"
         )
     return error
+
+
+def _scores(model: PreTrainedModel, sequences: Sequence[RewardModelIds]) -> Tensor:
+    was_training = model.training
+    model.eval()
+    scores = classify(model, sequences, micro_batch_tokens=MICRO_BATCH_TOKENS)[:, 0]
+    model.train(was_training)
+    return scores
+
+
+def _write(folder: Path, model: PreTrainedModel, sequences: Sequence[RewardModelIds], scores: Tensor) -> None:
+    tensors = {"scores": scores.contiguous()}
+    for index, sequence in enumerate(sequences):
+        tensors[f"ids.{index}"] = torch.tensor(sequence.input_ids)
+        tensors[f"types.{index}"] = torch.tensor(sequence.token_type_ids)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    save_file(tensors, folder / FILE, metadata={"dtype": dtype})

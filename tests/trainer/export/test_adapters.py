@@ -14,9 +14,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.cli import main
+from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import probe_logprobs
 from rekatrain.trainer.models.adapter_scales import fold_scales
 from rekatrain.trainer.models.probe import compare, read_probe, run_probe
+from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.models.vllm_limits import largest_rank
 from tests.conftest import tiny_llama
 from tests.helpers.adapters import load_with_one_scale
@@ -67,6 +69,24 @@ def test_adapter_without_patterns_keeps_its_files(tmp_path: Path, tokenizer: Pre
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fold_scales(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_adapter_on_bfloat16_embeddings_keeps_its_precision(tmp_path: Path, tokenizer) -> None:
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens"], rank_pattern={"embed_tokens": 2})
+    model = get_peft_model(base, lora)
+    layer = model.get_input_embeddings()
+    matrices = layer.lora_embedding_A.default, layer.lora_embedding_B.default
+    for matrix in matrices:
+        torch.nn.init.normal_(matrix)
+    assert matrices[0].dtype == torch.float32
+    expected = layer.base_layer.weight.float() + (matrices[1] @ matrices[0]).T * 3
+    model.save_pretrained(str(tmp_path / "adapter"))  # with the embeddings, in bfloat16
+    for _ in range(2):
+        merged = LazyWeights(find_source(str(tmp_path / "adapter")))["model.embed_tokens.weight"]
+        assert_close(merged, expected)
+        fold_scales(tmp_path / "adapter")
 
 
 def test_largest_rank_counts_patterns() -> None:

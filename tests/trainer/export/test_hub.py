@@ -1,10 +1,6 @@
 """`--push-to-hub`: uploads into a private repository of a hub that this test runs; mistakes are found first."""
 
-import base64
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,58 +9,14 @@ from huggingface_hub import constants
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.hub import check_hub, push
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The routes of the hub that create a repository and take a commit of small files."""
-
-    created: list[dict]
-    files: dict[str, bytes]
-    status: int
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        answer: dict = {}
-        if self.path == "/api/repos/create":
-            self.created.append({**json.loads(body), "token": self.headers["authorization"]})
-            answer = {"url": "https://huggingface.co/me/model"}
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": "https://huggingface.co/me/model/commit/abc", "commitOid": "abc"}
-        self._send(answer)
-
-    def do_GET(self) -> None:
-        self._send({"id": "me/model", "siblings": [], "sha": "abc"})
-
-    def _send(self, answer: dict) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(self.status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+from tests.helpers.fake_hub import Hub, serve_hub
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub() -> Iterator[type[Hub]]:
     """A hub of this test, and a process that is online and has a token."""
-    handler = type("OneHub", (Hub,), {"created": [], "files": {}, "status": 200})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serve_hub() as handler:
+        yield handler
 
 
 @pytest.fixture
