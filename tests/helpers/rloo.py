@@ -119,7 +119,12 @@ def make_setup(
 
 def make_model(policy: Policy, setup: RunSetup) -> CompletionLogprobs:
     """Wrap the policy as a run does."""
-    return CompletionLogprobs(policy, temperature=setup.config.temperature, num_tokens=len(setup.tokenizer)).train()
+    return CompletionLogprobs(
+        policy,
+        temperature=setup.config.temperature,
+        num_tokens=len(setup.tokenizer),
+        fused_lm_head=setup.config.fused_lm_head,
+    ).train()
 
 
 def reference_of(policy: Policy, setup: RunSetup) -> Reference:

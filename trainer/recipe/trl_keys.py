@@ -141,7 +141,10 @@ COMMON_REFUSED: dict[str, str] = {
     **dict.fromkeys(("activation_checkpointing",), "write gradient_checkpointing"),
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache"), _UNTESTED),
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it replaces layers of the model after the checks"),
+    **dict.fromkeys(
+        ("use_liger_kernel", "liger_kernel_config"),
+        "it replaces layers of the model after the checks; TRL's own fused LM head always computes the loss",
+    ),
     "auto_find_batch_size": "it would change the batch of a step in silence; set per_device_train_batch_size",
     **dict.fromkeys(("log_on_each_node", "log_level", "log_level_replica"), "the main process logs"),
     "logging_nan_inf_filter": "it logs a loss of NaN as an earlier one",

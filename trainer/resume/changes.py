@@ -121,6 +121,7 @@ RULES = (
     Rule(REFUSED, _ALL, "optim", "the checkpoint holds the state of the earlier optimizer"),
     Rule(WARNED, _TRL, "pad_to_multiple_of", _BITS),
     Rule(WARNED, _ALL, "full_determinism", _BITS),
+    Rule(WARNED, "rloo", "fused_lm_head", _BITS),
     Rule(WARNED, "rewards.reward_model", "device micro_batch_tokens", _BITS),
     Rule(REFUSED, "-", "stage", "it is another kind of run"),
     Rule(REFUSED, "-", "seed", "every random choice follows from it"),

@@ -55,6 +55,8 @@ class RLOOConfig:
     full_determinism:                   use deterministic GPU kernels alone, which are slower: equal runs, equal bits
     cast_lm_head_to_fp32:               compute the logits in float32, in trainer, reference and sampler; `rekatrain
                                         serve-rollouts` starts vLLM so, too
+    fused_lm_head:                      LM head and log-probabilities in one function of TRL, which keeps no logits; see
+                                        kernels/fused_head.py. Without top_k and top_p
     eval_steps, eval_on_start:          steps between evaluations of `eval_dataset` with the settings of `evaluate:`
                                         (there is one at the end, too); evaluate before the first step
     log_completions_steps:              steps between two tables of completions with their rewards, in the terminal and
@@ -127,6 +129,7 @@ class RLOOConfig:
     rollout_dtype: Literal["bfloat16"] | None = None
     full_determinism: bool = False
     cast_lm_head_to_fp32: bool = False
+    fused_lm_head: bool = False
     eval_steps: Count | None = None
     eval_on_start: bool = False
     log_completions_steps: Count | None = None
@@ -199,6 +202,11 @@ class RLOOConfig:
             raise InputError(
                 "rloo.rollout_dtype bfloat16 samples in process with other probabilities than training has: set "
                 "importance_sampling_correction, such as sequence_truncate, and no vllm_server_base_url"
+            )
+        if self.fused_lm_head and (self.top_p < 1 or self.top_k is not None):
+            raise InputError(
+                "rloo.fused_lm_head computes log-probabilities over every token, and rloo.top_p or rloo.top_k leaves "
+                "some out: set fused_lm_head to false, or top_p to 1 and top_k to null"
             )
         if self.eval_on_start and self.eval_steps is None:
             raise InputError("rloo.eval_on_start needs rloo.eval_steps, the steps between two evaluations: set it")

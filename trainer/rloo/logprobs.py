@@ -23,6 +23,7 @@ from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import frozen, zero_stage
 from rekatrain.trainer.rloo.kernels.cpu import PassCost
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
+from rekatrain.trainer.rloo.kernels.fused_head import fused_logprobs
 from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, decoder_and_head, run_decoder
 
 # Tokens whose logits exist at the same time; the backward pass computes them again, chunk by chunk. The float32 logits
@@ -106,13 +107,20 @@ class CompletionLogprobs(nn.Module):
     """
 
     def __init__(
-        self, policy: Policy, *, temperature: float, num_tokens: int, logit_bytes_at_once: int | None = None
+        self,
+        policy: Policy,
+        *,
+        temperature: float,
+        num_tokens: int,
+        logit_bytes_at_once: int | None = None,
+        fused_lm_head: bool = False,
     ) -> None:
         """Wrap a policy.
 
         temperature:         divides the logits, as in sampling
         num_tokens:          ids that can be sampled, the tokenizer's; the distribution is over those, as in sampling
         logit_bytes_at_once: bytes of logits that are worked on at the same time; None: `LOGIT_BYTES_AT_ONCE`
+        fused_lm_head:       compute head and log-probabilities by `fused_logprobs`, which has no cutoffs
         """
         super().__init__()
         self.policy = policy
@@ -120,6 +128,7 @@ class CompletionLogprobs(nn.Module):
         self.temperature = temperature
         self.num_tokens = num_tokens
         self.logit_bytes_at_once = logit_bytes_at_once
+        self.fused_lm_head = fused_lm_head
 
     @cached_property
     def pass_cost(self) -> PassCost:
@@ -132,13 +141,18 @@ class CompletionLogprobs(nn.Module):
         decoder, _ = decoder_and_head(self.policy)
         hidden_SD = run_decoder(decoder, packed.input_ids, packed.layout.position_ids, packed.layout)[0]
         arguments = (hidden_SD.index_select(0, packed.predictors), packed.targets, packed.cutoffs)
-        if packed.num_chunks == 1:
+        if packed.num_chunks == 1 or self.fused_lm_head:  # which has tiles instead of chunks
             return self._score(*arguments)
         chunks = zip(*(_split(tensor, packed.num_chunks) for tensor in arguments), strict=True)
         return torch.cat([checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _score(self, hidden_TD: Tensor, targets_T: Tensor, cutoffs_T: Tensor | None) -> Tensor:
         _, head = decoder_and_head(self.policy)
+        if self.fused_lm_head:
+            assert cutoffs_T is None
+            return fused_logprobs(
+                cast(nn.Linear, head), hidden_TD, targets_T, temperature=self.temperature, num_tokens=self.num_tokens
+            )
         logits_TV = head(hidden_TD)
         num_bytes = self.logit_bytes_at_once or LOGIT_BYTES_AT_ONCE[logits_TV.device.type]
         at_once = max(1, num_bytes // (4 * logits_TV.shape[1]))
@@ -261,7 +275,12 @@ def make_reference(
         second = load_again()
         if config.cast_lm_head_to_fp32:
             compute_head_in_float32(second)
-        again = CompletionLogprobs(second, temperature=model.temperature, num_tokens=model.num_tokens)
+        again = CompletionLogprobs(
+            second,
+            temperature=model.temperature,
+            num_tokens=model.num_tokens,
+            fused_lm_head=model.fused_lm_head,
+        )
         initial = frozen(accelerator, again)
     else:
         initial = frozen(accelerator, copy.deepcopy(model))

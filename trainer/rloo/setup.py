@@ -26,6 +26,7 @@ from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
+from rekatrain.trainer.rloo.kernels.fused_head import check_head_targets
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
 from rekatrain.trainer.run.best import BestModel
@@ -143,6 +144,8 @@ def prepare(recipe: Recipe) -> RunSetup:
             "attention: take the key out"
         )
     _check_no_dropout(recipe, model_config)
+    if config.fused_lm_head and recipe.lora is not None:
+        check_head_targets(recipe.lora)
     prompts = load_prompts(recipe.dataset, tokenizer, model_config, config.max_completion_length)
     check_source_columns(rewards, {prompt.row.source.name: prompt.row.source for prompt in prompts}.values())
     gradable = keep_gradable(rewards, [prompt.row for prompt in prompts])

@@ -41,6 +41,7 @@ from rekatrain.trainer.rloo.distributed import (
 from rekatrain.trainer.rloo.evaluation import HEADLINE as EVALUATED
 from rekatrain.trainer.rloo.evaluation import Evaluation
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
+from rekatrain.trainer.rloo.kernels.fused_head import check_head
 from rekatrain.trainer.rloo.kernels.grouped_attention import NAME as GROUPED_ATTENTION
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, make_reference
@@ -92,7 +93,12 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     # Load the policy and the reference. An adapter starts from the same random weights on every process.
     set_determinism(recipe.seed, is_full=config.full_determinism)
     policy = load_prepared_policy(recipe, config, accelerator)
-    model = CompletionLogprobs(policy, temperature=config.temperature, num_tokens=len(setup.tokenizer)).train()
+    model = CompletionLogprobs(
+        policy,
+        temperature=config.temperature,
+        num_tokens=len(setup.tokenizer),
+        fused_lm_head=config.fused_lm_head,
+    ).train()
     # Before a checkpoint is restored: the reference is the policy that the run began with.
     reference = make_reference(
         accelerator, model, config, lambda: load_policy(recipe), continues_adapter=is_adapter(recipe)
@@ -224,6 +230,8 @@ def load_prepared_policy(recipe: Recipe, config: RLOOConfig, accelerator: Accele
     decoder.set_attn_implementation(GROUPED_ATTENTION)
     if config.cast_lm_head_to_fp32:
         compute_head_in_float32(policy)
+    if config.fused_lm_head:
+        check_head(policy)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     return policy
