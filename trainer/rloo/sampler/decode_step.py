@@ -8,6 +8,7 @@ Shapes: R rows of the batch, unused ones included; M members of the batch's slot
 the vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Hashable
 from typing import Protocol, TypeVar
 
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache, send
 from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
+
+logger = logging.getLogger(__name__)
 
 # Graphs that are kept. A graph of a large model takes tens of megabytes on the GPU.
 MAX_GRAPHS = 32
@@ -46,31 +49,44 @@ class CudaGraphs:
 
     The first call with a key runs the function, so that what is allocated or compiled once lies outside the graph; a
     shape that occurs once is never captured. A replay overwrites the result of the calls before it: copy from it first,
-    on the same stream.
+    on the same stream. Where a capture fails, all later calls run the function.
     """
 
     def __init__(self) -> None:
         """Begin without graphs; all of them share memory for what a step computes in between."""
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object] | None] = {}
+        self._can_capture = True
+        self.num_replays = 0
 
     def __call__(self, key: Hashable, function: Callable[[], Result]) -> Result:
         """Run, or capture and replay."""
+        if not self._can_capture:
+            return function()
         if key not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]  # the one that was used least recently
             self._graphs[key] = None
             return function()
-        captured = self._graphs.pop(key)
+        captured = self._graphs.pop(key) or self._capture(function)
         if captured is None:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result: object = function()
-            captured = graph, result
+            return function()
         self._graphs[key] = captured
         captured[0].replay()
+        self.num_replays += 1
         return captured[1]  # type: ignore[return-value]  # the function's result
+
+    def _capture(self, function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object] | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError as error:  # a layer of another package may do what cannot be captured
+            logger.warning("decoding without CUDA graphs, more slowly: a step cannot be captured: %s", error)
+            self._can_capture = False
+            return None
+        return graph, result
 
 
 class DecodeStep:

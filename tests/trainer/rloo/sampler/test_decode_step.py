@@ -1,6 +1,7 @@
 """A decoding step is a function of tensors on the device: recorded once, it can be replayed, as a CUDA graph is."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rekatrain.data.chat import encode_text
 from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM, ForkedCache, bucket
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
-from rekatrain.trainer.rloo.sampler.decode_step import DecodeStep, EagerCalls
+from rekatrain.trainer.rloo.sampler.decode_step import MAX_GRAPHS, CudaGraphs, DecodeStep, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 from tests.conftest import tiny_llama
@@ -132,6 +133,52 @@ def test_step_touches_no_memory_of_the_host(
         with Devices() as devices:
             step()
     assert devices.seen == {"meta"}
+
+
+class CountedGraph:
+    """Stands in for a CUDA graph, which no CPU has."""
+
+    num_replays = 0
+
+    def replay(self) -> None:
+        CountedGraph.num_replays += 1
+
+
+def graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capture: Callable[..., Any]) -> CudaGraphs:
+    monkeypatch.setattr(CountedGraph, "num_replays", 0)
+    for name, value in (("CUDAGraph", CountedGraph), ("graph", capture), ("graph_pool_handle", lambda: (0, 0))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return CudaGraphs()
+
+
+def test_cuda_graphs_run_then_capture_then_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_without_a_gpu(monkeypatch, lambda *_, **__: nullcontext())
+    ran: list[int] = []
+    for times in range(1, 5):
+        graphs("key", lambda: ran.append(0))
+        assert (len(ran), CountedGraph.num_replays) == (min(times, 2), max(0, times - 1))
+    for key in range(MAX_GRAPHS - 1):
+        graphs(key, lambda: None)
+    graphs("key", lambda: ran.append(0))  # still kept, and now the last used
+    assert len(ran) == 2
+    for key in range(MAX_GRAPHS, 2 * MAX_GRAPHS):
+        graphs(key, lambda: None)
+    graphs("key", lambda: ran.append(0))
+    assert len(ran) == 3
+
+
+def test_cuda_graphs_run_the_step_where_a_capture_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextmanager
+    def fail(*_: object, **__: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = graphs_without_a_gpu(monkeypatch, fail)
+    results = [graphs(key, lambda: "drawn") for key in (1, 1, 1, 2, 2)]
+    assert results == ["drawn"] * 5 and CountedGraph.num_replays == 0
+    assert caplog.text.count("decoding without CUDA graphs") == 1 and "stream is capturing" in caplog.text
 
 
 @given(st.integers(1, 10**6))
