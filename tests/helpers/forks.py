@@ -232,4 +232,4 @@ def _read_launch_environment(launch: Launch) -> dict[str, str]:
     file = str(LAUNCH_FILES / launch.file)
     options = ["--num_processes", str(launch.num_processes), "--config_file", file, "program"]
     accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(options))
-    return {name: value for name, value in found.items() if name.startswith("ACCELERATE_")}
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}

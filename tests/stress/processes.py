@@ -40,16 +40,20 @@ CLOCKS = ("time/", "tokens_per_second", "/seconds", "memory/")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A case on several processes under one engine."""
+    """A case on several processes under one engine.
+
+    sequence_parallel: number of processes that split each sequence
+    """
 
     case: Case
     engine: str
     num_processes: int
+    sequence_parallel: int = 1
 
     @property
     def name(self) -> str:
         """Name of the run folder."""
-        return f"{self.case.name}-{self.engine}-of-{self.num_processes}"
+        return f"{self.case.name}-{self.engine}-{self.sequence_parallel}-of-{self.num_processes}"
 
 
 def run_alone(folder: Path, cases: Sequence[Case]) -> None:
@@ -83,6 +87,8 @@ def _launch_once(folder: Path, runs: Sequence[Run]) -> tuple[int, str]:
                 "ACCELERATE_USE_DEEPSPEED": str(run.engine != "ddp").lower(),
                 "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(ENGINES[run.engine]),
                 "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(run.engine == "zero3").lower(),
+                "ACCELERATE_USE_PARALLELISM_CONFIG": str(run.sequence_parallel > 1).lower(),
+                "PARALLELISM_CONFIG_SP_SIZE": str(run.sequence_parallel),
             },
             "arguments": ["train", str(write_case(folder, run.case, run.name))],
             "tokens_per_chunk": run.case.tokens_per_chunk,
@@ -157,20 +163,30 @@ def run_matrix(folder: Path, runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def long_runs(seeds: range, numbers: Sequence[int]) -> list[Run]:
-    """All engines on each number of processes, for each seed and for the case with the engine's own chunks."""
+    """All engines on each number of processes, for each seed and for the case with the engine's own chunks.
+
+    Sequences are whole, and split among 2 and 4 processes where those divide the number of processes.
+    """
     return [
-        Run(case=case, engine=engine, num_processes=number)
+        Run(case=case, engine=engine, num_processes=number, sequence_parallel=size)
         for number in numbers
         for case in [long_case(number), *(draw_case(seed) for seed in seeds)]
         for engine in ENGINES
+        for size in (1, 2, 4)
+        if number % size == 0
     ]
 
 
 def short_runs() -> list[Run]:
-    """Two runs on two processes: the engine's own chunks and no micro-batch on one; chunks of 7 tokens and ZeRO-3."""
+    """Two runs on two processes: the engine's own chunks and no micro-batch on one; chunks of 7 tokens and ZeRO-3.
+
+    The second also with sequences that the two processes split.
+    """
+    drawn = draw_case(0, prompts_per_step=6)
     return [
         Run(case=long_case(2), engine="ddp", num_processes=2),
-        Run(case=draw_case(0, prompts_per_step=6), engine="zero3", num_processes=2),
+        Run(case=drawn, engine="zero3", num_processes=2),
+        Run(case=drawn, engine="zero3", num_processes=2, sequence_parallel=2),
     ]
 
 
@@ -179,8 +195,9 @@ def print_table(folder: Path, results: Sequence[tuple[Run, str]]) -> None:
     rows = []
     for run, problem in results:
         tokens = total_tokens(records(folder / run.case.name, "rollouts.jsonl"))
-        rows.append([run.case.name, run.num_processes, run.engine, tokens, problem or "equal"])
-    print(tabulate(rows, headers=["case", "processes", "engine", "tokens", "against one process"]))
+        cells = [run.case.name, run.num_processes, run.sequence_parallel, run.engine, tokens, problem or "equal"]
+        rows.append(cells)
+    print(tabulate(rows, headers=["case", "processes", "per sequence", "engine", "tokens", "against one process"]))
 
 
 def main() -> None:

@@ -9,7 +9,16 @@ from itertools import islice
 from typing import Any
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.plan.combinations import LORA, LORA_TEXT, QUANTIZATION, QUANTIZATION_TEXT, Change, combinations
+from rekatrain.trainer.plan.combinations import (
+    LORA,
+    LORA_TEXT,
+    QUANTIZATION,
+    QUANTIZATION_TEXT,
+    Change,
+    combinations,
+    larger_splits,
+    splits_text,
+)
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.recipe.load import Recipe, Section
@@ -102,6 +111,9 @@ def _launches(recipe: Recipe, launch: PlannedLaunch) -> Iterator[Change]:
     for stage in (1, 2, 3):
         if launch.num_gpus > 1 and (launch.engine != "deepspeed" or launch.zero_stage < stage):
             yield by_launch(f"launch with ZeRO-{stage}", engine="deepspeed", zero_stage=stage)
+    if recipe.stage == "rloo":  # in the other stages fewer processes would have other sequences: another batch size
+        for size in larger_splits(launch):
+            yield by_launch(splits_text(size), sequence_parallel=size)
     if launch.num_gpus > 1 and not launch.offload_optimizer:
         text = "launch with ZeRO-3 and the optimizer on the host (slower updates)"
         yield by_launch(text, engine="deepspeed", zero_stage=3, offload_optimizer=True)

@@ -46,7 +46,7 @@ def combinations(plan: Plan) -> Iterator[Change]:
             for method_texts, trained in _methods(shorter, plan.launch):
                 for sampling_texts, sampled in _sampling(trained, plan):
                     for batch_texts, batched in _batches(sampled):
-                        for engine_texts, launch in _engines(plan.launch):
+                        for engine_texts, launch in _engines(plan.launch, splits=plan.recipe.stage == "rloo"):
                             texts = [*engine_texts, *batch_texts, *sampling_texts, *method_texts, *length_texts]
                             if texts:
                                 yield Change(text="; ".join(texts), recipe=batched, launch=launch)
@@ -104,13 +104,27 @@ def _batches(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
         yield [f"{' '.join(texts)} (same result, smaller batches)"], _with(recipe, changes)
 
 
-def _engines(launch: PlannedLaunch) -> Iterator[tuple[list[str], PlannedLaunch]]:
+def splits_text(size: int) -> str:
+    """Return a phrase for sequences that are split among so many processes."""
+    return f"split sequences: parallelism_config_sp_size: {size} in parallelism_config of the launch file (same result)"
+
+
+def larger_splits(launch: PlannedLaunch) -> Iterator[int]:
+    """Yield larger numbers of processes among which this launch can split each sequence."""
+    sizes = (size for size in (2, 4, 8, 16) if size > launch.sequence_parallel)
+    return (size for size in sizes if launch.num_gpus % size == 0)
+
+
+def _engines(launch: PlannedLaunch, *, splits: bool) -> Iterator[tuple[list[str], PlannedLaunch]]:
     yield [], launch
     if launch.is_cpu:
         return
     for stage in (1, 2, 3) if launch.num_gpus > 1 else ():
         text = f"launch with ZeRO-{stage}"
         yield [text], _zero(launch, stage)
+    for size in larger_splits(launch) if splits else ():
+        yield [splits_text(size)], replace(launch, sequence_parallel=size)
+        yield ["launch with ZeRO-3", splits_text(size)], replace(_zero(launch, 3), sequence_parallel=size)
     if launch.num_gpus > 1:
         text = "launch with ZeRO-3 and the optimizer on the host (slower updates)"
         yield [text], replace(_zero(launch, 3), offload_optimizer=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
+from rekatrain.trainer.rloo.sequence_parallel import attention_heads
 
 # What the fractions below were fitted to: published speeds of other programs on H100 GPUs. A test computes each of them
 # from the rates.
@@ -189,8 +190,11 @@ def _traffic(plan: Plan) -> dict[str, float]:
         if plan.recipe.stage == "rloo" and not (plan.samples_elsewhere and plan.recipe.lora):
             traffic["parameters to sample"] = ring * whole
     if launch.sequence_parallel > 1:
-        # Ulysses (arXiv 2309.14509): queries, keys, values and outputs are exchanged, forward and backward.
-        tokens = plan.workload.micro_batch_tokens * plan.workload.num_micro_batches
-        width = 2 * shape.attention_dims + shape.kv_dims
-        traffic["sequence parallelism"] = 2.0 * 2 * width * tokens * shape.num_layers
+        # Ulysses (arXiv 2309.14509): queries, keys, values and outputs are exchanged in each pass, and their gradients.
+        # Processes that share a key-value head each get a copy of it.
+        copies = max(1.0, launch.sequence_parallel / attention_heads(plan.config)[1])
+        width = 2 * shape.attention_dims + shape.kv_dims * copies
+        num_passes = 2 + plan.checkpoints_activations + (plan.recipe.stage == "rloo" and plan.rloo.beta > 0)
+        sent = 1 - 1 / launch.sequence_parallel
+        traffic["sequence parallelism"] = sent * size * num_passes * width * _count_trained(plan)[0] * shape.num_layers
     return traffic

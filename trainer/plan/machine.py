@@ -13,7 +13,7 @@ import torch
 from rekatrain.data.errors import InputError
 from rekatrain.data.options import check_type
 from rekatrain.data.ranges import Count
-from rekatrain.trainer.processes.launch import read_launch
+from rekatrain.trainer.processes.launch import read_launch, read_sequence_parallel
 from rekatrain.trainer.recipe.yaml_text import parse_yaml
 
 GB = 1e9
@@ -40,7 +40,7 @@ class PlannedLaunch:
     host_memory:        bytes of one host; None if it is not known, then it is not checked
     offload_optimizer:  True if optimizer states and float32 weights are on the host
     offload_parameters: True if parameters are on the host (ZeRO-3)
-    sequence_parallel:  number of processes that split each sequence (DeepSpeed's Ulysses, in the stages sft and reward)
+    sequence_parallel:  number of processes that split each sequence (Ulysses)
     is_cpu:             True without a GPU: everything is on the host
     """
 
@@ -67,7 +67,8 @@ class PlannedLaunch:
             )
         if self.num_gpus % self.sequence_parallel:
             raise InputError(
-                f"sequence parallelism of {self.sequence_parallel} does not divide {self.num_gpus} processes"
+                f"parallelism_config_sp_size {self.sequence_parallel} does not divide {self.num_gpus} processes: "
+                "choose a divisor of them"
             )
 
     @property
@@ -162,7 +163,7 @@ def current_launch() -> PlannedLaunch:
         num_gpus=requested.num_processes,
         num_nodes=requested.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", requested.num_processes)),
         host_memory=psutil.virtual_memory().total,
-        sequence_parallel=int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")),
+        sequence_parallel=read_sequence_parallel(),
         **settings,
     )
     if not torch.cuda.is_available():

@@ -15,17 +15,20 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.plan.fused_head import kernels_of_a_gpu
 from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, extrapolate_layers, fake_tensors
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.plan.workload import Workload
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.ulysses import SequenceGroup, SlicedLayout
 from rekatrain.trainer.rloo.logprobs import (
     LOGIT_BYTES_AT_ONCE,
     CompletionLogprobs,
@@ -33,6 +36,7 @@ from rekatrain.trainer.rloo.logprobs import (
     pack_completions,
 )
 from rekatrain.trainer.rloo.sampler.draw import draw
+from rekatrain.trainer.rloo.sequence_parallel import split_tokens
 
 ACTIVATIONS, LM_HEAD, GRADIENTS, KV_CACHE = "activations", "LM head", "gradients", "KV cache"
 
@@ -83,7 +87,7 @@ def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> P
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(after_gradient)
-        with live:
+        with live, _head_kernels(workload):
             with _autocast(workload):
                 loss = run_loss(workload, model)
             loss.backward()
@@ -108,7 +112,7 @@ def _measure_score(workload: Workload, num_layers: int) -> Parts:
     with fake_tensors(model):
         logprobs = _logprobs(workload, model)
         live = LiveMemory(model, _part_of(workload))
-        with live, torch.no_grad(), _autocast(workload):
+        with live, torch.no_grad(), _autocast(workload), _head_kernels(workload):
             logprobs(_packed(workload))
     return live.peak
 
@@ -173,21 +177,39 @@ def _logprobs(workload: Workload, model: Policy) -> CompletionLogprobs:
         num_tokens=workload.config.vocab_size,
         # This runs on a CPU, also for a plan of a GPU.
         logit_bytes_at_once=LOGIT_BYTES_AT_ONCE["cpu" if workload.is_cpu else "cuda"],
+        fused_lm_head=workload.rloo.fused_lm_head,
     )
 
 
 def _packed(workload: Workload) -> PackedCompletions:
+    packed = _pack(workload)
+    if not workload.is_cpu:
+        packed = replace(packed, layout=_OneSequence(packed.layout.position_ids))
+    if workload.sequence_parallel == 1:
+        return packed
+    last = _LastOfGroup(size=workload.sequence_parallel, index=workload.sequence_parallel - 1, group=None)  # type: ignore[arg-type]  # it exchanges nothing
+    with unset_fake_temporarily():  # a fake tensor cannot say which tokens are of the last slice
+        own = split_tokens(_pack(workload), last)
+    return replace(
+        own,
+        input_ids=torch.zeros(own.input_ids.shape, dtype=torch.long),
+        predictors=torch.zeros(own.predictors.shape, dtype=torch.long),
+        targets=torch.zeros(own.targets.shape, dtype=torch.long),
+        layout=SlicedLayout(packed.layout, last),
+        put_together=lambda logprobs_T: logprobs_T,
+    )
+
+
+def _pack(workload: Workload) -> PackedCompletions:
     parts = workload.largest_micro_batch
     completion = [0] * workload.rloo.max_completion_length
-    packed = pack_completions(
+    return pack_completions(
         [[0] * workload.prompt_tokens] * len(parts),
         [[completion] * len(part.members) for part in parts],
         torch.device("cpu"),
         is_shared=[part.is_shared for part in parts],
+        multiple_of=workload.sequence_parallel,
     )
-    if workload.is_cpu:
-        return packed
-    return replace(packed, layout=_OneSequence(packed.layout.position_ids))  # type: ignore[arg-type]  # a Layout
 
 
 def _part_of(workload: Workload) -> Callable[[Tensor], str]:
@@ -195,8 +217,32 @@ def _part_of(workload: Workload) -> Callable[[Tensor], str]:
     return lambda tensor: LM_HEAD if tensor.dim() > 1 and tensor.shape[-1] == vocab_size else ACTIVATIONS
 
 
+def _head_kernels(workload: Workload) -> AbstractContextManager[Any]:
+    return nullcontext() if workload.is_cpu else kernels_of_a_gpu()
+
+
 def _autocast(workload: Workload) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if workload.autocasts else nullcontext()
+
+
+class _LastOfGroup(SequenceGroup):
+    """The last process of a sequence group, without the others: prompts come first, so it scores the most tokens."""
+
+    def exchange(self, states: Tensor) -> Tensor:
+        """Allocate what an exchange allocates, forward and backward."""
+        return cast(Tensor, _Copied.apply(states.contiguous()))
+
+
+class _Copied(torch.autograd.Function):
+    """A copy whose gradient is a copy, too."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:  # autograd's own
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous().clone()
 
 
 class _OneSequence:

@@ -62,6 +62,7 @@ def _assumptions(plan: Plan) -> list[str]:
     workload = plan.workload
     batches = (
         f"{workload.num_micro_batches} micro-batches per update, at most {workload.micro_batch_tokens} tokens each"
+        + (f", split among {workload.sequence_parallel} GPUs" if workload.sequence_parallel > 1 else "")
     )
     if plan.recipe.stage != "rloo":
         return [f"assumed: every sequence has the maximum length; per GPU: {batches}"]

@@ -14,12 +14,14 @@ from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.model_size import ModelShape, attention_sizes, build
 from rekatrain.trainer.plan.states import is_bfloat16
 from rekatrain.trainer.recipe.load import Recipe, Section
+from rekatrain.trainer.recipe.shipped import shipped_file
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
 from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
 from rekatrain.trainer.rloo.microbatch import GroupPart, pack
 from rekatrain.trainer.rloo.sampler.in_process import MAX_GROUPS
+from rekatrain.trainer.rloo.sequence_parallel import check_sequence_parallel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +35,7 @@ class Workload:
     num_prompts:         prompts per step of this process (stage rloo)
     prompt_tokens:       tokens per prompt (stage rloo)
     sequence_tokens:     tokens per sequence that this process holds (stages sft and reward)
+    sequence_parallel:   number of processes that split the tokens of each micro-batch (stage rloo)
     autocasts:           True if matrix products are in bfloat16 over weights of another dtype
     reduces_in_backward: True if each gradient is reduced and freed as soon as it is computed (ZeRO 1 to 3)
     is_cpu:              True if attention and the LM head work as on a CPU
@@ -44,6 +47,7 @@ class Workload:
     num_prompts: int = 1
     prompt_tokens: int = 256
     sequence_tokens: int = 1024
+    sequence_parallel: int = 1
     autocasts: bool = False
     reduces_in_backward: bool = False
     is_cpu: bool = False
@@ -90,7 +94,7 @@ class Workload:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of the largest micro-batch that the model runs on."""
+        """Tokens of the largest micro-batch that the model runs on, on all processes that split it."""
         if self.recipe.stage != "rloo":
             return self.num_sequences * self.sequence_tokens
         return self._count_tokens(self.largest_micro_batch)
@@ -129,7 +133,9 @@ class Workload:
         cost = PassCost.of(decoder)
         cost = cost if self.is_cpu else replace(cost, join=0.0)  # a GPU's kernel reads prompt and completion together
         return pack(
-            [(self.prompt_tokens, self._run_lengths(self.rloo.num_generations))] * self.num_prompts,
+            [(self.prompt_tokens, self._run_lengths(self.rloo.num_generations))]
+            * self.num_prompts
+            * self.sequence_parallel,
             self.rloo.micro_batch_tokens,
             cost,
         )
@@ -148,13 +154,16 @@ def make_workload(
 ) -> Workload:
     """Return the workload of one process of a launch.
 
-    Raise InputError for sequences that are longer than the model's context, and for sequence parallelism in stage rloo.
+    Raise InputError for sequences that are longer than the model's context, and for processes that cannot split them.
     """
     is_rloo = recipe.stage == "rloo"
-    if is_rloo and launch.sequence_parallel > 1:
+    if is_rloo:
+        check_sequence_parallel(launch.sequence_parallel, launch.num_gpus, config)
+    elif launch.sequence_parallel > 1 and launch.engine != "deepspeed":
         raise InputError(
-            "stage rloo has no sequence parallelism: a prompt and its completion are on one process. Shorten "
-            "rloo.max_completion_length, set rloo.gradient_checkpointing, or lower rloo.micro_batch_tokens"
+            f"parallelism_config_sp_size is {launch.sequence_parallel}, but stage {recipe.stage} splits sequences "
+            "under DeepSpeed only: add parallelism_config to a copy of "
+            f"{shipped_file('accelerate/zero3.yaml')}"
         )
     bf16, is_deepspeed = uses_bf16(recipe, launch), launch.engine == "deepspeed"
     if is_deepspeed and bf16:  # DeepSpeed converts the model to bfloat16, so that no weight is cast in a pass
@@ -166,6 +175,7 @@ def make_workload(
         num_prompts=RLOOConfig(**recipe.rloo).prompts_per_process(launch.num_gpus) if is_rloo else 1,
         prompt_tokens=prompt_tokens,
         sequence_tokens=1 if is_rloo else count_sequence_tokens(recipe, launch, shape.context),
+        sequence_parallel=launch.sequence_parallel if is_rloo else 1,
         autocasts=bf16 and not is_deepspeed,
         reduces_in_backward=is_deepspeed,
         is_cpu=launch.is_cpu,

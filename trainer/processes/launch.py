@@ -73,6 +73,32 @@ def read_launch() -> Launch:
     return Launch(engine="deepspeed", zero_stage=int(stage) if stage else None, num_processes=num_processes)
 
 
+def read_sequence_parallel() -> int:
+    """Return the number of processes that split each sequence, read from the variables of `parallelism_config`.
+
+    Raises InputError for the other kinds of parallelism that Accelerate has, which need FSDP, and for numbers of
+    data-parallel processes that are not those of this launch.
+    """
+    if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    names = ("sp", "tp", "cp", "dp_replicate", "dp_shard")
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in names}
+    for name in ("tp", "cp"):
+        if sizes[name] > 1:
+            raise InputError(
+                f"parallelism_config_{name}_size is {sizes[name]}, but needs FSDP, which rekatrain does not support: "
+                "split sequences with parallelism_config_sp_size"
+            )
+    num_copies = int(os.environ.get("WORLD_SIZE", "1")) // sizes["sp"]
+    given = sizes["dp_replicate"] * sizes["dp_shard"]
+    if given not in (1, num_copies):
+        raise InputError(
+            f"parallelism_config has {given} data-parallel processes (dp_replicate_size x dp_shard_size), but the "
+            f"launch has {num_copies} of them: remove both keys, or make them so many"
+        )
+    return sizes["sp"]
+
+
 def check_mixed_precision(stage: str, *, bf16: bool, fp16: bool = False) -> None:
     """Raise InputError if the launch sets another arithmetic than the recipe's section `stage`.
 

@@ -44,8 +44,8 @@ class RLOOConfig:
     adam_beta1, adam_beta2, adam_epsilon:  AdamW's other settings
     max_grad_norm:                      the gradient is scaled down to this norm
     max_unscorable_steps:               stop after so many steps in a row in which no completion has a reward
-    micro_batch_tokens:                 tokens in one forward and backward pass; a larger group is split, a larger
-                                        completion is run alone
+    micro_batch_tokens:                 tokens in one forward and backward pass, of all processes that split them; a
+                                        larger group is split, a larger completion is run alone
     per_device_generation_batch_size:   completions that one process samples at the same time
     gradient_checkpointing:             recompute activations in the backward pass
     bf16:                               bfloat16 arithmetic over float32 weights

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from rekatrain.trainer.processes.launch import (
     keep_gradients_in_float32,
     prepare_deepspeed,
     read_launch,
+    read_sequence_parallel,
 )
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.gather import gathered
@@ -52,6 +53,7 @@ def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
         cpu=not has_gpu and not is_deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=ddp_timeout))],
         mixed_precision="bf16" if bf16 else "no",
+        parallelism_config=_parallelism(),
         step_scheduler_with_optimizer=False,
     )
     check_engine(launch, accelerator)
@@ -68,6 +70,13 @@ def make_accelerator(*, bf16: bool, ddp_timeout: float) -> Accelerator:
             gradient_clipping=0.0,
         )
     return accelerator
+
+
+def _parallelism() -> ParallelismConfig | None:
+    """Turn off Accelerate's own sequence parallelism, which is for a single causal sequence per row of a DataLoader."""
+    if read_sequence_parallel() == 1:
+        return None
+    return ParallelismConfig(dp_replicate_size=1, dp_shard_size=1, tp_size=1, cp_size=1, sp_size=1)
 
 
 def set_determinism(seed: int, *, is_full: bool) -> None:

@@ -6,8 +6,8 @@ size, V the size of the LM head.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rekatrain.trainer.models.load import Policy
+from rekatrain.trainer.models.parameters import replaced, trained_of
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import frozen, zero_stage
 from rekatrain.trainer.rloo.kernels.cpu import PassCost
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.fused_head import fused_logprobs
-from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups, decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import Layout, PackedGroups, decoder_and_head, run_decoder
 
 # Tokens whose logits exist at the same time; the backward pass computes them again, chunk by chunk. The float32 logits
 # of Reka Flash 3 take 0.4 GB per thousand tokens.
@@ -37,7 +38,7 @@ LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 class PackedCompletions:
     """Prompts with their groups of completions, packed end to end.
 
-    input_ids:  [1, S], group after group: a prompt, then its completions, each without its last token
+    input_ids:  [1, S], group after group: a prompt, then its completions, each without its last token; filler tokens
     layout:     the attention pattern: which of these tokens sees which
     predictors: [T], for each completion token the index in S of the output that predicts it
     targets:    [T], the completion tokens
@@ -45,15 +46,19 @@ class PackedCompletions:
     num_chunks: number of chunks that the completion tokens are cut into for the LM head
     cutoffs:    [T], log p of the least likely kept token minus that of the target, rounded down; None where the
                 sampler filtered nothing
+
+    Where processes split the tokens (sequence_parallel.py), all but `lengths` is that of this process's slice, and
+    put_together makes the log-probabilities of all tokens, [T], of those of each process.
     """
 
     input_ids: Tensor
-    layout: PackedGroups
+    layout: Layout
     predictors: Tensor
     targets: Tensor
     lengths: Tensor
     num_chunks: int
     cutoffs: Tensor | None = None
+    put_together: Callable[[Tensor], Tensor] = lambda logprobs_T: logprobs_T
 
 
 def pack_completions(
@@ -63,11 +68,13 @@ def pack_completions(
     *,
     is_shared: Sequence[bool] | None = None,
     cutoffs: Sequence[float] | None = None,
+    multiple_of: int = 1,
 ) -> PackedCompletions:
     """Pack prompts and their groups of completions; no prompt and no completion is empty.
 
-    is_shared: for each group, True where its prompt is run once, False where it is run with each completion;
-               once by default
+    is_shared:   for each group, True where its prompt is run once, False where it is run with each completion;
+                 once by default
+    multiple_of: the number of tokens is a multiple of this, by filler tokens that no other sees
 
     >>> packed = pack_completions([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
     >>> packed.input_ids.tolist(), packed.predictors.tolist(), packed.targets.tolist()
@@ -88,6 +95,9 @@ def pack_completions(
                 last_of_prompt = len(input_ids) - 1
             predictors += [last_of_prompt, *range(len(input_ids), len(input_ids) + len(completion) - 1)]
             input_ids += completion[:-1]
+    if num_padding := -len(input_ids) % multiple_of:
+        input_ids += [0] * num_padding
+        spans.append((num_padding, []))
     flat = [completion for completions in groups for completion in completions]
     return PackedCompletions(
         input_ids=torch.tensor([input_ids], device=device),
@@ -95,9 +105,14 @@ def pack_completions(
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([token for completion in flat for token in completion], device=device),
         lengths=torch.tensor([len(completion) for completion in flat], device=device),
-        num_chunks=max(1, math.ceil(len(predictors) / TOKENS_PER_CHUNK)),
+        num_chunks=count_chunks(len(predictors)),
         cutoffs=None if cutoffs is None else torch.tensor(cutoffs, device=device),
     )
+
+
+def count_chunks(num_tokens: int) -> int:
+    """Number of chunks in which the LM head scores so many tokens."""
+    return max(1, math.ceil(num_tokens / TOKENS_PER_CHUNK))
 
 
 class CompletionLogprobs(nn.Module):
@@ -142,9 +157,11 @@ class CompletionLogprobs(nn.Module):
         hidden_SD = run_decoder(decoder, packed.input_ids, packed.layout.position_ids, packed.layout)[0]
         arguments = (hidden_SD.index_select(0, packed.predictors), packed.targets, packed.cutoffs)
         if packed.num_chunks == 1 or self.fused_lm_head:  # which has tiles instead of chunks
-            return self._score(*arguments)
+            return packed.put_together(self._score(*arguments))
         chunks = zip(*(_split(tensor, packed.num_chunks) for tensor in arguments), strict=True)
-        return torch.cat([checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks])
+        return packed.put_together(
+            torch.cat([checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks])
+        )
 
     def _score(self, hidden_TD: Tensor, targets_T: Tensor, cutoffs_T: Tensor | None) -> Tensor:
         _, head = decoder_and_head(self.policy)
@@ -227,24 +244,6 @@ class TokenLogprobs(torch.autograd.Function):
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, length, size))
-
-
-def trained_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trained parameters of a model, with their names."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-@contextmanager
-def replaced(parameters: Sequence[tuple[str, nn.Parameter]], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context in which parameters have other values, in their own dtype and on their own device."""
-    kept = [parameter.data for _, parameter in parameters]
-    try:
-        for name, parameter in parameters:
-            parameter.data = values[name].to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for (_, parameter), data in zip(parameters, kept, strict=True):
-            parameter.data = data
 
 
 Reference = Callable[[PackedCompletions], Tensor]

@@ -22,7 +22,9 @@ HEADLINE = ["reward", "kl", "completions/mean_length", "completions/clipped_rati
 
 
 def batch_records(step: int, batch: MicroBatch, config: RLOOConfig) -> list[RolloutRecord]:
-    """Make a JSON-ready record for each completion of a trained batch, in order."""
+    """Make a JSON-ready record for each completion of a trained batch, in order; none where another process does."""
+    if batch.is_copy:
+        return []
     assert batch.old_logprobs is not None
     log_ratios_T = batch.old_logprobs - batch.sampler_logprobs
     values = {

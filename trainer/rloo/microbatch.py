@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
-from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
+from rekatrain.trainer.rloo.logprobs import PackedCompletions
 from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs
+from rekatrain.trainer.rloo.sequence_parallel import pack_own_tokens, sequence_group
 
 
 @dataclass(kw_only=True, eq=False)
@@ -25,28 +26,43 @@ class MicroBatch(LossInputs):
     packed:   the completions as the model reads them
     members:  group of each completion and its index in the group, [N]
     is_split: True where a group has other completions in another micro-batch
+    is_copy:  True where another process of the sequence group records the completions
     """
 
     packed: PackedCompletions
     members: list[tuple[Group, int]]
     is_split: bool
+    is_copy: bool = False
 
 
 def balance_groups(accelerator: Accelerator, groups: Sequence[Group], cost: PassCost) -> list[Group]:
     """Exchange groups between processes, so that each trains about as long -> the groups that this one trains.
 
-    Completions differ in length, and all processes wait for the slowest. Every process computes the same exchange.
+    Completions differ in length, and all processes wait for the slowest. Every process computes the same exchange. The
+    processes of a sequence group train the same groups.
     """
     if accelerator.num_processes == 1:
         return list(groups)
+    sequence, own = sequence_group(), accelerator.process_index
+    size = sequence.size if sequence else 1
     costs: list[list[float]] = gather_object([[cost.of_group(*_lengths(group)) for group in groups]])
-    places, own = assign(costs), accelerator.process_index
-    if all(rank == place for place, assigned in enumerate(places) for rank, _ in assigned):
-        return list(groups)
-    stays = {index for rank, index in places[own] if rank == own}
-    leaving = [((own, index), group) for index, group in enumerate(groups) if index not in stays]
-    arriving: dict[tuple[int, int], Group] = dict(gather_object(leaving))
-    return [groups[index] if rank == own else arriving[rank, index] for rank, index in places[own]]
+    items = [(rank, index) for rank, owned in enumerate(costs) for index in range(len(owned))]
+    teams = [[item for item in items if item[0] // size == team] for team in range(len(costs) // size)]
+    places = [
+        [teams[team][number] for team, number in assigned]
+        for assigned in assign([[costs[rank][index] for rank, index in team] for team in teams])
+    ]
+    is_moving = any(rank // size != team for team, assigned in enumerate(places) for rank, _ in assigned)
+    trained = places[own // size] if is_moving else teams[own // size]
+    held = {(own, index): group for index, group in enumerate(groups)}
+    kept = {item: group for item, group in held.items() if item in trained}
+    found = dict(kept)
+    if is_moving:
+        found |= dict(gather_object([(item, group) for item, group in held.items() if item not in kept]))
+    if sequence:
+        for others in sequence.collect(kept):
+            found |= others
+    return [found[item] for item in trained]
 
 
 def assign(costs: Sequence[Sequence[float]]) -> list[list[tuple[int, int]]]:
@@ -81,17 +97,22 @@ def _lengths(group: Group) -> tuple[int, list[int]]:
 def make_microbatches(
     accelerator: Accelerator, groups: Sequence[Group], max_tokens: int, cost: PassCost
 ) -> list[MicroBatch]:
-    """Lay groups out in micro-batches of at most `max_tokens` tokens, about as much on each process."""
+    """Lay groups out in micro-batches of at most `max_tokens` tokens, about as much on each process.
+
+    The tokens of a micro-batch are those of all processes of a sequence group together.
+    """
     return list(_lay_out(balance_groups(accelerator, groups, cost), max_tokens, cost, accelerator.device))
 
 
 def _lay_out(groups: Sequence[Group], max_tokens: int, cost: PassCost, device: torch.device) -> Iterator[MicroBatch]:
+    sequence = sequence_group()
     for parts in pack([_lengths(group) for group in groups], max_tokens, cost):
         members = [(groups[part.group], index) for part in parts for index in part.members]
         completions = [group.completions[index] for group, index in members]
         loss_mask = [index not in c.forced for c in completions for index in range(len(c.ids))]
         has_cutoffs = any(completion.cutoffs for completion in completions)
-        packed = pack_completions(
+        packed = pack_own_tokens(
+            sequence,
             [groups[part.group].prompt.ids for part in parts],
             [[groups[part.group].completions[index].ids for index in part.members] for part in parts],
             device,
@@ -102,6 +123,7 @@ def _lay_out(groups: Sequence[Group], max_tokens: int, cost: PassCost, device: t
             packed=packed,
             members=members,
             is_split=any(len(part.members) < len(groups[part.group].completions) for part in parts),
+            is_copy=sequence is not None and sequence.index > 0,
             lengths=packed.lengths,
             rewards=torch.tensor(
                 [(group.scaled_rewards or group.rewards)[index] for group, index in members], device=device
@@ -127,7 +149,7 @@ def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> lis
 
 
 def _filler(device: torch.device) -> MicroBatch:
-    packed = pack_completions([[0]], [[[0]]], device)
+    packed = pack_own_tokens(sequence_group(), [[0]], [[[0]]], device)
     nothing = torch.zeros(1, device=device)
     return MicroBatch(
         packed=packed,

@@ -49,6 +49,7 @@ from rekatrain.trainer.rloo.metrics import HEADLINE, Clock, RolloutRecord, step_
 from rekatrain.trainer.rloo.sampler.vllm.checks import check_servers
 from rekatrain.trainer.rloo.sampler.vllm.server_rollouts import ServerRollouts
 from rekatrain.trainer.rloo.sampler.vllm.sleep import check_awake
+from rekatrain.trainer.rloo.sequence_parallel import connect_sequence_group
 from rekatrain.trainer.rloo.setup import RunSetup, prepare
 from rekatrain.trainer.rloo.step import Run, take_step
 from rekatrain.trainer.run.checkpoints import checkpoint_step
@@ -75,6 +76,7 @@ def _train(recipe: Recipe, setup: RunSetup, folder: RunFolder, *, resume: bool) 
     config = setup.config
     ddp_timeout = setup.ddp_timeout(read_launch().num_processes)
     accelerator = make_accelerator(bf16=config.bf16, ddp_timeout=ddp_timeout)
+    connect_sequence_group(accelerator, ddp_timeout=ddp_timeout)
     checkpoint = folder.choose_checkpoint(resume=resume)
     keeps_optimizer = check_start(recipe, setup, accelerator, checkpoint)
     prints = take_fingerprints(recipe, setup.trained_rows())

@@ -201,9 +201,33 @@ def test_make_plan_rejects_sequences_beyond_the_context() -> None:
         make_plan(reka("sft-lora", "sft.max_length=98304"), zero(3)).phases  # noqa: B018  # computed on first use
 
 
-def test_make_plan_rejects_sequence_parallelism_in_rloo() -> None:
-    with pytest.raises(InputError, match="stage rloo has no sequence parallelism"):
-        make_plan(in_process("rloo-8k"), zero(3, sequence_parallel=2)).phases  # noqa: B018
+def test_make_plan_fits_rloo_by_sequence_parallelism() -> None:
+    # One completion of the greatest length in a micro-batch: its activations are split among the processes.
+    recipe, ddp = with_servers(reka("rloo-32k")), PlannedLaunch(engine="ddp", num_gpus=4)
+    whole, split = (make_plan(recipe, replace(ddp, sequence_parallel=size)) for size in (1, 4))
+    assert not whole.fits and split.fits
+    activations = [plan.activations(checkpointing=True)["activations"] for plan in (whole, split)]
+    assert 0.25 <= activations[1] / activations[0] < 0.27
+    assert whole.workload.micro_batch_tokens == pytest.approx(split.workload.micro_batch_tokens, abs=4)
+    assert split.workload.num_micro_batches == 4 * whole.workload.num_micro_batches  # for 4 times the prompts
+    assert "split sequences: parallelism_config_sp_size: 4" in " ".join(change.text for change in advise(whole))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launch", "message"),
+    [
+        ("rloo-8k", {"num_gpus": 6, "sequence_parallel": 3}, "sp_size is 3, .* 6 processes it can be 1 or 2$"),
+        ("sft-lora", {"num_gpus": 8, "sequence_parallel": 4}, "stage sft splits sequences under DeepSpeed only"),
+    ],
+)
+def test_make_plan_rejects_sequences_that_cannot_be_split(recipe: str, launch: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(in_process(recipe), PlannedLaunch(engine="ddp", **launch)).phases  # type: ignore[arg-type]  # noqa: B018
+
+
+def test_planned_launch_rejects_groups_that_do_not_divide_the_processes() -> None:
+    with pytest.raises(InputError, match="sp_size 3 does not divide 8 processes"):
+        PlannedLaunch(engine="ddp", num_gpus=8, sequence_parallel=3)
 
 
 # Properties

@@ -28,6 +28,7 @@ from rekatrain.trainer.processes.launch import (
     check_mixed_precision,
     prepare_deepspeed,
     read_launch,
+    read_sequence_parallel,
 )
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.checkpoints import read_manifest
@@ -38,6 +39,7 @@ FILES = Path(__file__).parents[3] / "recipes" / "accelerate"
 LAUNCHES = {
     "single": Launch(engine="single", zero_stage=None, num_processes=1),
     "ddp": Launch(engine="ddp", zero_stage=None, num_processes=8),
+    "ddp-ulysses": Launch(engine="ddp", zero_stage=None, num_processes=8),
     "zero1": Launch(engine="deepspeed", zero_stage=1, num_processes=8),
     "zero2": Launch(engine="deepspeed", zero_stage=2, num_processes=8),
     "zero3": Launch(engine="deepspeed", zero_stage=3, num_processes=8),
@@ -80,6 +82,7 @@ def test_read_launch_reads_each_launch_file_from_any_folder(name: str, set_launc
     where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29400"] if name == "two-nodes" else []
     set_launch("--config_file", str(FILES / f"{name}.yaml"), *where)
     assert read_launch() == LAUNCHES[name]
+    assert read_sequence_parallel() == (4 if name == "ddp-ulysses" else 1)
     prepare_deepspeed(read_launch())
     assert ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE" in os.environ) == (name == "zero3-offload")
     if LAUNCHES[name].engine == "deepspeed" and not torch.cuda.is_available():  # compiling it takes minutes

@@ -31,6 +31,11 @@ NAME = "rekatrain_groups"
 class Layout(Protocol):
     """An attention pattern: which tokens of a call of the model attend to which."""
 
+    @property
+    def position_ids(self) -> Tensor:
+        """Positions of the tokens, [B, T]."""
+        ...
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend with query [B, H, T, D] to key and value [B, K, T, D] -> [B, T, H, D]."""
         ...
