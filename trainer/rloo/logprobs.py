@@ -72,8 +72,7 @@ def pack_completions(
 ) -> PackedCompletions:
     """Pack prompts and their groups of completions; no prompt and no completion is empty.
 
-    is_shared:   for each group, True where its prompt is run once, False where it is run with each completion;
-                 once by default
+    is_shared:   for each group, True where its prompt is run once (the default), False where with each completion
     multiple_of: the number of tokens is a multiple of this, by filler tokens that no other sees
 
     >>> packed = pack_completions([[5, 6], [4]], [[[7, 8], [9]], [[1, 2]]], torch.device("cpu"))
@@ -159,9 +158,8 @@ class CompletionLogprobs(nn.Module):
         if packed.num_chunks == 1 or self.fused_lm_head:  # which has tiles instead of chunks
             return packed.put_together(self._score(*arguments))
         chunks = zip(*(_split(tensor, packed.num_chunks) for tensor in arguments), strict=True)
-        return packed.put_together(
-            torch.cat([checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks])
-        )
+        logprobs = [checkpoint(self._score, *chunk, use_reentrant=False) for chunk in chunks]
+        return packed.put_together(torch.cat(logprobs))
 
     def _score(self, hidden_TD: Tensor, targets_T: Tensor, cutoffs_T: Tensor | None) -> Tensor:
         _, head = decoder_and_head(self.policy)
