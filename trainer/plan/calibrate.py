@@ -1,9 +1,9 @@
 """`rekatrain plan RECIPE --calibrate FILE`: measure this machine with layers of the recipe's model, and plan with that.
 
 Measured with random weights, on one GPU or on the CPU: a matrix product, copies, a training pass over the recipe's
-largest micro-batch, and decoding steps of the in-process sampler, with one completion and with its largest batch. A
-deep model's time is extrapolated from models of one and two layers. Quantized weights are measured unquantized, and the
-network between nodes is not measured.
+largest micro-batch, and decoding steps of the in-process sampler (on a GPU, CUDA graphs), with one completion and with
+its largest batch. A deep model's time is extrapolated from models of one and two layers. Quantized weights are measured
+unquantized, and the network between nodes is not measured.
 """
 
 import json
@@ -25,14 +25,19 @@ from rekatrain.trainer.plan.cost import Rates, estimate
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.passes import make_model, run_loss
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
+from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
+from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM, ForkedCache
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
+from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
+from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, EagerCalls
+from rekatrain.trainer.rloo.sampler.draw import draw
 
 ROUNDS = 3
 # Sizes of the square matrices of a product, and of the tensors that are copied, in bytes.
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 COPIED = {"cpu": 2**27, "cuda": 2**30}
+# Decoded tokens that are timed together: with the first two, all rounds fit into FIRST_ROOM.
 DECODED_TOKENS = 8
 
 
@@ -189,18 +194,16 @@ def _decoding_seconds(plan: Plan, num_layers: int, batch_size: int, device: torc
     decoder, head = decoder_and_head(model)
     group = min(batch_size, config.num_generations)
     num_prompts = batch_size // group
-
-    def decode(num_tokens: int) -> None:
-        cache = ForkedCache([plan.prompt_tokens] * num_prompts, group, config.max_completion_length, device)
+    dtype = torch.bfloat16 if plan.workload.autocasts or config.rollout_dtype else None
+    with torch.no_grad(), decoding_weights(model, batch_size, dtype), decoding_adapters(model):
+        # All tokens that are decoded here fit into the first room: no step is captured twice.
+        cache = ForkedCache([plan.prompt_tokens] * num_prompts, group, FIRST_ROOM, device)
         ids = torch.zeros(1, num_prompts * plan.prompt_tokens, dtype=torch.long, device=device)
         run_decoder(decoder, ids, cache.prompts.position_ids, cache)
-        last = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        for _ in range(num_tokens):
-            head(run_decoder(decoder, last, cache.position_ids, cache)[:, 0])
-            cache.advance()
-
-    is_16_bit = plan.workload.autocasts
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if is_16_bit else nullcontext():
-        num_tokens = min(DECODED_TOKENS, config.max_completion_length)
-        prefill = _seconds(lambda: decode(0), device)
-        return max(1e-9, (_seconds(lambda: decode(num_tokens), device) - prefill) / num_tokens)
+        uniforms_MT = torch.zeros(batch_size, FIRST_ROOM, dtype=torch.float64, device=device)
+        filters = config.temperature, config.top_p, config.top_k
+        calls = CudaGraphs() if device.type == "cuda" else EagerCalls()
+        step = DecodeStep((decoder, head), cache, lambda *drawn: draw(*drawn, *filters), uniforms_MT, calls)
+        for _ in range(2):  # run, then capture
+            step()
+        return _seconds(lambda: [step() for _ in range(DECODED_TOKENS)], device) / DECODED_TOKENS

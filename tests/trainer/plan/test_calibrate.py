@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
@@ -53,9 +54,10 @@ def test_calibrate_makes_the_plan_give_the_measured_times(
         main(["plan", recipe, "--calibrate", str(file)])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "one step on one GPU" in printed and "--calibrate measured on CPU with" in printed
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU with"
+    assert "one step on one GPU" in printed and f"--calibrate measured on {machine}" in printed
     report, rates = json.loads(file.read_text()), read_rates(file)
-    assert rates != Rates() and 1e8 < rates.flops < 1e14 and 1e8 < rates.memory < 1e12
+    assert rates != Rates() and 1e8 < rates.flops < 1e16 and 1e8 < rates.memory < 1e14
 
     plan = make_plan(load_recipe(recipe), current_launch())
     cost = estimate(plan, rates)
