@@ -43,8 +43,9 @@ class Rates:
     memory_fraction:        of `memory`, in decoding; fitted
     adapter_fraction:       of the speed of vLLM without an adapter, with one; fitted
     link_fraction:          of `nvlink` and `network`; an assumption
-    layer_launch_seconds:   seconds to launch the kernels of one layer in eager PyTorch: 56 at 5 us each
-    adapter_launch_seconds: likewise with PEFT's adapter: 98 kernels
+    layer_launch_seconds:   seconds that the kernels of one layer take at least in a CUDA graph: 61 (counted by
+                            tests/benchmarks/launches.py) at 2 us each, an assumption
+    adapter_launch_seconds: likewise with an adapter: 75 kernels
     """
 
     name: str = "H100 SXM5"
@@ -58,8 +59,8 @@ class Rates:
     memory_fraction: float = 0.44
     adapter_fraction: float = 1788 / 2694
     link_fraction: float = 0.7
-    layer_launch_seconds: float = 2.8e-4
-    adapter_launch_seconds: float = 4.9e-4
+    layer_launch_seconds: float = 1.22e-4
+    adapter_launch_seconds: float = 1.5e-4
     measured_on: str = ""
 
     def describe(self) -> str:
