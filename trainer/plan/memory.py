@@ -236,13 +236,15 @@ class Plan:
 
     @property
     def _decoding_copies(self) -> float:
-        """Bytes of the sampler's copies of the linear layers (trainer/rloo/kernels/cpu.py)."""
-        weights = self.shape.num_linear + self.shape.num_head + self.shape.num_adapter
+        """Bytes of the sampler's copies of linear layers (kernels/cpu.py) and of adapters (sampler/adapters.py)."""
+        weights, adapter = self.shape.num_linear + self.shape.num_head + self.shape.num_adapter, self.shape.num_adapter
         is_16_bit = is_bfloat16(self.recipe) or (self.launch.engine == "deepspeed" and self.uses_bf16)
         if is_16_bit:
-            return 0.0
+            return 2.0 * adapter
         casts = self.uses_bf16 or (self.recipe.stage == "rloo" and self.recipe.rloo.get("rollout_dtype") is not None)
-        return float(weights * (2 if casts else 4 if self.launch.is_cpu else 0))
+        if casts:
+            return 2.0 * (weights + adapter)
+        return 4.0 * (weights * self.launch.is_cpu + adapter)
 
 
 def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | None = None) -> Plan:
