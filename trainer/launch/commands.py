@@ -71,9 +71,9 @@ def trainer_commands(
     commands = []
     for index, host in enumerate(hosts):
         options = ["--config_file", str(placement.launch_file)]
-        options += ["--num_processes", str(placement.num_processes * len(hosts))]
+        options += ["--num_processes", str(placement.num_processes * len(hosts)), "--num_machines", str(len(hosts))]
         if len(hosts) > 1:
-            options += ["--num_machines", str(len(hosts)), "--machine_rank", str(index)]
+            options += ["--machine_rank", str(index)]
             options += ["--main_process_ip", hosts[0].address, "--main_process_port", str(config.main_process_port)]
         launcher = [sys.executable, "-m", "rekatrain.trainer.accelerate_launch", *options]
         command = Command(

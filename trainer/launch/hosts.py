@@ -51,7 +51,11 @@ def find_hosts(config: LaunchConfig) -> list[Host]:
         remote = [Host(address=_address(host), prefix=[*SSH, host], environment=shared) for host in others]
         return [Host(address=address), *remote]
     # Within a step of srun, SLURM_NNODES is the number of its nodes.
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))) == 1:
+    variable = "SLURM_JOB_NUM_NODES" if "SLURM_JOB_NUM_NODES" in os.environ else "SLURM_NNODES"
+    number = os.environ.get(variable, "1")
+    if not number.isdecimal() or int(number) == 0:
+        raise InputError(f"{variable} is {number!r}, which is no number of nodes: correct it, or unset it")
+    if int(number) == 1:
         return [Host(address="127.0.0.1")]
     names = _slurm_names(os.environ.get("SLURM_JOB_NODELIST", ""))
     here = os.environ.get("SLURMD_NODENAME", names[0])
@@ -67,7 +71,9 @@ def find_hosts(config: LaunchConfig) -> list[Host]:
 
 
 def check_hosts(hosts: Sequence[Host]) -> None:
-    """Raise InputError unless each other node can be reached and sees the folder that the launch runs in."""
+    """Raise InputError unless the first node is this machine, and each other can be reached and sees this folder."""
+    if len(hosts) > 1:
+        _check_here(hosts[0].address)
     for host in hosts:
         if not host.prefix:
             continue
@@ -87,6 +93,20 @@ def check_hosts(hosts: Sequence[Host]) -> None:
         if done.returncode != 0:
             why = lines[-1] if lines else f"status {done.returncode}"
             raise InputError(f"{host.address} cannot be reached by {name}: {why}")
+
+
+def _check_here(address: str) -> None:
+    """Raise InputError unless a server of this machine can listen at the address."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, name = found[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.bind(name)
+    except OSError as error:
+        raise InputError(
+            f"{address}, the first node, is not this machine ({error.strerror or error}): run the launch there, "
+            "or name this machine first in launch.hosts"
+        ) from None
 
 
 def _address(host: str) -> str:

@@ -69,7 +69,7 @@ def launch(
     node, missing = _find_node(config, hosts)
     if missing and not dry_run:
         raise InputError(missing)
-    python = config.vllm_python or os.environ.get(VLLM_PYTHON) or sys.executable
+    python = os.path.expanduser(config.vllm_python or os.environ.get(VLLM_PYTHON) or sys.executable)
     placement = place(recipe, config, node, has_vllm=_knows_vllm(config), ignores_memory=skip_memory_check)
     servers: list[Server] = []
     if placement.server_gpus:

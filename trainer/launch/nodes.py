@@ -48,7 +48,7 @@ class Node:
 
 def find_launch_file(name: str) -> Path:
     """Return the path of a launch file, which may be the name of a shipped one."""
-    for path in (Path(name), LAUNCH_FILES / name):
+    for path in (Path(name).expanduser(), LAUNCH_FILES / name):
         if path.is_file():
             return path
     shipped = ", ".join(path.name for path in sorted(LAUNCH_FILES.glob("*.yaml")))

@@ -11,12 +11,13 @@ no split fits.
 """
 
 import math
+from dataclasses import replace
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.gpus import PlacementFinder
 from rekatrain.trainer.launch.nodes import Node, Placement, find_launch_file
 from rekatrain.trainer.launch.section import LaunchConfig
-from rekatrain.trainer.plan.machine import PlannedLaunch
+from rekatrain.trainer.plan.machine import PlannedLaunch, read_launch_file
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -64,12 +65,15 @@ def _on_cpu(recipe: Recipe, kind: str | None, config: LaunchConfig, node: Node) 
             raise InputError(f"launch.{key} is {getattr(config, key)}, but servers on a CPU have no GPU: remove it")
     processes = config.num_processes or 1
     usual = "single.yaml" if processes * node.num_nodes == 1 else "ddp.yaml"
+    file = find_launch_file(config.config_file or usual)
+    launch = read_launch_file(file, gpu_memory=node.gpu_memory)
+    replace(launch, num_gpus=processes * node.num_nodes, num_nodes=node.num_nodes)  # its check, before a server starts
     servers = 0 if kind == "in_process" else config.servers or 1
     return Placement(
         kind="in_process" if kind == "in_process" else "split",
         server_gpus=[[]] * servers,
         num_processes=processes,
-        launch_file=find_launch_file(config.config_file or usual),
+        launch_file=file,
         cpu_cache=_cache_gib(recipe) if servers else None,
         reason="without a GPU",
     )

@@ -90,13 +90,20 @@ def test_slurm_allocation_is_used(stand_ins: Path, allocation: list[str], monkey
 def test_host_out_of_reach_is_one_error(stand_ins: Path) -> None:
     error = "down cannot be reached by ssh: ssh: connect to host down port 22: No route to host"
     with pytest.raises(InputError, match=error):
-        check_hosts(find_hosts(LaunchConfig(hosts=["a", "down"])))
+        check_hosts(find_hosts(LaunchConfig(hosts=["localhost", "down"])))
+
+
+@pytest.mark.parametrize("address", ["192.0.2.7", "host.invalid"])
+def test_first_host_is_this_machine(stand_ins: Path, address: str) -> None:
+    with pytest.raises(InputError, match=f"^{address}, the first node, is not this machine .*: run the launch there"):
+        check_hosts(find_hosts(LaunchConfig(hosts=[address, "b"])))
+    assert not (stand_ins / "log").exists()
 
 
 def test_host_without_the_folder_is_one_error(stand_ins: Path, tmp_path: Path) -> None:
     (stand_ins / "ssh").write_text("#!/bin/bash\nexit 1\n")
     with pytest.raises(InputError, match=f"b does not see the folder '{tmp_path}': all nodes need the same paths"):
-        check_hosts(find_hosts(LaunchConfig(hosts=["a", "b"])))
+        check_hosts(find_hosts(LaunchConfig(hosts=["localhost", "b"])))
 
 
 def test_allocation_that_cannot_be_read_is_one_error(allocation: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +113,22 @@ def test_allocation_that_cannot_be_read_is_one_error(allocation: list[str], monk
     monkeypatch.setenv("SLURM_JOB_NODELIST", "bad[")
     with pytest.raises(InputError, match=r"scontrol cannot expand the nodes 'bad\[': Invalid hostlist"):
         find_hosts(LaunchConfig())
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"])
+@pytest.mark.parametrize("number", ["", "x", "0", "-1", "1.5"])
+def test_number_of_nodes_that_is_none_is_one_error(monkeypatch: pytest.MonkeyPatch, variable: str, number: str) -> None:
+    monkeypatch.setenv(variable, number)
+    with pytest.raises(InputError, match=f"^{variable} is '{number}', which is no number of nodes"):
+        find_hosts(LaunchConfig())
+    assert len(find_hosts(LaunchConfig(hosts=["localhost"]))) == 1
+
+
+def test_login_node_is_none_of_an_allocation(allocation: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURMD_NODENAME")  # as in the shell of salloc
+    monkeypatch.setenv("NODES", "192.0.2.7 192.0.2.8")
+    with pytest.raises(InputError, match="^192.0.2.7, the first node, is not this machine"):
+        check_hosts(find_hosts(LaunchConfig()))
 
 
 def test_processes_on_other_nodes_end_with_the_launch(

@@ -1,6 +1,7 @@
 """Placements on nodes with GPUs that are not here: by the section, and where it is silent by the plan."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch.nodes import Node, Placement
+from rekatrain.trainer.launch.commands import trainer_commands
+from rekatrain.trainer.launch.hosts import Host
+from rekatrain.trainer.launch.nodes import Node, Placement, find_launch_file
 from rekatrain.trainer.launch.placement import place
 from rekatrain.trainer.launch.section import LaunchConfig
 from rekatrain.trainer.recipe.load import Recipe
@@ -165,6 +168,31 @@ def test_memory_check_can_be_left_out(model: str) -> None:
     node = Node(num_gpus=2, gpu_memory=6 * GB)
     config = LaunchConfig(placement="split", tensor_parallel_size=1)
     assert place(recipe(model), config, node, has_vllm=True, ignores_memory=True).kind == "split"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('distributed_type: "NO"\nnum_processes: 1', "distributed_type NO with 2 processes would train the same model"),
+        ("distributed_type: FSDP\nnum_processes: 2", "distributed_type FSDP is not one of"),
+        ("stage: rloo", "is no launch file: it has no distributed_type and no num_processes"),
+        ("[", "mine.yaml"),
+    ],
+)
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_wrong_launch_file_is_one_error(model: str, tmp_path: Path, text: str, error: str, gpus: int) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        placed(recipe(model, stage="sft"), gpus, num_processes=2, config_file=str(file))
+    assert error in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_launch_file_of_several_nodes_starts_one_on_one_machine() -> None:
+    placement = Placement(kind="in_process", launch_file=find_launch_file("two-nodes.yaml"))
+    (command,) = trainer_commands(["recipe.yaml"], LaunchConfig(), placement, [Host(address="127.0.0.1")])
+    options = dict(pairwise(command.argv))
+    assert (options["--num_machines"], options["--num_processes"]) == ("1", "1")
 
 
 def test_launch_file_of_the_user_is_found(model: str, tmp_path: Path) -> None:
