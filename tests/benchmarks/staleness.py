@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--url", help="URL of a server that rekatrain serve-rollouts started, with a recipe")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=210.0, help="with a recipe: time of each run; default 210")
     for name, default in {"servers": 2, "rows": 8, "group": 4, "prompts": 8, "steps": 10, "cap": 100}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of the stand-ins; default {default}")
     for name, seconds in {"pace": 0.02, "train-seconds": 1.0}.items():

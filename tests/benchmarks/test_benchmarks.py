@@ -165,20 +165,27 @@ def test_staleness_compares_rewards_at_equal_times(monkeypatch: pytest.MonkeyPat
     others = {"staleness": 0.0, "completions/mean_length": 30.0, "completions/clipped_ratio": 0.5}
 
     def arm(seconds: float, busy: float, rewards: list[float]) -> dict:
-        return {"busy": busy, "steps": [{"seconds": seconds, "reward": reward, **others} for reward in rewards]}
+        steps = [{"seconds": seconds, "reward": reward, **others} for reward in rewards]
+        return {"busy": busy, "running": 10 * busy, "steps": steps}
 
     for step in (slow := arm(20.0, 0.5, [0.0, 0.2, 0.6]))["steps"]:
         step["importance/effective_sample_size"] = 1.0
     fast = [arm(10.0, 0.8, [0.1, 0.3, 0.5, 0.9]), arm(10.0, 1.0, [0.3, 0.5, 0.5, 0.9])]
     for step in [step for each in fast for step in each["steps"]]:
         step["importance/effective_sample_size"] = 0.75
-    on_policy, ahead = load("staleness_vllm", monkeypatch).summarize({0: [slow], 4: fast})
+    module = load("staleness_vllm", monkeypatch)
+    on_policy, ahead = module.summarize({0: [slow], 4: fast})
     assert (on_policy["seconds"], ahead["seconds"]) == (60, 40) and ahead["server busy"] == pytest.approx(0.9)
+    assert (on_policy["running"], ahead["running"]) == (5, pytest.approx(9))
     # The fastest run takes 40 s: after 20 s the slow one has ended one step, the fast ones two.
     assert (on_policy["reward at 20 s"], ahead["reward at 20 s"]) == (0, pytest.approx(0.3))
     assert (on_policy["reward at 40 s"], ahead["reward at 40 s"]) == (pytest.approx(0.1), pytest.approx(0.5))
-    assert (on_policy["last rewards"], ahead["first reward"]) == (pytest.approx(0.8 / 3), pytest.approx(0.2))
+    assert (on_policy["first reward"], ahead["first reward"]) == (0, pytest.approx(0.2))
     assert (on_policy["ESS"], ahead["ESS"]) == (1, 0.75)
+    # The mean is over the steps that ended in a window, or it is that of the last step before.
+    monkeypatch.setattr(module, "WINDOW_SECONDS", 15.0)
+    on_policy, ahead = module.summarize({0: [slow], 4: fast})
+    assert (on_policy["reward at 40 s"], ahead["reward at 40 s"]) == (pytest.approx(0.2), pytest.approx(0.7))
 
 
 @pytest.mark.launched
