@@ -11,7 +11,9 @@ from rekatrain.data.errors import InputError
 from rekatrain.data.locations import names_path
 from rekatrain.trainer.run.folder import RECIPE_FILE, newest_checkpoint
 
-ADAPTER_CONFIG = "adapter_config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+# Beginnings of `init_lora_weights` of adapters that PEFT loads onto changed weights of the base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,19 @@ def find_source(pretrained_model_name_or_path: str) -> Source:
         base = str(config.base_model_name_or_path)
         if names_path(base) and not Path(base).is_dir():
             raise InputError(f"{str(path)!r} is an adapter on {base!r}, which is no folder here: move the base back")
+        if not (Path(base) / CONFIG).exists() and any(
+            (Path(base) / name).exists() for name in (ADAPTER_CONFIG, RECIPE_FILE)
+        ):
+            raise InputError(
+                f"{str(path)!r} is an adapter on {base!r}, which is an adapter or a run itself: merge that one first: "
+                "rekatrain export RUN OUT; and name OUT as base_model_name_or_path"
+            )
         return Source(folder=str(path), base=base, adapter=str(path), revision=config.revision)
+    if not (path / CONFIG).exists() and any(path.glob("adapter_model.*")):
+        raise InputError(
+            f"{str(path)!r} holds the weights of an adapter and no {ADAPTER_CONFIG}, which names its base and scale: "
+            "copy that file, too"
+        )
     return Source(folder=str(path), base=str(path), adapter=None)
 
 
@@ -87,4 +101,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig) or not config.base_model_name_or_path:
         kind = "names no base model" if isinstance(config, LoraConfig) else f"is a {config.peft_type} adapter, not LoRA"
         raise InputError(f"{str(folder / ADAPTER_CONFIG)!r} {kind}: use the folder of a LoRA adapter or a whole model")
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(CHANGES_BASE):
+        raise InputError(
+            f"the adapter {str(folder)!r} has init_lora_weights {start}, which moves a part of the base's weights into "
+            "it: on the base as it is stored it is another model; convert it to plain LoRA: PEFT's save_pretrained "
+            "with path_initial_model_for_weight_conversion"
+        )
     return config

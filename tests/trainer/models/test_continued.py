@@ -1,13 +1,15 @@
 """SFT and RLOO go on with an adapter that was trained before; the reference is the model with it, as it was loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.api import check_recipe
 from rekatrain.trainer.cli import main
@@ -91,6 +93,53 @@ def test_section_of_the_adapter_is_the_recipes(folder: Path) -> None:
         check_recipe(folder / "recipe.yaml", f"model={{pretrained_model_name_or_path: {folder}/run}}", "lora=null")
     )
     assert sft.lora is not None and sft.lora["lora_dropout"] == 0.1
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """An adapter that PEFT has written, and in recipe.yaml beside it a run that continues it."""
+    path = write_sft_recipe(tmp_path, tokenizer)
+    recipe = json.loads(path.read_text()) | {"model": {"pretrained_model_name_or_path": str(tmp_path / "adapter")}}
+    del recipe["lora"]
+    path.write_text(json.dumps(recipe))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(str(tmp_path / "adapter"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"init_lora_weights": kind}, f"has init_lora_weights {kind}, which moves a part of the base's weights")
+            for kind in ("pissa", "pissa_niter_4", "olora", "lora_ga")
+        ),
+        ({"base_model_name_or_path": "adapter"}, "which is an adapter or a run itself: merge that one first"),
+        ({"r": 4}, "it belongs to another base"),
+        ({"use_dora": True}, "lacks the tensor base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        ({"target_modules": ["v_proj"]}, "lacks the tensor base_model.model.model.layers.0.self_attn.v_proj"),
+        ({"peft_type": "PROMPT_TUNING"}, "adapter, not LoRA"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "has layer_replication, which is not supported"),
+        (None, "holds the weights of an adapter and no adapter_config.json"),
+    ],
+)
+def test_adapter_of_another_model_is_refused(
+    adapter: Path, no_weights: None, capsys: pytest.CaptureFixture[str], change: dict | None, message: str
+) -> None:
+    config_file = adapter / "adapter_config.json"
+    if change is None:
+        config_file.unlink()
+    else:
+        if "base_model_name_or_path" in change:
+            change = {"base_model_name_or_path": str(shutil.copytree(adapter, adapter.parent / "first"))}
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(adapter.parent / "recipe.yaml"), "--dry-run"])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
 
 
 @pytest.mark.parametrize(
