@@ -11,7 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.recipe.optimizers import ADAMW_8BIT, MUON, Optim, check_optim, optim_of
+from rekatrain.trainer.recipe.optimizers import ADAMW_8BIT, DEFAULT, MUON, Optim, check_optim, optim_of
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' default of `min_8bit_size`
 Group = dict[str, Any]  # torch's group of parameters: `params`, and options that differ from the optimizer's
@@ -127,11 +127,25 @@ def check_matrices(model: nn.Module) -> None:
 
 def check_optim_here(recipe: Recipe, *, is_deepspeed: bool) -> None:
     """Raise InputError if this process, as it was launched, cannot use the recipe's optimizer."""
-    check_optim(recipe, has_gpu=torch.cuda.is_available(), is_deepspeed=is_deepspeed)
-    if optim_of(recipe) in ADAMW_8BIT and find_spec("bitsandbytes") is None:
+    check_optim(recipe, is_deepspeed=is_deepspeed)
+    if optim_of(recipe) not in ADAMW_8BIT:
+        return
+    name = f"{recipe.stage}.optim {optim_of(recipe)}"
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{name} needs the package bitsandbytes: pip install bitsandbytes")
+    if not torch.cuda.is_available() and not _has_8bit_on_cpu():
         raise InputError(
-            f"{recipe.stage}.optim {optim_of(recipe)} needs the package bitsandbytes: pip install bitsandbytes"
+            f"{name} needs a GPU, or a bitsandbytes with this optimizer for a CPU, such as 0.50.2: pip install -U "
+            f"bitsandbytes, or set it to {DEFAULT}"
         )
+
+
+def _has_8bit_on_cpu() -> bool:
+    """Return True if the installed bitsandbytes has a kernel of 8-bit AdamW for a CPU."""
+    import bitsandbytes  # noqa: F401  # it registers its kernels
+
+    name = "bitsandbytes::optimizer_update_8bit_blockwise"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 def _make_8bit(model: nn.Module, groups: list[Group], settings: dict[str, Any]) -> Optimizer:

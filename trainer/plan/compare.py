@@ -78,7 +78,7 @@ def _cell(recipe: Recipe, launch: PlannedLaunch, prompt_tokens: int | None) -> s
 def _is_rejected(recipe: Recipe, settings: dict[str, Any]) -> bool:
     try:
         check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
-        check_optim(recipe, has_gpu=True, is_deepspeed=settings["engine"] == "deepspeed")
+        check_optim(recipe, is_deepspeed=settings["engine"] == "deepspeed")
         return False
     except InputError:
         return True

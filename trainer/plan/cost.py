@@ -6,12 +6,14 @@ length, as in the memory plan. FLOPs are counted as in tests/benchmarks/roofline
     linear layers: 2 FLOPs per weight and token in the forward pass; as many again for the gradient of the inputs, for
                    the gradient of the weights (unless the base is frozen), and for recomputed activations
     attention:     4 * heads * head size per query and visible key in the forward pass
+    Muon:          5 Newton-Schulz steps per matrix and update, see `newton_schulz_flops`
 """
 
 from dataclasses import dataclass
 
 from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
+from rekatrain.trainer.recipe.optimizers import MUON, optim_of
 from rekatrain.trainer.rloo.sequence_parallel import attention_heads
 
 # What the fractions below were fitted to: published speeds of other programs on H100 GPUs. A test computes each of them
@@ -112,6 +114,8 @@ def estimate(plan: Plan, rates: Rates) -> Cost:
     is_adapter = plan.recipe.lora is not None
     passes = 1 + (1 if is_adapter else 2) + plan.checkpoints_activations
     flops = {"train": passes * forward}
+    if optim_of(plan.recipe) == MUON:
+        flops["update"] = float(plan.shape.newton_schulz)  # each process updates all matrices
     seconds: dict[str, float] = {}
     sampled = 0
     if plan.recipe.stage == "rloo":

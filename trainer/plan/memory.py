@@ -253,7 +253,7 @@ def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | Non
     prompt_tokens: tokens per prompt in stage rloo; None: 256
     """
     check_quantization(recipe, has_gpu=not launch.is_cpu, zero_stage=launch.zero_stage)
-    check_optim(recipe, has_gpu=not launch.is_cpu, is_deepspeed=launch.engine == "deepspeed")
+    check_optim(recipe, is_deepspeed=launch.engine == "deepspeed")
     config, shape = model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
     if recipe.stage == "rloo":
         room = shape.context - RLOOConfig(**recipe.rloo).max_completion_length

@@ -48,6 +48,7 @@ class ModelShape:
     num_trained:    parameters that have a gradient
     num_matrices:   trained weights that Muon updates
     largest_matrix: rows and columns of the largest of them
+    newton_schulz:  FLOPs by which Muon orthogonalizes their updates
     num_8bit:       trained weights whose moments 8-bit AdamW keeps in 8 bits
     largest_trained: weights of the largest trained tensor
     num_adapter:    parameters of the adapter and of modules that are trained with it (a classifier's head)
@@ -66,6 +67,7 @@ class ModelShape:
     num_trained: int
     num_matrices: int
     largest_matrix: tuple[int, int]
+    newton_schulz: int
     num_8bit: int
     largest_trained: int
     num_adapter: int
@@ -204,6 +206,7 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
         num_trained=sum(trained),
         num_matrices=sum(rows * columns for rows, columns in matrices),
         largest_matrix=max(matrices, key=math.prod, default=(0, 0)),
+        newton_schulz=sum(newton_schulz_flops(rows, columns) for rows, columns in matrices),
         num_8bit=sum(each.numel() for each in parameters.values() if is_8bit(each) and each not in embeddings),
         largest_trained=max(trained),
         num_adapter=num_adapter,
@@ -219,6 +222,12 @@ def measure_shape(config: PretrainedConfig, recipe: Recipe) -> ModelShape:
         vocab_size=text.vocab_size,
         context=text.max_position_embeddings,
     )
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Return the FLOPs of torch's Muon for one matrix: 5 steps, each with A = X X', A A and (A A) X."""
+    short, long = sorted((rows, columns))
+    return 5 * (2 * 2 * short**2 * long + 2 * short**3)
 
 
 def attention_sizes(config: PretrainedConfig) -> tuple[int, int]:

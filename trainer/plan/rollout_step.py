@@ -109,7 +109,7 @@ def simulate_step(
     return ScaledStep(
         num_trainers=trainers,
         num_servers=servers,
-        compute=cost.seconds["train"] + cost.seconds.get("score", 0.0),
+        compute=sum(cost.seconds.get(phase, 0.0) for phase in ("train", "score", "update")),
         collectives=_collective_seconds(cost, launch, rates),
         rollouts=rollouts,
         longest_completion=longest,

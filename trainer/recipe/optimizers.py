@@ -27,12 +27,10 @@ def optim_of(recipe: Recipe) -> Optim:
     return optim
 
 
-def check_optim(recipe: Recipe, *, has_gpu: bool, is_deepspeed: bool) -> None:
-    """Raise InputError if a launch with this hardware and engine cannot use the recipe's optimizer."""
+def check_optim(recipe: Recipe, *, is_deepspeed: bool) -> None:
+    """Raise InputError if a launch with this engine cannot use the recipe's optimizer."""
     optim = optim_of(recipe)
     name = f"{recipe.stage}.optim {optim}"
-    if optim in ADAMW_8BIT and not has_gpu:
-        raise InputError(f"{name} needs a GPU, and there is none: set it to {DEFAULT}")
     # ZeRO hands an optimizer flat pieces of all weights together. A piece is no matrix, and blocks of 8-bit moments
     # would fall otherwise on another number of processes.
     if optim in (MUON, *ADAMW_8BIT) and is_deepspeed:

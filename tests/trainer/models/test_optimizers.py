@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import AdamW, Muon
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.models.loraplus import is_fast, split_groups
-from rekatrain.trainer.models.optimizers import is_matrix, keep_kernels, make_optimizer
+from rekatrain.trainer.models.optimizers import check_optim_here, is_matrix, keep_kernels, make_optimizer
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.optimizers import check_optim
 from tests.conftest import tiny_llama
@@ -162,22 +163,63 @@ def test_loraplus_gives_both_kinds_of_groups_its_rate(tokenizer) -> None:
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the message of a machine without a GPU")
-def test_8bit_moments_need_a_gpu(tmp_path: Path, tokenizer, capsys, stage: str, optim: str) -> None:
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="shows the message where bitsandbytes is missing")
+def test_8bit_moments_need_bitsandbytes(tmp_path: Path, tokenizer, capsys, stage: str, optim: str) -> None:
     path = write_recipe(tmp_path, tokenizer, stage, optim, LORA)
     with pytest.raises(SystemExit):
         main(["train", str(path)])
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.endswith(f"{stage}.optim {optim} needs a GPU, and there is none: set it to adamw_torch_fused")
+    assert line.endswith(f"{stage}.optim {optim} needs the package bitsandbytes: pip install bitsandbytes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the message of a machine without a GPU")
+def test_8bit_moments_need_a_kernel_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a bitsandbytes that has the optimizer for GPUs alone.
+    monkeypatch.setattr("rekatrain.trainer.models.optimizers.find_spec", lambda name: object())
+    monkeypatch.setattr("rekatrain.trainer.models.optimizers._has_8bit_on_cpu", lambda: False)
+    recipe = Recipe(stage="sft", output_dir="", model={}, dataset={}, sft={"optim": "adamw_8bit"})
+    with pytest.raises(InputError, match="needs a GPU, or a bitsandbytes with this optimizer for a CPU"):
+        check_optim_here(recipe, is_deepspeed=False)
+
+
+def test_8bit_updates_are_close_to_adamws(tokenizer) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
+    model, other = (tiny_llama(tokenizer, hidden_size=64, intermediate_size=128) for _ in range(2))
+    before = {name: weight.detach().clone() for name, weight in trained(model).items()}
+    exact = update(trained(other), AdamW(other.parameters(), **SETTINGS))
+    optimizer = make_optimizer("adamw_8bit", model, [{"params": [*model.parameters()]}], **SETTINGS)
+    ours = update(trained(model), optimizer)
+    for name, weight in trained(model).items():
+        is_small = weight.numel() < 4096 or "embed_tokens" in name
+        assert optimizer.state[weight]["state1"].dtype == (torch.float32 if is_small else torch.uint8), name
+        error = (ours[name] - exact[name]).norm() / (exact[name] - before[name]).norm()
+        assert error < (1e-3 if is_small else 0.1), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
+def test_8bit_moments_resume_bit_for_bit(tmp_path: Path, tokenizer, stage: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
+    path = write_recipe(tmp_path, tokenizer, stage, "adamw_8bit", None)
+    tiny_llama(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    main(["train", str(path)])
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "checkpoint-4")
+    main(["train", str(path), f"output_dir={tmp_path / 'again'}", "--resume"])
+    first, unbroken, resumed = (
+        load_file(tmp_path / run / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        for run, step in (("run", 2), ("run", 4), ("again", 4))
+    )
+    assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+    assert any(not torch.equal(unbroken[key], first[key]) for key in unbroken)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
 @pytest.mark.parametrize("optim", ["muon", "adamw_8bit", "adamw_bnb_8bit"])
 def test_optimizers_of_whole_weights_reject_zero(stage: Any, optim: str) -> None:
     recipe = Recipe(stage=stage, output_dir="", model={}, dataset={}, **{stage: {"optim": optim}})  # type: ignore[arg-type]
-    check_optim(recipe, has_gpu=True, is_deepspeed=False)
+    check_optim(recipe, is_deepspeed=False)
     with pytest.raises(InputError, match=rf"^{stage}\.optim {optim} .*launch without DeepSpeed"):
-        check_optim(recipe, has_gpu=True, is_deepspeed=True)
+        check_optim(recipe, is_deepspeed=True)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rloo"])

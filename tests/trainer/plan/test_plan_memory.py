@@ -67,6 +67,21 @@ def test_train_peak_equals_that_of_a_real_pass(lora: dict | None, checkpointing:
     assert train_peak(planned, checkpointing).total() == live.peak.total()
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_train_peak_of_the_fused_head_equals_a_real_pass(lora: dict | None) -> None:
+    planned = workload(lora=lora)
+    recipe = replace(planned.recipe, rloo={**planned.recipe.rloo, "fused_lm_head": True})
+    planned = replace(planned, recipe=recipe)
+    model = build(planned.config, recipe).train()
+    live = LiveMemory(model, lambda tensor: "all")
+    with live:
+        run_loss(planned, model).backward()
+    assert train_peak(planned, False).total() == live.peak.total()
+    # The kernel of a GPU works in its tile, where torch makes temporaries.
+    on_gpu = train_peak(replace(planned, is_cpu=False), False)
+    assert on_gpu.total() < live.peak.total()
+
+
 @pytest.mark.parametrize("stage", ["sft", "rloo"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_train_peak_grows_linearly_with_layers(stage: str, checkpointing: bool) -> None:
@@ -104,7 +119,8 @@ def test_train_peak_is_about_the_same_with_fused_attention() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "lora"), [("rloo", None)])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
 def test_make_plan_predicts_the_memory_of_a_whole_run(
     stage: str, lora: dict | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,10 +128,15 @@ def test_make_plan_predicts_the_memory_of_a_whole_run(
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     plan = importlib.import_module("plan")
     plan.make_model(tmp_path / "model", tokenizer, 256, 6)
-    plan.write_rows(tmp_path, tokenizer, 100)
-    section = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "beta": 0.05}
-    lengths = {"max_completion_length": 400, "micro_batch_tokens": 4000, "gradient_checkpointing": False}
-    case = plan.Case(size="small", stage=stage, section=section | lengths)
+    plan.write_rows(tmp_path, tokenizer, 1000)
+    section: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": False}
+    if stage == "rloo":
+        section |= {"prompts_per_step": 2, "num_generations": 4, "beta": 0.05}
+        section |= {"max_completion_length": 400, "micro_batch_tokens": 4000}
+    else:
+        batch_size = 4 if stage == "sft" else 2  # a row of stage reward is two sequences
+        section |= {"per_device_train_batch_size": batch_size, "max_length": 1000, "bf16": False}
+    case = plan.Case(size="small", stage=stage, section=section, has_adapter=lora is not None)
     prompt_tokens = plan.count_prompt_tokens(tokenizer)
     result = plan.run_case(case, tmp_path, {"small": tmp_path / "model"}, prompt_tokens)
     assert result["measured GB"] > 2 * 0.4  # most of it is the model and its activations, not the interpreter
