@@ -20,11 +20,11 @@ from transformers import AutoConfig
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
 from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
 from rekatrain.trainer.rloo.sampler.decode_step import DecodeStep, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
+from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
 REKA = Path(__file__).parents[2] / "recipes/reka-flash-3/configs/reka-flash-3.json"
 META = torch.device("meta")
@@ -61,14 +61,15 @@ def count_launches(model: Policy, rows: int, group: int, filters: tuple[float, i
     """Count the kernels of a step in which as many completions are live as there is room for, less one that ended."""
     halves, prompts = decoder_and_head(model), [16] * (rows // group)
     with torch.no_grad(), decoding_adapters(model):
-        cache = ForkedCache(prompts, group, 256, META, is_static=True)
+        cache = StaticCache(prompts, group, 256, META)
         # The prompts' attention is not counted and compiles on a GPU: any output of its shape serves.
         cache.prompts.attend = lambda layer, query, key, value, scaling: query.transpose(1, 2)  # type: ignore[method-assign]
         ids = torch.zeros(1, sum(prompts), dtype=torch.long, device=META)
         run_decoder(halves[0], ids, torch.zeros_like(ids), cache)
         cache.keep(range(rows - 1))
         uniforms = torch.zeros(rows, 256, device=META)
-        step = DecodeStep(halves, cache, lambda *drawn: draw(*drawn, 1.0, *filters), uniforms, EagerCalls())
+        last = torch.zeros(rows, dtype=torch.long, device=META)
+        step = DecodeStep(halves, cache, lambda *drawn: draw(*drawn, 1.0, *filters), uniforms, last, EagerCalls())
         step()
         with Launches() as launches:
             step()

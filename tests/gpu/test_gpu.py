@@ -24,9 +24,11 @@ from rekatrain.data.chat import encode_text
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
+from rekatrain.trainer.rloo.sampler.decode_step import Calls, CudaGraphs, EagerCalls
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from tests.conftest import tiny_llama
 from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, weights, write_data, write_recipe
+from tests.helpers.recorded_calls import RecordedCalls
 
 has_gpu = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not has_gpu, reason="needs a CUDA device")
@@ -182,17 +184,33 @@ def test_qlora_trains_the_adapter_of_a_packed_model(stage: str, folder: Path, mo
     assert len(records(folder / "run")) >= 1
 
 
+@pytest.mark.parametrize("num_late", [0, 4])
 @pytest.mark.parametrize("device", DEVICES)
-def test_model_moved_to_a_device_samples_the_same_tokens(device: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    # In float64 no draw depends on rounding.
-    model = tiny_llama(tokenizer, hidden_size=256).double()
-    prompts = [encode_text("human: Name a colour. <sep> assistant:", tokenizer)]
-    both = []
-    for place in ("cpu", device):
-        moved = copy.deepcopy(model).to(place)
-        sampler = Sampler(moved, tokenizer, max_completion_length=30, temperature=0.9, batch_size=6)
-        both.append([one.ids for one in sampler.sample(prompts, [(4,)], 6)[0]])
-    assert both[0] == both[1]
+def test_graphs_on_a_device_sample_the_tokens_of_the_cpu(
+    device: str, num_late: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # On a CPU in float64, where no draw depends on rounding; FlexAttention has float32 at most. Groups join the batch,
+    # and the cache grows: both change what was captured.
+    model = tiny_llama(tokenizer, hidden_size=256).to(torch.float64 if device == "cpu" else torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)  # completions of different lengths
+    texts = ("human: Name a colour. <sep> assistant:", "a", "human:", "human: 17 + 25 = <sep> assistant:")
+    prompts = [encode_text(text, tokenizer) for text in texts]
+    moved = copy.deepcopy(model).to(device)
+
+    def sample(policy: Any, calls: Calls | None = None) -> list[list[int]]:
+        sampler = Sampler(policy, tokenizer, max_completion_length=150, temperature=0.9, batch_size=12)
+        if calls is not None:
+            sampler.num_late, sampler.make_calls = num_late, lambda: calls
+        groups = sampler.sample(prompts, [(4, index) for index in range(len(prompts))], 6)
+        return [one.ids for group in groups for one in group]
+
+    graphs = RecordedCalls() if device == "cpu" else CudaGraphs()
+    replayed, called, on_cpu = sample(moved, graphs), sample(moved, EagerCalls()), sample(model)
+    assert replayed == called
+    assert graphs.num_replays > 50
+    num_equal = sum(one == other for one, other in zip(replayed, on_cpu, strict=True))
+    assert num_equal >= (24 if device == "cpu" else 22)
 
 
 def test_throughput_measures_each_stage_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

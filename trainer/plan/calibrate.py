@@ -26,12 +26,12 @@ from rekatrain.trainer.plan.memory import Plan
 from rekatrain.trainer.plan.passes import make_model, run_loss
 from rekatrain.trainer.plan.states import base_bytes, is_bfloat16
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
-from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM, ForkedCache
-from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
 from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
+from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
 ROUNDS = 3
 # Sizes of the square matrices of a product, and of the tensors that are copied, in bytes.
@@ -197,13 +197,14 @@ def _decoding_seconds(plan: Plan, num_layers: int, batch_size: int, device: torc
     dtype = torch.bfloat16 if plan.workload.autocasts or config.rollout_dtype else None
     with torch.no_grad(), decoding_weights(model, batch_size, dtype), decoding_adapters(model):
         # All tokens that are decoded here fit into the first room: no step is captured twice.
-        cache = ForkedCache([plan.prompt_tokens] * num_prompts, group, FIRST_ROOM, device)
+        cache = StaticCache([plan.prompt_tokens] * num_prompts, group, FIRST_ROOM, device)
         ids = torch.zeros(1, num_prompts * plan.prompt_tokens, dtype=torch.long, device=device)
         run_decoder(decoder, ids, cache.prompts.position_ids, cache)
         uniforms_MT = torch.zeros(batch_size, FIRST_ROOM, dtype=torch.float64, device=device)
+        last_R = torch.zeros(batch_size, dtype=torch.long, device=device)
         filters = config.temperature, config.top_p, config.top_k
         calls = CudaGraphs() if device.type == "cuda" else EagerCalls()
-        step = DecodeStep((decoder, head), cache, lambda *drawn: draw(*drawn, *filters), uniforms_MT, calls)
+        step = DecodeStep((decoder, head), cache, lambda *drawn: draw(*drawn, *filters), uniforms_MT, last_R, calls)
         for _ in range(2):  # run, then capture
             step()
         return _seconds(lambda: [step() for _ in range(DECODED_TOKENS)], device) / DECODED_TOKENS

@@ -17,8 +17,7 @@ from rekatrain.trainer.recipe.load import Recipe, Section
 from rekatrain.trainer.recipe.shipped import shipped_file
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
-from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM
-from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head
 from rekatrain.trainer.rloo.microbatch import GroupPart, pack
 from rekatrain.trainer.rloo.sampler.in_process import MAX_GROUPS
 from rekatrain.trainer.rloo.sequence_parallel import check_sequence_parallel

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache, send
 from rekatrain.trainer.rloo.kernels.grouped_attention import run_decoder
+from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
 logger = logging.getLogger(__name__)
 
@@ -95,23 +95,25 @@ class DecodeStep:
     def __init__(
         self,
         halves: tuple[PreTrainedModel, nn.Module],
-        cache: ForkedCache,
+        cache: StaticCache,
         draw: Callable[[Tensor, Tensor], Drawn],
         uniforms_MT: Tensor,
+        last_R: Tensor,
         calls: Calls,
     ) -> None:
         """Store the parts of a step.
 
         halves:      decoder and LM head
         draw:        logits [R, V] and uniform numbers [R] -> tokens
-        uniforms_MT: uniform numbers by member of the cache; may be overwritten between steps
+        uniforms_MT: uniform numbers by member of the cache
+        last_R:      last token of each row, which a step overwrites with the next; both may be written between steps
         """
         self._decoder, self._head = halves
         self._cache = cache
         self._draw = draw
         self._uniforms_MT = uniforms_MT
         self._calls = calls
-        self._last_R = torch.zeros(cache.max_rows, dtype=torch.long, device=uniforms_MT.device)
+        self._last_R = last_R
 
     def __call__(self) -> Drawn:
         """Run the last tokens and draw the next; rows beyond the live completions are unused."""
@@ -123,15 +125,6 @@ class DecodeStep:
     def _step(self) -> Drawn:
         cache, last_R = self._cache, self._last_R[: self._cache.num_rows]
         hidden_R1D = run_decoder(self._decoder, last_R[:, None], cache.position_ids, cache)
-        drawn = self._draw(self._head(hidden_R1D[:, 0]), self._uniforms_MT[cache.members_R, cache.lengths_R])
+        drawn = self._draw(self._head(hidden_R1D[:, 0]), self._uniforms_MT[cache.members_N, cache.lengths_N])
         last_R.copy_(drawn[0])
         return drawn
-
-    def set_last(self, ids: Tensor, first: int = 0) -> None:
-        """Set the last tokens of the rows from `first` on."""
-        self._last_R[first : first + len(ids)] = ids
-
-    def reorder(self, order: list[int]) -> None:
-        """Move the last tokens as `ForkedCache.keep` moved completions."""
-        if order != list(range(len(order))):
-            self.set_last(self._last_R[send(order, self._last_R.device)])

@@ -3,7 +3,7 @@
 Each prompt is prefilled once, and its group shares that part of the cache. A completion leaves the batch when it ends,
 and the next group joins as soon as there is room. Each token is drawn with one uniform number, keyed by (seed, step,
 prompt, completion). A completion therefore depends neither on the other completions of its batch nor on the number of
-processes. A GPU replays decoding steps as CUDA graphs (decode_step.py).
+processes. On a GPU decoding steps are replayed as CUDA graphs (decode_step.py).
 
 Shapes: S tokens of all prompts of a batch, N completions that have not ended yet, T tokens of a completion, V tokens of
 the vocabulary, D hidden size.
@@ -12,11 +12,13 @@ the vocabulary, D hidden size.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,11 +26,11 @@ from rekatrain.data.chat import FinishReason
 from rekatrain.data.stop import StopSearch, reasoning_closing
 from rekatrain.trainer.models.load import Policy
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache, send
-from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
-from rekatrain.trainer.rloo.sampler.decode_step import Calls, CudaGraphs, DecodeStep, Drawn, EagerCalls
+from rekatrain.trainer.rloo.sampler.decode_step import Calls, CudaGraphs, DecodeStep, Drawn
 from rekatrain.trainer.rloo.sampler.draw import draw
+from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
 # Steps of decoding after which drawn tokens are read: a GPU decodes on meanwhile, and the tokens that it draws for
 # completions that have ended are dropped.
@@ -91,10 +93,9 @@ class Sampler:
         self.top_p, self.top_k = top_p, top_k
         self.reasoning_budget = reasoning_budget
         self.dtype = dtype
-        # Tests set these three to a GPU's, on a CPU.
+        # Tests set both to a GPU's, on a CPU. None: steps without fixed memory, for which a CPU has no use.
         self.num_late = NUM_LATE[model.device.type]
-        self.is_static = model.device.type == "cuda"
-        self.make_calls: Callable[[], Calls] = CudaGraphs if self.is_static else EagerCalls
+        self.make_calls: Callable[[], Calls] | None = CudaGraphs if model.device.type == "cuda" else None
         self._tokenizer = tokenizer
         self._stop = StopSearch(tokenizer)
         self._eos_id = tokenizer.eos_token_id
@@ -115,7 +116,8 @@ class Sampler:
                        completions that run out of length
         """
         num_inputs = min(self.batch_size, len(prompts) * num_generations)
-        weights, adapters = decoding_weights(self.model, num_inputs, self.dtype), decoding_adapters(self.model)
+        weights = decoding_weights(self.model, num_inputs, self.dtype)
+        adapters = decoding_adapters(self.model) if isinstance(self.model, PeftModel) else nullcontext()
         with torch.no_grad(), _eval_mode(self.model), weights, adapters:
             completions = self._sample_all(prompts, keys, num_generations, on_completion)
         return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
@@ -132,6 +134,7 @@ class Sampler:
         at_once = min(max(1, self.batch_size // num_generations), len(prompts))
         max_prompts = min(MAX_GROUPS * at_once, len(prompts))
         cache: ForkedCache | None = None
+        step: DecodeStep | None = None
         partials: dict[int, _PartialCompletion] = {}
         completions: dict[int, Completion] = {}
         live: list[int] = []  # indices of the completions of the batch, in its order
@@ -139,8 +142,13 @@ class Sampler:
         # Forced tokens depend on all tokens before: those are read at once.
         num_late = 0 if self.reasoning_budget is not None else self.num_late
         num_admitted = 0
-        uniforms_MT = torch.zeros(max_prompts * num_generations, self.max_completion_length, dtype=torch.float64)
-        uniforms_MT = uniforms_MT.to(device)
+        filters = self.temperature, self.top_p, self.top_k
+        # Pinned memory of the host is sent to a GPU without waiting for what runs there.
+        on_host = partial(torch.tensor, dtype=torch.long, pin_memory=device.type == "cuda")
+        # Uniform numbers by member of the cache, and the last token of each completion of the batch.
+        shape = max_prompts * num_generations, self.max_completion_length
+        uniforms_MT = torch.zeros(shape, dtype=torch.float64, device=device)
+        last_R = torch.zeros(at_once * num_generations, dtype=torch.long, device=device)
         while live or unread or num_admitted < len(prompts):
             # 1. Prefill: run each prompt once, of all groups that there is room for, and draw their first tokens.
             num_new = min(at_once - -(-len(live) // num_generations), len(prompts) - num_admitted)
@@ -150,31 +158,28 @@ class Sampler:
                 new = range(num_admitted, num_admitted + num_new)
                 num_admitted += num_new
                 new_lengths = [len(prompts[index]) for index in new]
-                if cache is None:
-                    room = {"max_prompts": max_prompts, "longest_prompt": max(map(len, prompts))}
-                    cache = ForkedCache(
-                        new_lengths,
-                        num_generations,
-                        self.max_completion_length,
-                        device,
-                        is_static=self.is_static,
-                        **room,
-                    )
-                    step = DecodeStep((decoder, head), cache, self._draw, uniforms_MT, self.make_calls())
-                else:
+                if cache is not None:
                     cache.admit(new_lengths)
+                elif self.make_calls is None:
+                    cache = ForkedCache(new_lengths, num_generations, self.max_completion_length, device)
+                else:
+                    room = {"max_prompts": max_prompts, "longest_prompt": max(map(len, prompts))}
+                    cache = StaticCache(new_lengths, num_generations, self.max_completion_length, device, **room)
+                    step = DecodeStep((decoder, head), cache, self._draw, uniforms_MT, last_R, self.make_calls())
                 if num_admitted == len(prompts):
                     cache.close()
-                prompt_ids = send([token for index in new for token in prompts[index]], device)[None]
+                new_ids = on_host([[token for index in new for token in prompts[index]]])
+                prompt_ids = new_ids.to(device, non_blocking=True)
                 hidden_SD = run_decoder(decoder, prompt_ids, cache.prompts.position_ids, cache)[0]
-                last_of_prompts = send(new_lengths, device).cumsum(0) - 1
+                last_of_prompts = on_host(new_lengths).cumsum(0).to(device, non_blocking=True) - 1
                 logits_NV = head(hidden_SD[last_of_prompts]).repeat_interleave(num_generations, dim=0)
                 numbers = [[*keys[index], member] for index in new for member in range(num_generations)]
                 uniforms = [self._generator(key).random(self.max_completion_length) for key in numbers]
                 new_NT = torch.from_numpy(np.stack(uniforms)).to(device)
-                uniforms_MT[send(cache.new_members, device)] = new_NT
-                drawn = self._draw(logits_NV, new_NT[:, 0])
-                step.set_last(drawn[0], first=len(live))
+                rows = slice(len(live), len(live) + len(new_NT))
+                uniforms_MT[cache.members_N[rows]] = new_NT
+                drawn = draw(logits_NV[:, : self._num_tokens], new_NT[:, 0], *filters)
+                last_R[rows] = drawn[0]
                 members = range(new.start * num_generations, new.stop * num_generations)
                 unread.append(_Drawn(list(members), drawn))
                 live = [*live, *members]
@@ -185,32 +190,40 @@ class Sampler:
                 for index, token, logprob, cutoff in unread.popleft().read():
                     if index in completions:  # drawn after its end, which was not yet known
                         continue
-                    partial = partials[index]
-                    self._append(partial, token, logprob, cutoff)
-                    if partial.finish_reason is None and len(partial.ids) < self.max_completion_length:
+                    completion = partials[index]
+                    self._append(completion, token, logprob, cutoff)
+                    if completion.finish_reason is None and len(completion.ids) < self.max_completion_length:
                         continue
                     completions[index] = Completion(
-                        ids=partial.ids,
-                        logprobs=partial.logprobs,
-                        finish_reason=partial.finish_reason or FinishReason.LENGTH,
-                        forced=range(partial.forced_from, partial.forced_from + partial.num_forced),
-                        cutoffs=partial.cutoffs,
+                        ids=completion.ids,
+                        logprobs=completion.logprobs,
+                        finish_reason=completion.finish_reason or FinishReason.LENGTH,
+                        forced=range(completion.forced_from, completion.forced_from + completion.num_forced),
+                        cutoffs=completion.cutoffs,
                     )
-                    if on_completion is not None and partial.finish_reason is not None:
+                    if on_completion is not None and completion.finish_reason is not None:
                         on_completion(index, completions[index])
             # 3. Remove the completions that ended from the batch, and those that have all their tokens.
-            if live:
-                is_last = [length + 1 == self.max_completion_length for length in cache.lengths]
-                unfinished = [at for at, index in enumerate(live) if index not in completions and not is_last[at]]
-                if len(unfinished) < len(live):
-                    order = cache.keep(unfinished)
-                    step.reorder(order)
-                    live = [live[at] for at in order]
+            is_last = [length + 1 == self.max_completion_length for length in cache.lengths] if live else []
+            unfinished = [at for at, index in enumerate(live) if index not in completions and not is_last[at]]
+            if len(unfinished) < len(live):
+                order = cache.keep(unfinished)
+                live = [live[at] for at in order]
+                last_R[: len(live)] = last_R[on_host(order).to(device, non_blocking=True)]
+            if not live:
+                continue
             # 4. Decode: run the new tokens, and draw the next.
-            if live:
-                if self.reasoning_budget is not None:
-                    step.set_last(send([partials[index].ids[-1] for index in live], device))
-                unread.append(_Drawn(live, step()))
+            if self.reasoning_budget is not None:
+                last_R[: len(live)] = on_host([partials[index].ids[-1] for index in live])
+            if step is not None:
+                drawn = step()
+            else:
+                hidden_ND = run_decoder(decoder, last_R[: len(live), None], cache.position_ids, cache)[:, 0]
+                cache.advance()
+                uniforms_N = uniforms_MT[cache.members_N, cache.lengths_N]
+                drawn = draw(head(hidden_ND)[:, : self._num_tokens], uniforms_N, *filters)
+                last_R[: len(live)] = drawn[0]
+            unread.append(_Drawn(live, drawn))
         return [completions[index] for index in range(len(completions))]
 
     def _draw(self, logits_NV: Tensor, uniforms_N: Tensor) -> Drawn:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM, ForkedCache
-from rekatrain.trainer.rloo.kernels.grouped_attention import PackedGroups
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, ForkedCache, PackedGroups
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KEY_HEADS, SIZE, SCALING = 4, 2, 8, 0.3

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.data.chat import encode_text
-from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM, ForkedCache, bucket
-from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.sampler.decode_step import MAX_GRAPHS, CudaGraphs, DecodeStep, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
+from rekatrain.trainer.rloo.sampler.static_cache import StaticCache, bucket
 from tests.conftest import tiny_llama
 from tests.helpers.recorded_calls import RecordedCalls, Recording
 
@@ -44,7 +44,7 @@ def sample(
     sampler = Sampler(policy, tokenizer, batch_size=batch_size, **settings)
     calls = RecordedCalls()
     if num_late is not None:
-        sampler.num_late, sampler.is_static, sampler.make_calls = num_late, True, lambda: calls
+        sampler.num_late, sampler.make_calls = num_late, lambda: calls
     prompts = [encode_text(text, tokenizer) for text in TEXTS]
     groups = sampler.sample(prompts, [(5, index) for index in range(len(TEXTS))], 3)
     return [completion for group in groups for completion in group], calls
@@ -124,11 +124,12 @@ def test_step_touches_no_memory_of_the_host(
     with device, torch.no_grad():
         halves = decoder_and_head(tiny_llama(tokenizer).bfloat16())
     with torch.no_grad():
-        cache = ForkedCache(prompts, group, 200, device, is_static=True)
+        cache = StaticCache(prompts, group, 200, device)
         ids = torch.zeros(1, sum(prompts), dtype=torch.long, device=device)
         run_decoder(halves[0], ids, cache.prompts.position_ids, cache)
         uniforms = torch.zeros(len(prompts) * group, 200, device=device)
-        step = DecodeStep(halves, cache, lambda *drawn: draw(*drawn, 0.8, *filters), uniforms, EagerCalls())
+        last = torch.zeros(cache.max_rows, dtype=torch.long, device=device)
+        step = DecodeStep(halves, cache, lambda *drawn: draw(*drawn, 0.8, *filters), uniforms, last, EagerCalls())
         step()
         with Devices() as devices:
             step()
@@ -195,7 +196,7 @@ def test_shapes_of_steps_are_few(policy: LlamaForCausalLM, tokenizer: PreTrained
         return function()
 
     sampler = Sampler(policy, tokenizer, max_completion_length=LENGTH, temperature=0.9, batch_size=64)
-    sampler.is_static, sampler.make_calls = True, lambda: record
+    sampler.make_calls = lambda: record
     prompts = [encode_text(text, tokenizer) for text in TEXTS]
     sampler.sample(prompts, [(5, index) for index in range(len(TEXTS))], 12)
     assert len(keys) > 100 and len(set(keys)) < len(keys) / 4

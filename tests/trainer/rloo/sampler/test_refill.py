@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.data.chat import FinishReason, encode_text
-from rekatrain.trainer.rloo.kernels.forked_cache import FIRST_ROOM
+from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM
 from rekatrain.trainer.rloo.sampler.in_process import Completion, Sampler
 
 TEXTS = [
