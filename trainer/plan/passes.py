@@ -26,8 +26,7 @@ from rekatrain.trainer.plan.live_memory import LiveMemory, Parts, extrapolate_la
 from rekatrain.trainer.plan.model_size import build
 from rekatrain.trainer.plan.workload import Workload
 from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
-from rekatrain.trainer.rloo.kernels.forked_cache import ForkedCache
-from rekatrain.trainer.rloo.kernels.grouped_attention import decoder_and_head, run_decoder
+from rekatrain.trainer.rloo.kernels.grouped_attention import ForkedCache, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.kernels.ulysses import SequenceGroup, SlicedLayout
 from rekatrain.trainer.rloo.logprobs import (
     LOGIT_BYTES_AT_ONCE,
