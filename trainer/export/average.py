@@ -10,6 +10,7 @@ models in float32.
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -85,7 +86,7 @@ def _score_mean(out: Path, checkpoints: list[Path]) -> None:
     mean = Mean()
     for checkpoint in reversed(checkpoints):
         assert (checkpoint / SCORES_FILE).exists(), f"{checkpoint} has no scores of training"
-        model = load_reward_model(tokenizer, str(checkpoint), dtype="float32").eval()
+        model: Any = load_reward_model(tokenizer, str(checkpoint), dtype="float32").eval()  # a PeftModel scores, too
         if section.get("quantization_config") is None:  # QLoRA trains on another base than is exported
             check_scores(model, checkpoint, trained)
         mean.add(model)
