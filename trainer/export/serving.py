@@ -18,7 +18,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 PARSER = "reka_reasoning_parser.py"
 # templates/NAME -> serving/NAME
 FILES = {
-    "merged": {"vllm_merged.sh": "vllm.sh", "transformers_chat.py": "transformers_chat.py", "client.py": "client.py"},
+    "merged": {
+        "vllm_merged.sh": "vllm.sh",
+        "transformers_serve.sh": "transformers_serve.sh",
+        "transformers_chat.py": "transformers_chat.py",
+        "client.py": "client.py",
+    },
     "adapter": {
         "vllm_adapter.sh": "vllm.sh",
         "transformers_adapter_chat.py": "transformers_chat.py",
