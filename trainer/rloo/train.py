@@ -215,6 +215,11 @@ def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, check
             "a run that continues an adapter has no reference under ZeRO-3, which shards the adapter: launch it with "
             "ZeRO-2, set rloo.beta to 0, or merge the adapter first: rekatrain export RUN OUT"
         )
+    if config.fused_lm_head and zero_stage(accelerator) == 3:
+        raise InputError(
+            "rloo.fused_lm_head reads the weight of the LM head outside its layer, where ZeRO-3 has gathered nothing: "
+            "set it to false, or launch with ZeRO-2"
+        )
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
     )

@@ -119,8 +119,7 @@ def test_train_peak_is_about_the_same_with_fused_attention() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
+@pytest.mark.parametrize(("stage", "lora"), [("rloo", None)])
 def test_make_plan_predicts_the_memory_of_a_whole_run(
     stage: str, lora: dict | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,15 +127,10 @@ def test_make_plan_predicts_the_memory_of_a_whole_run(
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     plan = importlib.import_module("plan")
     plan.make_model(tmp_path / "model", tokenizer, 256, 6)
-    plan.write_rows(tmp_path, tokenizer, 1000)
-    section: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": False}
-    if stage == "rloo":
-        section |= {"prompts_per_step": 2, "num_generations": 4, "beta": 0.05}
-        section |= {"max_completion_length": 400, "micro_batch_tokens": 4000}
-    else:
-        batch_size = 4 if stage == "sft" else 2  # a row of stage reward is two sequences
-        section |= {"per_device_train_batch_size": batch_size, "max_length": 1000, "bf16": False}
-    case = plan.Case(size="small", stage=stage, section=section, has_adapter=lora is not None)
+    plan.write_rows(tmp_path, tokenizer, 100)
+    section = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "beta": 0.05}
+    lengths = {"max_completion_length": 400, "micro_batch_tokens": 4000, "gradient_checkpointing": False}
+    case = plan.Case(size="small", stage=stage, section=section | lengths)
     prompt_tokens = plan.count_prompt_tokens(tokenizer)
     result = plan.run_case(case, tmp_path, {"small": tmp_path / "model"}, prompt_tokens)
     assert result["measured GB"] > 2 * 0.4  # most of it is the model and its activations, not the interpreter

@@ -28,17 +28,16 @@ def fused_logprobs(
 ) -> Tensor:
     """Return log softmax(head(hidden) / temperature)[target] over the first `num_tokens` ids -> [T], float32.
 
-    T may be 0. The head's weight may be sharded by ZeRO-3.
+    T may be 0.
     """
     # Importing TRL takes seconds, which a run without the key should not spend.
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     device = hidden_TD.device
     arithmetic: Any = nullcontext()
     if isinstance(head, Float32Linear):
         hidden_TD, arithmetic = hidden_TD.float(), torch.autocast(device.type, enabled=False)
-    with arithmetic, maybe_gather_lm_head_ctx(head.weight, head.bias):
+    with arithmetic:
         num_rows = head.weight.shape[0]
         bias = head.bias
         if num_tokens < num_rows:  # ids of padding rows have probability 0
