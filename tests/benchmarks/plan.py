@@ -1,13 +1,15 @@
 """Compare predicted with measured peak memory, for every combination of stage and options that runs on a CPU.
 
     python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m
+    python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m --device cuda --zero-stages --tokens 8192
 
 Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
 embeddings) are trained for two steps by the real command, each run in a separate process, or in two under DeepSpeed.
 Sequences and completions have the length that the plan assumes. The measurement is VmHWM, the peak resident memory of
 the process, without RssFile, the pages of its libraries, whose number depends on the file cache. The allocator returns
 freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory. Both numbers include the
-interpreter.
+interpreter. On a GPU it is the peak that PyTorch allocated; the prediction leaves out the context and fragmentation.
+There adapters lie on a bfloat16 model, and all weights are trained with bfloat16 arithmetic.
 """
 
 import json
@@ -22,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import load_folder_tokenizer, make_parser, print_table, write_report
+from common import add_device_argument, load_folder_tokenizer, make_parser, print_table, write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rekatrain.data.chat import encode_text, render_prompt
@@ -50,19 +52,26 @@ if __name__ == "__main__":  # the reward workers import this file, too
     from rekatrain.trainer.cli import main
     from common import memory_mb
     main(["train", sys.argv[1]])
-    Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(memory_mb("VmHWM") - memory_mb("RssFile")))
+    import torch
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - memory_mb("RssFile")
+    Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(peak))
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A recipe, and the ZeRO stage that it runs under in two processes (0: one process without DeepSpeed)."""
+    """A recipe, and the ZeRO stage that it runs under in two processes (0: one process without DeepSpeed).
+
+    device: "cpu", where no process sees a GPU, or "cuda"
+    """
 
     size: str
     stage: str
     section: dict[str, Any] = field(default_factory=dict)
     has_adapter: bool = False
     zero_stage: int = 0
+    device: str = "cpu"
 
     @property
     def name(self) -> dict[str, object]:
@@ -76,19 +85,21 @@ class Case:
         }
 
 
-def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int]) -> Iterator[Case]:
+def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int], device: str = "cpu") -> Iterator[Case]:
     """Yield SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference."""
     for size in sizes:
         for has_adapter in (False, True):
             for checkpointing in (False, True):
                 common: dict[str, Any] = {"gradient_checkpointing": checkpointing}
-                rows = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": tokens // 4, "bf16": False}
+                common["bf16"] = device == "cuda" and not has_adapter
+                rows = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": tokens // 4}
+                where: dict[str, Any] = {"has_adapter": has_adapter, "device": device}
                 for stage in ("sft", "reward"):
-                    yield Case(size=size, stage=stage, section=common | rows, has_adapter=has_adapter)
+                    yield Case(size=size, stage=stage, section=common | rows, **where)
                 for beta in (0.0, 0.05):
                     rloo = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "beta": beta}
                     lengths = {"max_completion_length": tokens // 8, "micro_batch_tokens": tokens}
-                    yield Case(size=size, stage="rloo", section=common | rloo | lengths, has_adapter=has_adapter)
+                    yield Case(size=size, stage="rloo", section=common | rloo | lengths, **where)
             for zero_stage in zero_stages:
                 sharded: dict[str, Any] = {"size": size, "has_adapter": has_adapter, "zero_stage": zero_stage}
                 yield Case(stage="sft", section=common | rows, **sharded)
@@ -142,15 +153,17 @@ def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: int) -> dict[str, Any]:
     """Predict and measure the peak memory of one case; return both in GB, and their ratio."""
     formats = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}
+    is_cpu = case.device == "cpu"
+    dtype = "bfloat16" if case.has_adapter and not is_cpu else "float32"
     sections: dict[str, Any] = {
-        "model": {"pretrained_model_name_or_path": str(models[case.size]), "dtype": "float32"},
+        "model": {"pretrained_model_name_or_path": str(models[case.size]), "dtype": dtype},
         "dataset": {"path": str(folder / f"{case.stage}.jsonl"), "format": formats[case.stage]},
         case.stage: case.section,
         **({"lora": LORA} if case.has_adapter else {}),
         **({"rewards": {"varying_reward:by_letters": {"weight": 1.0}}} if case.stage == "rloo" else {}),
     }
     recipe = Recipe(stage=case.stage, output_dir=str(folder / "run"), **sections)  # type: ignore[arg-type]
-    launch = PlannedLaunch(is_cpu=True)
+    launch = PlannedLaunch(is_cpu=is_cpu)
     command = [sys.executable]
     if case.zero_stage:
         launch = PlannedLaunch(engine="deepspeed", zero_stage=case.zero_stage, num_gpus=2, is_cpu=True)
@@ -172,9 +185,11 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
     (folder / "varying_reward.py").write_text(REWARD)
     paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
     out = folder / "peak"
+    settings = {**MALLOC_SETTINGS, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    settings |= {"CUDA_VISIBLE_DEVICES": ""} if is_cpu else {}
     finished = subprocess.run(
         [*command, str(folder / "run.py"), str(folder / "recipe.yaml"), str(out), *paths],
-        env={**os.environ, **MALLOC_SETTINGS, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **settings},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -184,7 +199,8 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
     if finished.returncode:
         raise RuntimeError(f"{case} failed:\n{finished.stderr[-3000:]}")
     measured = max(float(Path(f"{out}{rank}").read_text()) for rank in range(launch.num_gpus)) * 2**20 / GB
-    predicted = plan.worst.gpu_bytes / GB
+    margin = 0 if is_cpu else plan.worst.gpu["context, fragmentation"]
+    predicted = (plan.worst.gpu_bytes - margin) / GB
     return {
         **case.name,
         "phase": plan.worst.name,
@@ -197,6 +213,7 @@ def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: i
 def main() -> None:
     """Run all cases, print a table and write the report."""
     parser = make_parser(__doc__, "plan.json")
+    add_device_argument(parser)
     parser.add_argument("--tokenizer", required=True, help="model folder whose tokenizer is used")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["30M", "135M"])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
@@ -212,7 +229,7 @@ def main() -> None:
         prompt_tokens = count_prompt_tokens(tokenizer)
         write_rows(folder, tokenizer, arguments.tokens // 4)
         results = []
-        for case in all_cases(arguments.sizes, arguments.tokens, arguments.zero_stages):
+        for case in all_cases(arguments.sizes, arguments.tokens, arguments.zero_stages, arguments.device):
             if case.stage in arguments.stages:
                 results.append(run_case(case, folder, models, prompt_tokens))
                 print(json.dumps(results[-1]), flush=True)

@@ -12,7 +12,7 @@ mkdir -p "$out"
 tests="tests/gpu tests/trainer/plan/test_calibrate.py"
 if [ "${1:-}" = "--device" ] && [ "${2:-}" = "cpu" ]; then
   export CUDA_VISIBLE_DEVICES=
-  $python -m pytest -q $tests
+  $python -m pytest -q $tests tests/trainer/plan/test_plan_memory.py  # peak memory: test_memory.py on a GPU
   $python tests/gpu/throughput.py --device cpu --shapes tiny --tokens 64 128 --out "$out/throughput-cpu.json"
   $python tests/benchmarks/launches.py --layers 2 --out "$out/launches-cpu.json"
   exit
