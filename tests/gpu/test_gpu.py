@@ -201,7 +201,7 @@ def test_graphs_on_a_device_sample_the_tokens_of_the_cpu(
     def sample(policy: Any, calls: Calls | None = None) -> list[list[int]]:
         sampler = Sampler(policy, tokenizer, max_completion_length=150, temperature=0.9, batch_size=12)
         if calls is not None:
-            sampler.num_late, sampler.is_static, sampler.make_calls = num_late, True, lambda: calls
+            sampler.num_late, sampler.make_calls = num_late, lambda: calls
         groups = sampler.sample(prompts, [(4, index) for index in range(len(prompts))], 6)
         return [one.ids for group in groups for one in group]
 

@@ -1,7 +1,7 @@
 """The peak memory of each stage and method on a GPU is that which `rekatrain plan` predicts.
 
 The real command trains for two steps in a separate process (tests/benchmarks/plan.py says how the peak is measured).
-test_plan_memory.py is the CPU form.
+On a CPU one case is in test_plan_memory.py, and tests/benchmarks/plan.py runs all.
 """
 
 import importlib
