@@ -122,6 +122,7 @@ class SlicedLayout:
         parts = [states[0].unflatten(0, (P, -1)) for states in (query, key, value)]
         slices = self._sequence.exchange(torch.cat(parts, dim=1))
         heads = slices.transpose(0, 1).flatten(1, 2).split([part.shape[1] for part in parts])
-        output = self._whole.attend(layer, *(states[None] for states in heads), scaling=scaling)
+        query, key, value = (states[None] for states in heads)
+        output = self._whole.attend(layer, query, key, value, scaling)
         own = self._sequence.exchange(output[0].unflatten(0, (P, -1)))
         return own.transpose(0, 1).flatten(1, 2)[None]
