@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def measure(
     """Return log-probabilities, gradients of a weighted sum of them, tokens scored here and bytes kept."""
     from dataclasses import replace
 
-    from rekatrain.trainer.rloo.logprobs import CompletionLogprobs
+    from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
     from rekatrain.trainer.rloo.sequence_parallel import pack_own_tokens
 
     generator = torch.Generator().manual_seed(3)
@@ -49,7 +50,8 @@ def measure(
     ids = draw_ids(prompts, generator), [draw_ids(lengths, generator) for lengths in completions]
     num_tokens = sum(map(sum, completions))
     cutoffs = (-4 - 4 * torch.rand(num_tokens, generator=generator)).tolist() if way == "groups" else None
-    packed = pack_own_tokens(sequence, *ids, torch.device("cpu"), is_shared=is_shared, cutoffs=cutoffs)
+    packer = partial(pack_own_tokens, sequence) if sequence else pack_completions
+    packed = packer(*ids, torch.device("cpu"), is_shared=is_shared, cutoffs=cutoffs)
     packed = replace(packed, num_chunks=num_chunks)
     model = CompletionLogprobs(policy, temperature=0.7, num_tokens=60)
     policy.zero_grad()
