@@ -6,6 +6,7 @@ those of the tokens that the model is run on: a prompt's, and a completion's wit
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
-from rekatrain.trainer.rloo.logprobs import PackedCompletions
+from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
 from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs
 from rekatrain.trainer.rloo.sequence_parallel import pack_own_tokens, sequence_group
 
@@ -101,18 +102,20 @@ def make_microbatches(
 
     The tokens of a micro-batch are those of all processes of a sequence group together.
     """
-    return list(_lay_out(balance_groups(accelerator, groups, cost), max_tokens, cost, accelerator.device))
+    return list(_lay_out(accelerator, balance_groups(accelerator, groups, cost), max_tokens, cost))
 
 
-def _lay_out(groups: Sequence[Group], max_tokens: int, cost: PassCost, device: torch.device) -> Iterator[MicroBatch]:
-    sequence = sequence_group()
+def _lay_out(
+    accelerator: Accelerator, groups: Sequence[Group], max_tokens: int, cost: PassCost
+) -> Iterator[MicroBatch]:
+    device, sequence = accelerator.device, sequence_group() if accelerator.num_processes > 1 else None
+    packer = pack_completions if sequence is None else partial(pack_own_tokens, sequence)
     for parts in pack([_lengths(group) for group in groups], max_tokens, cost):
         members = [(groups[part.group], index) for part in parts for index in part.members]
         completions = [group.completions[index] for group, index in members]
         loss_mask = [index not in c.forced for c in completions for index in range(len(c.ids))]
         has_cutoffs = any(completion.cutoffs for completion in completions)
-        packed = pack_own_tokens(
-            sequence,
+        packed = packer(
             [groups[part.group].prompt.ids for part in parts],
             [[groups[part.group].completions[index].ids for index in part.members] for part in parts],
             device,
@@ -142,14 +145,16 @@ def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> lis
     """
     counts: list[list[int]] = gather_object([[batch.packed.num_chunks for batch in batches]])
     largest = [max(of_index) for of_index in zip_longest(*counts, fillvalue=1)]
-    filled = [*batches, *(_filler(accelerator.device) for _ in largest[len(batches) :])]
+    filled = [*batches, *(_filler(accelerator) for _ in largest[len(batches) :])]
     for batch, num_chunks in zip(filled, largest, strict=True):
         batch.packed = replace(batch.packed, num_chunks=num_chunks)
     return filled
 
 
-def _filler(device: torch.device) -> MicroBatch:
-    packed = pack_own_tokens(sequence_group(), [[0]], [[[0]]], device)
+def _filler(accelerator: Accelerator) -> MicroBatch:
+    device, sequence = accelerator.device, sequence_group()
+    packer = pack_completions if sequence is None else partial(pack_own_tokens, sequence)
+    packed = packer([[0]], [[[0]]], device)
     nothing = torch.zeros(1, device=device)
     return MicroBatch(
         packed=packed,

@@ -68,7 +68,7 @@ def attention_heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def pack_own_tokens(
-    sequence: SequenceGroup | None,
+    sequence: SequenceGroup,
     prompts: Sequence[list[int]],
     groups: Sequence[Sequence[list[int]]],
     device: torch.device,
@@ -77,9 +77,8 @@ def pack_own_tokens(
     cutoffs: Sequence[float] | None = None,
 ) -> PackedCompletions:
     """Pack completions as `pack_completions` does -> those of its tokens that this process runs."""
-    size = sequence.size if sequence else 1
-    packed = pack_completions(prompts, groups, device, is_shared=is_shared, cutoffs=cutoffs, multiple_of=size)
-    return packed if sequence is None else split_tokens(packed, sequence)
+    packed = pack_completions(prompts, groups, device, is_shared=is_shared, cutoffs=cutoffs, multiple_of=sequence.size)
+    return split_tokens(packed, sequence)
 
 
 def split_tokens(packed: PackedCompletions, sequence: SequenceGroup) -> PackedCompletions:
