@@ -39,7 +39,7 @@ def fused_logprobs(
         hidden_TD, arithmetic = hidden_TD.float(), torch.autocast(device.type, enabled=False)
     with arithmetic:
         num_rows = head.weight.shape[0]
-        bias = head.bias
+        bias: Tensor | None = head.bias
         if num_tokens < num_rows:  # ids of padding rows have probability 0
             allowed = torch.zeros(num_tokens, device=device) if bias is None else bias[:num_tokens]
             bias = torch.cat([allowed, allowed.new_full((num_rows - num_tokens,), -torch.inf)])
