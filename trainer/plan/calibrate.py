@@ -29,7 +29,7 @@ from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
-from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, EagerCalls
+from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, Drawn, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
@@ -204,7 +204,11 @@ def _decoding_seconds(plan: Plan, num_layers: int, batch_size: int, device: torc
         last_R = torch.zeros(batch_size, dtype=torch.long, device=device)
         filters = config.temperature, config.top_p, config.top_k
         calls = CudaGraphs() if device.type == "cuda" else EagerCalls()
-        step = DecodeStep((decoder, head), cache, lambda *drawn: draw(*drawn, *filters), uniforms_MT, last_R, calls)
+
+        def draw_next(logits: Tensor, uniforms: Tensor) -> Drawn:
+            return draw(logits, uniforms, *filters)
+
+        step = DecodeStep((decoder, head), cache, draw_next, uniforms_MT, last_R, calls)
         for _ in range(2):  # run, then capture
             step()
         return _seconds(lambda: [step() for _ in range(DECODED_TOKENS)], device) / DECODED_TOKENS

@@ -24,32 +24,34 @@ def decoding_adapters(model: nn.Module) -> Iterator[None]:
     Layers that compute more than W x + B A x * scaling (DoRA, a bias of B, several adapters), and layers whose adapter
     is switched off or merged, stay as they are.
     """
-    layers = [module for module in model.modules() if _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     try:
         for layer in layers:
-            layer.forward = _fused(layer)  # type: ignore[method-assign]  # until the context ends
+            layer.forward = _fused(layer)  # until the context ends
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    if not isinstance(module, LoraLayer) or not isinstance(module.base_layer, nn.Linear):
+def _is_plain(layer: LoraLayer) -> bool:
+    if not isinstance(layer.base_layer, nn.Linear):
         return False
-    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
-    (name,) = module.active_adapters
-    return name in module.lora_A and name not in module.lora_variant and module.lora_B[name].bias is None
+    (name,) = layer.active_adapters
+    return name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
 def _fused(layer: LoraLayer) -> Callable[[Tensor], Tensor]:
     (name,) = layer.active_adapters
-    down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    base, scaling = layer.base_layer, layer.scaling[name]
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(base, nn.Linear) and isinstance(down, Tensor) and isinstance(up, Tensor)
     copies: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def forward(inputs: Tensor) -> Tensor:
-        result: Tensor = layer.base_layer(inputs)
+        result: Tensor = base(inputs)
         dtype = result.dtype
         if dtype not in copies:
             copies[dtype] = down.detach().t().to(dtype), (up.detach().t() * scaling).to(dtype)

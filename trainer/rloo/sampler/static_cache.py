@@ -53,7 +53,7 @@ class StaticCache(ForkedCache):
         self.max_rows = len(prompt_lengths) * num_generations
         self._prompt_room = max(max_prompts, len(prompt_lengths)), max(longest_prompt, *prompt_lengths)
         self._prompt_mask = torch.zeros(self._prompt_room, device=device)
-        self._room = min(FIRST_ROOM, max_length)
+        self._own_room = min(FIRST_ROOM, max_length)
         # Times that memory was allocated: what was captured before must not be replayed.
         self._num_allocations = 0
         # Rows of: tokens stored; tokens of the prompt; member of the batch, beyond all members for unused rows; the
@@ -104,7 +104,7 @@ class StaticCache(ForkedCache):
     @property
     def _num_tokens(self) -> int:
         """Tokens per completion that the next call reads, the new one included."""
-        return min(max(bucket(self._length + 1), FIRST_ROOM), self._room)
+        return min(max(bucket(self._length + 1), FIRST_ROOM), self._own_room)
 
     def advance(self) -> None:
         """Count the new token, after every layer has stored its states; the step has counted it on the device."""
@@ -113,12 +113,12 @@ class StaticCache(ForkedCache):
     def reserve(self) -> None:
         """Allocate memory for one more token of each completion, where there is none left."""
         length = self._length
-        if length < self._room:
+        if length < self._own_room:
             return
-        self._room = min(2 * length, self._max_length)
+        self._own_room = min(2 * length, self._max_length)
         num_rows = max(self.num_rows, self._num_rows)
         for layer, states in enumerate(self._completion_states):
-            keys, values = (nn.functional.pad(each[:num_rows], (0, 0, 0, self._room - length)) for each in states)
+            keys, values = (nn.functional.pad(each[:num_rows], (0, 0, 0, self._own_room - length)) for each in states)
             self._completion_states[layer] = keys, values
         self._num_allocations += 1
 
@@ -148,7 +148,7 @@ class StaticCache(ForkedCache):
             self._begin_token(query.dtype)
         (R, H, D), K = query.shape, key.shape[1]
         if layer == len(self._completion_states):
-            shape = (max(R, self._num_rows), K, self._room, D)
+            shape = (max(R, self._num_rows), K, self._own_room, D)
             self._completion_states.append((key.new_zeros(shape), value.new_zeros(shape)))
         keys, values = self._completion_states[layer]
         keys[self._rows_R, :, self._own_R], values[self._rows_R, :, self._own_R] = key, value
