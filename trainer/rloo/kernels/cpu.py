@@ -218,7 +218,7 @@ def decoding_weights(model: nn.Module, num_inputs: int, dtype: torch.dtype | Non
     compute in another dtype than that of their weights therefore use one cast copy, and give the result of autocast.
     MKL and oneDNN also pack the weight at every call, for the 8 to 128 inputs of a decoding step a quarter to a half of
     the product's time; here they do it once. Where the CPU has AVX-512, oneDNN's products are the faster ones: on an
-    AMD EPYC 2.2 times MKL's in float32, at 32 inputs (tests/benchmarks/sampler.py). The copies take as much memory as
+    AMD EPYC about twice the rate of MKL's in float32, at 32 inputs (tests/benchmarks/sampler.py). The copies take as much memory as
     the weights while sampling lasts, when there are no gradients and no activations.
 
     num_inputs: usual number of input vectors per product, for which weights are packed; any other number works too
