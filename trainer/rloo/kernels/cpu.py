@@ -218,8 +218,8 @@ def decoding_weights(model: nn.Module, num_inputs: int, dtype: torch.dtype | Non
     compute in another dtype than that of their weights therefore use one cast copy, and give the result of autocast.
     MKL and oneDNN also pack the weight at every call, for the 8 to 128 inputs of a decoding step a quarter to a half of
     the product's time; here they do it once. Where the CPU has AVX-512, oneDNN's products are the faster ones: on an
-    AMD EPYC about twice the rate of MKL's in float32, at 32 inputs (tests/benchmarks/sampler.py). The copies take as much memory as
-    the weights while sampling lasts, when there are no gradients and no activations.
+    AMD EPYC about twice the rate of MKL's in float32, at 32 inputs (tests/benchmarks/sampler.py). The copies take as
+    much memory as the weights while sampling lasts, when there are no gradients and no activations.
 
     num_inputs: usual number of input vectors per product, for which weights are packed; any other number works too
     dtype:      dtype in which the layers compute; None: the dtype of their weights
