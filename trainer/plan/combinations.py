@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from rekatrain.trainer.plan.machine import PlannedLaunch
@@ -40,13 +41,14 @@ class Change:
 
 
 def combinations(plan: Plan) -> Iterator[Change]:
-    """Yield changes on the same GPUs: all engines, then smaller batches, servers, other methods, and shorter rows."""
+    """Yield changes on the same GPUs: engines, smaller batches, split sequences, servers, methods, and shorter rows."""
+    ways = (_engines, _splits) if plan.recipe.stage == "rloo" else (_engines,)
     for part in PARTS:
         for length_texts, shorter in _shorter(plan.recipe, part):
             for method_texts, trained in _methods(shorter, plan.launch):
                 for sampling_texts, sampled in _sampling(trained, plan):
-                    for batch_texts, batched in _batches(sampled):
-                        for engine_texts, launch in _engines(plan.launch, splits=plan.recipe.stage == "rloo"):
+                    for engines, (batch_texts, batched) in product(ways, _batches(sampled)):
+                        for engine_texts, launch in engines(plan.launch):
                             texts = [*engine_texts, *batch_texts, *sampling_texts, *method_texts, *length_texts]
                             if texts:
                                 yield Change(text="; ".join(texts), recipe=batched, launch=launch)
@@ -115,16 +117,13 @@ def larger_splits(launch: PlannedLaunch) -> Iterator[int]:
     return (size for size in sizes if launch.num_gpus % size == 0)
 
 
-def _engines(launch: PlannedLaunch, *, splits: bool) -> Iterator[tuple[list[str], PlannedLaunch]]:
+def _engines(launch: PlannedLaunch) -> Iterator[tuple[list[str], PlannedLaunch]]:
     yield [], launch
     if launch.is_cpu:
         return
     for stage in (1, 2, 3) if launch.num_gpus > 1 else ():
         text = f"launch with ZeRO-{stage}"
         yield [text], _zero(launch, stage)
-    for size in larger_splits(launch) if splits else ():
-        yield [splits_text(size)], replace(launch, sequence_parallel=size)
-        yield ["launch with ZeRO-3", splits_text(size)], replace(_zero(launch, 3), sequence_parallel=size)
     if launch.num_gpus > 1:
         text = "launch with ZeRO-3 and the optimizer on the host (slower updates)"
         yield [text], replace(_zero(launch, 3), offload_optimizer=True)
@@ -134,6 +133,12 @@ def _engines(launch: PlannedLaunch, *, splits: bool) -> Iterator[tuple[list[str]
         engine: Any = "ddp" if launch.num_gpus > 1 else "single"
         whole = replace(launch, engine=engine, zero_stage=0, offload_optimizer=False, offload_parameters=False)
         yield ["launch with a whole model on each GPU (ddp)"], replace(whole, sequence_parallel=1)
+
+
+def _splits(launch: PlannedLaunch) -> Iterator[tuple[list[str], PlannedLaunch]]:
+    for size in larger_splits(launch):
+        yield [splits_text(size)], replace(launch, sequence_parallel=size)
+        yield ["launch with ZeRO-3", splits_text(size)], replace(_zero(launch, 3), sequence_parallel=size)
 
 
 def _zero(launch: PlannedLaunch, stage: int) -> PlannedLaunch:

@@ -50,7 +50,7 @@ def test_two_matrices_of_a_tied_model_are_refused(
 ) -> None:
     sections = {"stage": stage}
     if stage == "rloo":
-        sections |= {"rloo": {"max_steps": 1}, "rewards": {"reasoning_format": None}}
+        sections |= {"rloo": {"max_steps": 1, "max_completion_length": 16}, "rewards": {"reasoning_format": None}}
     path = save(1e-3, **sections)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

@@ -117,7 +117,7 @@ KEYS = {
         "model": "attn_implementation",
         "sft": "pad_to_multiple_of full_determinism",
         "reward": "pad_to_multiple_of full_determinism",
-        "rloo": "full_determinism",
+        "rloo": "full_determinism fused_lm_head",
         "rewards.reward_model": "device micro_batch_tokens",
     },
 }
