@@ -119,7 +119,7 @@ def test_terminal_without_colors(serve, variables: dict[str, str]) -> None:
     terminal = Terminal("--url", serve(reply).url, **variables)
     terminal.wait("> ")
     terminal.type(b"<sep>" + ENTER)
-    screen = terminal.wait("has no escape")
+    screen = terminal.wait("has no escape") + terminal.wait("\n> ")  # Ctrl-D before the prompt is lost
     terminal.type(CTRL_D)
     assert terminal.process.wait(60) == 0
     assert "\x1b[31m" not in screen and ("NO_COLOR" in variables or DIM not in screen)
