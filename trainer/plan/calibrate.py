@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, decoder_and_head, run_decoder
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.adapters import decoding_adapters
-from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, Drawn, EagerCalls
+from rekatrain.trainer.rloo.sampler.decode_step import CudaGraphs, DecodeStep, EagerCalls
 from rekatrain.trainer.rloo.sampler.draw import draw
 from rekatrain.trainer.rloo.sampler.static_cache import StaticCache
 
@@ -202,12 +203,8 @@ def _decoding_seconds(plan: Plan, num_layers: int, batch_size: int, device: torc
         run_decoder(decoder, ids, cache.prompts.position_ids, cache)
         uniforms_MT = torch.zeros(batch_size, FIRST_ROOM, dtype=torch.float64, device=device)
         last_R = torch.zeros(batch_size, dtype=torch.long, device=device)
-        filters = config.temperature, config.top_p, config.top_k
         calls = CudaGraphs() if device.type == "cuda" else EagerCalls()
-
-        def draw_next(logits: Tensor, uniforms: Tensor) -> Drawn:
-            return draw(logits, uniforms, *filters)
-
+        draw_next = partial(draw, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
         step = DecodeStep((decoder, head), cache, draw_next, uniforms_MT, last_R, calls)
         for _ in range(2):  # run, then capture
             step()

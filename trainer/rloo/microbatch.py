@@ -4,7 +4,7 @@ A group stays whole in a micro-batch where it fits, so that its advantages need 
 those of the tokens that the model is run on: a prompt's, and a completion's without its last token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from rekatrain.trainer.rloo.group import Group
 from rekatrain.trainer.rloo.kernels.cpu import PassCost, num_tokens
+from rekatrain.trainer.rloo.kernels.ulysses import SequenceGroup
 from rekatrain.trainer.rloo.logprobs import PackedCompletions, pack_completions
 from rekatrain.trainer.rloo.loss import LossDenominators, LossInputs
 from rekatrain.trainer.rloo.sequence_parallel import pack_own_tokens, sequence_group
@@ -109,7 +110,7 @@ def _lay_out(
     accelerator: Accelerator, groups: Sequence[Group], max_tokens: int, cost: PassCost
 ) -> Iterator[MicroBatch]:
     device, sequence = accelerator.device, sequence_group() if accelerator.num_processes > 1 else None
-    packer = pack_completions if sequence is None else partial(pack_own_tokens, sequence)
+    packer = _packer(sequence)
     for parts in pack([_lengths(group) for group in groups], max_tokens, cost):
         members = [(groups[part.group], index) for part in parts for index in part.members]
         completions = [group.completions[index] for group, index in members]
@@ -137,6 +138,10 @@ def _lay_out(
         )
 
 
+def _packer(sequence: SequenceGroup | None) -> Callable[..., PackedCompletions]:
+    return pack_completions if sequence is None else partial(pack_own_tokens, sequence)
+
+
 def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Give every process as many micro-batches, each with as many chunks for the LM head, as every other.
 
@@ -152,9 +157,8 @@ def equal_passes(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> lis
 
 
 def _filler(accelerator: Accelerator) -> MicroBatch:
-    device, sequence = accelerator.device, sequence_group()
-    packer = pack_completions if sequence is None else partial(pack_own_tokens, sequence)
-    packed = packer([[0]], [[[0]]], device)
+    device = accelerator.device
+    packed = _packer(sequence_group())([[0]], [[[0]]], device)
     nothing = torch.zeros(1, device=device)
     return MicroBatch(
         packed=packed,

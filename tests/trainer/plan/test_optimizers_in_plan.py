@@ -1,6 +1,7 @@
 """An optimizer's memory and arithmetic, as `plan` counts them, are those of the optimizer that a run makes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def test_products_of_muon_have_the_planned_flops(lora: dict[str, Any] | None) ->
     assert counted == measure_shape(llama(2), recipe).newton_schulz > 0
 
 
-def test_plan_counts_the_update_of_muon(model_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def planned(model_folder: Path, tmp_path: Path) -> Callable[[str], Plan]:
+    """Plan a run of SFT on one GPU with an optimizer."""
     text = {
         "stage": "sft",
         "output_dir": str(tmp_path / "run"),
@@ -74,29 +77,19 @@ def test_plan_counts_the_update_of_muon(model_folder: Path, tmp_path: Path) -> N
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(text))
+    launch = PlannedLaunch(engine="single", num_gpus=1)
+    return lambda optim: make_plan(load_recipe(path, [f"sft.optim={optim}"]), launch)
 
-    def planned(optim: str) -> Plan:
-        return make_plan(load_recipe(path, [f"sft.optim={optim}"]), PlannedLaunch(engine="single", num_gpus=1))
 
+def test_plan_counts_the_update_of_muon(planned: Callable[[str], Plan]) -> None:
     muon, adamw = (estimate(planned(optim), Rates()) for optim in ("muon", "adamw_torch_fused"))
     rates = Rates()
     assert muon.flops == {**adamw.flops, "update": planned("muon").shape.newton_schulz}
     assert muon.seconds["update"] == muon.flops["update"] / (rates.flops * rates.training_fraction)
 
 
-def test_plan_of_each_optimizer_differs_by_its_state(model_folder: Path, tmp_path: Path) -> None:
-    text = {
-        "stage": "sft",
-        "output_dir": str(tmp_path / "run"),
-        "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
-        "dataset": {"path": "unused.jsonl"},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(text))
-    plans = {
-        optim: make_plan(load_recipe(path, [f"sft.optim={optim}"]), PlannedLaunch(engine="single", num_gpus=1))
-        for optim in ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon")
-    }
+def test_plan_of_each_optimizer_differs_by_its_state(planned: Callable[[str], Plan]) -> None:
+    plans = {optim: planned(optim) for optim in ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "muon")}
     states = {optim: plan.states for optim, plan in plans.items()}
     shape = plans["muon"].shape
     assert states["adamw_torch"].optimizer == states["adamw_torch_fused"].optimizer == 8 * shape.num_trained

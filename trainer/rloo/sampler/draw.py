@@ -14,12 +14,18 @@ TIE = 1e-5
 
 
 def draw(
-    logits_NV: Tensor, uniforms_N: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None
+    logits_NV: Tensor,
+    uniforms_N: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token for each completion -> ids [N], their log-probabilities [N], cutoffs [N] or None.
 
     uniforms_N:  numbers in [0, 1)
     temperature: 0 takes the most likely token and gives its log-probability at temperature 1
+    num_tokens:  ids below which tokens are drawn; None: all
 
     Apply top-k, then top-p, and renormalize over the kept tokens. Ties with the last kept token are kept.
 
@@ -27,6 +33,7 @@ def draw(
     between the last kept and the first dropped token, and is at most 0. A token was kept if its log-prob is at least
     the drawn token's plus the cutoff, so the trainer can rebuild the kept set. None where no filter is on.
     """
+    logits_NV = logits_NV[:, :num_tokens]
     scaled_NV = logits_NV.float() if temperature in (0, 1) else logits_NV.float() / temperature
     cutoffs_N = None
     if top_p < 1 or top_k is not None:

@@ -19,7 +19,6 @@ from functools import partial
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rekatrain.data.chat import FinishReason
@@ -142,7 +141,9 @@ class Sampler:
         # Forced tokens depend on all tokens before: those are read at once.
         num_late = 0 if self.reasoning_budget is not None else self.num_late
         num_admitted = 0
-        filters = self.temperature, self.top_p, self.top_k
+        draw_next = partial(
+            draw, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, num_tokens=self._num_tokens
+        )
         # Pinned memory of the host is sent to a GPU without waiting for what runs there.
         on_host = partial(torch.tensor, dtype=torch.long, pin_memory=device.type == "cuda")
         # Uniform numbers by member of the cache, and the last token of each completion of the batch.
@@ -165,7 +166,7 @@ class Sampler:
                 else:
                     room = {"max_prompts": max_prompts, "longest_prompt": max(map(len, prompts))}
                     cache = StaticCache(new_lengths, num_generations, self.max_completion_length, device, **room)
-                    step = DecodeStep((decoder, head), cache, self._draw, uniforms_MT, last_R, self.make_calls())
+                    step = DecodeStep((decoder, head), cache, draw_next, uniforms_MT, last_R, self.make_calls())
                 if num_admitted == len(prompts):
                     cache.close()
                 new_ids = on_host([[token for index in new for token in prompts[index]]])
@@ -178,7 +179,7 @@ class Sampler:
                 new_NT = torch.from_numpy(np.stack(uniforms)).to(device)
                 rows = slice(len(live), len(live) + len(new_NT))
                 uniforms_MT[cache.members_N[rows]] = new_NT
-                drawn = draw(logits_NV[:, : self._num_tokens], new_NT[:, 0], *filters)
+                drawn = draw_next(logits_NV, new_NT[:, 0])
                 last_R[rows] = drawn[0]
                 members = range(new.start * num_generations, new.stop * num_generations)
                 unread.append(_Drawn(list(members), drawn))
@@ -220,14 +221,10 @@ class Sampler:
             else:
                 hidden_ND = run_decoder(decoder, last_R[: len(live), None], cache.position_ids, cache)[:, 0]
                 cache.advance()
-                uniforms_N = uniforms_MT[cache.members_N, cache.lengths_N]
-                drawn = draw(head(hidden_ND)[:, : self._num_tokens], uniforms_N, *filters)
+                drawn = draw_next(head(hidden_ND), uniforms_MT[cache.members_N, cache.lengths_N])
                 last_R[: len(live)] = drawn[0]
             unread.append(_Drawn(live, drawn))
         return [completions[index] for index in range(len(completions))]
-
-    def _draw(self, logits_NV: Tensor, uniforms_N: Tensor) -> Drawn:
-        return draw(logits_NV[:, : self._num_tokens], uniforms_N, self.temperature, self.top_p, self.top_k)
 
     def _append(self, partial: "_PartialCompletion", drawn: int, logprob: float, cutoff: float | None) -> None:
         """Append the drawn token, or a forced one instead, and set `finish_reason` if the completion ends with it."""

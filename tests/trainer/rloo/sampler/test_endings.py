@@ -32,7 +32,7 @@ class ScriptedDraw:
         for position, uniform in enumerate(np.random.default_rng([*key, number]).random(max_completion_length)):
             self.script_of[float(uniform)] = (script, position)
 
-    def __call__(self, logits: Tensor, uniforms: Tensor, *_: object) -> tuple[Tensor, Tensor, None]:
+    def __call__(self, logits: Tensor, uniforms: Tensor, **_: object) -> tuple[Tensor, Tensor, None]:
         assert len(logits) == len(uniforms)
         self.num_drawn.append(len(uniforms))
         scripts = [self.script_of[uniform] for uniform in uniforms.tolist()]
@@ -257,7 +257,7 @@ def test_forced_tokens_have_a_cutoff_of_minus_infinity(
     drawn = iter([*thought, *[FILLER] * 40])
     monkeypatch.setattr(
         "rekatrain.trainer.rloo.sampler.in_process.draw",
-        lambda *_: (torch.tensor([next(drawn)]), torch.tensor([-0.5]), torch.tensor([-3.0])),
+        lambda *_, **__: (torch.tensor([next(drawn)]), torch.tensor([-0.5]), torch.tensor([-3.0])),
     )
     cap = len(thought) + 20
     sampler = Sampler(

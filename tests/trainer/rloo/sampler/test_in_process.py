@@ -196,7 +196,7 @@ def test_sampler_restores_the_model_after_an_error(
     with pytest.raises(IndexError):
         make_sampler(model, tokenizer).sample([[10**6]], KEYS[:1], 2)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
