@@ -222,17 +222,19 @@ def main() -> None:
     work = Work(**json.loads(work_json))
     task = make_task(work, OWN_SETTINGS.get(arm, {}))
     set_seed(work.seed)
-    model = load_model(work.model)
+    on_gpu = torch.cuda.is_available()
+    model = load_model(work.model, "cuda" if on_gpu else "cpu", work.dtype)
     if work.equal_lengths:
         model.generation_config.eos_token_id = task.tokenizer.convert_tokens_to_ids(NEVER)
     gc.collect()
-    loaded = memory_mb("VmRSS")
+    loaded = torch.cuda.memory_allocated() / 2**20 if on_gpu else memory_mb("VmRSS")
     meter = Meter()
     if arm in OWN_SETTINGS:
         settings = rekatrain_arm(work, task, model, meter)
     else:
         settings = trl_arm(work, task, model, meter, TRL_SETTINGS[arm])
-    result = {"loaded_mb": loaded, "peak_mb": memory_mb("VmHWM"), "steps": meter.steps, "arm_settings": settings}
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM")
+    result = {"loaded_mb": loaded, "peak_mb": peak, "steps": meter.steps, "arm_settings": settings}
     Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 

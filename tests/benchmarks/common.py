@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from itertools import islice
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -51,6 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", help="a .jsonl with `question` or `prompt`; default: reasoning_gym's gsm_symbolic word problems"
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +61,9 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (default cpu)")
 
 
-def load_model(folder: str, device: str = "cpu") -> PreTrainedModel:
-    """Load a model in float32, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+def load_model(folder: str, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
+    """Load a model in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 
 
 def wait_for(device: torch.device | str) -> None:
@@ -99,6 +102,22 @@ def load_prompts(tokenizer: PreTrainedTokenizerBase, path: str | None, count: in
     return prompts
 
 
+def self_times(action: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """Profile an action -> (name, calls, self time) of each operator, the longest first: a GPU's time where one ran."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        action()
+    # A kernel is listed by itself and in the operator that launched it; in a CUDA graph only by itself.
+    events = profiler.key_averages()
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    times = (
+        [(event.key, event.count, event.self_device_time_total) for event in on_gpu]
+        if on_gpu
+        else [(event.key, event.count, event.self_cpu_time_total) for event in events]
+    )
+    return sorted(times, key=lambda time: -time[2])
+
+
 def memory_mb(field: str) -> float:
     """Return the resident memory of this process in MB: `VmRSS` now, or `VmHWM` at its peak.
 
@@ -114,6 +133,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "accelerate", "numpy")
     return {
         "processor": next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), ""),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -126,8 +146,8 @@ def machine() -> dict[str, Any]:
 
 @cache
 def machine_rates() -> dict[str, float]:
-    """Return the rate of a large matrix product in float32 and that of a copy, in all threads of torch."""
-    device = torch.device("cpu")
+    """Return the rate of a large matrix product in float32 and that of a copy: on the GPU, or in torch's threads."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "GFLOP/s in products": product_rate(device, torch.float32) / 1e9,
         "GB/s in copies": copy_rate(device, device) / 1e9,

@@ -4,7 +4,7 @@
     python tests/benchmarks/rloo_vs_trl.py --model runs/smollm2-135m --arms rekatrain trl-defaults trl-8 trl-16 trl-all
     python tests/benchmarks/rloo_vs_trl.py --model runs/quickstart/sft-export --wall-clock
 
-Each arm of each round is a separate process, and the arms alternate. All arms have the same model, float32, all
+Each arm of each round is a separate process, and the arms alternate. All arms have the same model and dtype, all
 weights trained by torch's fused AdamW at one learning rate, the same prompts in the same order (as ids), k, caps,
 temperature 1, a gradient norm of 1, and a reward that varies in every group, so that no arm can leave a group out. TRL
 cannot stop at a string, so a completion ends at the tokenizer's eos in all arms (ours also searches for `<sep>`, and
@@ -16,7 +16,8 @@ checkpointing, and continuous batching (`trl-8-continuous`). TRL_SETTINGS in arm
 
 Token slots are the tokens that the layers of the model run on, counted by hooks, with padding and recomputation. Needed
 slots are each prompt once and each completion without its last token, for sampling and for each pass (training; with
-beta > 0 the reference). The first step of a process warms up and is not in the medians. Memory is the process's peak.
+beta > 0 the reference). The first step of a process warms up and is not in the medians. Memory is the process's peak;
+on a GPU, the peak of what PyTorch allocated there.
 """
 
 import argparse
@@ -125,6 +126,7 @@ def main() -> None:
         "prompts_per_step": arguments.prompts_per_step,
         "num_generations": arguments.num_generations,
         "micro_batch_tokens": arguments.micro_batch_tokens,
+        "dtype": arguments.dtype,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }

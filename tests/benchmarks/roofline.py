@@ -31,11 +31,11 @@ from common import (
     load_prompts,
     make_parser,
     print_table,
+    self_times,
     wait_for,
     write_report,
 )
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from work import by_ids
 
@@ -59,8 +59,13 @@ GROUPS = {
         "aten::baddbmm",
         "mkl::",
         "mkldnn::",
+        "nvjet_",
+        "cutlass",
+        "sm80_xmma_gemm",
+        "sm90_xmma_gemm",
+        "void cutlass",
     ),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product", "triton_tem_fused"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous", "aten::split"),
     "gather and scatter": ("aten::index", "aten::gather", "aten::scatter", "aten::embedding"),
     "filling": ("aten::zero_", "aten::fill_", "aten::new_", "aten::zeros", "aten::empty", "aten::triu"),
@@ -109,7 +114,8 @@ def make_products(model: PreTrainedModel, tokens: int, head_tokens: int) -> tupl
     shapes[(head_tokens // num_chunks, *model.get_output_embeddings().weight.shape)] += num_chunks
     tensors = {
         (tokens, outs, ins): tuple(
-            torch.randn(shape, device=model.device) for shape in ((tokens, ins), (outs, ins), (tokens, outs))
+            torch.randn(shape, device=model.device, dtype=model.dtype)
+            for shape in ((tokens, ins), (outs, ins), (tokens, outs))
         )
         for tokens, outs, ins in shapes
     }
@@ -136,19 +142,14 @@ def seconds(action: Callable[[], Any]) -> float:
 
 def where_time_goes(action: Callable[[], Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return fractions of self time by kind of operator, and the operators with the most self time."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        action()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
+    times = self_times(action)
+    total = sum(spent for _, _, spent in times)
     fractions: Counter[str] = Counter()
-    for event in events:
-        kinds = (kind for kind, names in GROUPS.items() if event.key.startswith(names))
-        default = "elementwise and sums" if event.key.startswith("aten::") else "Python and autograd"
-        fractions[next(kinds, default)] += event.self_cpu_time_total / total
-    top = [
-        {"operator": event.key[:60], "calls": event.count, "fraction": event.self_cpu_time_total / total}
-        for event in events[:12]
-    ]
+    for name, _, spent in times:
+        kinds = (kind for kind, names in GROUPS.items() if name.startswith(names))
+        default = "elementwise and sums" if name.startswith(("aten::", "void at::")) else "Python, autograd, others"
+        fractions[next(kinds, default)] += spent / total
+    top = [{"operator": name[:60], "calls": count, "fraction": spent / total} for name, count, spent in times[:12]]
     return dict(fractions.most_common()), top
 
 
@@ -166,7 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = load_folder_tokenizer(arguments.model)
-    model = load_model(arguments.model, arguments.device)
+    model = load_model(arguments.model, arguments.device, arguments.dtype)
     prompts: list[Prompt] = load_prompts(tokenizer, arguments.prompts, arguments.num_prompts)
     config = RLOOConfig(
         max_steps=1,

@@ -3,7 +3,7 @@
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --prompts gsm8k.jsonl
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --vllm-url http://127.0.0.1:8103 --vllm-model policy
 
-Every engine samples groups of k completions at temperature 1 in float32, all of the same length: no engine can draw an
+Every engine samples groups of k completions at temperature 1 in one dtype, all of the same length: no engine can draw an
 eos, or stops at one. Engines alternate. The server must serve the same folder on the same cores; it is idle while other
 engines run. Give it a --max-num-seqs of at least the largest batch size.
 
@@ -31,18 +31,30 @@ from common import (
     load_prompts,
     make_parser,
     print_table,
+    self_times,
     wait_for,
     write_report,
 )
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from rekatrain.trainer.rloo.kernels.cpu import decoding_weights
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 
 # bmm belongs to attention and does not count.
-PRODUCTS = ("aten::mm", "aten::addmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise", "aten::mkldnn_linear")
+PRODUCTS = (
+    *("aten::mm", "aten::addmm", "mkl::_mkl_linear", "mkldnn::_linear_pointwise", "aten::mkldnn_linear"),
+    *(
+        "nvjet_",
+        "cutlass",
+        "sm90_xmma_gemm",
+        "sm80_xmma_gemm",
+        "ampere_",
+        "void cutlass",
+        "void gemm",
+        "gemv",
+    ),  # kernels
+)
 Prompts = list[list[int]]
 Engine = Callable[[Prompts], int]  # -> number of tokens sampled
 
@@ -113,7 +125,8 @@ def product_rate(model: PreTrainedModel, batch_size: int) -> float:
     """Return GFLOP/s of the matrix products of one decoding step alone: every linear layer at that batch size."""
     layers = [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)), model.get_output_embeddings()]
     inputs = {
-        width: torch.randn(batch_size, width, device=model.device) for width in {layer.in_features for layer in layers}
+        width: torch.randn(batch_size, width, device=model.device, dtype=model.dtype)
+        for width in {layer.in_features for layer in layers}
     }
     spent = []
     with torch.no_grad():
@@ -128,15 +141,10 @@ def product_rate(model: PreTrainedModel, batch_size: int) -> float:
 
 def decoding_profile(action: Callable[[], Any]) -> tuple[float, list[dict[str, Any]]]:
     """Return the fraction of matrix products in the time of a sampling call, and the operators with the most time."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        action()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    products = sum(e.self_cpu_time_total for e in events if e.key.startswith(PRODUCTS))
-    top = [
-        {"operator": event.key[:60], "calls": event.count, "fraction": event.self_cpu_time_total / total}
-        for event in events[:12]
-    ]
+    times = self_times(action)
+    total = sum(spent for _, _, spent in times)
+    products = sum(spent for name, _, spent in times if name.startswith(PRODUCTS))
+    top = [{"operator": name[:60], "calls": count, "fraction": spent / total} for name, count, spent in times[:12]]
     return products / total, top
 
 
@@ -158,7 +166,7 @@ def main() -> None:
     if any(size % arguments.num_generations for size in arguments.batch_sizes):
         parser.error("--batch-sizes must be multiples of --num-generations")
 
-    model = load_model(arguments.model, arguments.device).eval()
+    model = load_model(arguments.model, arguments.device, arguments.dtype).eval()
     k, cap = arguments.num_generations, arguments.length
     tokenizer = load_folder_tokenizer(arguments.model)
     prompts = [p.ids for p in load_prompts(tokenizer, arguments.prompts, max(arguments.batch_sizes) // k)]

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import TUNED_MALLOC
+from common import TUNED_MALLOC, wait_for
 from transformers import PreTrainedModel
 
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -42,6 +42,7 @@ class Work:
     learning_rate: float = 1e-6
     seed: int = 0
     micro_batch_tokens: int = RLOOConfig.micro_batch_tokens
+    dtype: str = "float32"
 
 
 @dataclass(kw_only=True)
@@ -59,9 +60,9 @@ class Meter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time and slots inside this context for `name`; outside of all contexts they count for `train`."""
-        outer, self._phase, began = self._phase, name, time.perf_counter()
+        outer, self._phase, began = self._phase, name, now()
         yield
-        self.seconds[name] += time.perf_counter() - began
+        self.seconds[name] += now() - began
         self._phase = outer
 
     def watch(self, model: PreTrainedModel) -> None:
@@ -76,12 +77,11 @@ class Meter:
         self.slots[self._phase] += hidden_BTD.shape[0] * hidden_BTD.shape[1]
 
     def begin(self) -> None:
-        self._started = time.perf_counter()
+        self._started = now()
 
     def end_step(self, num_generations: int, num_passes: int) -> None:
         """Close a step; `num_passes` is the number of passes that every token needs besides sampling."""
-        now = time.perf_counter()
-        total = now - self._started
+        total = now() - self._started
         prompts = sum(prompt for prompt, _ in self.sampled[::num_generations])
         lengths = [length for _, length in self.sampled]
         needed = prompts + sum(lengths) - len(lengths)
@@ -103,7 +103,13 @@ class Meter:
         )
         for kept in (self.seconds, self.slots, self.sampled, self.rewards):
             kept.clear()
-        self._started = time.perf_counter()
+        self._started = now()
+
+
+def now() -> float:
+    """Return the time in seconds, after a GPU has run all that was launched."""
+    wait_for("cuda" if torch.cuda.is_available() else "cpu")
+    return time.perf_counter()
 
 
 def by_ids(completion_ids: Sequence[list[int]], **_: object) -> list[float | None]:

@@ -149,7 +149,7 @@ def test_zero_on_one_device_takes_the_steps_of_one_process(stage: int, folder: P
     main(["train", str(alone)])
     launch = ["--config_file", str(PROJECT / f"recipes/accelerate/zero{stage}.yaml"), "--num_processes", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "rekatrain", "train", str(sharded)]
-    paths = os.pathsep.join([str(PROJECT / ".package"), str(PROJECT), str(folder)])
+    paths = os.pathsep.join([str(PROJECT / ".package"), str(PROJECT), str(folder), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "DeepSpeed" in finished.stderr
@@ -170,13 +170,12 @@ def test_qlora_trains_the_adapter_of_a_packed_model(stage: str, folder: Path, mo
         "quantization_config": quantization,
     }
     if stage == "rloo":
-        recipe = rloo_recipe(folder, "run", model_folder, lora=LORA, model=model)
+        recipe = rloo_recipe(folder, "run", model_folder, lora=LORA)
     else:
         data = {"path": str(folder / "sft.jsonl"), "format": "prompt_answer"}
         settings = {"max_steps": 3, "save_steps": 3, "bf16": True}
-        recipe = write_recipe(
-            folder, "run", model_folder, stage="sft", dataset=data, sft=settings, lora=LORA, model=model
-        )
+        recipe = write_recipe(folder, "run", model_folder, stage="sft", dataset=data, sft=settings, lora=LORA)
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"model": model}))
     main(["train", str(recipe)])
     adapter = weights(folder / "run", 3)
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)

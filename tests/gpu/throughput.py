@@ -10,6 +10,7 @@ allocated bytes does not have either. On a CPU the memory is that of the process
 """
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -177,6 +178,7 @@ def measure_or_fail(
     except torch.OutOfMemoryError:
         return {"tokens": tokens, "GB": float("inf")}
     finally:
+        gc.collect()  # TRL's fused head makes a reference cycle of the model
         if device == "cuda":
             torch.cuda.empty_cache()
 

@@ -217,8 +217,7 @@ def _part_of(workload: Workload) -> Callable[[Tensor], str]:
 
 
 def _head_kernels(workload: Workload) -> AbstractContextManager[Any]:
-    # The plan of SFT on a GPU keeps torch's temporaries, which are larger.
-    return nullcontext() if workload.is_cpu or workload.recipe.stage != "rloo" else kernels_of_a_gpu()
+    return nullcontext() if workload.is_cpu else kernels_of_a_gpu()
 
 
 def _autocast(workload: Workload) -> AbstractContextManager[Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK_SIZE = 128
+# Smallest size of a head in FlexAttention's kernels.
+MIN_HEAD_SIZE = 16
 # Graphs of FlexAttention in one process: about 7 in a run with an adapter and an evaluation; torch's default is 8.
 RECOMPILE_LIMIT = 32
 
@@ -103,8 +105,25 @@ def _ordered(is_set_BB: Tensor) -> tuple[Tensor, Tensor]:
     return is_set_BB.sum(dim=1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scaling: float) -> Tensor:
+    """Attend by FlexAttention: query [1, H, T, D], key and value [1, K, T, D] -> [1, H, T, D].
+
+    Heads that are smaller than those of its kernels are padded with zeros, which change no score.
+    """
+    head_size = query.shape[3]
+    if head_size < MIN_HEAD_SIZE:
+        more = (0, MIN_HEAD_SIZE - head_size)
+        query, key, value = (nn.functional.pad(states, more) for states in (query, key, value))
+    # One kernel for all lengths: the one for decoding, which few queries would take, has no tiles for these blocks.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    output: Tensor = _compiled_flex()(
+        query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True, kernel_options=options
+    )
+    return output[..., :head_size]
+
+
 @cache
-def compiled_flex() -> Any:  # torch.compile loses the signature
+def _compiled_flex() -> Any:  # torch.compile loses the signature
     """Return FlexAttention as one compiled graph.
 
     Uncompiled it is dense attention with a score for each pair of tokens. `fullgraph` makes an error of what would

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rekatrain.trainer.models.load import Policy
-from rekatrain.trainer.rloo.kernels.block_mask import compiled_flex, make_block_mask
+from rekatrain.trainer.rloo.kernels.block_mask import attend_blocks, make_block_mask
 from rekatrain.trainer.rloo.kernels.cpu import attend_groups
 
 NAME = "rekatrain_groups"
@@ -101,7 +101,7 @@ class PackedGroups:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attend by FlexAttention on a GPU, skipping empty blocks, and by `attend_groups` on a CPU; both are exact."""
         if self._device.type == "cuda":
-            output = compiled_flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=True)
+            output = attend_blocks(query, key, value, self.block_mask, scaling)
         else:
             output = attend_groups(query, key, value, self._groups, scaling)
         return output.transpose(1, 2)

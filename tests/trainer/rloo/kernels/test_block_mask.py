@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from rekatrain.trainer.rloo.kernels.block_mask import (
     BLOCK_SIZE,
     RECOMPILE_LIMIT,
+    attend_blocks,
     block_mask_bytes,
-    compiled_flex,
     make_block_mask,
 )
 from tests.trainer.rloo.kernels.test_grouped_attention import LAYOUTS
@@ -97,10 +97,12 @@ def peak_memory(*, reset: bool = False) -> int:
 
 def test_compiled_flex_attention_never_falls_back_in_silence() -> None:
     # At the limit of graphs, dynamo would run dense attention.
-    flex = compiled_flex()
+    torch._dynamo.reset()
+    states, mask = torch.randn(1, 1, 4, 16), make_block_mask([(4, [])], torch.device("cpu"))
+    with torch.no_grad():
+        attend_blocks(states, states, states, mask, 1.0)  # compiles the first graph
     assert torch._dynamo.config.recompile_limit >= RECOMPILE_LIMIT
     torch._dynamo.reset()
-    states = torch.randn(1, 1, 4, 8)
     with torch._dynamo.config.patch(recompile_limit=0), pytest.raises(Exception, match="fullgraph=True"):
-        flex(states, states, states)
+        attend_blocks(states, states, states, mask, 1.0)
     torch._dynamo.reset()
