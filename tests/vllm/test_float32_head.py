@@ -23,7 +23,8 @@ folder, overrides, ids, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(s
 llm = LLM(folder, dtype="bfloat16", max_model_len=256, enforce_eager=True, hf_overrides=overrides,
           logprobs_mode="processed_logprobs", enable_prefix_caching=False)
 asked = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-(scored,) = llm.generate([{"prompt_token_ids": ids}], asked)
+# vLLM 0.30's bar divides by the seconds that have passed, which are 0 on a fast machine.
+(scored,) = llm.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
 logprobs = [each[token].logprob for token, each in zip(ids[1:], scored.prompt_logprobs[1:], strict=True)]
 open(out, "w").write(json.dumps(logprobs))
 """

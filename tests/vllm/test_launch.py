@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ from tests.package.processes import environment
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 FAKE = Path(__file__).with_name("fake_vllm.py")
-STEPS, SECONDS = 12, 300
+SECONDS = 300
 # vLLM's CPU kernels need heads of 32.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
@@ -67,7 +68,7 @@ def python(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, python: str) -> Path:
-    """A folder with a model, its data and `run.yaml`."""
+    """A folder with a model, its data and `run.yaml`, whose run does not end on its own."""
     write_data(tmp_path)
     model = tiny_llama(tokenizer, **SIZES)
     model.save_pretrained(tmp_path / "model")
@@ -81,8 +82,8 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, python: str) -> P
         "dataset": {"path": "sums.jsonl", "format": "prompt_answer"},
         "rewards": {"my_rewards:letters": {"weight": 1.0}},
         "rloo": {
-            **{"max_steps": STEPS, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 12},
-            **{"beta": 0.1, "learning_rate": 1e-3, "save_steps": 2},
+            **{"max_steps": 100_000, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 12},
+            **{"beta": 0.1, "learning_rate": 1e-3, "save_steps": 2, "save_total_limit": 2},
         },
         "launch": {"vllm_python": python},
     }
@@ -104,6 +105,7 @@ class Launch:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder, self.log = folder, folder / f"log-{len(list(folder.glob('log-*')))}"
         self.seen: dict[int, psutil.Process] = {}
+        self.started = time.time()
         command = [sys.executable, "-m", "rekatrain", "launch", "run.yaml", *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=log, stdout=log)
@@ -122,9 +124,23 @@ class Launch:
             self.descendants()
             time.sleep(0.05)
 
-    def wait_for_step(self, step: int) -> None:
+    def num_steps(self) -> int:
+        """Return the number of steps that this launch has recorded, beside those of earlier ones."""
         metrics = self.folder / "run" / "metrics.jsonl"
-        self.wait_until(lambda: metrics.exists() and any(r["step"] >= step for r in read_records(metrics)))
+        return sum(record["time"] > self.started for record in read_records(metrics)) if metrics.exists() else 0
+
+    def wait_for_steps(self, number: int) -> None:
+        """Wait for so many further steps of this launch."""
+        before = self.num_steps()
+        self.wait_until(lambda: self.num_steps() >= before + number)
+
+    def kill(self, pattern: str) -> None:
+        """Kill the processes of the launch whose command matches, of which there is one at least."""
+        found = self.descendants(pattern)
+        assert found, self.output()
+        for process in found:
+            with suppress(psutil.NoSuchProcess):  # it ends with the one that was killed before it
+                process.kill()
 
     def end(self) -> int:
         """Wait for the end -> the exit status; no process of the launch is left."""
@@ -139,31 +155,31 @@ class Launch:
 
 def test_run_survives_the_death_of_each_of_its_processes(folder: Path) -> None:
     launch = Launch(folder)
-    launch.wait_for_step(3)
+    launch.wait_for_steps(3)
     assert len(launch.descendants("EngineCore")) == 1
     launch.process.kill()
     assert launch.end() == -signal.SIGKILL
 
     launch = Launch(folder, "--resume")
-    launch.wait_for_step(5)
-    for process in launch.descendants("vllm.entrypoints|fake_vllm"):
-        process.kill()
-    launch.wait_for_step(8)
-    assert "server died with status 137" in launch.log.read_text() and "restart 1 of 3" in launch.log.read_text()
-    for process in launch.descendants("rekatrain train run.yaml"):
-        process.kill()
+    launch.wait_for_steps(1)
+    launch.kill("vllm.entrypoints|fake_vllm")
+    launch.wait_until(lambda: "restart 1 of 3" in launch.log.read_text())
+    assert "server died with status 137" in launch.log.read_text()
+    launch.wait_for_steps(3)  # of which the first may have its completions from before
+    launch.kill("rekatrain train run.yaml")
     assert launch.end() not in (0, 75)
 
     launch = Launch(folder, "--resume")
-    launch.wait_for_step(9)
+    launch.wait_for_steps(1)
     launch.process.send_signal(signal.SIGTERM)
     assert launch.end() == 75, launch.output()
     assert "[trainer] rekatrain: interrupted by SIGTERM after step" in launch.log.read_text()
 
-    launch = Launch(folder, "--resume")
+    last = read_records(folder / "run" / "metrics.jsonl")[-1]["step"] + 2
+    launch = Launch(folder, "--resume", f"rloo.max_steps={last}")
     assert launch.end() == 0, launch.output()
     metrics = read_records(folder / "run" / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in metrics] == list(range(1, last + 1))
     assert max(record["mismatch_logprob"] for record in metrics) < 1e-4
 
 
