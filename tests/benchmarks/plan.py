@@ -133,7 +133,7 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, la
 def write_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Write a data set for each stage; the sequences of sft and reward have about `tokens` tokens."""
     word = next(text for text in (" a", "a") if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1)
-    answers = [word * (tokens - 40 - number % 2) for number in range(8)]
+    answers = [word * (tokens - 40 - number) for number in range(8)]  # every batch is padded
     rows = {
         "sft": [
             {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": a}]} for a in answers

@@ -3,9 +3,9 @@
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --prompts gsm8k.jsonl
     python tests/benchmarks/sampler.py --model runs/smollm2-135m --vllm-url http://127.0.0.1:8103 --vllm-model policy
 
-Every engine samples groups of k completions at temperature 1 in one dtype, all of the same length: no engine can draw an
-eos, or stops at one. Engines alternate. The server must serve the same folder on the same cores; it is idle while other
-engines run. Give it a --max-num-seqs of at least the largest batch size.
+Every engine samples groups of k completions at temperature 1 in one dtype, all of the same length: no engine can draw
+an eos, or stops at one. Engines alternate. The server must serve the same folder on the same cores; it is idle while
+other engines run. Give it a --max-num-seqs of at least the largest batch size.
 
 For our sampler the rate of its matrix products is printed too: FLOPs of all linear layers (2 * weights * tokens, the LM
 head on sampled tokens) over the whole time, and over the time that a profile gives to matrix products. Beside it is the

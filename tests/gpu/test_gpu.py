@@ -27,7 +27,7 @@ from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, pack_completions
 from rekatrain.trainer.rloo.sampler.decode_step import Calls, CudaGraphs, EagerCalls
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from tests.conftest import tiny_llama
-from tests.end_to_end.small_runs import LORA, PROJECT, records, rloo_recipe, weights, write_data, write_recipe
+from tests.end_to_end.small_runs import LORA, PROJECT, rloo_recipe, weights, write_data, write_recipe
 from tests.helpers.recorded_calls import RecordedCalls
 
 has_gpu = torch.cuda.is_available()
@@ -180,7 +180,6 @@ def test_qlora_trains_the_adapter_of_a_packed_model(stage: str, folder: Path, mo
     adapter = weights(folder / "run", 3)
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     assert all(tensor.isfinite().all() for tensor in adapter.values())
-    assert len(records(folder / "run")) >= 1
 
 
 @pytest.mark.parametrize("num_late", [0, 4])

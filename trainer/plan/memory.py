@@ -180,9 +180,6 @@ class Plan:
             buffers = Counter()  # gradients replace activations during the backward pass: phase update counts them
         elif keeps_gradients or reduces_in_backward:
             parts["gradients"] = int(self.states.gradients)
-        if self._has_packing_mask:
-            # torch's attention needs a mask for packed conversations: one byte of bool and two of the kernel's copy.
-            parts["attention mask"] = (1 + 2) * self.workload.sequence_tokens**2
         if quantization_of(self.recipe):
             parts["dequantized weight"] = 2 * self.shape.largest_linear
         return static + parts + self._block_mask + buffers, host
@@ -221,11 +218,6 @@ class Plan:
     def samples_elsewhere(self) -> bool:
         """True if vLLM servers on other GPUs sample the completions."""
         return bool(self.recipe.rloo.get("vllm_server_base_url"))
-
-    @property
-    def _has_packing_mask(self) -> bool:
-        is_flash = "flash" in str(self.recipe.model.get("attn_implementation"))
-        return self.recipe.stage == "sft" and bool(self.recipe.sft.get("packing")) and not is_flash
 
     @property
     def _block_mask(self) -> Parts:

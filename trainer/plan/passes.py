@@ -6,8 +6,8 @@ outputs and one number per query and head.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from rekatrain.trainer.models.load import Policy
@@ -102,7 +102,21 @@ def run_loss(workload: Workload, model: Policy) -> Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().mean()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     add_fused_lm_head(cast(PreTrainedModel, base), outputs=("log_probs", "entropy", "is_top1"))
-    return -model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs.sum()
+    mask = torch.ones_like(ids) if workload.has_mask else None
+    with _unmasked() if mask is None else nullcontext():
+        outputs = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
+    return -cast(Tensor, outputs.log_probs).sum()
+
+
+@contextmanager
+def _unmasked() -> Iterator[None]:
+    """Context in which transformers takes a sequence for one text; it cannot see that of fake tensors, and adds a mask."""
+    kept = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
 
 
 def _measure_score(workload: Workload, num_layers: int) -> Parts:

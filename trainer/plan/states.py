@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.weights import readable
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import PlannedLaunch
 from rekatrain.trainer.plan.model_size import ModelShape
@@ -180,19 +181,33 @@ def is_bfloat16(recipe: Recipe) -> bool:
 
 
 def reward_models(recipe: Recipe) -> tuple[float, float]:
-    """Return the bytes of the recipe's local reward model for one process: on its GPU, and on its host.
+    """Return the bytes of the recipe's local reward models for one process: on its GPU, and on its host.
 
-    Raise InputError if its config cannot be loaded.
+    Raise InputError if a config cannot be loaded, or is not a classifier's.
     """
     options = recipe.rewards.get("reward_model")
     if recipe.stage != "rloo" or not options:
         return 0.0, 0.0
-    name = options["pretrained_model_name_or_path"]
+    names = options["pretrained_model_name_or_path"]
+    num_parameters = sum(
+        _num_parameters_of_classifier(name, options.get("revision"))
+        for name in (names if isinstance(names, list) else [names])  # of an ensemble, a list
+    )
+    size = num_parameters * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
+    return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
+
+
+def _num_parameters_of_classifier(name: str, revision: str | None) -> int:
     try:
-        config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"no reward model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
+    architectures = config.architectures or []
+    if architectures and not any(each.endswith("ForSequenceClassification") for each in architectures):
+        raise InputError(
+            f"rewards.reward_model names {name!r}, which is a {', '.join(architectures)} and no sequence classifier: "
+            "its head would be random; name the export of a reward run"
+        )
+    with readable(name), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    size = model.num_parameters() * (2 if options.get("dtype", "float32") == "bfloat16" else 4)
-    return (0.0, size) if options.get("device", "cpu") == "cpu" else (size, 0.0)
+    return int(model.num_parameters())

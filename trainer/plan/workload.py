@@ -86,6 +86,15 @@ class Workload:
         batch_size = int(trl_section(self.recipe).get("per_device_train_batch_size", 8))
         return 2 * batch_size if self.recipe.stage == "reward" else batch_size
 
+    @property
+    def has_mask(self) -> bool:
+        """True if torch's attention needs a mask of token pairs: in batches with padding, and of packed conversations.
+
+        Stages sft and reward.
+        """
+        is_flash = "flash" in str(self.recipe.model.get("attn_implementation"))
+        return not is_flash and (self.num_sequences > 1 or bool(trl_section(self.recipe).get("packing")))
+
     @cached_property
     def largest_micro_batch(self) -> list[GroupPart]:
         """The micro-batch with the most tokens (stage rloo)."""

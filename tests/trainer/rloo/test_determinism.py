@@ -1,6 +1,7 @@
 """`rloo.full_determinism`: deterministic kernels alone, for the run that sets it only."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_set_determinism_is_that_of_the_last_run() -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default of a GPU is not deterministic")
 def test_full_determinism_trains_as_the_default_on_a_cpu(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +108,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch itself raises on a GPU, whatever its version")
 def test_raising_is_the_list_of_this_version_of_torch() -> None:
     text = str(torch.use_deterministic_algorithms.__doc__)
     listed = text.split("operations will throw a")[1].split("In addition")[0]
@@ -131,11 +134,12 @@ def test_full_determinism_runs_nothing_that_raises_on_a_gpu(
         data = {"path": f"{stage}.jsonl", "format": "preference" if stage == "reward" else "prompt_answer"}
         sections = {stage: settings | {"save_steps": 1, "per_device_train_batch_size": 4}}
         recipe = write_recipe(tmp_path, "run", model_folder, stage=stage, dataset=data, **sections)
-    with Operators() as operators:
+    operators = Operators()
+    with nullcontext() if torch.cuda.is_available() else operators:  # on a GPU torch itself raises
         main(["train", str(recipe)])
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
-    assert "mm" in operators.names
+    assert torch.cuda.is_available() or "mm" in operators.names
     assert not operators.names & {name for names in RAISING.values() for name in names}
 
 

@@ -29,5 +29,5 @@ def compute_head_in_float32(policy: Policy) -> None:
     """
     _, head = decoder_and_head(policy)
     for module in head.modules():  # with `modules_to_save` it is a wrapper of two layers
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             module.__class__ = Float32Linear

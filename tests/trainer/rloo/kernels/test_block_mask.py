@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from rekatrain.trainer.rloo.kernels.block_mask import (
     BLOCK_SIZE,
@@ -42,12 +43,16 @@ def assert_equals_that_of_all_pairs(groups: list[tuple[int, list[int]]]) -> None
     size = len(mask_TT)
     expected = create_block_mask(lambda batch, head, query, key: mask_TT[query, key], None, None, size, size, CPU)
     actual = make_block_mask(groups, CPU)
-    assert actual.seq_lengths == expected.seq_lengths and actual.BLOCK_SIZE == expected.BLOCK_SIZE
+    padded = size + -size % BLOCK_SIZE
+    assert actual.seq_lengths == (padded, padded) and actual.BLOCK_SIZE == expected.BLOCK_SIZE
     for name in TABLES:
         table, exact = getattr(actual, name), getattr(expected, name)
         assert table.dtype == exact.dtype and torch.equal(table, exact), name
-    every = torch.arange(size)
-    assert torch.equal(actual.mask_mod(None, None, every[:, None], every[None]), mask_TT)
+    every = torch.arange(padded)
+    seen = actual.mask_mod(None, None, every[:, None], every[None])
+    assert torch.equal(seen[:size, :size], mask_TT)
+    assert not seen[:size, size:].any() and not seen[size:, :size].any()  # padding is seen by itself alone
+    assert seen.diagonal().all()  # no row is empty
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,9 +103,11 @@ def peak_memory(*, reset: bool = False) -> int:
 def test_compiled_flex_attention_never_falls_back_in_silence() -> None:
     # At the limit of graphs, dynamo would run dense attention.
     torch._dynamo.reset()
-    states, mask = torch.randn(1, 1, 4, 16), make_block_mask([(4, [])], torch.device("cpu"))
+    states, mask = torch.randn(1, 1, 4, 8), make_block_mask([(4, [])], torch.device("cpu"))
     with torch.no_grad():
-        attend_blocks(states, states, states, mask, 1.0)  # compiles the first graph
+        output = attend_blocks(states, states, states, mask, 1.0)  # compiles the first graph
+    exact = scaled_dot_product_attention(states, states, states, is_causal=True, scale=1.0)
+    torch.testing.assert_close(output, exact)
     assert torch._dynamo.config.recompile_limit >= RECOMPILE_LIMIT
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=0), pytest.raises(Exception, match="fullgraph=True"):
