@@ -194,6 +194,7 @@ def export(
     form: Literal["merged", "adapter", "gguf"] = "merged",
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: list[str] | None = None,
+    max_kl: float | None = None,
     max_shard_size: str = "5GB",
     average: int = 1,
     push_to_hub: str | None = None,
@@ -204,6 +205,7 @@ def export(
     form:           merged, for transformers and vLLM; adapter, the LoRA adapter alone; gguf, for llama.cpp
     dtype:          of the stored weights; the recipe's by default
     quantize:       types of GGUF files to write, such as ["q8_0"]; or of a merged model ["fp8"], ["gptq"] or ["awq"]
+    max_kl:         largest mean KL of a quantized export from training, in nats per token; by its type by default
     max_shard_size: of one weights file
     push_to_hub:    OWNER/NAME of a repository of the hub into which the folder is uploaded, too
     average:        number of checkpoints, up to that one, whose mean is exported
@@ -218,7 +220,8 @@ def export(
 
         check_hub(push_to_hub)
     source = Path(run) if checkpoint is None else resolve_checkpoint(Path(run), checkpoint)
-    options = {"dtype": dtype, "quantize": quantize, "max_shard_size": max_shard_size, "average": average}
+    options = {"dtype": dtype, "quantize": quantize, "max_kl": max_kl}
+    options |= {"max_shard_size": max_shard_size, "average": average}
     export_run(source, Path(out), form=form, **options)  # type: ignore[arg-type]  # of several types
     if push_to_hub is not None:
         from rekatrain.trainer.export.hub import push

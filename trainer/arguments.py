@@ -237,6 +237,12 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         f"{', '.join(COMPRESSED_TYPES)} of a merged model, by llmcompressor",
     )
     command.add_argument(
+        "--max-kl",
+        type=_kl,
+        metavar="NATS",
+        help="largest mean KL from training that a quantized export may have, in nats per token (default: by its type)",
+    )
+    command.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"
     )
     command.add_argument(
@@ -272,6 +278,12 @@ def _port(text: str) -> int:
     if _positive(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is no port: write a number from 1 to 65535")
     return int(text)
+
+
+def _kl(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,3}(\.[0-9]{1,9})?(e-?[0-9]{1,2})?", text, re.IGNORECASE) or not 0 < float(text) < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no KL: write nats per token above 0 and below 100, such as 0.1")
+    return float(text)
 
 
 def _size(text: str) -> str:

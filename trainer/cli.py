@@ -192,6 +192,7 @@ def _export(options: argparse.Namespace) -> None:
         form=options.form,
         dtype=options.dtype,
         quantize=options.quantize,
+        max_kl=options.max_kl,
         max_shard_size=options.max_shard_size,
         average=options.average,
         push_to_hub=options.push_to_hub,

@@ -47,6 +47,7 @@ def export(
     form: Form = "merged",
     dtype: str | None = None,
     quantize: list[str] | None = None,
+    max_kl: float | None = None,
     max_shard_size: str = "5GB",
     average: int = 1,
 ) -> None:
@@ -55,6 +56,7 @@ def export(
     average:  number of checkpoints up to that one whose mean is exported
     dtype:    of merged weights; None means the recipe's. A LoRA adapter is merged in float32 first.
     quantize: types of GGUF files, None means the type of the dtype; or one method of llmcompressor for merged weights
+    max_kl:   largest mean KL of a quantized export from training, in nats per token; None means the limit of its type
     """
     if run.is_symlink():  # checkpoints/best
         run = run.resolve()
@@ -69,12 +71,12 @@ def export(
     recipe = load_recipe(recipe_file)
     stored_dtype = dtype or recipe.model.get("dtype", "bfloat16")
     if recipe.stage == "reward":
-        _check_reward_model(form, quantize)
+        _check_reward_model(form, quantize, max_kl)
     source = find_source(str(run))
     if Path(source.folder) == run:  # the newest one of a run is verified already
         check_checkpoint(run)
     if recipe.stage != "reward":
-        _check(source, form, dtype, quantize)
+        _check(source, form, dtype, quantize, max_kl)
     averaged = last_checkpoints(Path(source.folder), average) if average > 1 else []
     if recipe.stage == "reward":
         from rekatrain.trainer.export.reward_model_folder import export_reward_model
@@ -118,11 +120,22 @@ def export(
             _check_training(weights, checkpoint)
             if form == "merged" and quantize:
                 quantized = _write_compressed(
-                    partial, weights, checkpoint, tokenizer, stored_dtype, quantize[0], rows, group
+                    partial, weights, checkpoint, tokenizer, stored_dtype, quantize[0], rows, group, max_kl
                 )
                 described = "; ".join(filter(None, (described, quantized)))
             else:
-                _write(partial, form, source, weights, checkpoint, tokenizer, stored_dtype, quantize, max_shard_size)
+                _write(
+                    partial,
+                    form,
+                    source,
+                    weights,
+                    checkpoint,
+                    tokenizer,
+                    stored_dtype,
+                    quantize,
+                    max_kl,
+                    max_shard_size,
+                )
         publish(partial, out, form, recipe, recipe_file.parent, source, evaluation=described)
 
 
@@ -135,6 +148,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     stored_dtype: str,
     quantize: list[str] | None,
+    max_kl: float | None,
     max_shard_size: str,
 ) -> None:
     """Write the weights into `folder` and verify them in a fresh process.
@@ -152,9 +166,8 @@ def _write(
     else:
         from rekatrain.trainer.export.gguf_files import write_gguf_files
 
-        write_gguf_files(
-            folder, stored, tokenizer, quantize or [TYPE_OF_DTYPE[stored_dtype]], probe, logprobs, checkpoint
-        )
+        types = quantize or [TYPE_OF_DTYPE[stored_dtype]]
+        write_gguf_files(folder, stored, tokenizer, types, probe, logprobs, checkpoint, max_kl)
         return
     verify_logprobs(folder, probe, logprobs, checkpoint=checkpoint)
 
@@ -168,6 +181,7 @@ def _write_compressed(
     kind: str,
     rows: list[list[int]],
     group: int,
+    max_kl: float | None,
 ) -> str:
     """Write and verify merged weights beside `folder`, quantize them into it, and return a phrase for the card."""
     from rekatrain.trainer.export.compressed import compress, verify_compressed
@@ -181,11 +195,11 @@ def _write_compressed(
         write_merged(whole, stored, tokenizer, max_shard_size="5GB")
         verify_logprobs(whole, probe, logprobs, checkpoint=checkpoint)
         compress(whole, folder, kind, rows, group)
-    kl = verify_compressed(folder, kind, read_probe(checkpoint), probe, logprobs)
+    kl = verify_compressed(folder, kind, read_probe(checkpoint), probe, logprobs, max_kl)
     return f"quantized by llmcompressor ({kind}), a mean KL of {kl:.2g} nats per token from the training process"
 
 
-def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None) -> None:
+def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | None, max_kl: float | None) -> None:
     """Raise InputError, before a weight is loaded, for options that the form does not have."""
     if form == "adapter" and source.adapter is None:
         raise InputError("--as adapter: the run trained all weights, so there is no adapter; export it as merged")
@@ -197,18 +211,21 @@ def _check(source: Source, form: Form, dtype: str | None, quantize: list[str] | 
         check_compressible(quantize)
     if form == "adapter" and quantize is not None:
         raise InputError("--quantize applies to GGUF files and merged weights; --as adapter writes neither")
+    if max_kl is not None and quantize is None:
+        raise InputError(f"--max-kl {max_kl:g} is the limit of a quantized export: add --quantize, or leave it out")
     if form == "gguf":
         from rekatrain.trainer.export.gguf_files import check_convertible
 
         check_convertible(source, quantize or [])
 
 
-def _check_reward_model(form: Form, quantize: list[str] | None) -> None:
+def _check_reward_model(form: Form, quantize: list[str] | None, max_kl: float | None) -> None:
     """Raise InputError for options that the export of a reward model does not have."""
     if form != "merged":
         raise InputError(f"--as {form}: a reward model is exported as merged only")
-    if quantize is not None:
-        raise InputError("--quantize applies to GGUF files; a reward model has none: leave it out")
+    for name, value in (("--quantize", quantize), ("--max-kl", max_kl)):
+        if value is not None:
+            raise InputError(f"{name} applies to quantized language models, and this is a reward model: leave it out")
 
 
 def _check_training(weights: LazyWeights, checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.export.folders import save_tokenizer
-from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES
+from rekatrain.trainer.export.gguf_type_names import GGUF_TYPES, MAX_KL
 from rekatrain.trainer.export.lazy_weights import LazyWeights
 from rekatrain.trainer.export.probe import verify_logprobs
 from rekatrain.trainer.export.publish import final_name
@@ -52,10 +52,12 @@ def write_gguf_files(
     probe: Tensor,
     logprobs: Tensor,
     checkpoint: Path,
+    max_kl: float | None = None,
 ) -> None:
     """Write and verify model-TYPE.gguf for each type; write the tokenizer too, for clients that count tokens.
 
     checkpoint:      folder with the log-probabilities of training
+    max_kl:          in place of the type's limit, in nats per token
     probe, logprobs: ids [1, L], and the model's log-probabilities [L, V] of every next token after each
     """
     from rekatrain.trainer.export.gguf_model import padded_size, write_gguf
@@ -70,4 +72,6 @@ def write_gguf_files(
         file = folder / f"model-{file_type}.gguf"
         name = final_name(folder)
         write_gguf(file, weights, tokenizer, file_type=file_type, name=name, intermediate_size=size)
-        verify_logprobs(file, probe, logprobs, module="rekatrain.trainer.export.verify_gguf", checkpoint=checkpoint)
+        limit = MAX_KL[file_type] if max_kl is None else max_kl
+        module = "rekatrain.trainer.export.verify_gguf"
+        verify_logprobs(file, probe, logprobs, module=module, checkpoint=checkpoint, max_kl=limit)

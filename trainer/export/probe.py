@@ -49,14 +49,17 @@ def verify_logprobs(
     *,
     module: str = "rekatrain.trainer.export.verify",
     checkpoint: Path | None = None,
+    max_kl: float | None = None,
 ) -> None:
     """Verify `target` by `module`, whose REFERENCE is a safetensors file of `ids` [1, L] and `logprobs` [L, V].
 
     checkpoint: the module also gets this folder, with the log-probabilities of the training process
+    max_kl:     the module also gets this limit, in nats per token
     """
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as reference:
         save_file({"ids": probe, "logprobs": logprobs.contiguous()}, reference.name)
-        verify_in_fresh_process(module, target, reference.name, *([] if checkpoint is None else [str(checkpoint)]))
+        others = [str(value) for value in (checkpoint, max_kl) if value is not None]
+        verify_in_fresh_process(module, target, reference.name, *others)
 
 
 def verify_in_fresh_process(module: str, target: Path, *references: str) -> None:

@@ -1,7 +1,8 @@
-"""Verify a GGUF file with llama.cpp: `python -m rekatrain.trainer.export.verify_gguf FILE REFERENCE CHECKPOINT`.
+"""Verify a GGUF file with llama.cpp: `python -m rekatrain.trainer.export.verify_gguf FILE REFERENCE CHECKPOINT MAX_KL`.
 
 The tokenizer to compare with is in FILE's folder. REFERENCE is the file that `trainer.export.probe.verify_logprobs`
 writes. CHECKPOINT holds distributions of the training process, from which the KL of each file is measured and limited.
+MAX_KL is the limit in nats per token.
 """
 
 import sys
@@ -17,7 +18,6 @@ from torch import Tensor
 from rekatrain.data.chat import STOP, encode_text, render_prompt
 from rekatrain.data.families import bos_ids
 from rekatrain.data.tokenizer import CL100K_GOLDEN_IDS, load_tokenizer
-from rekatrain.trainer.export.gguf_type_names import MAX_KL
 from rekatrain.trainer.export.probe import CONVERSATIONS
 from rekatrain.trainer.models.probe import MAX_TOKENS, read_probe
 
@@ -36,7 +36,7 @@ NUM_PREFIXES = 4
 
 def main() -> None:
     """Print the verified properties, or raise AssertionError at the first that does not hold."""
-    file, reference_file, checkpoint = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    file, reference_file, checkpoint, max_kl = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
     tokenizer = load_tokenizer(str(file.parent))
     reference = load_file(reference_file)
     ids = reference["ids"][0].tolist()
@@ -65,7 +65,9 @@ def main() -> None:
     assert kls, "llama.cpp returns no probabilities after any prefix"
     kl = sum(kls) / len(kls)
     # Written so that nan, from a token that llama.cpp does not have, fails too.
-    assert kl <= MAX_KL[file.stem.removeprefix("model-")], f"the KL from the trained model is {kl} nats per token"
+    assert kl <= max_kl, (
+        f"the KL from the trained model is {kl:.3g} nats per token, above {max_kl:.3g}; --max-kl sets another limit"
+    )
     by = ""
     training = read_probe(checkpoint)
     if training is not None and training.nexts is not None:
@@ -76,9 +78,10 @@ def main() -> None:
             if logprobs is not None:
                 kls.append(kl_divergence(expected, logprobs))
         kl_training = sum(kls) / max(len(kls), 1)
-        limit = MAX_KL[file.stem.removeprefix("model-")] + TRAINING_KL[training.dtype]
+        limit = max_kl + TRAINING_KL[training.dtype]
         assert kl_training <= limit, (
-            f"the KL from the training process is {kl_training:.3g} nats per token, above {limit:.3g}"
+            f"the KL from the training process is {kl_training:.3g} nats per token, above {limit:.3g}; --max-kl sets "
+            "another limit"
         )
         by = f", {kl_training:.1e} from the training process (at most {limit:.1e})"
     print(

@@ -29,6 +29,9 @@ def test_gguf_is_held_against_the_training_process(
         logprobs.gather(1, targets[:, None])[:, 0].round(decimals=4), probe.logprobs[0][lengths - 1].round(decimals=4)
     )
     command = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--as", "gguf", "--quantize", "f32"]
+    with pytest.raises(SystemExit):
+        main([*command[:3], "--max-kl", "0.1"])
+    assert "--max-kl 0.1 is the limit of a quantized export: add --quantize" in capsys.readouterr().err
     with caplog.at_level("INFO"):
         main(command)
     assert "from the training process (at most 1.0e-06)" in caplog.text
@@ -44,4 +47,6 @@ def test_gguf_is_held_against_the_training_process(
     line = capsys.readouterr().err
     assert stopped.value.code == 1 and line.count("\n") == 1
     assert re.search("the KL from the training process is .* nats per token, above 1.01e-06", line)
-    assert not (tmp_path / "never").exists()
+    assert "--max-kl sets another limit" in line and not (tmp_path / "never").exists()
+    main([*command, "--max-kl", "0.9"])
+    assert (tmp_path / "never" / "model-f32.gguf").exists()
