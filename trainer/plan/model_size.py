@@ -25,10 +25,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.models.config import check_config, check_numbers
+from rekatrain.trainer.models.config import check_attention, check_config, check_context, check_dense, check_numbers
 from rekatrain.trainer.models.load import Policy, add_adapter
 from rekatrain.trainer.models.optimizers import is_8bit, is_matrix
 from rekatrain.trainer.models.source import base_revision, find_source
@@ -106,8 +107,12 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
             raise
         config = AutoConfig.from_pretrained(shipped, **labels)
     check_numbers(source.base, config)
-    if recipe.stage != "reward":
+    if recipe.stage == "reward":
+        check_context(source.base, config)
+    else:
         check_config(source.base, config)
+    if recipe.stage == "rloo":
+        check_attention(config)
     return config
 
 
@@ -129,7 +134,7 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
     whole, config = config, copy.deepcopy(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
+        if vars(config).get("layer_types"):
             config.layer_types = config.layer_types[:num_layers]
     auto = AutoModelForSequenceClassification if recipe.stage == "reward" else AutoModelForCausalLM
     dtype = getattr(torch, recipe.model.get("dtype", "bfloat16"))
@@ -137,6 +142,7 @@ def build(config: PretrainedConfig, recipe: Recipe, num_layers: int | None = Non
         config.pad_token_id = 0
     with readable(recipe.model["pretrained_model_name_or_path"]):
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
+    check_dense(recipe.model["pretrained_model_name_or_path"], model)
     if recipe.lora is None:
         return model
     lora = recipe.lora
@@ -238,7 +244,7 @@ def attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
     return text.num_attention_heads * head_dim, 2 * kv_heads * head_dim
 
 
-def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear | Conv1D]:
     """Return the linear layers of the base model, including those with an adapter, but not the adapter's layers."""
     modules = list(modules)
     adapters = {
@@ -248,7 +254,7 @@ def _linear_modules(modules: Iterable[nn.Module]) -> list[nn.Linear]:
         if isinstance(getattr(module, name, None), nn.ModuleDict)
         for part in getattr(module, name).values()
     }
-    return [module for module in modules if isinstance(module, nn.Linear) and id(module) not in adapters]
+    return [module for module in modules if isinstance(module, nn.Linear | Conv1D) and id(module) not in adapters]
 
 
 @lru_cache(maxsize=64)

@@ -110,7 +110,7 @@ def run_loss(workload: Workload, model: Policy) -> Tensor:
 
 @contextmanager
 def _unmasked() -> Iterator[None]:
-    """Context in which transformers takes a sequence for one text; it cannot see that of fake tensors, and adds a mask."""
+    """Context in which transformers takes a sequence for one text; of fake tensors it cannot know, and adds a mask."""
     kept = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
