@@ -29,7 +29,8 @@ from rekatrain.trainer.evaluation.show import show_figures
 from rekatrain.trainer.evaluation.votes import find_votes
 from rekatrain.trainer.held_out_prompts import EvaluateConfig, HeldOut, prepare_held_out
 from rekatrain.trainer.intervals import Accuracy
-from rekatrain.trainer.models.load import check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.models.config import check_attention
+from rekatrain.trainer.models.load import check_model, load_model_tokenizer
 from rekatrain.trainer.processes.failure import end_with_the_others
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.resume.fingerprints import take_fingerprints

@@ -33,6 +33,20 @@ logger = logging.getLogger(__name__)
 DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d+)?")
 
 
+# File of a folder that holds no whole model -> its kind.
+OTHER_KINDS = {"adapter_config.json": "an adapter, without its base", "recipe.yaml": "a run"}
+
+
+def _check_is_model(folder: str) -> None:
+    """Raise InputError for the folder of an adapter or of a run: neither holds a base with its trained head."""
+    for file, kind in OTHER_KINDS.items():
+        if (Path(folder) / file).is_file():
+            raise InputError(
+                f"pretrained_model_name_or_path: {folder!r} is {kind}, and the reward needs a whole classifier: "
+                "merge it (rekatrain export RUN OUT, or PEFT's merge_and_unload) and name that folder"
+            )
+
+
 class RewardModel:
     """(score - mean) / std, where the score is a classifier's only output or the probability of one of its labels."""
 
@@ -86,6 +100,7 @@ class RewardModel:
         path = pretrained_model_name_or_path
         if names_path(path) and not Path(path).is_dir():
             raise InputError(f"pretrained_model_name_or_path: there is no reward model at {path!r}")
+        _check_is_model(path)
         self._path, self._revision, self._label = path, revision, label
         self._template, self._reasoning, self._mean, self._std = template, reasoning, mean, std
         self._dtype, self._device, self._micro_batch_tokens = dtype, device, micro_batch_tokens

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.weights import quiet_transformers, readable
@@ -28,17 +29,68 @@ POSITIVE = (
 
 def check_config(base: str, config: PretrainedConfig) -> None:
     """Raise InputError for a config that is not a text-only decoder's, or whose weights are quantized already."""
-    for key in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(config, key, None), int):
             raise InputError(
                 f"the config.json of {base!r} (model_type {config.model_type}) has no {key}: it is no text-only "
                 "decoder like Llama"
             )
+    check_context(base, config)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         raise InputError(
             f"{base!r} is quantized already (quantization_config in its config.json): use the model that it was made "
             "from; model.quantization_config quantizes that one as it is loaded"
+        )
+
+
+def check_context(base: str, config: PretrainedConfig) -> None:
+    """Raise InputError for a config without a context length, and for one of an encoder with a decoder."""
+    if not isinstance(getattr(config.get_text_config(), "max_position_embeddings", None), int):
+        raise InputError(
+            f"the config.json of {base!r} (model_type {config.model_type}) has no max_position_embeddings: models "
+            "without a context length, of relative positions or with a recurrent state, are not trained here"
+        )
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{base!r} (model_type {config.model_type}) is an encoder with a decoder: name a model that is "
+            "one of them alone"
+        )
+
+
+def check_dense(base: str, model: nn.Module) -> None:
+    """Raise InputError for a mixture of experts; `model` needs no weights.
+
+    Nobody has tried one with this program: its plan counts each weight once per token, and its rollouts, its adapters
+    and its exports are not held against training.
+    """
+    experts = next((name for name, each in model.named_modules() if "Experts" in type(each).__name__), None)
+    if experts is not None:
+        raise InputError(
+            f"{base!r} is a mixture of experts ({type(model).__name__}, {experts}): only dense models are trained here"
+        )
+
+
+def check_attention(config: PretrainedConfig) -> None:
+    """Raise InputError unless the model uses plain causal attention, as the sampler and RLOO do."""
+    text = config.get_text_config()
+    for key in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping"):
+        if getattr(text, key, None) is not None:
+            raise InputError(
+                f"the model's config.json has {key} {getattr(text, key)}: sampling and RLOO attend to every earlier "
+                "token, as Llama does, and would compute another model than this one"
+            )
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise InputError(
+            f"the model's config.json has layer_types {', '.join(others)}: sampling and RLOO attend to every earlier "
+            "token in each layer, as Llama does, and would compute another model than this one"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and not model_class._supports_attention_backend:
+        raise InputError(
+            f"{model_class.__name__} (model_type {config.model_type}) computes its attention by code of its family, "
+            "which sampling and RLOO cannot replace by theirs: stage sft alone trains it"
         )
 
 
@@ -58,6 +110,7 @@ def build_skeleton(base: str, config: PretrainedConfig, auto_class: Any, **optio
     check_numbers(base, config)
     with readable(base), quiet_transformers(), torch.device("meta"):
         model = cast(PreTrainedModel, auto_class.from_config(config, **options))
+    check_dense(base, model)
     names, ours = config.architectures or [], type(model).__name__
     is_same = ours in names if model.can_generate() else _family(ours) in map(_family, names)
     if names and not is_same:

@@ -127,16 +127,6 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
     return config
 
 
-def check_attention(config: PretrainedConfig) -> None:
-    """Raise InputError unless the model uses plain causal attention, as the sampler and RLOO do."""
-    for key in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping"):
-        if getattr(config, key, None) is not None:
-            raise InputError(
-                f"the model's config.json has {key} {getattr(config, key)}: sampling and RLOO attend to every earlier "
-                "token, as Llama does, and would compute another model than this one"
-            )
-
-
 def check_trainable(recipe: Recipe, *, is_deepspeed: bool, bf16: bool) -> None:
     """Raise InputError if the recipe's model cannot be trained as the recipe and the launch say, by its optimizer.
 

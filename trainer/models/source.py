@@ -1,9 +1,11 @@
 """The files of a model: from a name in a recipe to the folders that hold its tokenizer, weights and adapter."""
 
+import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import peft
 from peft import LoraConfig, PeftConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -14,6 +16,9 @@ from rekatrain.trainer.run.folder import RECIPE_FILE, newest_checkpoint
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # Beginnings of `init_lora_weights` of adapters that PEFT loads onto changed weights of the base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Values of a key by which PEFT leaves a feature out.
+OFF: tuple[object, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig) or not config.base_model_name_or_path:
         kind = "names no base model" if isinstance(config, LoraConfig) else f"is a {config.peft_type} adapter, not LoRA"
         raise InputError(f"{str(folder / ADAPTER_CONFIG)!r} {kind}: use the folder of a LoRA adapter or a whole model")
+    _check_keys(folder, config)
     start = str(config.init_lora_weights).lower()
     if start.startswith(CHANGES_BASE):
         raise InputError(
@@ -109,3 +115,17 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             "with path_initial_model_for_weight_conversion"
         )
     return config
+
+
+def _check_keys(folder: Path, config: LoraConfig) -> None:
+    """Raise InputError for a key of an adapter's config that this PEFT ignores, unless its value is off or empty."""
+    known = {field.name for field in fields(LoraConfig)}
+    stored = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    unknown = {key: value for key, value in sorted(stored.items()) if key not in known and value not in OFF}
+    if unknown:
+        named = ", ".join(f"{key} {json.dumps(value)[:60]}" for key, value in unknown.items())
+        raise InputError(
+            f"the adapter {str(folder)!r} has {named}, which PEFT {peft.__version__} does not know and would ignore "
+            f"(the adapter was saved by PEFT {config.peft_version or 'of an unknown version'}): install that version "
+            "here, or remove from adapter_config.json what changes nothing"
+        )

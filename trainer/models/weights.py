@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.models.source import Source
+from rekatrain.trainer.models.source import Source, read_adapter_config
 from rekatrain.trainer.models.tied_weights import check_tied_files
 from rekatrain.trainer.models.weight_files import ADAPTER, HOW_TO_COPY, check_weight_files, local_folder, read_header
 
 # Buffers that older versions of transformers saved.
 OLD_BUFFERS = re.compile(r"(.*\.)?(inv_freq|position_ids|masked_bias|attn\.bias)")
+# PEFT's part of the names of an adapter's tensors, before the base's name of a module that is stored whole.
+PEFT_PREFIX = "base_model.model."
 # Not part of a causal model; an encoder's classifier may have it or not.
 POOLER = re.compile(r"(.*\.)?pooler\..*")
 
@@ -57,7 +59,13 @@ def check_tensors(
         )
     check_report(source.base, skeleton, loaded[1], may_lack_head=may_lack_head)
     if source.adapter is not None:
-        check_adapter(source, skeleton)
+        header = check_adapter(source, skeleton)
+        untrained = sorted(name for name in loaded[1]["missing_keys"] if f"{PEFT_PREFIX}{name}" not in header)
+        if untrained:
+            raise InputError(
+                f"the adapter {source.adapter!r} has no {untrained[0]}, and neither has its base {source.base!r}: that "
+                "part of the classifier would be random; train the reward model again, or copy the whole folder"
+            )
 
 
 def check_report(base: str, model: PreTrainedModel, report: Mapping[str, Any], *, may_lack_head: bool = False) -> None:
@@ -90,12 +98,20 @@ def check_report(base: str, model: PreTrainedModel, report: Mapping[str, Any], *
         )
 
 
-def check_adapter(source: Source, skeleton: PreTrainedModel) -> None:
-    """Raise InputError unless an adapter's tensors are those of its config on the model `skeleton`."""
+def check_adapter(source: Source, skeleton: PreTrainedModel) -> dict[str, Any]:  # JSON values
+    """Raise InputError unless an adapter's tensors are those of its config on the model `skeleton`.
+
+    Return the header of its weights.
+    """
     adapter = Path(cast(str, source.adapter))
     header = read_header(adapter / ADAPTER)
+    config = read_adapter_config(adapter)
+    if config.task_type == "CAUSAL_LM" and not skeleton.can_generate():
+        raise InputError(
+            f"the adapter {str(adapter)!r} was trained on a language model (task_type CAUSAL_LM), and has no head of a "
+            "classifier: name the adapter or the export of a reward run"
+        )
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = True
         with torch.device("meta"):
             model = get_peft_model(copy.deepcopy(skeleton), config)
@@ -118,6 +134,7 @@ def check_adapter(source: Source, skeleton: PreTrainedModel) -> None:
             f"the adapter {str(adapter)!r} stores {len(others)} tensors that {source.base!r} has no place for, the "
             f"first is {others[0]}: it belongs to another base"
         )
+    return header
 
 
 def check_finite(model: nn.Module, name: str) -> None:

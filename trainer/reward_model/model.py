@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
-from rekatrain.trainer.models.config import build_skeleton
+from rekatrain.trainer.models.config import build_skeleton, check_context
 from rekatrain.trainer.models.load import Policy, add_adapter, describe
 from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
 from rekatrain.trainer.models.optimizers import check_matrices
@@ -52,6 +52,7 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
     revision = base_revision(source, recipe.model.get("revision"))
     with readable(source.base):
         config = AutoConfig.from_pretrained(source.base, revision=revision, num_labels=1)
+    check_context(source.base, config)
     implementation = recipe.model.get("attn_implementation")
     skeleton = build_skeleton(
         source.base,

@@ -19,7 +19,8 @@ from rekatrain.rewards.scoring import ScoringConfig
 from rekatrain.rewards.workers.pool import num_workers_here
 from rekatrain.trainer.evaluation.metrics import metric_names
 from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
-from rekatrain.trainer.models.load import Policy, check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.models.config import check_attention
+from rekatrain.trainer.models.load import Policy, check_model, load_model_tokenizer
 from rekatrain.trainer.processes.interruption import INTERRUPTION
 from rekatrain.trainer.processes.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
 from rekatrain.trainer.prompts import Prompt, load_prompts

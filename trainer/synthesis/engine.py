@@ -16,7 +16,8 @@ from rekatrain.rewards.compose import RewardFunction, build_reward_functions
 from rekatrain.rewards.gradable import check_source_columns, keep_gradable
 from rekatrain.rewards.grader import Grader
 from rekatrain.rewards.scoring import ScoringConfig
-from rekatrain.trainer.models.load import check_attention, check_model, load_model_tokenizer
+from rekatrain.trainer.models.config import check_attention
+from rekatrain.trainer.models.load import check_model, load_model_tokenizer
 from rekatrain.trainer.processes.launched import is_launched
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe

@@ -128,6 +128,9 @@ def test_reward_model_rejects_other_folders_and_options(
         rewards_of(model_folder, "")
     with pytest.raises(InputError, match="no chat template"):
         rewards_of(decoder_folder, "", template="chat_template")
+    for kind, file in (("adapter", "adapter_config.json"), ("run", "recipe.yaml")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / file).write_text("{}")
     broken = with_scale(decoder_folder, tmp_path / "broken", mood="good")
     with pytest.raises(InputError, match="reward_model.json cannot be read"):
         rewards_of(broken, "")
@@ -137,6 +140,9 @@ def test_reward_model_rejects_other_folders_and_options(
         ({"mean": 0.0, "std": 0.0}, "std is 0.0; it should be greater than 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens is 0; it should be greater than or equal to 1"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "no reward model at './nowhere'"),
+        ({"pretrained_model_name_or_path": str(tmp_path / "adapter")}, "adapter' is an adapter, without its base"),
+        ({"pretrained_model_name_or_path": str(tmp_path / "run")}, "run' is a run, and the reward needs a whole"),
+        ({"pretrained_model_name_or_path": [str(decoder_folder), str(tmp_path / "run")]}, "run' is a run, and the"),
     ]:
         with pytest.raises(InputError, match=message):
             build_reward_functions({"reward_model": {"pretrained_model_name_or_path": str(decoder_folder)} | options})

@@ -121,6 +121,11 @@ def adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         ({"use_dora": True}, "lacks the tensor base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
         ({"target_modules": ["v_proj"]}, "lacks the tensor base_model.model.model.layers.0.self_attn.v_proj"),
         ({"peft_type": "PROMPT_TUNING"}, "adapter, not LoRA"),
+        (
+            {"use_tomorrow": True, "ranks_of_tomorrow": [4], "peft_version": "9.9.0"},
+            "has ranks_of_tomorrow [4], use_tomorrow true, which PEFT",
+        ),
+        ({"tomorrow_scale": 0.5, "peft_version": "9.9.0"}, "(the adapter was saved by PEFT 9.9.0)"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "has layer_replication, which is not supported"),
         (None, "holds the weights of an adapter and no adapter_config.json"),
     ],
@@ -140,6 +145,14 @@ def test_adapter_of_another_model_is_refused(
         main(["train", str(adapter.parent / "recipe.yaml"), "--dry-run"])
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
+
+
+def test_keys_of_a_newer_peft_that_are_off_change_nothing(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_file = adapter / "adapter_config.json"
+    off = {"use_tomorrow": False, "ranks_of_tomorrow": None, "patterns_of_tomorrow": {}}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | off))
+    main(["train", str(adapter.parent / "recipe.yaml"), "--dry-run"])
+    assert "# the first row" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

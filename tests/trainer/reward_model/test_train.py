@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rekatrain.rewards.compose import build_reward_functions
@@ -168,6 +169,16 @@ def test_reward_model_from_training_to_rloo(
         "rloo": {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 8},
     }
     (folder / "rloo.json").write_text(json.dumps(rloo))
+    key = "rewards.reward_model.pretrained_model_name_or_path"
+    main(["train", str(folder / "rloo.json"), "--dry-run", f"{key}=[{folder}/export, {folder}/export]"])
+    capsys.readouterr()
+    for name, message in (
+        (model_folder, "is a LlamaForCausalLM and no sequence classifier"),
+        (folder / "reward", "is a run, and the reward needs a whole classifier"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", str(folder / "rloo.json"), "--dry-run", f"{key}={name}"])
+        assert message in capsys.readouterr().err
     main(["train", str(folder / "rloo.json")])
     steps = [json.loads(line) for line in (folder / "rloo" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(math.isfinite(step["rewards/reward_model/mean"]) for step in steps)
@@ -208,3 +219,32 @@ def test_reward_stage_rejects_input_in_one_line(folder: Path, model_folder: Path
     assert "nothing held out" in error_of("train", recipe, f"eval_dataset.path={folder}/train.jsonl")
     assert "full fine-tuning of bfloat16" in error_of("train", recipe, "model.dtype=bfloat16")
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("without its head", "lacks the tensor base_model.model.score.weight"),
+        ("of no task", "has no score.weight, and neither has its base"),
+        ("of a language model", "was trained on a language model (task_type CAUSAL_LM), and has no head"),
+    ],
+)
+def test_adapter_without_a_trained_head_is_rejected(
+    folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
+    task = {"without its head": "SEQ_CLS", "of no task": None, "of a language model": "CAUSAL_LM"}[kind]
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type=task)
+    adapter = folder / "adapter"
+    get_peft_model(auto.from_pretrained(model_folder), lora).save_pretrained(str(adapter))
+    PreTrainedTokenizerFast.from_pretrained(model_folder).save_pretrained(adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if "score" not in name}
+    assert (len(left) < len(weights)) == (task == "SEQ_CLS")
+    save_file(left, adapter / "adapter_model.safetensors")
+    recipe = write_recipe(folder, "run", adapter)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", recipe])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
