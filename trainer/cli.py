@@ -16,7 +16,7 @@ from rekatrain.rewards.errors import RewardError
 from rekatrain.trainer import api
 from rekatrain.trainer.arguments import make_parser
 from rekatrain.trainer.processes.early_signals import interruptible_imports
-from rekatrain.trainer.processes.launched import is_launched
+from rekatrain.trainer.processes.launched import is_launched, leave_launch
 from rekatrain.trainer.terminal import set_up_terminal
 
 # A disk that is full, over its quota, read-only or failing is no bug of ours.
@@ -97,6 +97,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
+    leave_launch()
     recipe = api.check_recipe(options.recipe, *options.overrides)
     from rekatrain.trainer.launch.launch import launch
 

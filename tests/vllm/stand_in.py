@@ -110,6 +110,8 @@ class StandIn:
         return 200, {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
 
     def _load_lora_adapter(self, body: Any) -> tuple[int, Any]:
+        if not body["lora_name"]:
+            return 400, {"error": {"message": "Both 'lora_name' and 'lora_path' must be provided."}}
         if not self.has_lora:
             return 500, {"error": {"message": "Call to add_lora method failed: LoRA is not enabled."}}
         if not Path(body["lora_path"]).exists():
@@ -130,6 +132,8 @@ class StandIn:
 
     def _collective_rpc(self, body: Any) -> tuple[int, Any]:
         if body["method"] == "list_loras":
+            if not self.has_lora:
+                return 500, {"error": {"message": "LoRA is not enabled."}}
             return 200, {"results": [list(range(1, len(self.adapters) + 1))]}
         if body["method"] == "remove_lora":  # vLLM reads an adapter that it lacks with the next token
             name = list(self.adapters)[body["args"][0] - 1]

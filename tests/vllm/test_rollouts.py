@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from rekatrain.data.chat import FinishReason, encode_text
@@ -248,9 +249,56 @@ def test_server_rollouts_of_two_processes_resume_on_one(run, serve, stand_in) ->
         assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.launched
+def test_split_sequences_train_server_rollouts_as_one(run, serve, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Importance weights of rollouts one update old, and a run of one process that two go on with under ZeRO-2.
+    _, rollouts, weights = run("one", serve(stand_in).url, **ONE_OFF)
+    shutil.copytree("one", "two")
+    for step in (2, 3):
+        shutil.rmtree(f"two/checkpoints/checkpoint-{step}")
+    stand_in.restart()
+    tree = json.loads(Path("one.yaml").read_text()) | {"output_dir": str(Path("two").absolute())}
+    Path("two.yaml").write_text(json.dumps(tree))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    launch = Launch(num_processes=2, file="zero2.yaml")
+    process = start_forked(Path.cwd(), "-m", "rekatrain", "train", "two.yaml", "--resume", launch=launch)
+    assert process.wait(240) == 0, process.output()
+    assert "sequences: each 2 processes split the tokens" in process.output()
+    resumed = read_records(Path("two/rollouts.jsonl"))
+    assert sampled(resumed) == sampled(rollouts)
+    of_step = [record["importance_sum"] / record["importance_num"] for record in rollouts if record["step"] == 3]
+    assert max(abs(weight - 1) for weight in of_step) > 1e-3  # the weights say something
+    last = load_file("two/checkpoints/checkpoint-3/adapter_model.safetensors")
+    for name, tensor in weights.items():
+        assert_close(last[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_server_rollouts_off_policy_at_learning_rate_0_match(run, serve, stand_in) -> None:
     metrics, _, _ = run("ahead", serve(stand_in).url, learning_rate=0.0, **ONE_OFF)
     assert max(step["mismatch_logprob"] for step in metrics) < 1e-4
+
+
+class TwoWorkers(StandIn):
+    """Answers as vLLM 0.30 with two workers: after a failure, the second's answer is that to the next request."""
+
+    late: tuple[int, Any] | None = None
+
+    def __call__(self, path: str, body: Any) -> tuple[int, Any]:
+        answer = super().__call__(path, body)
+        if path.split("?")[0] not in ("/v1/load_lora_adapter", "/collective_rpc") or answer[0] == 400:
+            return answer
+        if self.late is not None:
+            self.late, answer = answer, self.late
+        elif answer[0] != 200:
+            self.late = answer
+        return answer
+
+
+def test_checks_leave_no_failure_in_the_workers_of_a_server(run, serve, model_folder, tokenizer) -> None:
+    server = TwoWorkers(model_folder, tokenizer, seed=3)
+    metrics, _, _ = run("served", serve(server).url)
+    assert len(metrics) == 3 and server.late is None
 
 
 # Errors of one line, before a weight is loaded

@@ -53,7 +53,8 @@ class SleepingStandIn(StandIn):
             return 200, {"success": True}
         if name == "is_sleeping":
             return 200, {"is_sleeping": len(self.resident) < 2}
-        if name in NEEDS and (body or {}).get("lora_name") != "rekatrain-none":
+        is_check = (body or {}).get("lora_path") == "" or (body or {}).get("method") == "list_loras"
+        if name in NEEDS and not is_check:
             is_lost = name == "completions" and not self.has_weights
             if not NEEDS[name] <= self.resident or is_lost:
                 self.wrong.append(f"{name} with {sorted(self.resident)}{', weights lost' if is_lost else ''}")

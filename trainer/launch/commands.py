@@ -10,14 +10,13 @@ from rekatrain.trainer.launch.nodes import Placement
 from rekatrain.trainer.launch.processes import Command
 from rekatrain.trainer.launch.section import LAUNCHED, LaunchConfig
 from rekatrain.trainer.launch.servers import Server
+from rekatrain.trainer.processes.launched import LAUNCHER_VARIABLES
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.sampler.vllm.serve import ServerOptions, server_command
 from rekatrain.trainer.rloo.setup import RunSetup
 
 # GiB that vLLM uses for its cache without a GPU.
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
-# The run itself sets these; a launch within a job of a launcher must not inherit them.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def server_commands(

@@ -26,6 +26,7 @@ SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o",
 # A step beside the one that runs the launch; its output comes line by line.
 SRUN = ("srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", "--export=ALL")
 REACH_SECONDS = 30.0
+LOCAL = ("localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +34,31 @@ class Host:
     """A node.
 
     address:     at which servers listen and the trainers meet
+    name:        as the user or Slurm names it; empty for this machine where nobody does
     prefix:      words that start a program there; none for this machine
     environment: variables that a program there does not inherit
     """
 
     address: str
+    name: str = ""
     prefix: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_hosts(config: LaunchConfig) -> list[Host]:
-    """Return the nodes, this machine first; InputError for an allocation that cannot be read."""
+    """Return the nodes, this machine first; InputError for an allocation that cannot be read, or a launch per task."""
+    if (task := os.environ.get("SLURM_PROCID", "0")) not in ("", "0"):
+        raise InputError(
+            f"this is task {task} of an srun, and the launch of task 0 starts the processes of all nodes: leave srun "
+            "out, as recipes/slurm/launch.sbatch does, or give it --ntasks=1"
+        )
     if config.hosts is not None:
         first, *others = config.hosts
         shared = {name: value for name, value in os.environ.items() if SHARED.match(name)}
         address = "127.0.0.1" if not others else _address(first)
+        name = "" if not others and first in LOCAL else _address(first)
         remote = [Host(address=_address(host), prefix=[*SSH, host], environment=shared) for host in others]
-        return [Host(address=address), *remote]
+        return [Host(address=address, name=name), *remote]
     # Within a step of srun, SLURM_NNODES is the number of its nodes.
     variable = "SLURM_JOB_NUM_NODES" if "SLURM_JOB_NUM_NODES" in os.environ else "SLURM_NNODES"
     number = os.environ.get(variable, "1")
@@ -62,18 +71,18 @@ def find_hosts(config: LaunchConfig) -> list[Host]:
     if here not in names:
         raise InputError(f"this node, {here}, is none of the Slurm allocation's: {', '.join(names)}")
     others = [name for name in names if name != here]
-    tasks = os.environ.get("SLURM_GPUS_ON_NODE")
-    gpus = [f"--gpus-per-node={tasks}"] if tasks else []
+    num_gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    gpus = [f"--gpus-per-node={num_gpus}"] if num_gpus else []
     return [
-        Host(address=here),
+        Host(address=here, name=here),
         *(Host(address=name, prefix=[*SRUN, *gpus, f"--nodelist={name}"]) for name in others),
     ]
 
 
 def check_hosts(hosts: Sequence[Host]) -> None:
     """Raise InputError unless the first node is this machine, and each other can be reached and sees this folder."""
-    if len(hosts) > 1:
-        _check_here(hosts[0].address)
+    if hosts[0].name:
+        _check_here(hosts[0].name)
     for host in hosts:
         if not host.prefix:
             continue
@@ -112,7 +121,7 @@ def _check_here(address: str) -> None:
 def _address(host: str) -> str:
     """Return the name at which processes reach a host, without the user of ssh."""
     name = host.rpartition("@")[2]
-    return socket.gethostname() if name in ("localhost", "127.0.0.1") else name
+    return socket.gethostname() if name in LOCAL else name
 
 
 def _slurm_names(text: str) -> list[str]:

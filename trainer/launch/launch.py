@@ -62,9 +62,11 @@ def launch(
         check_no_servers(config)
     recipe = continue_adapter(recipe)
     check_parent(Path(recipe.output_dir), "output_dir")
-    RunFolder(recipe.output_dir).check(recipe, resume=resume)
+    folder = RunFolder(recipe.output_dir)
+    folder.check(recipe, resume=resume)
     hosts = find_hosts(config)
     if not dry_run:
+        folder.check_unlocked()
         check_hosts(hosts)
     node, missing = _find_node(config, hosts)
     if missing and not dry_run:

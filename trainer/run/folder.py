@@ -114,6 +114,15 @@ class RunFolder:
             ) from error
         check_changes(find_changes(stored, recipe))
 
+    def check_unlocked(self) -> None:
+        """Raise InputError if another run has locked the folder; write nothing."""
+        if (self.path / LOCK_FILE).exists():
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise self._in_use() from None
+            self._lock.release()
+
     def choose_checkpoint(self, *, resume: bool) -> Path | None:
         """Return the newest checkpoint that verifies, or None for a fresh start; log each one that is skipped.
 
@@ -222,10 +231,7 @@ class RunFolder:
                 if file.path.exists():
                     file.path.open("r+b").close()
         except Timeout:
-            raise InputError(
-                f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
-                "for its end, or choose another folder"
-            ) from None
+            raise self._in_use() from None
         except OSError as error:
             raise InputError(
                 f"output_dir {str(self.path)!r} cannot be written: {error.strerror} ({error.filename}); free space, or "
@@ -236,6 +242,12 @@ class RunFolder:
         fault = find_fault(checkpoint, hashes=False) if checkpoint else None
         if fault:
             raise InputError(f"{str(checkpoint)!r} has changed since this run started: {fault}; start it again")
+
+    def _in_use(self) -> InputError:
+        return InputError(
+            f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
+            "for its end, or choose another folder"
+        )
 
     def _holds_other_files(self) -> bool:
         """Return True if the folder holds more than a run that was killed before it wrote its recipe leaves behind."""

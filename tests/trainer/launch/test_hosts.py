@@ -93,10 +93,11 @@ def test_host_out_of_reach_is_one_error(stand_ins: Path) -> None:
         check_hosts(find_hosts(LaunchConfig(hosts=["localhost", "down"])))
 
 
+@pytest.mark.parametrize("others", [["b"], []])
 @pytest.mark.parametrize("address", ["192.0.2.7", "host.invalid"])
-def test_first_host_is_this_machine(stand_ins: Path, address: str) -> None:
+def test_first_host_is_this_machine(stand_ins: Path, address: str, others: list[str]) -> None:
     with pytest.raises(InputError, match=f"^{address}, the first node, is not this machine .*: run the launch there"):
-        check_hosts(find_hosts(LaunchConfig(hosts=[address, "b"])))
+        check_hosts(find_hosts(LaunchConfig(hosts=[address, *others])))
     assert not (stand_ins / "log").exists()
 
 
@@ -129,6 +130,15 @@ def test_login_node_is_none_of_an_allocation(allocation: list[str], monkeypatch:
     monkeypatch.setenv("NODES", "192.0.2.7 192.0.2.8")
     with pytest.raises(InputError, match="^192.0.2.7, the first node, is not this machine"):
         check_hosts(find_hosts(LaunchConfig()))
+
+
+def test_task_of_an_srun_beside_the_first_is_one_error(allocation: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert len(find_hosts(LaunchConfig())) == 2
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    for config in (LaunchConfig(), LaunchConfig(hosts=["localhost"])):
+        with pytest.raises(InputError, match="^this is task 1 of an srun, and the launch of task 0 starts"):
+            find_hosts(config)
 
 
 def test_processes_on_other_nodes_end_with_the_launch(

@@ -30,6 +30,8 @@ from rekatrain.trainer.rloo.sampler.vllm.client import RequestRejected, ServerCl
 from rekatrain.trainer.rloo.sampler.vllm.served_probe import check_served
 from rekatrain.trainer.rloo.sampler.vllm.transfer import WeightTransfer
 
+# After a failure in several workers, vLLM 0.30 takes the answers of all but the first for those to the next requests.
+AGAIN = "start the server again if it spans several GPUs"
 WEIGHTS_FOLDER = "served"  # in the run's folder: the weights that the servers have, or load next
 # Seconds for requests that a server carries out at once.
 SHORT_TIMEOUT = 60.0
@@ -200,9 +202,9 @@ def lock_of(folder: Path, client: ServerClient) -> AsyncFileLock:
     return AsyncFileLock(folder.parent / f"{zlib.crc32(client.url.encode()):08x}.lock")
 
 
-async def load_adapter(client: ServerClient, name: str, folder: Path) -> None:
-    """Have a server read an adapter from a folder, under a name."""
-    await client.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+async def load_adapter(client: ServerClient, name: str, folder: Path | None) -> None:
+    """Have a server read an adapter from a folder, under a name; without both it only checks the request."""
+    await client.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder or "")})
 
 
 async def reload_model(client: ServerClient, folder: Path) -> None:
@@ -245,5 +247,7 @@ def explain_rejection(error: RequestRejected, url: str, folder: Path) -> str:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
         )
     if error.status == 404:
-        return f"the vLLM server {url} cannot read {str(folder)!r}: it must share the run's output_dir"
+        return f"the vLLM server {url} cannot read {str(folder)!r}: it must share the run's output_dir; {AGAIN}"
+    if "No adapter found" in str(error):
+        return f"the vLLM server {url} answers an earlier request ({error}): {AGAIN}"
     return str(error)
