@@ -1,16 +1,18 @@
-"""A tiny model in the Reka format, trained by the real command line, and vLLM to serve its exports."""
+"""A tiny model in the Reka format, trained by the real command line, and the servers of its exports."""
 
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import httpx2
 from openai import OpenAI
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,6 +29,9 @@ VLLM = """#!/bin/sh
 model=$2
 shift 2
 exec "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" "$@"
+"""
+TRANSFORMERS = """#!/bin/sh
+exec "$(dirname "$VLLM_PYTHON")/transformers" "$@"
 """
 CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--host", "127.0.0.1"]
 READY_SECONDS = 600
@@ -88,23 +93,57 @@ def serve_by_vllm(export: Path, work: Path, *options: str) -> Iterator[str]:
 
     work: a folder for the server's log; options: of `vllm serve`
     """
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    with _served(["bash", f"{export}/serving/vllm.sh", *CPU, *options], work, "vllm", VLLM, settings) as url:
+        yield url
+
+
+@contextmanager
+def serve_by_transformers(export: Path, work: Path, *options: str) -> Iterator[str]:
+    """Serve the export with `transformers serve`, by its own start script; yield the url.
+
+    The environment of VLLM_PYTHON has the packages of transformers[serving], too, but for accelerate, which is lent.
+    """
+    (work / "packages").mkdir()
+    for path in Path(accelerate.__file__).parents[1].glob("accelerate*"):
+        (work / "packages" / path.name).symlink_to(path)
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(work / "packages")}
+    command = ["bash", f"{export}/serving/transformers_serve.sh", "--host", "127.0.0.1", *options]
+    with _served(command, work, "transformers", TRANSFORMERS, settings) as url:
+        yield url
+
+
+@contextmanager
+def serve_by_llama_cpp(export: Path, work: Path, file: str) -> Iterator[str]:
+    """Serve a file of the export with llama.cpp's server, by its own start script; yield the url.
+
+    llama_server.py stands in for the program's options.
+    """
+    stand_in = f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("llama_server.py")}" "$@"\n'
+    command = ["bash", f"{export}/serving/llama_server.sh", file, "--host", "127.0.0.1"]
+    with _served(command, work, "llama-server", stand_in, {}) as url:
+        yield url
+
+
+@contextmanager
+def _served(command: list[str], work: Path, program: str, script: str, settings: dict[str, str]) -> Iterator[str]:
+    """Run a start script with a free port, in which `program` is `script`; yield the server's url once it is ready."""
     (work / "bin").mkdir()
-    (work / "bin" / "vllm").write_text(VLLM)
-    (work / "bin" / "vllm").chmod(0o755)
+    (work / "bin" / program).write_text(script)
+    (work / "bin" / program).chmod(0o755)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "PATH": f"{work / 'bin'}:{os.environ['PATH']}",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    command = ["bash", str(export / "serving" / "vllm.sh"), *CPU, "--port", port, *options]
-    log = work / "vllm.log"
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = kept | settings | {"PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
+    log = work / f"{program}.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            [*command, "--port", port],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + READY_SECONDS
@@ -114,7 +153,8 @@ def serve_by_vllm(export: Path, work: Path, *options: str) -> Iterator[str]:
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended on its own
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
 
 

@@ -16,7 +16,7 @@ from rekatrain.data.chat import STOP, parse_completion, render_prompt
 from rekatrain.trainer.cli import main
 from rekatrain.trainer.export.card import last_metrics
 from rekatrain.trainer.export.verify_gguf import start_server
-from tests.helpers.exports import ANSWER, QUESTION, ask, train_run
+from tests.helpers.exports import ANSWER, QUESTION, ask, serve_by_llama_cpp, train_run
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,17 @@ def test_llama_cpp_streams_the_same_answer(client: OpenAI) -> None:
     assert len(chunks) > 5
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == ask(client, QUESTION).choices[0].message.content
+
+
+def test_llama_server_script_serves_the_answer(exports: Path, tmp_path: Path) -> None:
+    opened = [*QUESTION, {"role": "assistant", "content": "<reasoning>\nTwice"}]
+    with serve_by_llama_cpp(exports / "gguf", tmp_path, "model-f32.gguf") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        assert [model.id for model in client.models.list().data] == ["gguf"]
+        choice = ask(client, QUESTION, model="gguf").choices[0]
+        continued = ask(client, opened, model="gguf").choices[0].message.content
+    assert (choice.message.content.strip(), choice.finish_reason) == (ANSWER.removesuffix(STOP).strip(), "stop")
+    assert ANSWER.removesuffix(STOP).rstrip().endswith(f"Twice{continued.rstrip()}")
 
 
 def test_llama_cpp_returns_n_choices(client: OpenAI) -> None:
