@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import layer as lora_layers
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -54,6 +55,13 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
         if layer >= num_layers:
             raise InputError(f"lora.layers_to_transform names layer {layer}; the model has {num_layers}, from 0 on")
     _check_embeddings(base, targeted, "target_modules")
+    if lora.get("loraplus_lr_ratio") is not None:
+        embeddings = [name for name in targeted if isinstance(base.get_submodule(name), lora_layers.Embedding)]
+        if embeddings:
+            raise InputError(
+                f"lora.loraplus_lr_ratio has no rate for an adapter on {sorted(embeddings)[0]}: LoRA+ trains "
+                "embeddings at a separate, much smaller one; take it out of lora.target_modules, or remove the ratio"
+            )
     parameters_with_adapter = set(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
     _check_embeddings(base, {name.rpartition(".")[0] for name in parameters_with_adapter}, "target_parameters")
 

@@ -1,7 +1,9 @@
 """LoRA+ (arXiv 2402.12354): the matrices B of an adapter learn `lora.loraplus_lr_ratio` times as fast as the rest.
 
 At the start B is 0 and A is random: with one rate, B learns too slowly in wide models. The paper's ratio is 16, with a
-smaller rate of A. Everything that is not a B (A, magnitudes of DoRA, whole modules, biases) has the stage's rate.
+smaller rate of A. As in the paper's code and in PEFT's `create_loraplus_optimizer`, all vectors (magnitudes of DoRA,
+norms, biases) learn at the rate of B, and the other matrices (A, whole modules) at the stage's. An adapter on
+embeddings has a third rate there, and is refused with LoRA+ (lora_targets.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,13 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-def is_fast(name: str) -> bool:
-    """Return True for the name of a matrix B.
+def is_fast(name: str, parameter: nn.Parameter) -> bool:
+    """Return True for a matrix B and for a vector; under ZeRO-3 by the shape of the whole parameter.
 
-    >>> is_fast("base_model.model.lm_head.lora_B.default.weight"), is_fast("base_model.model.lm_head.lora_A.weight")
+    >>> matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    >>> is_fast("q_proj.lora_B.default.weight", matrix), is_fast("q_proj.lora_A.default.weight", matrix)
     (True, False)
+    >>> is_fast("norm.modules_to_save.default.weight", vector)
+    True
     """
-    return ".lora_B." in name or ".lora_embedding_B." in name
+    return ".lora_B." in name or len(getattr(parameter, "ds_shape", parameter.shape)) == 1
 
 
 def lr_ratio(lora: Mapping[str, Any] | None) -> float | None:
@@ -27,11 +32,11 @@ def lr_ratio(lora: Mapping[str, Any] | None) -> float | None:
 
 
 def split_groups(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> None:
-    """Move the matrices B into groups with `ratio` times the rate, and drop groups that are then empty.
+    """Move the fast parameters into groups with `ratio` times the rate, and drop groups that are then empty.
 
     The optimizer has no state yet, and no schedule.
     """
-    fast = {parameter for name, parameter in named if is_fast(name)}
+    fast = {parameter for name, parameter in named if is_fast(name, parameter)}
     old = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for is_group_fast in (False, True):

@@ -115,9 +115,10 @@ class Checkpointer:
     def _restore_converted(self, checkpoint: Path) -> None:
         (model,), (optimizer,) = self._accelerator._models, self._accelerator._optimizers
         whole = self._accelerator.unwrap_model(model)
-        names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
-        if len(optimizer.param_groups) > 1:  # LoRA+ has a group of its matrices B, the last one
-            names.sort(key=is_fast)
+        trained = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
+        names = list(trained)
+        if len(optimizer.param_groups) > 1:  # LoRA+ has a group of its fast parameters, the last one
+            names.sort(key=lambda name: is_fast(name, trained[name]))
         restore_converted(checkpoint, whole, optimizer, names)
         for _ in range(checkpoint_step(checkpoint)):  # the schedule is a function of the step
             for scheduler in self._accelerator._schedulers:

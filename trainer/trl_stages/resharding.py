@@ -87,10 +87,10 @@ def restore_other_launch(trainer: GuardedTrainer, checkpoint: Path) -> None:
         model, optimizer, scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
         assert model is not None and optimizer is not None and scheduler is not None
         decayed = set(trainer.get_decay_parameter_names(model))
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # As GuardedTrainer.create_optimizer groups them.
         splits = trainer.loraplus_lr_ratio is not None
-        names.sort(key=lambda name: (splits and is_fast(name), name not in decayed))
+        names = sorted(trained, key=lambda name: (splits and is_fast(name, trained[name]), name not in decayed))
         restore_converted(checkpoint, model, optimizer, names)
         state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
         # DeepSpeed drops an empty group: an adapter has no weights without decay. Rates are then equal in all groups;

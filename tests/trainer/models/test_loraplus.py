@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.optim import SGD, AdamW
 
 from rekatrain.trainer.cli import main
-from rekatrain.trainer.models.loraplus import is_fast, split_groups
+from rekatrain.trainer.models.loraplus import split_groups
 from tests.conftest import tiny_llama
 from tests.helpers.exports import write_sft_recipe
 
@@ -21,10 +21,22 @@ RATIO = 8.0
 RLOO = {"prompts_per_step": 2, "num_generations": 8, "max_completion_length": 12}
 
 
-def test_update_equals_pefts_optimizer(tokenizer) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"target_parameters": ["gate_proj.weight"], "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_update_equals_pefts_optimizer(tokenizer, options: dict) -> None:
     results = []
     for make in ("ours", "peft"):
-        model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **options)
+        model = get_peft_model(tiny_llama(tokenizer, attention_bias=True), lora)
         torch.manual_seed(0)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if make == "peft":
@@ -37,13 +49,14 @@ def test_update_equals_pefts_optimizer(tokenizer) -> None:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
         results.append({name: parameter.detach().clone() for name, parameter in trained})
-    assert results[0].keys() == results[1].keys()
+    assert results[0].keys() == results[1].keys() and len(results[0]) >= 8
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_groups_keep_options_and_are_never_empty() -> None:
-    names = ["x.lora_A.default.weight", "x.lora_B.default.weight", "x.lora_embedding_B.default", "norm.weight"]
-    named = [(name, torch.nn.Parameter(torch.zeros(1))) for name in names]
+    names = ["x.lora_A.default.weight", "x.lora_B.default.weight", "norm.weight", "x.modules_to_save.default.weight"]
+    shapes = [(1, 1), (1, 1), (1,), (1, 1)]
+    named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in zip(names, shapes, strict=True)]
     parameters = [parameter for _, parameter in named]
     optimizer = SGD([{"params": parameters, "weight_decay": 0.1}, {"params": []}], lr=0.5)
     split_groups(optimizer, named, 4.0)
@@ -70,7 +83,7 @@ def test_first_update_moves_b_by_the_ratio(tmp_path: Path, tokenizer, stage: str
     path.write_text(json.dumps(recipe))
     main(["train", str(path)])
     weights = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / WEIGHTS)
-    moved = [tensor.abs().max().item() for name, tensor in weights.items() if is_fast(name)]
+    moved = [tensor.abs().max().item() for name, tensor in weights.items() if ".lora_B." in name]
     # B starts at 0, and Adam's first update is the rate.
     assert len(moved) == 4 and all(abs(value - RATIO * 1e-3) < 1e-6 for value in moved)
 
@@ -95,3 +108,12 @@ def test_ratio_that_makes_no_sense_is_refused(tmp_path: Path, tokenizer, capsys,
     with pytest.raises(SystemExit):
         main(["train", str(path), f"lora.loraplus_lr_ratio={value}"])
     assert "lora.loraplus_lr_ratio is " in capsys.readouterr().err
+
+
+def test_ratio_with_an_adapter_on_embeddings_is_refused(tmp_path: Path, tokenizer, no_weights: None, capsys) -> None:
+    path = write_sft_recipe(tmp_path, tokenizer)
+    options = [f"lora={{r: 4, target_modules: [q_proj, embed_tokens], loraplus_lr_ratio: {RATIO}}}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path), *options])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and "lora.loraplus_lr_ratio has no rate for an adapter on model.embed_tokens" in line
