@@ -132,7 +132,7 @@ def check_command_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
             calls.append(name)
             if name in ("train", "evaluate", "sample"):
                 api.check_recipe(*positional)  # type: ignore[arg-type]
-            return name != "launch"  # whose result is an exit status
+            return name != "launch"  # whose result is run
 
         return called
 

@@ -13,11 +13,13 @@ import subprocess
 import sys
 from types import FrameType
 
-import psutil
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 from rekatrain.data.errors import INTERRUPTED
+from rekatrain.trainer.processes.early_signals import interruptible_imports
+
+with interruptible_imports():
+    import psutil
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # torchrun's own handlers would replace ours; this signal, which it must be given one of, nobody sends.

@@ -98,18 +98,19 @@ def _train(options: argparse.Namespace) -> None:
 
 def _launch(options: argparse.Namespace) -> None:
     leave_launch()
-    recipe = api.check_recipe(options.recipe, *options.overrides)
-    from rekatrain.trainer.launch.launch import launch
+    with interruptible_imports():
+        recipe = api.check_recipe(options.recipe, *options.overrides)
+        from rekatrain.trainer.launch.launch import launch
 
-    status = launch(
-        recipe,
-        options.recipe,
-        options.overrides,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        skip_memory_check=options.skip_memory_check,
-    )
-    sys.exit(status)
+        supervisor = launch(
+            recipe,
+            options.recipe,
+            options.overrides,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            skip_memory_check=options.skip_memory_check,
+        )
+    sys.exit(supervisor.run() if supervisor else 0)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -49,8 +49,8 @@ def launch(
     resume: bool,
     dry_run: bool,
     skip_memory_check: bool,
-) -> int:
-    """Run a recipe with the processes that its section `launch:` or the plan names; return the trainers' exit status.
+) -> Supervisor | None:
+    """Prepare the run of a recipe with the processes that its section `launch:` or the plan names; None if `dry_run`.
 
     Raises InputError for whatever is wrong and can be known before a process is started.
 
@@ -90,16 +90,15 @@ def launch(
     if missing:
         raise InputError(missing)
     if dry_run:
-        return 0
+        return None
     output = Output([command.name for command in (*(server.command for server in servers), *trainers)])
     output.say(_describe(recipe, config, placement, node, hosts))
-    supervisor = Supervisor(
+    return Supervisor(
         Servers(servers, output, start_timeout=config.server_start_timeout, max_restarts=config.max_server_restarts),
         trainers,
         output,
         restarts_trainers=placement.kind == "shared",
     )
-    return supervisor.run()
 
 
 def _knows_vllm(config: LaunchConfig) -> bool:

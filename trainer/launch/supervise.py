@@ -40,6 +40,7 @@ class Supervisor:
         self._restarts_trainers = restarts_trainers
         self._running: list[Kept] = []
         self._signals: list[signal.Signals] = []
+        self._sent: list[signal.Signals] = []  # to those that are running
         self._others = {child.pid for child in psutil.Process().children()}
 
     def run(self) -> int:
@@ -55,7 +56,7 @@ class Supervisor:
                     self._servers.start()
                     while not self._servers.are_ready():
                         if self._signals:
-                            return INTERRUPTED
+                            return self._say_interrupted()
                         self._show(f"waiting for {len(self._servers.servers)} vLLM server(s)")
                         time.sleep(POLL_SECONDS)
                     status = self._train(resumes=resumes)
@@ -69,20 +70,24 @@ class Supervisor:
     def _train(self, *, resumes: bool) -> int | None:
         """Run the trainers to their end -> their status; None if they have ended for a server, and resume after."""
         commands = [_resuming(command) if resumes else command for command in self._trainers]
-        self._running = [Kept(command, self._output.line) for command in commands]
-        num_sent, deadline, first_failed = len(self._signals), float("inf"), 0
+        self._running, self._sent = [Kept(command, self._output.line) for command in commands], []
+        num_seen, deadline, first_failed = len(self._signals), float("inf"), 0
         failure: TrainingStopped | None = None
         is_paused = False
-        while (statuses := [kept.poll() for kept in self._running]).count(None):
+        while (statuses := [self._status(kept) for kept in self._running]).count(None):
             self._show("training")
             failed = [status for status in statuses if status not in (None, 0, INTERRUPTED)]
             if failed and not first_failed:
                 first_failed = failed[0] or 0
                 deadline = time.monotonic() + TRAINER_END_SECONDS
-            for number in self._signals[num_sent:]:
+            for number in self._signals[num_seen:]:
+                num_seen += 1
+                if not any(kept.lines for kept in self._running):
+                    for kept in self._running:  # they import their libraries, and would print a traceback
+                        kept.end()
+                    return self._say_interrupted()
                 self._send(signal.SIGTERM if number is signal.SIGHUP else number)
-                num_sent += 1
-                if num_sent > 1:
+                if num_seen > 1:
                     deadline = time.monotonic() + TRAINER_KILL_SECONDS
             if time.monotonic() > deadline:
                 for kept in self._running:
@@ -105,7 +110,19 @@ class Supervisor:
             is_paused = self._finds_dead_server()
         if is_paused and not self._signals and any(ended):
             return None
+        if not first_failed and INTERRUPTED in ended and not any(_says_why(kept) for kept in self._running):
+            return self._say_interrupted()
         return first_failed or max(ended)
+
+    def _status(self, kept: Kept) -> int | None:
+        """Return the exit status of a trainer; one that its first signal ends has not begun to listen for it."""
+        status = kept.poll()
+        return INTERRUPTED if status is not None and [status - 128] == self._sent else status
+
+    def _say_interrupted(self) -> int:
+        name = self._signals[0].name if self._signals else "a server's end"
+        self._output.say(f"interrupted by {name} before its first step: nothing is lost. Start it again with --resume")
+        return INTERRUPTED
 
     def _replace_dead_servers(self) -> bool:
         """Start dead servers again -> True if the trainers must end first."""
@@ -127,6 +144,7 @@ class Supervisor:
         return True
 
     def _send(self, number: signal.Signals) -> None:
+        self._sent.append(number)
         for kept in self._running:
             kept.send(number)
 
@@ -172,6 +190,10 @@ class Supervisor:
             kept.wait(SERVER_END_SECONDS)
         kill_descendants(spared=self._others)
         self._output.close()
+
+
+def _says_why(kept: Kept) -> bool:
+    return any("rekatrain: interrupted by" in line for line in kept.lines)
 
 
 def _resuming(command: Command) -> Command:

@@ -43,6 +43,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 """
 
 
+# Of a trainer whose line has been read when the file `started` is there.
+BEGINS = "echo begins; sleep 0.3; touch started"
+
+
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -139,6 +143,12 @@ def test_server_that_dies_too_often_ends_the_run_saved() -> None:
     assert Path("saved").exists()
 
 
+def test_server_that_dies_too_often_is_the_reason_before_the_first_step() -> None:
+    later(lambda: Path("die").touch())
+    with pytest.raises(TrainingStopped, match="server died 1 times, last with status 9: ValueError: no room"):
+        run([server()], trainer("touch started; exec sleep 600"), max_restarts=0)
+
+
 def test_server_that_needs_the_gpus_restarts_the_trainer() -> None:
     script = 'trap \'exit 75\' TERM; echo "x$@" >>starts; touch started; [ "$1" = --resume ] && exit 0; '
     script += "while :; do sleep 0.05; done"
@@ -172,21 +182,35 @@ def test_server_that_does_not_start_is_one_error(script: str, error: str) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_is_handed_on_and_the_trainer_may_save(number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
-    script = f"trap 'sleep 0.5; touch saved; exit 75' {name}; touch started; while :; do sleep 0.05; done"
+    script = f"trap 'sleep 0.5; touch saved; exit 75' {name}; {BEGINS}; while :; do sleep 0.05; done"
     later(lambda: os.kill(os.getpid(), number))
     assert run([server()], trainer(script)) == 75
     assert Path("saved").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("begins", ["touch started", BEGINS], ids=["imports", "does not listen yet"])
+def test_signal_before_the_first_step_is_one_line(
+    number: signal.Signals, begins: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    later(lambda: os.kill(os.getpid(), number))
+    # A shell's background jobs ignore SIGINT, and so does this one unless it resets it.
+    assert run([server()], trainer(f"trap - INT; {begins}; exec sleep 600")) == 75
+    lines = [line for line in capfd.readouterr().err.splitlines() if "interrupted" in line]
+    assert lines == [
+        f"rekatrain: interrupted by {number.name} before its first step: nothing is lost. Start it again with --resume"
+    ]
+
+
 def test_hangup_lets_the_trainer_save_as_sigterm_does() -> None:
-    script = "trap 'exit 75' TERM; touch started; while :; do sleep 0.05; done"
+    script = f"trap 'exit 75' TERM; {BEGINS}; while :; do sleep 0.05; done"
     later(lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert run([], trainer(script)) == 75
 
 
 def test_second_signal_ends_a_trainer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rekatrain.trainer.launch.supervise.TRAINER_KILL_SECONDS", 0.2)
-    script = "trap '' TERM; touch started; while :; do sleep 0.05; done"
+    script = f"trap '' TERM; {BEGINS}; while :; do sleep 0.05; done"
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -198,13 +222,9 @@ def test_second_signal_ends_a_trainer_that_hangs(monkeypatch: pytest.MonkeyPatch
 
 
 def test_signal_while_servers_start_ends_with_75() -> None:
-    def soon() -> None:
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=soon, daemon=True).start()
-    assert run([server("import time; time.sleep(600)")], trainer("touch started")) == 75
-    assert not Path("started").exists()
+    later(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run([server("import time; open('started', 'w'); time.sleep(600)")], trainer("touch trained")) == 75
+    assert not Path("trained").exists()
 
 
 def test_killed_keepers_leave_nothing() -> None:
