@@ -40,8 +40,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.launched]
 LAUNCHED = Path(__file__).with_name("launched.py")
 # Four prompts in micro-batches of a few tokens: processes have different numbers of them, and groups are split.
 FULL = {"prompts_per_step": 4, "micro_batch_tokens": 60}
-# LoRA+ has two rates: each process moves its part of the matrices B at the faster one.
-PLUS = {**LORA, "loraplus_lr_ratio": 4}
+# LoRA+ has two rates: each process moves its part of the matrices B, and of vectors, at the faster one.
+PLUS = {**LORA, "loraplus_lr_ratio": 4, "modules_to_save": ["norm"]}
 RLOO_KINDS: dict[str, dict[str, Any]] = {
     "full": {"rloo": FULL},
     "adapter": {"rloo": {**OPTIONS, "prompts_per_step": 4}, "lora": PLUS},
