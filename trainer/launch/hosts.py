@@ -104,6 +104,21 @@ def check_hosts(hosts: Sequence[Host]) -> None:
             raise InputError(f"{host.address} cannot be reached by {name}: {why}")
 
 
+def check_meeting_port(hosts: Sequence[Host], port: int) -> None:
+    """Raise InputError if something listens at the port of this node at which the trainers of several nodes meet."""
+    if len(hosts) == 1:
+        return
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"launch.main_process_port {port} cannot be used here ({error.strerror}): end what listens there, or "
+                "choose another"
+            ) from None
+
+
 def _check_here(address: str) -> None:
     """Raise InputError unless a server of this machine can listen at the address."""
     try:

@@ -19,7 +19,7 @@ import torch
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.commands import server_commands, train_arguments, trainer_commands
-from rekatrain.trainer.launch.hosts import Host, check_hosts, find_hosts
+from rekatrain.trainer.launch.hosts import Host, check_hosts, check_meeting_port, find_hosts
 from rekatrain.trainer.launch.nodes import Node, Placement
 from rekatrain.trainer.launch.output import Output
 from rekatrain.trainer.launch.placement import place
@@ -68,6 +68,7 @@ def launch(
     if not dry_run:
         folder.check_unlocked()
         check_hosts(hosts)
+        check_meeting_port(hosts, config.main_process_port)
     node, missing = _find_node(config, hosts)
     if missing and not dry_run:
         raise InputError(missing)

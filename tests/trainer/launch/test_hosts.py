@@ -9,7 +9,7 @@ import pytest
 
 from rekatrain import RECIPES
 from rekatrain.data.errors import InputError
-from rekatrain.trainer.launch.hosts import check_hosts, find_hosts
+from rekatrain.trainer.launch.hosts import check_hosts, check_meeting_port, find_hosts
 from rekatrain.trainer.launch.output import Output
 from rekatrain.trainer.launch.processes import Command
 from rekatrain.trainer.launch.section import LaunchConfig
@@ -99,6 +99,17 @@ def test_first_host_is_this_machine(stand_ins: Path, address: str, others: list[
     with pytest.raises(InputError, match=f"^{address}, the first node, is not this machine .*: run the launch there"):
         check_hosts(find_hosts(LaunchConfig(hosts=[address, *others])))
     assert not (stand_ins / "log").exists()
+
+
+def test_port_at_which_nodes_meet_is_free(allocation: list[str]) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with pytest.raises(InputError, match=f"^launch.main_process_port {port} cannot be used here .Address already"):
+            check_meeting_port(find_hosts(LaunchConfig()), port)
+        check_meeting_port(find_hosts(LaunchConfig(hosts=["localhost"])), port)  # on one machine Accelerate finds one
+    check_meeting_port(find_hosts(LaunchConfig()), port)
 
 
 def test_host_without_the_folder_is_one_error(stand_ins: Path, tmp_path: Path) -> None:
