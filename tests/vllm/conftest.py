@@ -1,7 +1,8 @@
 """Fixtures of runs with rollout servers: a run of RLOO, and a stand-in for vLLM."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def run(
         return read_records(folder / "metrics.jsonl"), read_records(folder / "rollouts.jsonl"), load_file(weights)
 
     return start
+
+
+class HoldingStandIn(StandIn):
+    """Holds each group that is sampled ahead after its first token until an update comes in its middle."""
+
+    def _stream(self, name: str, body: Any) -> Iterator[bytes]:
+        begun_with, step = self._num_updates(), self.keys[body["seed"]][2]
+        tokens = super()._stream(name, body)
+        yield next(tokens)
+        while step > begun_with == self._num_updates():
+            time.sleep(0.01)
+        yield from tokens
+
+    def _num_updates(self) -> int:
+        return 0 if self.weight_version == "default" else int(self.weight_version.split("-")[-2])
 
 
 @pytest.fixture

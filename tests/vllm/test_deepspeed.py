@@ -2,34 +2,16 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rekatrain.trainer.run.records import read_records
 from tests.helpers.forks import Launch, Process, kill_tree, start_forked
-from tests.vllm.conftest import LORA, logprob_by_versions, per_version, read_waiting
-from tests.vllm.stand_in import StandIn
+from tests.vllm.conftest import LORA, HoldingStandIn, logprob_by_versions, per_version, read_waiting
 from tests.vllm.test_staleness import AHEAD
 
-STEPS, PROMPTS, KILLED_AFTER = 5, 4, 2
-
-
-class HoldingStandIn(StandIn):
-    """Holds each group that is sampled ahead after its first token until an update comes in its middle."""
-
-    def _stream(self, name: str, body: Any) -> Iterator[bytes]:
-        begun_with, step = self._num_updates(), self.keys[body["seed"]][2]
-        tokens = super()._stream(name, body)
-        yield next(tokens)
-        while step > begun_with == self._num_updates():
-            time.sleep(0.01)
-        yield from tokens
-
-    def _num_updates(self) -> int:
-        return 0 if self.weight_version == "default" else int(self.weight_version.split("-")[-2])
+STEPS, PROMPTS, KILLED_AFTER = 7, 4, 2
 
 
 def start(file: str, *arguments: str) -> Process:
@@ -56,7 +38,7 @@ def test_zero_processes_sample_ahead_and_resume(run, serve, model_folder, tokeni
     process = start(file)
     while (newest := newest_checkpoint()) is None or int(newest.name[11:]) < KILLED_AFTER or not read_waiting(newest):
         assert process.poll() is None, process.output()
-        time.sleep(0.05)
+        time.sleep(0.01)
     kill_tree(process.pid)
     newest = newest_checkpoint()
     assert newest is not None

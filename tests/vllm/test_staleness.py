@@ -17,8 +17,7 @@ from rekatrain.trainer.resume.states import RUN_ARRAYS_FILE, RUN_STATE_FILE, rea
 from rekatrain.trainer.run.checkpoints import read_manifest, seal
 from rekatrain.trainer.run.records import read_records
 from tests.helpers.forks import Launch, start_forked
-from tests.vllm.conftest import LORA, logprob_by_versions, per_version, read_waiting, sampled
-from tests.vllm.stand_in import StandIn
+from tests.vllm.conftest import LORA, HoldingStandIn, logprob_by_versions, per_version, read_waiting, sampled
 
 AHEAD = {
     **{"max_staleness": 3, "importance_sampling_level": "token", "importance_sampling_correction": "token_truncate"},
@@ -31,13 +30,11 @@ AHEAD = {
 def test_each_token_has_the_version_of_the_weights_that_drew_it(
     run,
     serve,
-    stand_in,
     model_folder,
     tokenizer,
     lora,
 ) -> None:
-    other = StandIn(model_folder, tokenizer, seed=3)
-    stand_in.pace = other.pace = 0.05  # a batch takes longer than a step, so updates come in the middle of completions
+    stand_in, other = (HoldingStandIn(model_folder, tokenizer, seed=3) for _ in range(2))
     urls = [serve(stand_in).url, serve(other).url]
     metrics, rollouts, _ = run("ahead", urls, lora=lora, learning_rate=3e-2, **AHEAD)
     assert len(rollouts) == 7 * 2 * 4
@@ -197,10 +194,8 @@ def test_evaluation_while_rollouts_are_ahead(run, serve, stand_in, staleness: in
         assert sampled(still) == sampled(here)
 
 
-def test_two_processes_update_servers_in_flight(run, serve, stand_in, model_folder, tokenizer) -> None:
-    other = StandIn(model_folder, tokenizer, seed=3)
-    stand_in.pace = other.pace = 0.05
-    urls = [serve(stand_in).url, serve(other).url]
+def test_two_processes_update_servers_in_flight(run, serve, model_folder, tokenizer) -> None:
+    urls = [serve(HoldingStandIn(model_folder, tokenizer, seed=3)).url for _ in range(2)]
     run("one", urls, **{**AHEAD, "max_steps": 1})
     tree = json.loads(Path("one.yaml").read_text()) | {"output_dir": str(Path("two").absolute())}
     tree["rloo"] |= {**AHEAD, "prompts_per_step": 4, "max_steps": 5}
