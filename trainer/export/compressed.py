@@ -2,7 +2,9 @@
 
 llmcompressor asks for an older transformers than this program, so it runs in a separate environment, whose Python
 LLMCOMPRESSOR_PYTHON names. It loads the whole model. The result is loaded by a fresh process of that environment, and
-held against whole distributions that the training process saved.
+held against the merged weights on all tokens of the texts whose log-probabilities the training process saved; the
+merged weights are held against these first. (The few whole distributions that it saved, too, are not enough: the KL
+varies by its own size from token to token.)
 """
 
 import json
@@ -26,7 +28,6 @@ from rekatrain.data.chat import encode_prompt
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.export.probe import ExportRejected
 from rekatrain.trainer.export.serving import TEMPLATES
-from rekatrain.trainer.models.probe import TrainingProbe
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.run.folder import RECIPE_FILE, ROLLOUTS_FILE
 from rekatrain.trainer.run.records import read_records
@@ -119,28 +120,20 @@ def compress(whole: Path, folder: Path, kind: str, rows: Sequence[Sequence[int]]
 
 
 def verify_compressed(
-    folder: Path,
-    kind: str,
-    training: TrainingProbe | None,
-    probe: Tensor,
-    logprobs: Tensor,
-    max_kl: float | None = None,
+    folder: Path, kind: str, texts: Sequence[Tensor], logprobs: Sequence[Tensor], max_kl: float | None = None
 ) -> float:
-    """Return the mean KL of the quantized model from training, in nats per token; ExportRejected beyond the limit.
+    """Return the mean KL of the quantized model from the merged one, in nats per token.
 
-    training:        of the checkpoint; None for one without a probe
-    probe, logprobs: ids [1, L] and log-probabilities [L, V] of the exporting process, which replace a missing one
+    Raises ExportRejected if it is beyond the limit.
+
+    texts, logprobs: token ids [L] of each text, and the merged model's log-probabilities [L, V] of every next token
     max_kl:          the limit, in place of that of `LIMITS`
     """
-    ids, positions, expected = probe, torch.arange(probe.shape[1]), logprobs
-    if training is not None and training.nexts is not None:
-        expected, lengths = training.nexts
-        ids, positions = training.ids[0][None], lengths - 1
     with TemporaryDirectory() as work:
-        save_file({"ids": ids.contiguous()}, Path(work, "ids.safetensors"))
+        save_file({str(index): ids.contiguous() for index, ids in enumerate(texts)}, Path(work, "ids.safetensors"))
         _run("logprobs", str(folder), f"{work}/ids.safetensors", f"{work}/logprobs.safetensors")
-        quantized = load_file(Path(work, "logprobs.safetensors"))["logprobs"][positions]
-    kls = (expected.exp() * (expected - quantized)).sum(dim=1)
+        quantized = load_file(Path(work, "logprobs.safetensors"))
+    kls = torch.cat([(ours.exp() * (ours - quantized[str(index)])).sum(dim=1) for index, ours in enumerate(logprobs)])
     kl, error = kls.mean().item(), kls.std().item() / len(kls) ** 0.5
     limit = LIMITS[kind] if max_kl is None else max_kl
     if not kl <= limit:
@@ -150,8 +143,9 @@ def verify_compressed(
             "form, or allow more by --max-kl"
         )
     logger.info(
-        "verified in a fresh process: %s, KL from training %.2g nats per token (standard error %.1g, at most %g)",
-        *(kind, kl, error, limit),
+        "verified in a fresh process: %s, KL from training %.2g nats per token (standard error %.1g over %d tokens, at "
+        "most %g)",
+        *(kind, kl, error, len(kls), limit),
     )
     return kl
 

@@ -188,14 +188,17 @@ def _write_compressed(
 
     probe = torch.tensor([encode_prompt(render_prompt(PROBE_MESSAGES), tokenizer)])
     stored = weights.rounded(getattr(torch, stored_dtype))
+    training = read_probe(checkpoint)
+    texts = [probe[0]] if training is None else training.ids
     with streaming(stored) as model:
         logprobs = probe_logprobs(model, probe)
+        references = [probe_logprobs(model, text[None]) for text in texts]
     with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as work:
         whole = Path(work) / "whole"
         write_merged(whole, stored, tokenizer, max_shard_size="5GB")
         verify_logprobs(whole, probe, logprobs, checkpoint=checkpoint)
         compress(whole, folder, kind, rows, group)
-    kl = verify_compressed(folder, kind, read_probe(checkpoint), probe, logprobs, max_kl)
+    kl = verify_compressed(folder, kind, texts, references, max_kl)
     return f"quantized by llmcompressor ({kind}), a mean KL of {kl:.2g} nats per token from the training process"
 
 

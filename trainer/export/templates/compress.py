@@ -46,11 +46,11 @@ def quantize(kind: str, model_folder: str, out: str, calibration: str, group_siz
 
 
 def logprobs(model_folder: str, ids: str, out: str) -> None:
-    """Write the log-probabilities of every next token after each of `ids` [1, L], as [L, V] float32."""
+    """Write the log-probabilities of every next token after each id of each text: [L] -> [L, V] float32."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(load_file(ids)["ids"]).logits[0]
-    save_file({"logprobs": logits.float().log_softmax(-1).contiguous()}, out)
+        logits = {name: model(text[None]).logits[0].float() for name, text in load_file(ids).items()}
+    save_file({name: each.log_softmax(-1).contiguous() for name, each in logits.items()}, out)
 
 
 if __name__ == "__main__":
