@@ -32,6 +32,7 @@ ENDINGS = ("SIGKILL of all", "SIGKILL of one", "SIGTERM")
 STATUSES = {"finished": 0, "SIGTERM": 75}  # SIGTERM ends a run after a checkpoint
 SIZES = {"prompts_per_step": 2, "num_generations": 4, "dynamic_sampling_rounds": 0, "num_iterations": 1}
 COMPLETIONS = 8
+SAMPLE_SECONDS = 0.5
 SCORER = '''
 
 import os
@@ -68,14 +69,17 @@ def watch(folder: Path, process: Process, part: Part, until: int | None) -> None
     """Sample a run until it ends or has taken the step `until`."""
     metrics = folder / "run" / "metrics.jsonl"
     watched = psutil.Process(process.pid)
+    sampled = 0.0
     while process.poll() is None:
-        with suppress(psutil.Error):
-            sample = look(watched, metrics)
-            if until is not None and sample.step >= until:
-                return
-            if sample.step > part.first_step and process.poll() is None:
-                part.samples.append(sample)
-        time.sleep(0.5)
+        if until is not None and last_step(metrics) >= until:
+            return
+        if time.monotonic() - sampled > SAMPLE_SECONDS:
+            sampled = time.monotonic()
+            with suppress(psutil.Error):
+                sample = look(watched, metrics)
+                if sample.step > part.first_step and process.poll() is None:
+                    part.samples.append(sample)
+        time.sleep(0.02)
 
 
 def end(process: Process, ending: str) -> None:
@@ -169,7 +173,8 @@ def main() -> None:
     workspace = write_soak(folder, options.steps, options.failures)
     parts: list[Part] = []
     faults: list[str] = []
-    stops = sorted(rng.sample(range(1, options.steps), options.ends))
+    # Steps are left after each: a fast run goes on for a few of them while it is ended.
+    stops = sorted(rng.sample(range(1, max(options.ends, options.steps * 3 // 4) + 1), options.ends))
     started = time.monotonic()
     for number, stop in enumerate([*stops, None]):
         part, found = run_part(workspace, number, stop)

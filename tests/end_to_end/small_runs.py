@@ -27,10 +27,16 @@ OPTIONS = {
     "grad_norm_window": 3,
     "lr_scheduler_type": "cosine",
 }
-# A reward that varies between completions of a random model, so that every step changes the weights.
+# A reward that varies between completions of a random model, so that every step changes the weights. The run waits once
+# the link `hold` in its folder leads to something: to a checkpoint, after which a test kills the run at its leisure.
 REWARD = '''
+import time
+from pathlib import Path
+
 def letters(completions, **kwargs):
     """Return the fraction of letters in each completion."""
+    while Path("hold").exists():
+        time.sleep(0.02)
     return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
 '''
 

@@ -109,10 +109,13 @@ def test_resume_after_a_kill_is_bitwise_equal(
     main(["train", str(whole)])
 
     killed = rloo_recipe(folder, "killed", model_folder, lora=lora, rloo=rloo)
+    checkpoint = folder / "killed" / "checkpoints" / "checkpoint-2"
+    (folder / "hold").symlink_to(checkpoint)
     process = start_forked(folder, "-m", "rekatrain", "train", str(killed))
-    wait_for(lambda: (folder / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists(), process)
+    wait_for(checkpoint.exists, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    (folder / "hold").unlink()
     main(["train", str(killed), "--resume"])
 
     for step in (2, 4):

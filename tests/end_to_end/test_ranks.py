@@ -106,14 +106,17 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(folder: Path, model
     whole = launch(folder, "-m", "rekatrain", "train", "whole.yaml")
     assert whole.wait(timeout=200) == 0
 
+    checkpoint = folder / "killed" / "checkpoints" / "checkpoint-4"
+    (folder / "hold").symlink_to(checkpoint)
     command = ["-m", "rekatrain", "train", "killed.yaml", "--resume"]
     process = launch(folder, *command, options=("--max_restarts", "1"))
     deadline = time.monotonic() + 200
-    while not (folder / "killed" / "checkpoints" / "checkpoint-4").exists():
+    while not checkpoint.exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run did not start"
         time.sleep(0.02)
     _, last = sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
     last.send_signal(signal.SIGKILL)
+    (folder / "hold").unlink()
     stderr = process.communicate(timeout=200)[1].decode()
     assert process.returncode == 0, stderr[-4000:]
     failures = [line for line in stderr.splitlines() if line.startswith("rekatrain: ")]
