@@ -57,6 +57,7 @@ class Kept:
         self.command, self.name = command, command.name
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.started = time.monotonic()
+        self.is_ended = False  # by `end`
         # Unbuffered output: a line of a Python program is shown when it is written.
         environment = {"PYTHONUNBUFFERED": "1", **command.environment}
         spec = {"argv": [*command.argv], "env": environment, "unset": [*command.unset], "cwd": os.getcwd()}
@@ -94,6 +95,7 @@ class Kept:
 
     def end(self) -> None:
         """Have the process and its descendants killed; `poll` returns a status soon after."""
+        self.is_ended = self._keeper.poll() is None
         assert self._keeper.stdin is not None
         with suppress(OSError):
             self._keeper.stdin.close()
@@ -112,6 +114,7 @@ class Kept:
         if status > 128:
             by = signal.Signals(status - 128).name if status - 128 in set(signal.Signals) else f"signal {status - 128}"
             hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
+            hint = " by this launch, as it did not respond or end in time" if self.is_ended else hint
             return f"killed by {by}{hint}; its last line: {last}"
         # A server goes on after some errors: only those at the end are the reason.
         errors = [line for line in lines[-END_LINES:] if IS_ERROR.search(line)]

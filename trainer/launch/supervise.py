@@ -11,7 +11,7 @@ import psutil
 from rekatrain.data.errors import INTERRUPTED, TrainingStopped
 from rekatrain.trainer.launch.keep import adopt_orphans, kill_descendants
 from rekatrain.trainer.launch.output import Output
-from rekatrain.trainer.launch.processes import Command, Kept
+from rekatrain.trainer.launch.processes import END_LINES, Command, Kept
 from rekatrain.trainer.launch.servers import Servers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -112,6 +112,9 @@ class Supervisor:
             return None
         if not first_failed and INTERRUPTED in ended and not any(_says_why(kept) for kept in self._running):
             return self._say_interrupted()
+        for kept, status in zip(self._running, ended, strict=True):
+            if status == first_failed > 128 and not any("rekatrain: " in line for line in [*kept.lines][-END_LINES:]):
+                self._output.say(f"{kept.name} ended with status {status}: {kept.reason()}. Go on with --resume")
         return first_failed or max(ended)
 
     def _status(self, kept: Kept) -> int | None:

@@ -108,6 +108,12 @@ def test_status_is_that_of_the_trainer(status: int, capfd: pytest.CaptureFixture
     assert "rekatrain: training | servers 1/1 up" in shown and "\n[trainer] a line of it\n" in shown
 
 
+def test_trainer_that_is_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([], trainer("echo step 3; kill -9 $$")) == 137
+    why = "killed by SIGKILL, as the kernel does when memory runs out; its last line: step 3"
+    assert f"rekatrain: trainer ended with status 137: {why}. Go on with --resume" in capfd.readouterr().err
+
+
 def test_trainer_starts_alone_without_servers() -> None:
     assert run([], trainer("exit 3")) == 3
 
@@ -208,7 +214,9 @@ def test_hangup_lets_the_trainer_save_as_sigterm_does() -> None:
     assert run([], trainer(script)) == 75
 
 
-def test_second_signal_ends_a_trainer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_ends_a_trainer_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("rekatrain.trainer.launch.supervise.TRAINER_KILL_SECONDS", 0.2)
     script = f"trap '' TERM; {BEGINS}; while :; do sleep 0.05; done"
 
@@ -219,6 +227,7 @@ def test_second_signal_ends_a_trainer_that_hangs(monkeypatch: pytest.MonkeyPatch
 
     later(twice)
     assert run([server()], trainer(script)) == 137
+    assert "trainer ended with status 137: killed by SIGKILL by this launch, as it" in capfd.readouterr().err
 
 
 def test_signal_while_servers_start_ends_with_75() -> None:
