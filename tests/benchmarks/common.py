@@ -127,6 +127,18 @@ def memory_mb(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def mapped_weights_mb() -> float:
+    """Return the resident memory of mapped weight files in MB: frozen weights of the stored dtype are read in place."""
+    total, is_weights = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, second, *_ = line.split()
+        if "-" in first:  # the addresses of a mapping, and its file
+            is_weights = line.endswith(".safetensors")
+        elif is_weights and first == "Rss:":
+            total += int(second)
+    return total / 1024
+
+
 def machine() -> dict[str, Any]:
     """Return the processor, its threads and rates, and the versions of the packages."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()

@@ -6,7 +6,7 @@
 Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
 embeddings) are trained for two steps by the real command, each run in a separate process, or in two under DeepSpeed.
 Sequences and completions have the length that the plan assumes. The measurement is VmHWM, the peak resident memory of
-the process, without RssFile, the pages of its libraries, whose number depends on the file cache. The allocator returns
+the process, without the mapped pages of its libraries, whose number depends on the file cache. The allocator returns
 freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory. Both numbers include the
 interpreter. On a GPU it is the peak that PyTorch allocated; the prediction leaves out the context and fragmentation.
 There adapters lie on a bfloat16 model, and all weights are trained with bfloat16 arithmetic.
@@ -50,11 +50,12 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile and uses no memory
 if __name__ == "__main__":  # the reward workers import this file, too
     from rekatrain.trainer.cli import main
-    from common import memory_mb
+    from common import mapped_weights_mb, memory_mb
     main(["train", sys.argv[1]])
     import torch
     on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - memory_mb("RssFile")
+    libraries = memory_mb("RssFile") - mapped_weights_mb()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - libraries
     Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(str(peak))
 """
 

@@ -14,7 +14,7 @@ they cannot draw.
 The best setting of TRL is the fastest of its arms in the run. Its options on a CPU are completions per pass,
 checkpointing, and continuous batching (`trl-8-continuous`). TRL_SETTINGS in arms.py lists the arms.
 
-Token slots are the tokens that the layers of the model run on, counted by hooks, with padding and recomputation. Needed
+Token slots (on a CPU) are the tokens that the layers run on, counted by hooks, with padding and recomputation. Needed
 slots are each prompt once and each completion without its last token, for sampling and for each pass (training; with
 beta > 0 the reference). The first step of a process warms up and is not in the medians. Memory is the process's peak;
 on a GPU, the peak of what PyTorch allocated there.
@@ -26,6 +26,7 @@ from itertools import product
 from statistics import fmean, median
 from typing import Any
 
+import torch
 from arms import OWN_SETTINGS, TRL_SETTINGS
 from common import add_model_arguments, machine_rates, make_parser, print_table, write_report
 from wall_clock import compare_rewards
@@ -44,7 +45,7 @@ def summarize(arm: str, results: Sequence[Result]) -> dict[str, Any]:
         **{f"{phase} s": median(step[f"seconds_{phase}"] for step in steps) for phase in phases},
         "peak MB": median(result["peak_mb"] for result in results),
         "above loaded": median(result["peak_mb"] - result["loaded_mb"] for result in results),
-        "slots/needed": slots / sum(step["slots_needed"] for step in steps),
+        "slots/needed": None if torch.cuda.is_available() else slots / sum(step["slots_needed"] for step in steps),
         "length": fmean(length for step in steps for length in step["lengths"]),
     }
 

@@ -67,6 +67,11 @@ class LiveMemory(TorchDispatchMode):
     def _remove(self, part: list[str], size: int) -> None:
         self.live[part[0]] -= size
 
+    def restart(self) -> Parts:
+        """Return the peak so far, and look for another from now on."""
+        peak, self.peak = self.peak, Counter(self.live)
+        return peak
+
     def move(self, tensor: Tensor, name: str) -> None:
         """Count a tensor that is already counted under the part `name` from now on."""
         storage = tensor.untyped_storage()

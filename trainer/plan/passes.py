@@ -46,9 +46,13 @@ def train_peak(workload: Workload, checkpointing: bool) -> Parts:
 
     checkpointing: True if the backward pass recomputes activations
     """
-    return extrapolate_layers(
-        lambda num_layers: measure_train(workload, num_layers, checkpointing), workload.num_layers
+    forward, backward = (
+        extrapolate_layers(
+            lambda num_layers, at=at: measure_train(workload, num_layers, checkpointing)[at], workload.num_layers
+        )
+        for at in range(2)
     )
+    return max(forward, backward, key=Counter.total)
 
 
 @lru_cache(maxsize=256)
@@ -67,8 +71,12 @@ def sample_peak(workload: Workload) -> Parts:
     return prefill | _measure_draw(workload) + Counter({KV_CACHE: workload.kv_cache_bytes})
 
 
-def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> Parts:
-    """Measure the peak of forward, loss and backward in a model with `num_layers` layers, in bytes by part."""
+@lru_cache(maxsize=256)
+def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> tuple[Parts, Parts]:
+    """Measure the peaks of the forward and of the backward pass with `num_layers` layers, in bytes by part.
+
+    Each grows by the same number of bytes per layer; the larger of both does not, where a deep model has it elsewhere.
+    """
     model = make_model(workload, num_layers, checkpointing)
     keeps_gradients = workload.keeps_gradients  # builds another model: keep it outside the measurement
     with fake_tensors(model):
@@ -89,8 +97,9 @@ def measure_train(workload: Workload, num_layers: int, checkpointing: bool) -> P
         with live, _head_kernels(workload):
             with _autocast(workload):
                 loss = run_loss(workload, model)
+            forward = live.restart()
             loss.backward()
-    return live.peak
+    return forward, live.peak
 
 
 def run_loss(workload: Workload, model: Policy) -> Tensor:

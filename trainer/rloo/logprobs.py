@@ -31,7 +31,8 @@ from rekatrain.trainer.rloo.kernels.grouped_attention import Layout, PackedGroup
 # of Reka Flash 3 take 0.4 GB per thousand tokens.
 TOKENS_PER_CHUNK = 2048
 # Bytes of logits that are worked on at the same time: temporaries stay in a processor's cache; a GPU has enough to do.
-LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+# There they are four times as large: a sum in float64 begins with a copy.
+LOGIT_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +259,9 @@ def make_reference(
     """Return log-probabilities under the policy that the run begins with; None where beta is 0.
 
     With a new adapter that policy is the model without it and costs no memory; with an adapter that the run continues,
-    it is the model with a copy of the adapter. Otherwise it is a copy of the policy, or
-    under ZeRO-3, where a copy would be of shards, the result of `load_again`, sharded likewise. It computes in the
-    policy's arithmetic, so that rounding is no KL.
+    or with `lora.bias`, which trains the model's own biases, it is the model with a copy of all that is trained.
+    Otherwise it is a copy of the policy, or under ZeRO-3, where a copy would be of shards, the result of `load_again`,
+    sharded likewise. It computes in the policy's arithmetic, so that rounding is no KL.
     """
     if config.beta == 0:
         return None
@@ -273,16 +274,15 @@ def make_reference(
         if config.cast_lm_head_to_fp32:
             compute_head_in_float32(second)
         again = CompletionLogprobs(
-            second,
-            temperature=model.temperature,
-            num_tokens=model.num_tokens,
-            fused_lm_head=model.fused_lm_head,
+            second, temperature=model.temperature, num_tokens=model.num_tokens, fused_lm_head=model.fused_lm_head
         )
         initial = frozen(accelerator, again)
     else:
         initial = frozen(accelerator, copy.deepcopy(model))
 
-    first = {name: parameter.detach().clone() for name, parameter in trained_of(policy)} if continues_adapter else None
+    first = None
+    if continues_adapter or (isinstance(policy, PeftModel) and policy.peft_config["default"].bias != "none"):
+        first = {name: parameter.detach().clone() for name, parameter in trained_of(policy)}
 
     # A prepared model autocasts its own forward; this call does not go through it. DeepSpeed has cast the weights.
     arithmetic = nullcontext if zero_stage(accelerator) else accelerator.autocast
