@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layers
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.weights import PEFT_PREFIX
 
 
 def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
@@ -79,6 +80,25 @@ def check_head(classifier: nn.Module, lora: Mapping[str, Any]) -> None:
                     f"lora.{key} names {name}, the head of the reward model, which is new and is trained whole with "
                     "every adapter: take it out"
                 )
+
+
+def check_new_parts(new: Collection[str], adapted: PeftModel) -> None:
+    """Raise InputError for a part of a classifier that is new, and that the adapter neither trains nor saves.
+
+    PEFT does so for the last layer alone. An encoder whose files lack its pooler, for one, would get another random one
+    each time that it is loaded.
+
+    new: names of the tensors that the model's files lack
+    """
+    saved = {name.removeprefix(PEFT_PREFIX) for name in get_peft_model_state_dict(adapted)}
+    lost = sorted(set(new) - saved)
+    if lost:
+        part = lost[0].rpartition(".")[0]
+        name = next((each for each in part.split(".") if each in ("pooler", "sequence_summary")), part.split(".")[-1])
+        raise InputError(
+            f"the model's files lack {lost[0]}, which is random and which an adapter neither trains nor saves: add "
+            f"lora.modules_to_save: [{name}], or remove the section lora"
+        )
 
 
 def check_quantized_targets(adapted: PeftModel) -> None:

@@ -34,20 +34,21 @@ POOLER = re.compile(r"(.*\.)?pooler\..*")
 
 def check_tensors(
     source: Source, revision: str | None, skeleton: PreTrainedModel, *, may_lack_head: bool = False
-) -> None:
-    """Raise InputError if the weights on this machine are not those of `skeleton`; read headers alone.
+) -> list[str]:
+    """Return the tensors that a classifier's files lack, and that are random before training; read headers alone.
 
-    A model of the hub that is not here yet is checked when it is loaded.
+    Raises InputError if the weights on this machine are not those of `skeleton`. A model of the hub that is not here
+    yet is checked when it is loaded.
 
     skeleton:      the model that config.json builds, without weights
     may_lack_head: True for a classifier whose head is new
     """
     folder = local_folder(source.base, revision)
     if folder is None or not check_weight_files(folder):
-        return
+        return []
     check_tied_files(source.base, folder, skeleton)
     if is_deepspeed_zero3_enabled():  # transformers then builds no model on the meta device
-        return
+        return []
     with quiet_transformers(has_bar=False), readable(source.base):
         model_class = type(skeleton)
         loaded: Any = model_class.from_pretrained(  # with the report, a pair
@@ -66,6 +67,7 @@ def check_tensors(
                 f"the adapter {source.adapter!r} has no {untrained[0]}, and neither has its base {source.base!r}: that "
                 "part of the classifier would be random; train the reward model again, or copy the whole folder"
             )
+    return sorted(loaded[1]["missing_keys"])
 
 
 def check_report(base: str, model: PreTrainedModel, report: Mapping[str, Any], *, may_lack_head: bool = False) -> None:

@@ -11,7 +11,7 @@ from rekatrain.data.tokenizer import load_classifier_tokenizer
 from rekatrain.rewards.models.classifier import set_pad
 from rekatrain.trainer.models.config import build_skeleton, check_context
 from rekatrain.trainer.models.load import Policy, add_adapter, describe
-from rekatrain.trainer.models.lora_targets import check_quantized_targets, check_targets
+from rekatrain.trainer.models.lora_targets import check_new_parts, check_quantized_targets, check_targets
 from rekatrain.trainer.models.optimizers import check_matrices
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
 from rekatrain.trainer.models.source import base_revision, commit_of, find_source
@@ -66,11 +66,12 @@ def check_reward_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, ma
             f"the model has embeddings for {text_config.vocab_size} ids but the tokenizer has {len(tokenizer)}: "
             f"{source.folder!r} holds the tokenizer of another model"
         )
-    check_tensors(source, revision, skeleton, may_lack_head=may_lack_head or source.adapter is not None)
+    new = check_tensors(source, revision, skeleton, may_lack_head=may_lack_head or source.adapter is not None)
     classifier: Policy = skeleton
     if recipe.lora is not None:
         classifier = adapted = add_adapter(skeleton, recipe.lora, task_type=TASK_TYPE)
         check_targets(adapted, recipe.lora)
+        check_new_parts(new, adapted)
         if recipe.model.get("quantization_config") is not None:
             check_quantized_targets(adapted)
     if optim_of(recipe) == MUON:
@@ -114,4 +115,6 @@ def load_reward_model(
         return adapted
     if lora is None:
         return model
-    return add_adapter(model, lora, task_type=TASK_TYPE, revision=commit_of(source.base, revision))
+    adapted = add_adapter(model, lora, task_type=TASK_TYPE, revision=commit_of(source.base, revision))
+    check_new_parts(report["missing_keys"], adapted)
+    return adapted

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -31,8 +31,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "all linear layers": {**PLAIN, "target_modules": "all-linear", "bias": "all"},
 }
 ENCODER = {**PLAIN, "target_modules": ["query", "value"], "use_dora": True, "rank_pattern": {"query": 2}}
-QUICK = ("DoRA, rsLoRA, patterns", "the head by its name")
-WORKING = [*(method for method, cells in TABLE.items() if cells["reward"]), *HEADS, "an encoder"]
+# An encoder's files may lack its pooler, on which the classifier is built: it is new, as the head is.
+WITHOUT_POOLER = "an encoder without a pooler"
+QUICK = ("DoRA, rsLoRA, patterns", "the head by its name", WITHOUT_POOLER)
+WORKING = [*(method for method, cells in TABLE.items() if cells["reward"]), *HEADS, "an encoder", WITHOUT_POOLER]
 
 
 def write_reward_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast, method: str) -> Path:
@@ -44,7 +46,7 @@ def write_reward_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast, method
     path = write_recipe(folder, tokenizer, known, stage="reward", dataset=dataset)
     recipe = json.loads(path.read_text())
     recipe["reward"] = recipe.pop("sft")
-    if method == "an encoder":
+    if method in ("an encoder", WITHOUT_POOLER):
         shutil.rmtree(folder / "model")
         save_encoder(folder / "model", tokenizer)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -52,6 +54,11 @@ def write_reward_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast, method
         )
         model.save_pretrained(folder / "model")
         recipe["lora"] = ENCODER
+    if method == WITHOUT_POOLER:
+        weights = load_file(folder / "model" / "model.safetensors")
+        kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name and "classifier" not in name}
+        save_file(kept, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+        recipe["lora"] = {**PLAIN, "target_modules": ["query", "value"], "modules_to_save": ["pooler"]}
     recipe["lora"] = HEADS.get(method, recipe["lora"])
     path.write_text(json.dumps(recipe))
     return path
@@ -91,6 +98,15 @@ def test_adapter_that_no_reward_model_has_is_refused(
 ) -> None:
     path = write_reward_recipe(tmp_path, tokenizer, method)
     assert refusal(capsys, "train", str(path), "--dry-run").startswith("rekatrain: error: lora.")
+
+
+def test_new_part_that_no_adapter_saves_is_refused(
+    tmp_path: Path, tokenizer, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_reward_recipe(tmp_path, tokenizer, WITHOUT_POOLER)
+    line = refusal(capsys, "train", str(path), "--dry-run", "lora.modules_to_save=null")
+    assert "the model's files lack bert.pooler.dense.bias" in line and "lora.modules_to_save: [pooler]" in line
+    main(["train", str(path), "--dry-run", "lora=null"])  # without an adapter all is trained and saved
 
 
 @pytest.mark.parametrize(
