@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from rekatrain.data.errors import InputError
 from rekatrain.data.tokenizer import load_tokenizer
 from rekatrain.trainer.models.config import build_skeleton, check_config
+from rekatrain.trainer.models.float32_weights import load_in_float32, train_in_float32
 from rekatrain.trainer.models.lora_targets import check_head, check_quantized_targets, check_targets
 from rekatrain.trainer.models.optimizers import check_matrices, check_optim_here
 from rekatrain.trainer.models.quantization import check_quantization_here, make_quantization
@@ -163,13 +164,11 @@ def add_adapter(
         with warnings.catch_warnings():
             # Of names that match nothing, and of tied weights: both are errors of check_targets.
             warnings.simplefilter("ignore")
-            # An adapter of another dtype than the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072); under
-            # DeepSpeed the optimizer keeps its float32 copy.
             adapted = get_peft_model(
                 model,
                 # A copy: PEFT adds a classifier's head to the list in modules_to_save.
                 LoraConfig(task_type=task_type, **{key: deepcopy(lora[key]) for key in lora if key not in LORA_OWN}),
-                autocast_adapter_dtype=not is_deepspeed_zero3_enabled(),
+                autocast_adapter_dtype=_keeps_float32(),
                 revision=revision,
             )
     except (ValueError, TypeError) as error:
@@ -179,7 +178,18 @@ def add_adapter(
         names = getattr(config, key)
         if isinstance(names, set):  # PEFT would save them in an order that differs between processes
             setattr(config, key, sorted(names))
+    if _keeps_float32():
+        train_in_float32(adapted)
     return adapted
+
+
+def _keeps_float32() -> bool:
+    """Return False if the optimizer alone has float32 copies of the trained weights of a bfloat16 model.
+
+    Another dtype than that of the frozen weights breaks ZeRO-3's gathers (DeepSpeed issue 8072). At stages 1 and 2
+    DeepSpeed makes all weights bfloat16 itself.
+    """
+    return not is_deepspeed_zero3_enabled()
 
 
 def _reason(error: Exception) -> str:
@@ -202,9 +212,12 @@ def load_policy(recipe: Recipe) -> Policy:
         base = load_model(**recipe.model | {"pretrained_model_name_or_path": source.base, "revision": revision})
         config = read_adapter_config(Path(source.adapter))
         config.lora_dropout = (recipe.lora or {}).get("lora_dropout", 0.0)
-        # As for a new adapter, below.
-        cast = not is_deepspeed_zero3_enabled()
-        policy = load_adapter(base, source.adapter, is_trainable=True, config=config, autocast_adapter_dtype=cast)
+        keeps_float32 = _keeps_float32()
+        policy = load_adapter(
+            base, source.adapter, is_trainable=True, config=config, autocast_adapter_dtype=keeps_float32
+        )
+        if keeps_float32 and train_in_float32(policy):
+            load_in_float32(policy, source.adapter)
         check_finite(policy, source.adapter)
         return policy
     model = load_model(**recipe.model)

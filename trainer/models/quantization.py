@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.float32_weights import load_in_float32
 from rekatrain.trainer.processes.launch import read_launch
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.shipped import shipped_file
@@ -53,15 +55,19 @@ def check_quantization(recipe: Recipe, *, has_gpu: bool, zero_stage: int | None)
         )
 
 
-def keep_adapter_dtype(model: nn.Module, dtype: str) -> None:
-    """Undo TRL's cast of an adapter on a quantized base to bfloat16, which rounds small updates away.
+def keep_adapter_dtype(model: nn.Module, adapter: str | None) -> None:
+    """Undo TRL's cast of all that is trained on a quantized base to bfloat16, which rounds small updates away.
 
-    The matrices of LoRA are trained in float32, as PEFT makes them, and whole modules in the model's dtype. A resumed
-    run has these dtypes too, so that it would otherwise give other weights than the unbroken run.
+    A resumed run is float32, too, so that it would otherwise give other weights than the unbroken run.
+
+    adapter: folder of the adapter that the run continues, whose weights TRL has rounded
     """
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else getattr(torch, dtype))
+            parameter.data = parameter.data.float()
+    if adapter is not None:
+        assert isinstance(model, PeftModel)
+        load_in_float32(model, adapter)
 
 
 def check_quantization_here(recipe: Recipe) -> None:

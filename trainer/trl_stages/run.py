@@ -28,6 +28,7 @@ from rekatrain.trainer.models.load import check_trainable
 from rekatrain.trainer.models.loraplus import lr_ratio
 from rekatrain.trainer.models.probe import SaveProbe
 from rekatrain.trainer.models.quantization import keep_adapter_dtype
+from rekatrain.trainer.models.source import find_source
 from rekatrain.trainer.processes.agreement import agree_on_start
 from rekatrain.trainer.processes.launch import (
     USUAL_DDP_TIMEOUT,
@@ -186,7 +187,7 @@ def run_trainer(
     trainer.loraplus_lr_ratio, trainer.optim = lr_ratio(recipe.lora), optim_of(recipe)
     if recipe.model.get("quantization_config") is not None:
         assert trainer.model is not None
-        keep_adapter_dtype(trainer.model, recipe.model.get("dtype", "bfloat16"))
+        keep_adapter_dtype(trainer.model, find_source(recipe.model["pretrained_model_name_or_path"]).adapter)
     trainer.add_callback(NonFiniteCallback(NonFiniteGuard(recipe, run), trainer, tokenizer))
     running = RunningMetrics(trainer, run, checkpoint)
     trainer.add_callback(running)  # its file is there when the checkpoint is completed
