@@ -215,6 +215,11 @@ def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, check
             "a run that continues an adapter has no reference under ZeRO-3, which shards the adapter: launch it with "
             "ZeRO-2, set rloo.beta to 0, or merge the adapter first: rekatrain export RUN OUT"
         )
+    if (recipe.lora or {}).get("bias", "none") != "none" and config.beta and zero_stage(accelerator) == 3:
+        raise InputError(
+            "lora.bias trains biases of the model itself, and a run with them has no reference under ZeRO-3, which "
+            "shards them: launch it with ZeRO-2, set rloo.beta to 0, or lora.bias to none"
+        )
     if config.fused_lm_head and zero_stage(accelerator) == 3:
         raise InputError(
             "rloo.fused_lm_head reads the weight of the LM head outside its layer, where ZeRO-3 has gathered nothing: "

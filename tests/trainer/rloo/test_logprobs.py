@@ -12,8 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rekatrain.trainer.models.load import add_adapter
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.kernels.grouped_attention import NAME, decoder_and_head
 from rekatrain.trainer.rloo.logprobs import CompletionLogprobs, TokenLogprobs, make_reference, pack_completions
+from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")
 # The logits of a float64 model are normalized in float32 too.
@@ -301,3 +304,21 @@ def test_pack_completions_drops_the_last_tokens() -> None:
 def test_make_reference_without_beta_returns_none(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     scored = CompletionLogprobs(model, temperature=1.0, num_tokens=len(tokenizer))
     assert make_reference(Accelerator(cpu=True), scored, RLOOConfig(max_steps=1, beta=0.0)) is None
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_reference_of_an_adapter_is_the_first_policy(tokenizer: PreTrainedTokenizerFast, bias: str) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"], "bias": bias}
+    policy = add_adapter(tiny_llama(tokenizer, attention_bias=True), lora)
+    decoder, _ = decoder_and_head(policy)
+    decoder.set_attn_implementation(NAME)
+    model = CompletionLogprobs(policy, temperature=1.0, num_tokens=len(tokenizer))
+    reference = make_reference(Accelerator(cpu=True), model, RLOOConfig(max_steps=1))
+    packed = pack_completions([[5, 6, 7]], [[[11, 12], [13]]], CPU)
+    with torch.no_grad():
+        first = model(packed)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        assert reference is not None and torch.equal(reference(packed), first)
+        assert (model(packed) - first).abs().max() > 0.1
