@@ -46,7 +46,7 @@ def sequence_group() -> SequenceGroup | None:
 
 
 def check_sequence_parallel(size: int, num_processes: int, config: PretrainedConfig) -> None:
-    """Raise InputError for a size of sequence groups that does not divide the heads of the model."""
+    """Raise InputError for a size of sequence groups that does not divide the processes, or the heads of the model."""
     heads, shared = attention_heads(config)
 
     def can_be(size: int) -> bool:
@@ -54,9 +54,14 @@ def check_sequence_parallel(size: int, num_processes: int, config: PretrainedCon
 
     if not can_be(size):
         others = [str(other) for other in range(1, num_processes + 1) if can_be(other)]
+        reason = f"{num_processes} processes cannot be divided into groups of {size}"
+        if num_processes % size == 0:
+            reason = (
+                f"the model has {heads} attention heads and {shared} key-value heads, which {size} processes cannot "
+                "divide evenly"
+            )
         raise InputError(
-            f"parallelism_config_sp_size is {size}, but the model has {heads} attention heads and {shared} key-value "
-            f"heads, which {size} processes cannot divide evenly: with {num_processes} processes it can be "
+            f"parallelism_config_sp_size is {size}, but {reason}: with {num_processes} processes it can be "
             f"{' or '.join(others)}"
         )
 

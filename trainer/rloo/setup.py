@@ -22,7 +22,12 @@ from rekatrain.trainer.held_out_prompts import HeldOut, prepare_held_out
 from rekatrain.trainer.models.config import check_attention
 from rekatrain.trainer.models.load import Policy, check_model, load_model_tokenizer
 from rekatrain.trainer.processes.interruption import INTERRUPTION
-from rekatrain.trainer.processes.launch import USUAL_DDP_TIMEOUT, check_mixed_precision
+from rekatrain.trainer.processes.launch import (
+    USUAL_DDP_TIMEOUT,
+    check_mixed_precision,
+    read_launch,
+    read_sequence_parallel,
+)
 from rekatrain.trainer.prompts import Prompt, load_prompts
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
@@ -30,6 +35,7 @@ from rekatrain.trainer.rloo.kernels.float32_head import compute_head_in_float32
 from rekatrain.trainer.rloo.kernels.fused_head import check_head_targets
 from rekatrain.trainer.rloo.sampler.in_process import Sampler
 from rekatrain.trainer.rloo.sampler.vllm.server_pool import MAX_ATTEMPTS
+from rekatrain.trainer.rloo.sequence_parallel import check_sequence_parallel
 from rekatrain.trainer.run.best import BestModel
 
 # Seconds per token of the longest completion of a batch, in process: a 21B model takes 20 to 50 ms.
@@ -139,6 +145,7 @@ def prepare(recipe: Recipe) -> RunSetup:
     tokenizer = load_model_tokenizer(recipe)
     model_config = check_model(recipe, tokenizer)
     check_attention(model_config)
+    check_sequence_parallel(read_sequence_parallel(), read_launch().num_processes, model_config)
     if recipe.model.get("attn_implementation") is not None:
         raise InputError(
             f"model.attn_implementation is {recipe.model['attn_implementation']!r}, but stage rloo brings its own "

@@ -8,7 +8,10 @@ from transformers import LlamaConfig
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.processes.launch import read_sequence_parallel
+from rekatrain.trainer.recipe.load import load_recipe
 from rekatrain.trainer.rloo.sequence_parallel import check_sequence_parallel
+from rekatrain.trainer.rloo.setup import prepare
+from tests.end_to_end.small_runs import rloo_recipe, write_data
 from tests.helpers.forks import Launch, start_forked
 from tests.trainer.rloo.split_sequences import SIZES, WAYS
 
@@ -42,6 +45,36 @@ def test_check_sequence_parallel_names_the_sizes_that_fit() -> None:
     for size in (3, 6, 8):
         with pytest.raises(InputError, match=r"sp_size is \d, .* 12 attention heads and 4 .* can be 1 or 2 or 4 or 12"):
             check_sequence_parallel(size, 24, config)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_processes", "message"),
+    [
+        (
+            3,
+            6,
+            "4 attention heads and 2 key-value heads, which 3 processes .* 6 processes it can be 1 or 2",
+        ),
+        (4, 6, "6 processes cannot be divided into groups of 4: with 6 processes it can be 1 or 2"),
+    ],
+)
+def test_run_refuses_a_size_before_weights(
+    size: int,
+    num_processes: int,
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    no_weights: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_data(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", str(size))
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    with pytest.raises(InputError, match=message):
+        prepare(load_recipe(rloo_recipe(tmp_path, "run", model_folder)))
 
 
 @pytest.mark.parametrize(
