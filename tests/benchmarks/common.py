@@ -134,8 +134,8 @@ def mapped_weights_mb() -> float:
         first, second, *_ = line.split()
         if "-" in first:  # the addresses of a mapping, and its file
             is_weights = line.endswith(".safetensors")
-        elif is_weights and first == "Rss:":
-            total += int(second)
+        elif is_weights and first in ("Rss:", "Anonymous:"):  # a page that training writes becomes anonymous
+            total += int(second) if first == "Rss:" else -int(second)
     return total / 1024
 
 
