@@ -78,7 +78,7 @@ def trainer_commands(
         command = Command(
             name="trainer" if len(hosts) == 1 else f"trainer {index}",
             argv=[*launcher, "-m", "rekatrain", "train", *arguments],
-            environment={**host.environment, **_visible(placement.trainer_gpus), LAUNCHED: "1"},
+            environment={**host.environment, **_past_proxies(hosts), **_visible(placement.trainer_gpus), LAUNCHED: "1"},
             unset=LAUNCHER_VARIABLES,
             prefix=host.prefix,
         )
@@ -96,6 +96,16 @@ def train_arguments(
     if placement.kind == "shared":
         added.append("rloo.vllm_enable_sleep_mode=true")
     return [recipe_path, *overrides, *added, *flags]
+
+
+def _past_proxies(hosts: Sequence[Host]) -> Mapping[str, str]:
+    """Return the variables with which requests to these nodes go past the proxies of the environment."""
+    proxies = {name.lower(): value for name, value in os.environ.items() if name.lower().endswith("_proxy") and value}
+    excepted = proxies.pop("no_proxy", "")
+    if not proxies:
+        return {}
+    names = ",".join([*filter(None, excepted.split(",")), *(host.address for host in hosts)])
+    return {"no_proxy": names, "NO_PROXY": names}
 
 
 def _usual_options(gpus: Sequence[int]) -> dict[str, bool]:

@@ -5,12 +5,17 @@ import shutil
 import socket
 from itertools import pairwise
 from pathlib import Path
+from urllib.request import proxy_bypass
 
 import pytest
 from filelock import FileLock
 
 from rekatrain import RECIPES
 from rekatrain.trainer.cli import main
+from rekatrain.trainer.launch.commands import trainer_commands
+from rekatrain.trainer.launch.hosts import Host
+from rekatrain.trainer.launch.nodes import Placement
+from rekatrain.trainer.launch.section import LaunchConfig
 from rekatrain.trainer.recipe.load import dump_recipe, load_recipe
 from rekatrain.trainer.rloo.sampler.vllm.serve import VLLM_PYTHON
 from rekatrain.trainer.run import folder as run_folder
@@ -87,6 +92,28 @@ def test_variables_of_another_launcher_make_no_rank_of_it(
     assert [*started(capsys)] == ["trainer"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "launch.gpus is 9999, but this machine has" in error(capsys, "launch.gpus=9999")
+
+
+def test_trainers_reach_their_servers_past_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [Host(address="127.0.0.1"), Host(address="node2")]
+    placement = Placement(kind="split")
+
+    def proxied() -> set[str]:
+        """Return which of some addresses a trainer requests through the proxy."""
+        command = trainer_commands(["run.yaml"], LaunchConfig(), placement, hosts)[0]
+        with monkeypatch.context() as patch:
+            for name, value in command.environment.items():
+                patch.setenv(name, value)
+            return {name for name in ("127.0.0.1", "node2", "judge.example") if not proxy_bypass(name)}
+
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    assert proxied() == {"judge.example"}
+    monkeypatch.setenv("NO_PROXY", "judge.example")
+    assert proxied() == set()
+    monkeypatch.delenv("HTTP_PROXY")
+    assert "no_proxy" not in trainer_commands(["run.yaml"], LaunchConfig(), placement, hosts)[0].environment
 
 
 def test_port_in_use_is_one_error(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
