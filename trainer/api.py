@@ -14,7 +14,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.launch.section import LAUNCHED
@@ -220,9 +220,9 @@ def export(
 
         check_hub(push_to_hub)
     source = Path(run) if checkpoint is None else resolve_checkpoint(Path(run), checkpoint)
-    options = {"dtype": dtype, "quantize": quantize, "max_kl": max_kl}
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "max_kl": max_kl}
     options |= {"max_shard_size": max_shard_size, "average": average}
-    export_run(source, Path(out), form=form, **options)  # type: ignore[arg-type]  # of several types
+    export_run(source, Path(out), form=form, **options)
     if push_to_hub is not None:
         from rekatrain.trainer.export.hub import push
 

@@ -86,7 +86,7 @@ def check_attention(config: PretrainedConfig) -> None:
             f"the model's config.json has layer_types {', '.join(others)}: sampling and RLOO attend to every earlier "
             "token in each layer, as Llama does, and would compute another model than this one"
         )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # a class
     if model_class is not None and not model_class._supports_attention_backend:
         raise InputError(
             f"{model_class.__name__} (model_type {config.model_type}) computes its attention by code of its family, "

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.loraplus import lr_ratio
 from rekatrain.trainer.models.weights import PEFT_PREFIX
 
 
@@ -56,7 +57,7 @@ def check_targets(adapted: PeftModel, lora: Mapping[str, Any]) -> None:
         if layer >= num_layers:
             raise InputError(f"lora.layers_to_transform names layer {layer}; the model has {num_layers}, from 0 on")
     _check_embeddings(base, targeted, "target_modules")
-    if lora.get("loraplus_lr_ratio") is not None:
+    if lr_ratio(lora) is not None:
         embeddings = [name for name in targeted if isinstance(base.get_submodule(name), lora_layers.Embedding)]
         if embeddings:
             raise InputError(
