@@ -26,13 +26,14 @@ $python -c "import torch; print(torch.cuda.get_device_properties(0), 'torch', to
 determinism=tests/trainer/rloo/test_determinism.py::test_full_determinism_runs_nothing_that_raises_on_a_gpu
 $python -m pytest -q $tests tests/trainer/rloo/kernels tests/trainer/rloo/sampler $determinism
 $python tests/gpu/throughput.py --out "$out/throughput.json"
+$python tests/gpu/attention.py --out "$out/attention.json"
 $python tests/benchmarks/launches.py --out "$out/launches.json"
 # Layers of the 21B model with random weights; its config is shipped. Exit status 1 says that the recipe does not fit this
 # GPU: its rates are measured anyway. `launch=null`: sampling in process, whose decoding steps are measured, too.
 $python -m rekatrain plan recipes/reka-flash-3/rloo-8k.yaml launch=null --calibrate "$out/rates.json" || [ $? -eq 1 ]
 if [ -n "${MODEL:-}" ]; then
   for benchmark in roofline sampler; do
-    $python tests/benchmarks/$benchmark.py --model "$MODEL" --device cuda --out "$out/$benchmark.json"
+    $python tests/benchmarks/$benchmark.py --model "$MODEL" --device cuda --dtype bfloat16 --out "$out/$benchmark.json"
   done
-  $python tests/benchmarks/rloo_vs_trl.py --model "$MODEL" --out "$out/rloo_vs_trl.json"
+  $python tests/benchmarks/rloo_vs_trl.py --model "$MODEL" --dtype bfloat16 --out "$out/rloo_vs_trl.json"
 fi

@@ -31,7 +31,7 @@ class Rates:
 
     Peak rates: NVIDIA H100 SXM5 80 GB (data sheet, nvidia.com/en-us/data-center/h100), with one 400 Gbit/s network port
     per GPU (DGX H100 data sheet). NVLink's 900 GB/s are both directions together. `CALIBRATION` says what the fitted
-    fractions were fitted to. The others are our assumptions, and no GPU run of this program has confirmed any.
+    fractions were fitted to, and what was measured on an H200. The others are our assumptions.
 
     name:                   name of the GPU
     measured_on:            name of the machine where `rekatrain plan --calibrate` measured the rates; else empty
@@ -46,8 +46,8 @@ class Rates:
     adapter_fraction:       of the speed of vLLM without an adapter, with one; fitted
     link_fraction:          of `nvlink` and `network`; an assumption
     layer_launch_seconds:   seconds that the kernels of one layer take at least in a CUDA graph: 61 (counted by
-                            tests/benchmarks/launches.py) at 2 us each, an assumption
-    adapter_launch_seconds: likewise with an adapter: 75 kernels
+                            tests/benchmarks/launches.py) of 5 us, as those of a model of 16 layers on an H200
+    adapter_launch_seconds: likewise with an adapter: 75 kernels, as --calibrate measured on an H200
     """
 
     name: str = "H100 SXM5"
@@ -61,8 +61,8 @@ class Rates:
     memory_fraction: float = 0.44
     adapter_fraction: float = 1788 / 2694
     link_fraction: float = 0.7
-    layer_launch_seconds: float = 1.22e-4
-    adapter_launch_seconds: float = 1.5e-4
+    layer_launch_seconds: float = 3.0e-4
+    adapter_launch_seconds: float = 4.6e-4
     measured_on: str = ""
 
     def describe(self) -> str:
