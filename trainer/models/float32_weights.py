@@ -30,7 +30,7 @@ def train_in_float32(model: nn.Module) -> bool:
         if dtypes:
             (dtype,) = dtypes  # a module has one dtype
             # The class and not the `forward` of the module, which wrappers replace.
-            module.__class__ = _rounding(type(module), dtype)
+            module.__class__ = _rounding(type(module), dtype)  # type: ignore[arg-type]  # classes are hashable
     for parameter in rounded:
         parameter.data = parameter.data.float()
     return bool(rounded)

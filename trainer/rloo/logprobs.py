@@ -281,7 +281,7 @@ def make_reference(
         initial = frozen(accelerator, copy.deepcopy(model))
 
     first = None
-    if continues_adapter or (isinstance(policy, PeftModel) and policy.peft_config["default"].bias != "none"):
+    if continues_adapter or (isinstance(policy, PeftModel) and vars(policy.peft_config["default"])["bias"] != "none"):
         first = {name: parameter.detach().clone() for name, parameter in trained_of(policy)}
 
     # A prepared model autocasts its own forward; this call does not go through it. DeepSpeed has cast the weights.
