@@ -11,6 +11,13 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[2]
 
 
+def write_stand_in(file: Path) -> str:
+    """Write a program that stands in for vLLM's Python -> its path."""
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} "$@"\n')
+    file.chmod(0o755)
+    return str(file)
+
+
 def main(arguments: list[str]) -> None:
     """Serve `--model` on `--port`, or say that vLLM is here."""
     if arguments[0] == "-c":

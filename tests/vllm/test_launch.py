@@ -23,9 +23,9 @@ from rekatrain.trainer.run.records import read_records
 from tests.conftest import tiny_llama
 from tests.end_to_end.small_runs import write_data
 from tests.package.processes import environment
+from tests.vllm.fake_vllm import write_stand_in
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-FAKE = Path(__file__).with_name("fake_vllm.py")
 SECONDS = 300
 # vLLM's CPU kernels need heads of 32.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -60,10 +60,7 @@ def python(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The Python of an environment with vLLM, or a stand-in for it."""
     if request.param == "vllm":
         return os.environ["VLLM_PYTHON"]
-    file = tmp_path / "python"
-    file.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
-    file.chmod(0o755)
-    return str(file)
+    return write_stand_in(tmp_path / "python")
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from rekatrain.trainer.launch.processes import Command
 from rekatrain.trainer.launch.section import LaunchConfig
 from rekatrain.trainer.launch.servers import Servers
 from rekatrain.trainer.launch.supervise import Supervisor
-from tests.end_to_end.small_runs import records, write_data, write_recipe
+from tests.end_to_end.small_runs import LORA, records, rloo_recipe, write_data, write_recipe
 from tests.package.processes import BIN, run
+from tests.vllm.fake_vllm import write_stand_in
 
 # ssh starts a shell with another environment; a host that ends in `down` is not there.
 SSH = """#!/bin/bash
@@ -170,16 +171,27 @@ def test_processes_on_other_nodes_end_with_the_launch(
 
 @pytest.mark.slow
 @pytest.mark.launched
+@pytest.mark.parametrize("stage", ["sft", "rloo"])
 def test_sbatch_file_trains_on_the_nodes_of_its_allocation(
-    stand_ins: Path, allocation: list[str], tmp_path: Path, model_folder: Path
+    stand_ins: Path, allocation: list[str], tmp_path: Path, model_folder: Path, stage: str
 ) -> None:
     write_data(tmp_path)
-    dataset = {"path": str(tmp_path / "sft.jsonl"), "format": "prompt_answer"}
-    sft = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
-    write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
+    if stage == "sft":
+        dataset = {"path": str(tmp_path / "sft.jsonl"), "format": "prompt_answer"}
+        sft = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+        write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
+        placed = "in_process: 1 training process (ddp.yaml)"
+    else:
+        python = write_stand_in(tmp_path / "python")
+        rloo_recipe(tmp_path, "run", model_folder, rloo={"max_steps": 2}, launch={"vllm_python": python}, lora=LORA)
+        placed = "split: 1 vLLM server, 1 training process (ddp.yaml)"
     done = run(tmp_path, "bash", RECIPES / "slurm" / "launch.sbatch", "run.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "rekatrain: launch: 2 nodes, each with in_process: 1 training process (ddp.yaml)" in done.stderr
+    assert f"rekatrain: launch: 2 nodes, each with {placed}" in done.stderr
     assert "world size 2, cpu" in done.stderr
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
     assert "--nodelist=127.0.0.2" in (stand_ins / "log").read_text()
+    if stage == "rloo":
+        for server in allocation:
+            assert f"rollouts: http://{server}:" in done.stderr
+        assert max(record["mismatch_logprob"] for record in records(tmp_path / "run")) < 1e-4
