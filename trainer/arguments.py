@@ -242,9 +242,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="largest mean KL from training that a quantized export may have, in nats per token (default: by its type)",
     )
-    command.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="dtype of the stored weights (default: the recipe's)"
-    )
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], help="of stored weights (default: the recipe's)")
     command.add_argument(
         "--push-to-hub",
         metavar="OWNER/NAME",
@@ -263,9 +261,7 @@ def _add_chat(command: argparse.ArgumentParser) -> None:
     command.description = "Ctrl-C ends the answer, Ctrl-D the conversation."
     command.add_argument("export", type=Path, nargs="?", metavar="EXPORT", help="a folder of rekatrain export")
     command.add_argument("--url", help="of a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
-    command.add_argument(
-        "--model", metavar="NAME", help="the model of a server that has several (default: its adapter)"
-    )
+    command.add_argument("--model", metavar="NAME", help="model of a server that has several (default: its adapter)")
 
 
 def _positive(text: str) -> int:
