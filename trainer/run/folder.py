@@ -117,10 +117,7 @@ class RunFolder:
     def check_unlocked(self) -> None:
         """Raise InputError if another run has locked the folder; write nothing."""
         if (self.path / LOCK_FILE).exists():
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise self._in_use() from None
+            self._acquire()
             self._lock.release()
 
     def choose_checkpoint(self, *, resume: bool) -> Path | None:
@@ -220,7 +217,7 @@ class RunFolder:
         try:
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._acquire()
             for folder in [self.path, *([self.checkpoints] if self.checkpoints.exists() else [])]:
                 probe = folder / f"probe{PARTIAL_SUFFIX}"
                 try:
@@ -230,8 +227,6 @@ class RunFolder:
             for file in self._records.values():
                 if file.path.exists():
                     file.path.open("r+b").close()
-        except Timeout:
-            raise self._in_use() from None
         except OSError as error:
             raise InputError(
                 f"output_dir {str(self.path)!r} cannot be written: {error.strerror} ({error.filename}); free space, or "
@@ -243,11 +238,14 @@ class RunFolder:
         if fault:
             raise InputError(f"{str(checkpoint)!r} has changed since this run started: {fault}; start it again")
 
-    def _in_use(self) -> InputError:
-        return InputError(
-            f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
-            "for its end, or choose another folder"
-        )
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"output_dir {str(self.path)!r} is in use: another run has locked {str(self.path / LOCK_FILE)!r}; wait "
+                "for its end, or choose another folder"
+            ) from None
 
     def _holds_other_files(self) -> bool:
         """Return True if the folder holds more than a run that was killed before it wrote its recipe leaves behind."""
