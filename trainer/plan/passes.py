@@ -46,12 +46,11 @@ def train_peak(workload: Workload, checkpointing: bool) -> Parts:
 
     checkpointing: True if the backward pass recomputes activations
     """
-    forward, backward = (
-        extrapolate_layers(
-            lambda num_layers, at=at: measure_train(workload, num_layers, checkpointing)[at], workload.num_layers
-        )
-        for at in range(2)
-    )
+
+    def peak(at: int) -> Parts:
+        return extrapolate_layers(lambda n: measure_train(workload, n, checkpointing)[at], workload.num_layers)
+
+    forward, backward = peak(0), peak(1)
     return max(forward, backward, key=Counter.total)
 
 
