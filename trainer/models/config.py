@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from rekatrain.data.errors import InputError
 from rekatrain.trainer.models.weights import quiet_transformers, readable
@@ -36,6 +36,11 @@ def check_config(base: str, config: PretrainedConfig) -> None:
                 "decoder like Llama"
             )
     check_context(base, config)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"{base!r} (model_type {config.model_type}) is an encoder, whose tokens see those after them: stage reward "
+            "alone trains it"
+        )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         raise InputError(
