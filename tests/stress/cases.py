@@ -90,6 +90,58 @@ def draw_case(seed: int, *, prompts_per_step: int = 12) -> Case:
     )
 
 
+# Options whose losses read log-probabilities in another way than the paper's does.
+COMBINED: dict[str, dict[str, Any]] = {
+    # After an update the weights differ by rounding, and a token at the edge of a filter may fall on its other side.
+    "k2-cutoffs": {"max_steps": 1, "beta": 0.1, "kl_placement": "loss", "top_p": 0.9, "top_k": 40},
+    "weights-fused": {
+        "beta": 0.1,
+        "fused_lm_head": True,
+        "num_iterations": 2,
+        "importance_sampling_level": "token",
+        "importance_sampling_correction": "token_truncate",
+        "importance_sampling_cap": 0.75,  # sampler and trainer agree: a cap below 1 is one that does something
+    },
+    "sequence-weights-k1-cutoffs": {
+        "max_steps": 1,
+        "beta": 0.1,
+        "top_k": 20,
+        "importance_sampling_correction": "sequence_truncate",
+        "importance_sampling_cap": 0.75,
+        "cast_lm_head_to_fp32": True,
+        "gradient_checkpointing": True,
+    },
+    "k2-weights-fused": {
+        "beta": 0.1,
+        "kl_placement": "loss",
+        "fused_lm_head": True,
+        "importance_sampling_correction": "sequence_mask",
+    },
+}
+
+
+def combined_case(name: str, *, is_lora: bool = False) -> Case:
+    """Return a case with the options `COMBINED[name]`, and a checkpoint after each step."""
+    rloo = {
+        "max_steps": 3,
+        "prompts_per_step": 4,
+        "num_generations": 3,
+        "max_completion_length": 60,
+        "micro_batch_tokens": 120,
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-3,
+        "save_steps": 1,
+    }
+    return Case(
+        name=f"{name}{'-lora' if is_lora else ''}",
+        model=f"model-{EOS_LOGITS[1]}",
+        rloo=rloo | COMBINED[name],
+        reward={"idle": 0.3},
+        tokens_per_chunk=None if "fused_lm_head" in COMBINED[name] else 7,
+        is_lora=is_lora,
+    )
+
+
 def long_case(num_processes: int) -> Case:
     """Return a case with one prompt per process and the engine's own chunks.
 
