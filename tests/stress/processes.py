@@ -1,6 +1,6 @@
 """Take RLOO steps on 2 to 4 processes with uneven work, and compare them with one process.
 
-    python tests/stress/processes.py           # two cases on two processes
+    python tests/stress/processes.py           # four cases on two processes
     python tests/stress/processes.py --long    # random cases under data parallelism and ZeRO 1 to 3; prints a table
 
 Processes differ in the lengths of their completions, so in micro-batches and in chunks of the LM head; they have split
