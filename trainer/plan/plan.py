@@ -1,11 +1,14 @@
 """`rekatrain plan`, and the memory check that `train` makes before it loads weights."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.weights import one_line
 from rekatrain.trainer.plan.calibrate import calibrate, read_rates
 from rekatrain.trainer.plan.compare import compare
 from rekatrain.trainer.plan.cost import Rates
@@ -17,6 +20,9 @@ from rekatrain.trainer.plan.scale_out import SOME_URL, scale_out
 from rekatrain.trainer.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
+
+# Types of models that tests sample and train (tests/trainer/models/test_families.py).
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "bert")
 
 
 def plan(
@@ -60,12 +66,13 @@ def plan(
         engine = "ddp" if num_gpus > 1 else "single"
         launch = PlannedLaunch(engine=engine, num_gpus=num_gpus, num_nodes=num_nodes, gpu_memory=gpu_memory * GB)  # type: ignore[arg-type]  # "ddp" or "single"
         launch = replace(launch, host_memory=host)
-    planned = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
-    rates = read_rates(rates_file) if rates_file else Rates()
-    if calibrated is not None:
-        rates = calibrate(planned, calibrated)
-    print(render_plan(planned, rates=rates))
-    return not planned.overfull
+    with _plannable(recipe):
+        planned = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
+        rates = read_rates(rates_file) if rates_file else Rates()
+        if calibrated is not None:
+            rates = calibrate(planned, calibrated)
+        print(render_plan(planned, rates=rates))
+        return not planned.overfull
 
 
 def with_servers(recipe: Recipe) -> Recipe:
@@ -78,8 +85,10 @@ def with_servers(recipe: Recipe) -> Recipe:
 
 def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     """Raise InputError if the run does not fit its launch; only log a warning if `is_overridden`."""
-    planned = make_plan(_within_context(recipe), current_launch())
-    if not planned.overfull:
+    with _plannable(recipe):
+        planned = make_plan(_within_context(recipe), current_launch())
+        is_fitting = not planned.overfull
+    if is_fitting:
         worst = planned.worst
         logger.info(
             "plan: phase %s needs the most memory, %s of %s GB",
@@ -92,6 +101,26 @@ def check_fits(recipe: Recipe, *, is_overridden: bool) -> None:
     else:
         message = "\n".join([*misfits(planned), *advice_lines(planned)])
         raise InputError(f"{message}\n(--skip-memory-check starts the run anyway)")
+
+
+@contextmanager
+def _plannable(recipe: Recipe) -> Iterator[None]:
+    """Turn what the code of an untested architecture raises, as it is run without weights, into InputError.
+
+    An error of a tested one is a bug of ours, and keeps its traceback.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers' models raise many unrelated classes
+        model_type = load_config(recipe).model_type
+        if model_type in TESTED:
+            raise
+        raise InputError(
+            f"the code of model_type {model_type}, an architecture that nobody has tried here, fails in stage "
+            f"{recipe.stage}: {one_line(error)}"
+        ) from error
 
 
 def _within_context(recipe: Recipe) -> Recipe:

@@ -42,6 +42,12 @@ OTHERS: dict[str, tuple[dict, str, str]] = {
         "(model_type bloom) has no max_position_embeddings: models without a context length",
     ),
     "MambaConfig": ({"max_position_embeddings": None}, "sft", "(model_type mamba) has no max_position_embeddings"),
+    "NemotronConfig": (
+        {},
+        "rloo",
+        "the code of model_type nemotron, an architecture that nobody has tried",
+    ),
+    "CTRLConfig": ({"n_positions": 256}, "sft", "CTRLLMHeadModel does not support activation checkpointing"),
     "BertConfig": ({}, "sft", "(model_type bert) is an encoder, whose tokens see those after them"),
     "ModernBertConfig": ({}, "reward", ""),
     "T5Config": ({"d_model": 32}, "reward", "(model_type t5) is an encoder with a decoder"),
