@@ -153,7 +153,7 @@ def test_loraplus_gives_both_kinds_of_groups_its_rate(tokenizer) -> None:
     optimizer = make_optimizer("muon", model, [{"params": [*trained(model).values()]}], **SETTINGS)
     split_groups(optimizer, model.named_parameters(), 4.0)
     rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
-    assert all(rates[weight] == RATE * (4 if is_fast(name) else 1) for name, weight in trained(model).items())
+    assert all(rates[weight] == RATE * (4 if is_fast(name, weight) else 1) for name, weight in trained(model).items())
     first = {name: weight.detach().clone() for name, weight in trained(model).items()}
     for weight in trained(model).values():
         weight.grad = torch.randn_like(weight)
