@@ -123,8 +123,8 @@ def _print_new(text: str, shown: dict[str, str], console: Console) -> None:
         new = value[len(shown[part]) :]
         if new:
             gap = "\n\n" if part == "answer" and not shown["answer"] and shown["reasoning"] else ""
+            shown[part] = value  # first: Ctrl-C may come while it is printed
             console.print(Text(gap + new.translate(CONTROL), style=style), end="", soft_wrap=True)
-            shown[part] = value
 
 
 def _partial_tag(text: str) -> int:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from rekatrain.trainer.rloo.kernels.block_mask import attend_blocks
 from rekatrain.trainer.rloo.kernels.grouped_attention import FIRST_ROOM, ForkedCache, PackedGroups
@@ -70,14 +71,15 @@ def test_packed_groups_attend_under_their_mask_with_gradients(layout: str) -> No
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_block_mask_gives_flex_attention_the_same_pattern(layout: str) -> None:
-    # FlexAttention runs on a CPU, too, without gradients there.
+def test_block_mask_gives_flex_attention_the_same_pattern(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Uncompiled, FlexAttention runs on any device, without gradients there.
+    monkeypatch.setattr("rekatrain.trainer.rloo.kernels.block_mask._compiled_flex", lambda: flex_attention)
     groups = LAYOUTS[layout]
     packed = PackedGroups(groups, CPU)
     states = [state.detach() for state in random_states(len(sees(groups)), torch.float32)]
-    with torch.no_grad():
-        flex = attend_blocks(*states, packed.block_mask, SCALING).transpose(1, 2)
+    flex = attend_blocks(*states, packed.block_mask, SCALING).transpose(1, 2)
     torch.testing.assert_close(packed.attend(0, *states, SCALING), flex, rtol=0, atol=1e-5)
 
 
