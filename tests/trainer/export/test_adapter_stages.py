@@ -64,22 +64,28 @@ def write_reward_recipe(folder: Path, tokenizer: PreTrainedTokenizerFast, method
     return path
 
 
+def train_and_resume(recipe: Path) -> dict[str, torch.Tensor]:
+    """Train a run of three steps; return its adapter, which a run that is resumed at step 1 has bit for bit."""
+    main(["train", str(recipe)])
+    run, again = recipe.parent / "run", recipe.parent / "resumed"
+    shutil.copytree(run, again, symlinks=True)
+    for step in (2, 3):
+        shutil.rmtree(again / "checkpoints" / f"checkpoint-{step}")
+    main(["train", str(recipe), "--resume", f"output_dir={again}"])
+    unbroken, resumed = (load_file(each / "checkpoints" / "checkpoint-3" / WEIGHTS) for each in (run, again))
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    return unbroken
+
+
 @pytest.mark.parametrize(
     "method", [pytest.param(method, marks=() if method in QUICK else pytest.mark.slow) for method in WORKING]
 )
 def test_reward_adapter_resumes_and_scores_as_trained(tmp_path: Path, tokenizer, method: str) -> None:
     path = write_reward_recipe(tmp_path, tokenizer, method)
-    main(["train", str(path)])
     checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.copytree(tmp_path / "run", tmp_path / "resumed", symlinks=True)
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"checkpoint-{step}")
-    main(["train", str(path), "--resume", f"output_dir={tmp_path / 'resumed'}"])
-    unbroken = load_file(checkpoints / "checkpoint-3" / WEIGHTS)
-    resumed = load_file(tmp_path / "resumed" / "checkpoints" / "checkpoint-3" / WEIGHTS)
-    assert any(name.endswith(("score.weight", "classifier.weight")) for name in unbroken)
-    assert unbroken.keys() == resumed.keys()
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    trained = train_and_resume(path)
+    assert any(name.endswith(("score.weight", "classifier.weight")) for name in trained)
 
     main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
