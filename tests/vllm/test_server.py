@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rekatrain.trainer.run.records import read_records
+from tests.helpers.forks import Launch, start_forked
 from tests.helpers.rloo import open_reasoning
 
 PROJECT = Path(__file__).parents[2]
@@ -237,6 +238,22 @@ def test_server_restart_does_not_stop_the_run(folder: Path, server: LiveServer) 
     assert [step["step"] for step in metrics] == list(range(1, steps + 1))
     assert_sampled_from_the_trainers_weights(metrics)
     assert len(read_records(folder / "killed" / "rollouts.jsonl")) == steps * 16
+
+
+@pytest.mark.launched
+def test_processes_that_split_sequences_train_from_a_server(
+    folder: Path, server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(folder, "split", server.url)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    launch = Launch(num_processes=2, file="zero3.yaml")
+    process = start_forked(folder, "-m", "rekatrain", "train", recipe, launch=launch)
+    assert process.wait(RUN_SECONDS) == 0, process.output()
+    assert "sequences: each 2 processes split the tokens" in process.output()
+    metrics, rollouts = (read_records(folder / "split" / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
+    assert_sampled_from_the_trainers_weights(metrics)
+    assert abs(metrics[2]["kl"]) > 1e-3 and len(rollouts) == 3 * 16
 
 
 def test_whole_models_reach_the_server_at_every_step(folder: Path, server: LiveServer) -> None:
