@@ -4,12 +4,12 @@ Shapes: N completions, V tokens of the vocabulary, B blocks of them, v tokens of
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Tokens per block. Running sums are kept per block; only the block that holds the drawn token is summed token by token.
 BLOCK = 256
-# A filter that would cut between two tokens closer than this in log-probability keeps both: the trainer, whose rounding
-# differs, must find the same tokens above the cutoff.
+# A filter that would cut between two tokens closer than this in log-probability keeps both, and so on along a chain of
+# such tokens: the trainer, whose rounding differs, must find the same tokens above the cutoff.
 TIE = 1e-5
 
 
@@ -27,7 +27,7 @@ def draw(
     temperature: 0 takes the most likely token and gives its log-probability at temperature 1
     num_tokens:  ids below which tokens are drawn; None: all
 
-    Apply top-k, then top-p, and renormalize over the kept tokens. Ties with the last kept token are kept.
+    Apply top-k, then top-p, and renormalize over the kept tokens. Ties with the last kept token are kept (TIE).
 
     The cutoff is the log-prob of the least likely kept token minus that of the drawn token, rounded down: it lies
     between the last kept and the first dropped token, and is at most 0. A token was kept if its log-prob is at least
@@ -81,7 +81,7 @@ def running_sums_by_products(values_NX: Tensor) -> Tensor:
     Sums within blocks, plus the sums of the blocks before.
     """
     num_values = values_NX.shape[1]
-    blocks_NBv = torch.nn.functional.pad(values_NX, (0, -num_values % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks_NBv = nn.functional.pad(values_NX, (0, -num_values % BLOCK)).unflatten(1, (-1, BLOCK))
     num_blocks = blocks_NBv.shape[1]
     up_to = torch.ones(max(BLOCK, num_blocks), max(BLOCK, num_blocks), dtype=values_NX.dtype, device=values_NX.device)
     within_NBv = blocks_NBv @ up_to[:BLOCK, :BLOCK].triu()
@@ -98,8 +98,9 @@ def _cutoffs(scaled_NV: Tensor, top_p: float, top_k: int | None) -> Tensor:
         fractions_NV = sorted_NV.masked_fill(~is_kept_NV, -torch.inf).softmax(dim=1).double()
         # Keep a token if the more likely ones do not reach top_p; the most likely token is always kept.
         is_kept_NV &= _running_sums(fractions_NV) - fractions_NV < top_p
-    last_N1 = (is_kept_NV.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    kept_N1, dropped_N1 = sorted_NV.gather(1, last_N1), sorted_NV.gather(1, (last_N1 + 1).clamp(max=num_tokens - 1))
-    between_N1 = torch.minimum((kept_N1 + dropped_N1) / 2, kept_N1 - TIE)
-    cutoffs_N1 = torch.where(last_N1 == num_tokens - 1, -torch.inf, between_N1)
-    return cutoffs_N1[:, 0]
+    # Keep on until a token is less likely by TIE, and cut halfway to it: rounding moves no token across the cutoff.
+    next_NV = nn.functional.pad(sorted_NV[:, 1:], (0, 1), value=-torch.inf)
+    indices_V = torch.arange(num_tokens, device=sorted_NV.device)
+    is_end_NV = (sorted_NV - next_NV >= TIE) & (indices_V >= is_kept_NV.sum(dim=1, keepdim=True) - 1)
+    end_N1 = torch.where(is_end_NV, indices_V, num_tokens - 1).amin(dim=1, keepdim=True)
+    return ((sorted_NV.gather(1, end_N1) + next_NV.gather(1, end_N1)) / 2)[:, 0]

@@ -115,6 +115,16 @@ def test_draw_keeps_ties_with_the_last_kept_token() -> None:
             assert (logits[0] + rounding >= logits[0, drawn] + cutoff).tolist() == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 7), (0.5, None), (0.9, 40)])
+@pytest.mark.parametrize("spacing", [1e-6, 5e-6, 1e-5, 3e-5])
+def test_draw_cuts_far_from_every_token(top_p: float, top_k: int | None, spacing: float) -> None:
+    logits = torch.rand(400, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 100 * spacing
+    ids, _, cutoffs = draw(logits.float(), torch.full((400,), 0.5), 1.0, top_p, top_k)
+    assert cutoffs is not None
+    distances = (logits - logits.gather(1, ids[:, None]) - cutoffs[:, None]).abs()
+    assert distances.min() > 4e-6  # a rounding error of either side moves none across
+
+
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.5, None), (0.9, None), (0.5, 5), (0.8, 5), (0.9, 20)])
 def test_draw_keeps_the_tokens_of_transformers_and_all_ties(top_p: float, top_k: int | None) -> None:
     logits = torch.randn(500, 60, generator=torch.Generator().manual_seed(0)).mul(8).round() / 4  # full of ties
