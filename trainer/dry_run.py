@@ -55,11 +55,11 @@ def _check_rloo_start(recipe: Recipe, task: "RunSetup", folder: RunFolder, *, re
     from rekatrain.trainer.resume.fingerprints import take_fingerprints
     from rekatrain.trainer.resume.origin import check_origin
     from rekatrain.trainer.rloo.checkpoint import check_layout
-    from rekatrain.trainer.rloo.distributed import check_dtype, make_accelerator, zero_stage
+    from rekatrain.trainer.rloo.distributed import check_zero, make_accelerator, zero_stage
 
     accelerator = make_accelerator(bf16=task.config.bf16, ddp_timeout=task.ddp_timeout(read_launch().num_processes))
     check_trainable(recipe, is_deepspeed=zero_stage(accelerator) > 0, bf16=task.config.bf16)
-    check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=task.config.bf16)
+    check_zero(recipe, zero_stage(accelerator))
     task.config.prompts_per_process(accelerator.num_processes)
     checkpoint = folder.choose_checkpoint(resume=resume)
     if checkpoint is not None:

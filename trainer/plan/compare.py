@@ -12,6 +12,7 @@ from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.plan.report import table
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.optimizers import check_optim
+from rekatrain.trainer.rloo.distributed import check_zero
 
 NUM_GPUS = (1, 2, 4, 8, 16, 64)
 ENGINES: dict[str, dict[str, Any]] = {
@@ -79,6 +80,8 @@ def _is_rejected(recipe: Recipe, settings: dict[str, Any]) -> bool:
     try:
         check_quantization(recipe, has_gpu=True, zero_stage=settings.get("zero_stage"))
         check_optim(recipe, is_deepspeed=settings["engine"] == "deepspeed")
+        if recipe.stage == "rloo":
+            check_zero(recipe, settings.get("zero_stage", 0))
         return False
     except InputError:
         return True

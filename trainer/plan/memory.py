@@ -24,6 +24,7 @@ from rekatrain.trainer.plan.workload import Workload, checkpoints_activations, m
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.optimizers import check_optim
 from rekatrain.trainer.rloo.config import RLOOConfig
+from rekatrain.trainer.rloo.distributed import check_zero
 from rekatrain.trainer.rloo.kernels.block_mask import block_mask_bytes
 
 # Margin of a GPU: bytes of CUDA's context and NCCL's buffers, and the fraction of the allocated memory that PyTorch's
@@ -248,6 +249,7 @@ def make_plan(recipe: Recipe, launch: PlannedLaunch, *, prompt_tokens: int | Non
     check_optim(recipe, is_deepspeed=launch.engine == "deepspeed")
     config, shape = model_of(recipe.stage, json.dumps(recipe.model), json.dumps(recipe.lora))
     if recipe.stage == "rloo":
+        check_zero(recipe, launch.zero_stage)
         room = shape.context - RLOOConfig(**recipe.rloo).max_completion_length
         if room < 1:
             raise InputError(f"rloo.max_completion_length leaves no room for a prompt in a context of {shape.context}")

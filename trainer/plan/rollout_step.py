@@ -13,6 +13,7 @@ from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import Plan, make_plan
 from rekatrain.trainer.plan.states import base_bytes
 from rekatrain.trainer.recipe.load import Recipe
+from rekatrain.trainer.rloo.distributed import zero3_refusal
 
 # Completions that one replica decodes at a time: vLLM's default limit (max_num_seqs) on a GPU of 70 GB or more, and on
 # others (vLLM 0.30, engine/arg_utils.py).
@@ -98,7 +99,7 @@ def simulate_step(
     is_full = recipe.lora is None
     launch = PlannedLaunch(
         engine="deepspeed" if is_full else "ddp" if trainers > 1 else "single",
-        zero_stage=3 if is_full else 0,
+        zero_stage=0 if not is_full else 3 if zero3_refusal(recipe) is None else 2,
         num_gpus=trainers,
         num_nodes=trainers // gcd(trainers, 8) if trainers > 8 else 1,
         gpu_memory=gpu_memory,

@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +47,7 @@ def read_launch() -> Launch:
     """Return the settings of this launch, read from the launcher's environment variables.
 
     Raises InputError for settings that Accelerate would replace in silence: FSDP, `--cpu`, several processes of which
-    one was started, and ZeRO stage 0.
+    one was started, and ZeRO stage 0; and for an optimizer or a schedule that would replace the recipe's.
     """
     if _is_set("ACCELERATE_USE_FSDP"):
         raise InputError(
@@ -70,6 +70,10 @@ def read_launch() -> Launch:
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if stage == "0":
         raise InputError(f"zero_stage 0 shards nothing: launch with {shipped_file('accelerate/ddp.yaml')}")
+    file, config = _read_deepspeed_file()
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise InputError(f"{file} has a section {key}, and the recipe decides it: remove it from that file")
     return Launch(engine="deepspeed", zero_stage=int(stage) if stage else None, num_processes=num_processes)
 
 
@@ -111,10 +115,7 @@ def check_mixed_precision(stage: str, *, bf16: bool, fp16: bool = False) -> None
             f"the launch has mixed_precision {launched}, but the recipe has {_arithmetic_keys(stage, recipes)}: set "
             'mixed_precision: "no" in the launch file, and let the recipe decide'
         )
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if not _is_set("ACCELERATE_USE_DEEPSPEED") or not file or not Path(file).is_file():
-        return
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    file, config = _read_deepspeed_file()
     for key in ("bf16", "fp16"):
         enabled = config.get(key, {}).get("enabled", "auto")
         if enabled not in ("auto", key == recipes):
@@ -122,6 +123,20 @@ def check_mixed_precision(stage: str, *, bf16: bool, fp16: bool = False) -> None
                 f"{file} has {key}.enabled {str(enabled).lower()}, but the recipe has "
                 f"{_arithmetic_keys(stage, recipes)}: remove {key} from that file, or set it to auto"
             )
+
+
+def _read_deepspeed_file() -> tuple[str, dict[str, Any]]:
+    """Return the name and the content of the launch's JSON file for DeepSpeed; an empty content without one."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not _is_set("ACCELERATE_USE_DEEPSPEED") or not file or not Path(file).is_file():
+        return "", {}
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds a {type(config).__name__}, and settings of DeepSpeed are an object: fix it")
+    return file, config
 
 
 def _arithmetic_keys(stage: str, arithmetic: str) -> str:

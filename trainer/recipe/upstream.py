@@ -14,9 +14,6 @@ from rekatrain.trainer.models.vllm_limits import find_vllm_limit
 from rekatrain.trainer.recipe import lora_keys, trl_keys
 from rekatrain.trainer.run.best import check_best
 
-# Stages that measure held-out rows while they train.
-EVALUATED_STAGES = ("sft", "reward")
-
 
 def check_section(
     name: str,
@@ -118,11 +115,6 @@ def check_quantization_section(section: Mapping[str, Any]) -> None:
 
 def _check_trl_values(name: str, section: Mapping[str, Any]) -> None:
     """Raise InputError for settings that contradict each other, or that nobody would read."""
-    if section.get("eval_strategy", "no") != "no" and name not in EVALUATED_STAGES:
-        raise InputError(
-            f"{name}.eval_strategy is {section['eval_strategy']}: stage {name} does not evaluate while it trains; "
-            "remove it, and measure with rekatrain evaluate"
-        )
     if section.get("eval_strategy", "no") == "no":
         for key in ("eval_steps", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size"):
             if section.get(key):

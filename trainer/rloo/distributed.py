@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import enable_full_determinism, set_seed
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.processes.launch import (
     adapt_to_device,
     check_engine,
@@ -30,6 +31,7 @@ from rekatrain.trainer.processes.launch import (
     read_launch,
     read_sequence_parallel,
 )
+from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.gather import gathered
 
@@ -99,13 +101,37 @@ def zero_stage(accelerator: Accelerator) -> int:
     return int(plugin.zero_stage) if plugin else 0
 
 
-def check_dtype(accelerator: Accelerator, dtype: str, *, bf16: bool) -> None:
-    """Raise InputError for a `dtype` that ZeRO-3 would reject in the middle of loading."""
-    if zero_stage(accelerator) == 3 and dtype == "float32" and bf16:
-        raise InputError(
+def check_zero(recipe: Recipe, stage: int) -> None:
+    """Raise InputError for an RLOO recipe that this stage of ZeRO (0 without DeepSpeed) cannot train."""
+    refusal = zero3_refusal(recipe) if stage == 3 else None
+    if refusal is not None:
+        raise InputError(refusal)
+
+
+def zero3_refusal(recipe: Recipe) -> str | None:
+    """Return why ZeRO-3, which shards the weights, cannot train an RLOO recipe; None if it can."""
+    config = RLOOConfig(**recipe.rloo)
+    if config.bf16 and recipe.model.get("dtype", "bfloat16") == "float32":  # rejected in the middle of loading
+        return (
             "rloo.bf16 under ZeRO-3 needs model.dtype bfloat16, and it is float32: weights are sharded as they are "
             "loaded, and DeepSpeed makes the float32 copies of those that are trained"
         )
+    if config.beta and is_adapter(recipe):
+        return (
+            "a run that continues an adapter has no reference under ZeRO-3, which shards the adapter: launch it with "
+            "ZeRO-2, set rloo.beta to 0, or merge the adapter first: rekatrain export RUN OUT"
+        )
+    if config.beta and (recipe.lora or {}).get("bias", "none") != "none":
+        return (
+            "lora.bias trains biases of the model itself, and a run with them has no reference under ZeRO-3, which "
+            "shards them: launch it with ZeRO-2, set rloo.beta to 0, or lora.bias to none"
+        )
+    if config.fused_lm_head:
+        return (
+            "rloo.fused_lm_head reads the weight of the LM head outside its layer, where ZeRO-3 has gathered nothing: "
+            "set it to false, or launch with ZeRO-2"
+        )
+    return None
 
 
 def accumulating(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

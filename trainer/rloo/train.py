@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
-from rekatrain.data.errors import InputError
 from rekatrain.trainer.models import optimizers
 from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.models.load import Policy, check_trainable, load_policy
@@ -32,7 +31,7 @@ from rekatrain.trainer.rloo.checkpoint import Checkpointer, Stateful, check_layo
 from rekatrain.trainer.rloo.config import RLOOConfig
 from rekatrain.trainer.rloo.distributed import (
     GradientClipper,
-    check_dtype,
+    check_zero,
     make_accelerator,
     set_determinism,
     update_weights,
@@ -208,23 +207,8 @@ def check_start(recipe: Recipe, setup: RunSetup, accelerator: Accelerator, check
     """Raise InputError for a launch, servers or a checkpoint that do not fit -> True where the optimizer can go on."""
     config = setup.config
     check_trainable(recipe, is_deepspeed=zero_stage(accelerator) > 0, bf16=config.bf16)
-    check_dtype(accelerator, recipe.model.get("dtype", "bfloat16"), bf16=config.bf16)
+    check_zero(recipe, zero_stage(accelerator))
     config.prompts_per_process(accelerator.num_processes)
-    if is_adapter(recipe) and config.beta and zero_stage(accelerator) == 3:
-        raise InputError(
-            "a run that continues an adapter has no reference under ZeRO-3, which shards the adapter: launch it with "
-            "ZeRO-2, set rloo.beta to 0, or merge the adapter first: rekatrain export RUN OUT"
-        )
-    if (recipe.lora or {}).get("bias", "none") != "none" and config.beta and zero_stage(accelerator) == 3:
-        raise InputError(
-            "lora.bias trains biases of the model itself, and a run with them has no reference under ZeRO-3, which "
-            "shards them: launch it with ZeRO-2, set rloo.beta to 0, or lora.bias to none"
-        )
-    if config.fused_lm_head and zero_stage(accelerator) == 3:
-        raise InputError(
-            "rloo.fused_lm_head reads the weight of the LM head outside its layer, where ZeRO-3 has gathered nothing: "
-            "set it to false, or launch with ZeRO-2"
-        )
     keeps_optimizer = checkpoint is None or check_layout(
         accelerator, checkpoint, restarts_optimizer=config.restart_optimizer
     )

@@ -58,11 +58,6 @@ def check_resumable(checkpoint: Path, stage: str, config: TrainingArguments) -> 
     there, here = saved_layout(checkpoint), _layout(config)
     if there != here:
         check_convertible(checkpoint)
-        if not (checkpoint / SCHEDULER_NAME).exists():
-            raise InputError(
-                f"{str(checkpoint)!r} has a schedule of DeepSpeed's, which cannot be converted; resume under the "
-                "earlier launch"
-            )
         logger.info("the optimizer is converted from %s to %s", there, here)
 
 

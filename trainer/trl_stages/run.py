@@ -89,8 +89,6 @@ def make_config(name: str, section: Mapping[str, Any], recipe: Recipe, config_cl
     if section.get("optim") == MUON:
         del section["optim"]  # transformers has none: GuardedTrainer makes it
     check_mixed_precision(name, bf16=bool(section["bf16"]), fp16=bool(section.get("fp16")))
-    if section.get("save_strategy") == "no":
-        raise InputError(f"{name}.save_strategy is no: the run would leave nothing behind; set steps or epoch")
     try:
         config = config_class(
             output_dir=str(RunFolder(recipe.output_dir).partial),

@@ -143,6 +143,42 @@ def test_check_mixed_precision_reads_a_deepspeed_json(
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"optimizer": {"type": "AdamW"}}', "zero.json has a section optimizer, and the recipe decides it"),
+        ('{"scheduler": {"type": "WarmupLR"}}', "zero.json has a section scheduler, and the recipe decides it"),
+        ("{", "zero.json is not valid JSON"),
+        ("[]", "zero.json holds a list"),
+    ],
+)
+def test_every_stage_rejects_a_deepspeed_json(
+    stage: str,
+    content: str,
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    set_launch: SetLaunch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_data(tmp_path)
+    Path("zero.json").write_text("{}")
+    set_launch("--use_deepspeed", "--deepspeed_config_file", "zero.json", "--num_processes", "1")
+    Path("zero.json").write_text(content)
+    if stage == "rloo":
+        path = rloo_recipe(tmp_path, "run", model_folder)
+    else:
+        dataset = {"path": f"{stage}.jsonl", "format": "preference" if stage == "reward" else "prompt_answer"}
+        path = write_recipe(tmp_path, "run", model_folder, stage=stage, dataset=dataset, **{stage: {"max_steps": 1}})
+    capsys.readouterr()
+    for options in ((), ("--dry-run",)):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(path), *options])
+        line = capsys.readouterr().err
+        assert ended.value.code == 2 and line.count("\n") == 1 and f"error: {message}" in line
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rloo"])
 def test_every_stage_rejects_the_mixed_precision_of_a_launch(
     stage: str,
     model_folder: Path,
@@ -233,6 +269,23 @@ def test_check_trainable_wants_float32_copies_of_bfloat16(
     recipe = Recipe(stage="sft", output_dir="run", model=model, lora=lora, dataset={})
     with pytest.raises(InputError, match=message) if message else nullcontext():
         check_trainable(recipe, is_deepspeed=is_deepspeed, bf16=bf16)
+
+
+def test_resume_rejects_a_run_that_saved_no_optimizer(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sft = {"max_steps": 1, "per_device_train_batch_size": 1, "save_only_model": True, "gradient_checkpointing": False}
+    dataset = {"path": "sft.jsonl", "format": "prompt_answer"}
+    path = write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
+    main(["train", str(path)])
+    for options in ((), ("--dry-run",)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(path), "--resume", "sft.max_steps=2", *options])
+        assert ended.value.code == 2
+        assert "was saved without its optimizer (sft.save_only_model)" in capsys.readouterr().err
 
 
 def test_resume_rejects_another_batch_and_cut_off_saves(

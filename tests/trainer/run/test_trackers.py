@@ -1,5 +1,6 @@
 """Trackers: the metrics, the whole recipe and completions arrive; a resumed run goes on; none of them ends a run."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.cli import main
 from rekatrain.trainer.recipe.load import Recipe
 from rekatrain.trainer.recipe.sections import check_sections
 from rekatrain.trainer.run.folder import RunFolder
@@ -140,3 +142,16 @@ def test_tracker_sections_are_checked(name: str, key: str) -> None:
     )  # fmt: skip
     with pytest.raises(InputError, match=f"{name}.{key}"):
         check_sections(recipe)
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("trackio", "trackio")])
+def test_tracker_that_is_not_installed_is_one_line(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    sections = {"model": {"pretrained_model_name_or_path": "m"}, "dataset": {"path": "rows.jsonl"}, name: {}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stage": "sft", "output_dir": "run", **sections}))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "recipe.yaml")])
+    line = f"rekatrain: error: {name}: {name} is not installed: pip install 'rekatrain[trackers]'\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == line
