@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rekatrain.data.errors import InputError
+from rekatrain.trainer.models.continued import is_adapter
 from rekatrain.trainer.models.weights import readable
 from rekatrain.trainer.plan.live_memory import Parts
 from rekatrain.trainer.plan.machine import PlannedLaunch
@@ -42,7 +43,7 @@ class States:
     optimizer: the optimizer's state, with DeepSpeed also float32 weights and gradients
     temporary: tensors that an update makes and frees
     buffers:   gathered parameters and buckets of gradients, during training
-    reference: copy of the model that the KL penalty needs
+    reference: copy of the model, or of what an adapter trains, that the KL penalty needs
     gathered:  unsharded parameters for in-process sampling under ZeRO-3
     host:      offloaded states of all processes of one host, by part
     """
@@ -64,34 +65,33 @@ def count_states(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, *, us
     """
     is_16_bit = is_bfloat16(recipe) or (launch.engine == "deepspeed" and uses_bf16)
     size = 2 if is_16_bit else 4
-    is_adapter = recipe.lora is not None
+    has_adapter = recipe.lora is not None
     base = int(base_bytes(recipe, shape, size) / launch.shards(3))
     if launch.engine == "deepspeed":
         return _sharded(recipe, shape, launch, base, is_16_bit)
     # PEFT keeps an adapter in float32, even on a bfloat16 model. Without one, the weights are trained in their dtype.
-    trained_size = 4 if is_adapter else size
+    trained_size = 4 if has_adapter else size
     weights: Parts = Counter({"parameters": base})
-    if is_adapter:
+    if has_adapter:
         weights["adapters"] = shape.num_adapter * trained_size
     gradients = shape.num_trained * trained_size
-    has_copy = recipe.stage == "rloo" and not is_adapter and recipe.rloo.get("beta", 0.05) > 0
     return States(
         weights=weights,
         gradients=gradients,
         optimizer=moment_bytes(recipe, shape, trained_size),
         temporary=_update_bytes(recipe, shape, trained_size, is_cpu=launch.is_cpu),
         buffers=gradients if launch.engine == "ddp" else 0,  # DDP's buckets are a copy of all gradients
-        reference=base if has_copy else 0,
+        reference=_reference_bytes(recipe, base, gradients),
         gathered=0,
     )
 
 
 def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int, is_16_bit: bool) -> States:
     size = 2 if is_16_bit else 4
-    is_adapter = recipe.lora is not None
+    has_adapter = recipe.lora is not None
     weights: Parts = Counter({"parameters": base})
     host: Parts = Counter()
-    if is_adapter:
+    if has_adapter:
         weights["adapters"] = shape.num_adapter * size // launch.shards(3)
     trained = shape.num_trained
     # Micro-batches are added up in float32, whatever the dtype of the weights is. Stage 1 has float32 gradients of the
@@ -116,17 +116,31 @@ def _sharded(recipe: Recipe, shape: ModelShape, launch: PlannedLaunch, base: int
     if launch.zero_stage == 3:
         buffers += size * min(shape.num_all, max(MAX_LIVE_PARAMETERS + PREFETCH_BUCKET, shape.largest_module))
     needs_whole = recipe.stage == "rloo" and launch.zero_stage == 3 and launch.num_gpus > 1
-    has_copy = recipe.stage == "rloo" and not is_adapter and recipe.rloo.get("beta", 0.05) > 0
     return States(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         temporary=0.0 if launch.offload_optimizer else temporary,
         buffers=buffers if launch.num_gpus > 1 else 0,
-        reference=base if has_copy else 0,
+        reference=_reference_bytes(recipe, base, trained * size),
         gathered=base_bytes(recipe, shape, size) + size * shape.num_adapter if needs_whole else 0,
         host=host,
     )
+
+
+def _reference_bytes(recipe: Recipe, base: int, trained: int) -> int:
+    """Return the bytes that the reference of the KL penalty takes beside the policy.
+
+    base:    bytes of the model on this process, without its adapter
+    trained: bytes of all that is trained
+    """
+    if recipe.stage != "rloo" or not recipe.rloo.get("beta", 0.05):
+        return 0
+    if recipe.lora is None:
+        return base
+    # The reference is the model without a new adapter. Else it has copies of the values that the run begins with.
+    keeps_start = recipe.lora.get("bias", "none") != "none" or is_adapter(recipe)
+    return trained if keeps_start else 0
 
 
 def moment_bytes(recipe: Recipe, shape: ModelShape, size: int) -> float:
