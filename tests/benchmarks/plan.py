@@ -1,10 +1,11 @@
 """Compare predicted with measured peak memory, for every combination of stage and options that runs on a CPU.
 
     python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m
-    python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m --device cuda --zero-stages --tokens 8192
+    python tests/benchmarks/plan.py --tokenizer runs/smollm2-135m --device cuda --engines single --tokens 8192
 
 Random Llamas of Reka Flash 3's proportions (8 query heads to a key-value head, an MLP 3.2 times as wide, untied
-embeddings) are trained for two steps by the real command, each run in a separate process, or in two under DeepSpeed.
+embeddings) are trained for two steps by the real command, each run in a separate process, or in two that share the
+steps (`--engines`: data parallelism, ZeRO 1 to 3).
 Sequences and completions have the length that the plan assumes. The measurement is VmHWM, the peak resident memory of
 the process, without the mapped pages of its libraries, whose number depends on the file cache. The allocator returns
 freed blocks at once (see MALLOC_SETTINGS), so that VmHWM is the peak of live memory. Both numbers include the
@@ -32,8 +33,11 @@ from rekatrain.trainer.plan.machine import GB, PlannedLaunch
 from rekatrain.trainer.plan.memory import make_plan
 from rekatrain.trainer.recipe.load import Recipe
 
+PROJECT = Path(__file__).parents[2]
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 SIZES = {"30M": (256, 8), "60M": (384, 16), "135M": (576, 30)}  # hidden size and layers, with SmolLM2's vocabulary
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")  # of one process, and of two
+FORMATS = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}  # of the rows of each stage
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # The rewards of a group must differ: a group with equal rewards is not trained on.
 REWARD = """
@@ -62,8 +66,9 @@ if __name__ == "__main__":  # the reward workers import this file, too
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A recipe, and the ZeRO stage that it runs under in two processes (0: one process without DeepSpeed).
+    """A recipe, and its launch.
 
+    engine: "single" (one process), or two processes: "ddp", or "zero1" to "zero3" (DeepSpeed)
     device: "cpu", where no process sees a GPU, or "cuda"
     """
 
@@ -71,7 +76,7 @@ class Case:
     stage: str
     section: dict[str, Any] = field(default_factory=dict)
     has_adapter: bool = False
-    zero_stage: int = 0
+    engine: str = "single"
     device: str = "cpu"
 
     @property
@@ -82,12 +87,25 @@ class Case:
             "weights": "lora" if self.has_adapter else "full",
             "checkpointing": self.section["gradient_checkpointing"],
             "beta": self.section.get("beta", "-"),
-            "engine": f"ZeRO-{self.zero_stage} x 2" if self.zero_stage else "one process",
+            "engine": "one process" if self.engine == "single" else f"{self.engine} x 2",
         }
 
+    @property
+    def launch(self) -> PlannedLaunch:
+        """The launch that is planned."""
+        is_cpu = self.device == "cpu"
+        if self.engine == "single":
+            return PlannedLaunch(is_cpu=is_cpu)
+        if self.engine == "ddp":
+            return PlannedLaunch(engine="ddp", num_gpus=2, is_cpu=is_cpu)
+        return PlannedLaunch(engine="deepspeed", zero_stage=int(self.engine[-1]), num_gpus=2, is_cpu=is_cpu)
 
-def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int], device: str = "cpu") -> Iterator[Case]:
-    """Yield SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference."""
+
+def all_cases(sizes: Sequence[str], tokens: int, engines: Sequence[str], device: str = "cpu") -> Iterator[Case]:
+    """Yield SFT, reward model and RLOO; full and LoRA; with and without checkpointing; without and with a reference.
+
+    engines: launches of two processes; under each, a stage runs with checkpointing and a reference only
+    """
     for size in sizes:
         for has_adapter in (False, True):
             for checkpointing in (False, True):
@@ -101,10 +119,11 @@ def all_cases(sizes: Sequence[str], tokens: int, zero_stages: Sequence[int], dev
                     rloo = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "beta": beta}
                     lengths = {"max_completion_length": tokens // 8, "micro_batch_tokens": tokens}
                     yield Case(size=size, stage="rloo", section=common | rloo | lengths, **where)
-            for zero_stage in zero_stages:
-                sharded: dict[str, Any] = {"size": size, "has_adapter": has_adapter, "zero_stage": zero_stage}
-                yield Case(stage="sft", section=common | rows, **sharded)
-                yield Case(stage="rloo", section=common | rloo | lengths, **sharded)
+            for engine in engines:
+                shared: dict[str, Any] = {"size": size, "has_adapter": has_adapter, "engine": engine, "device": device}
+                for stage in ("sft", "reward"):
+                    yield Case(stage=stage, section=common | rows, **shared)
+                yield Case(stage="rloo", section=common | rloo | lengths, **shared)
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> None:
@@ -153,38 +172,25 @@ def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def run_case(case: Case, folder: Path, models: dict[str, Path], prompt_tokens: int) -> dict[str, Any]:
     """Predict and measure the peak memory of one case; return both in GB, and their ratio."""
-    formats = {"sft": "messages", "reward": "preference", "rloo": "prompt_answer"}
     is_cpu = case.device == "cpu"
     dtype = "bfloat16" if case.has_adapter and not is_cpu else "float32"
     sections: dict[str, Any] = {
         "model": {"pretrained_model_name_or_path": str(models[case.size]), "dtype": dtype},
-        "dataset": {"path": str(folder / f"{case.stage}.jsonl"), "format": formats[case.stage]},
+        "dataset": {"path": str(folder / f"{case.stage}.jsonl"), "format": FORMATS[case.stage]},
         case.stage: case.section,
         **({"lora": LORA} if case.has_adapter else {}),
         **({"rewards": {"varying_reward:by_letters": {"weight": 1.0}}} if case.stage == "rloo" else {}),
     }
     recipe = Recipe(stage=case.stage, output_dir=str(folder / "run"), **sections)  # type: ignore[arg-type]
-    launch = PlannedLaunch(is_cpu=is_cpu)
-    command = [sys.executable]
-    if case.zero_stage:
-        launch = PlannedLaunch(engine="deepspeed", zero_stage=case.zero_stage, num_gpus=2, is_cpu=True)
-        (folder / "launch.yaml").write_text(
-            json.dumps(
-                {
-                    "distributed_type": "DEEPSPEED",
-                    "num_processes": 2,
-                    "num_machines": 1,
-                    "use_cpu": False,
-                    "deepspeed_config": {"zero_stage": case.zero_stage, "zero3_init_flag": case.zero_stage == 3},
-                }
-            )
-        )
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    launch, command = case.launch, [sys.executable]
+    if launch.num_gpus > 1:
+        file = PROJECT / "recipes" / "accelerate" / f"{case.engine}.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
     plan = make_plan(recipe, launch, prompt_tokens=prompt_tokens)
     (folder / "recipe.yaml").write_text(json.dumps({k: v for k, v in vars(recipe).items() if v is not None}))
     (folder / "run.py").write_text(RUN)
     (folder / "varying_reward.py").write_text(REWARD)
-    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    paths = [str(PROJECT), str(Path(__file__).parent)]
     out = folder / "peak"
     settings = {**MALLOC_SETTINGS, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     settings |= {"CUDA_VISIBLE_DEVICES": ""} if is_cpu else {}
@@ -218,8 +224,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="model folder whose tokenizer is used")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["30M", "135M"])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
-    parser.add_argument("--zero-stages", nargs="*", type=int, default=[1, 2, 3])
-    parser.add_argument("--stages", nargs="+", default=["sft", "reward", "rloo"])
+    parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--stages", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+
     arguments = parser.parse_args()
     tokenizer = load_folder_tokenizer(arguments.tokenizer)
     with TemporaryDirectory() as name:
@@ -230,8 +237,8 @@ def main() -> None:
         prompt_tokens = count_prompt_tokens(tokenizer)
         write_rows(folder, tokenizer, arguments.tokens // 4)
         results = []
-        for case in all_cases(arguments.sizes, arguments.tokens, arguments.zero_stages, arguments.device):
-            if case.stage in arguments.stages:
+        for case in all_cases(arguments.sizes, arguments.tokens, ENGINES[1:], arguments.device):
+            if case.stage in arguments.stages and case.engine in arguments.engines:
                 results.append(run_case(case, folder, models, prompt_tokens))
                 print(json.dumps(results[-1]), flush=True)
     print_table(results)
