@@ -207,7 +207,9 @@ def long_runs(seeds: range, numbers: Sequence[int]) -> list[Run]:
         for engine in ENGINES
         for size in (2, 4)
         for is_resumed in (False, True)
-        if number % size == 0 and not (engine == "zero3" and case.rloo.get("fused_lm_head"))
+        if number % size == 0
+        and not (engine == "zero3" and case.rloo.get("fused_lm_head"))
+        and case.rloo["max_steps"] > is_resumed
     ]
 
 
