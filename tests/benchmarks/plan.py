@@ -226,7 +226,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--stages", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-
     arguments = parser.parse_args()
     tokenizer = load_folder_tokenizer(arguments.tokenizer)
     with TemporaryDirectory() as name:
