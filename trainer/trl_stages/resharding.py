@@ -58,6 +58,11 @@ def check_resumable(checkpoint: Path, stage: str, config: TrainingArguments) -> 
     there, here = saved_layout(checkpoint), _layout(config)
     if there != here:
         check_convertible(checkpoint)
+        if not (checkpoint / SCHEDULER_NAME).exists():  # of a launch whose DeepSpeed file had a scheduler, once allowed
+            raise InputError(
+                f"{str(checkpoint)!r} has a schedule of DeepSpeed's, which cannot be converted; resume under the "
+                "earlier launch"
+            )
         logger.info("the optimizer is converted from %s to %s", there, here)
 
 

@@ -31,7 +31,6 @@ from rekatrain.trainer.processes.launch import (
     read_sequence_parallel,
 )
 from rekatrain.trainer.recipe.load import Recipe
-from rekatrain.trainer.run.checkpoints import read_manifest
 from rekatrain.trainer.trl_stages.run import make_config
 from tests.end_to_end.small_runs import rloo_recipe, write_data, write_recipe
 
@@ -269,47 +268,3 @@ def test_check_trainable_wants_float32_copies_of_bfloat16(
     recipe = Recipe(stage="sft", output_dir="run", model=model, lora=lora, dataset={})
     with pytest.raises(InputError, match=message) if message else nullcontext():
         check_trainable(recipe, is_deepspeed=is_deepspeed, bf16=bf16)
-
-
-def test_resume_rejects_a_run_that_saved_no_optimizer(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    sft = {"max_steps": 1, "per_device_train_batch_size": 1, "save_only_model": True, "gradient_checkpointing": False}
-    dataset = {"path": "sft.jsonl", "format": "prompt_answer"}
-    path = write_recipe(tmp_path, "run", model_folder, stage="sft", dataset=dataset, sft=sft)
-    main(["train", str(path)])
-    for options in ((), ("--dry-run",)):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["train", str(path), "--resume", "sft.max_steps=2", *options])
-        assert ended.value.code == 2
-        assert "was saved without its optimizer (sft.save_only_model)" in capsys.readouterr().err
-
-
-def test_resume_rejects_another_batch_and_cut_off_saves(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": 2}\n')
-    recipe = {
-        "stage": "sft",
-        "output_dir": "run",
-        "model": {"pretrained_model_name_or_path": str(model_folder), "dtype": "float32"},
-        "dataset": {"path": "rows.jsonl", "format": "prompt_answer"},
-        "sft": {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_checkpointing": False},
-    }
-    Path("recipe.yaml").write_text(json.dumps(recipe))
-    main(["train", "recipe.yaml"])
-    (checkpoint,) = Path("run").glob("checkpoints/checkpoint-1")
-    assert Launch(**read_manifest(checkpoint)["launch"]) == LAUNCHES["single"]
-    for batch, message in (
-        (2, "takes steps of 1 rows, and this launch would take 2"),
-        (1, "it has no manifest.json"),
-    ):
-        options = ["sft.max_steps=2", f"sft.per_device_train_batch_size={batch}"]
-        with pytest.raises(SystemExit):
-            main(["train", "recipe.yaml", "--resume", *options])
-        assert message in capsys.readouterr().err
-        (checkpoint / "manifest.json").unlink(missing_ok=True)
